@@ -1,0 +1,74 @@
+"""Checkpoints for PyTorch that never get in the way of training: torch.distributed.checkpoint, asyncio-first.
+
+The path of a tensor:
+
+    save   capture() -> plan -> stage -> write -> digest -> commit
+    load   plan -> read -> place -> restore()
+
+    async with CheckpointEngine("checkpoints/run1") as engine:
+        await engine.save({"model": model, "optim": optim}, step=step)    # safe to mutate from here; upload goes on
+
+Files are DCP's: stock ``torch.distributed.checkpoint.load`` reads them, and this package reads stock's.
+"""
+
+from .coordinator import Coordination
+from .engine import CheckpointEngine
+from .errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    EngineStateError,
+    IncompatibleStateError,
+    LoadError,
+    SaveCancelled,
+    SaveError,
+    StateMutatedError,
+    StorageError,
+    UntrustedCheckpointError,
+)
+from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveProgress, SaveStaged, SaveStarted
+from .options import Limits, Timeouts
+from .planner import PlanningOptions
+from .response import AsyncSaveResponse, CheckpointHandle, CheckpointInfo, CheckpointRef, LoadReport
+from .staging import Stager, StagingOptions
+from .state import RNGState
+from .trust import Trust
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AsyncSaveResponse",
+    "CheckpointEngine",
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CheckpointHandle",
+    "CheckpointInfo",
+    "CheckpointNotFoundError",
+    "CheckpointRef",
+    "Coordination",
+    "CorruptCheckpointError",
+    "EngineStateError",
+    "Event",
+    "IncompatibleStateError",
+    "Limits",
+    "LoadError",
+    "LoadReport",
+    "Observer",
+    "PlanningOptions",
+    "RNGState",
+    "SaveCancelled",
+    "SaveCommitted",
+    "SaveError",
+    "SaveFailed",
+    "SaveProgress",
+    "SaveStaged",
+    "SaveStarted",
+    "Stager",
+    "StagingOptions",
+    "StateMutatedError",
+    "StorageError",
+    "Timeouts",
+    "Trust",
+    "UntrustedCheckpointError",
+]

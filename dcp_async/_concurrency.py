@@ -1,0 +1,304 @@
+"""Threads and queues: the loop thread, threads for blocking calls, a queue that closes.
+
+Enters: coroutines from any thread, blocking functions from the loop. Leaves: their results, never before they ended.
+Invariant: a function that runs in one of our threads is joined even if the task that waits for it is cancelled, because an
+abandoned copy would write into a buffer that belongs to the next save (docs/adr/0002).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import queue
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import anyio
+import torch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def default_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's loop where it imports, asyncio's otherwise; never a policy, which would change the user's loops too."""
+    if sys.platform != "win32":
+        try:
+            import uvloop
+        except ImportError:
+            return asyncio.new_event_loop
+        return uvloop.new_event_loop
+    return asyncio.new_event_loop
+
+
+class Job(Generic[T]):
+    """A coroutine that runs on a loop thread; ``future`` is done only when the coroutine has really ended."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T]) -> None:
+        self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self.future.set_running_or_notify_cancel()
+        self._loop = loop
+        self._task: asyncio.Task[T] | None = None
+        loop.call_soon_threadsafe(self._start, coro)
+
+    def _start(self, coro: Coroutine[Any, Any, T]) -> None:
+        self._task = self._loop.create_task(coro)
+        self._task.add_done_callback(self._finish)
+
+    def _finish(self, task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            self.future.set_exception(concurrent.futures.CancelledError())
+        elif (error := task.exception()) is not None:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(task.result())
+
+    def cancel(self) -> None:
+        """Ask the coroutine to stop; ``future`` tells when it has."""
+        try:
+            self._loop.call_soon_threadsafe(lambda: self._task is not None and self._task.cancel())
+        except RuntimeError:  # the loop is closed: the coroutine has ended
+            logger.debug("cancel() of a job whose loop is closed")
+
+    async def wait(self) -> T:
+        """The coroutine's result, from any loop. A cancelled waiter cancels the job and waits until it has ended."""
+        waiter = asyncio.wrap_future(self.future)
+        try:
+            await asyncio.wait({waiter})
+        except asyncio.CancelledError:
+            self.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({waiter})
+            waiter.exception()  # looked at: the cancellation is what the caller sees
+            raise
+        return waiter.result()
+
+    def result(self) -> T:
+        """The coroutine's result, for a thread without a loop. An interrupt cancels the job and waits until it ended."""
+        try:
+            return self.future.result()
+        except KeyboardInterrupt:
+            self.cancel()
+            concurrent.futures.wait({self.future})
+            raise
+
+
+class LoopThread:
+    """A non-daemon thread that runs one event loop from ``start()`` to ``stop()``.
+
+    It owns the loop and closes it. Non-daemon: the interpreter's exit waits for it, so an upload is never cut off silently.
+    """
+
+    def __init__(self, name: str, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None) -> None:
+        self._factory = loop_factory or default_loop_factory()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=False)
+        self._ready: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
+        self.finished: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def __repr__(self) -> str:
+        return f"<LoopThread {self._thread.name} {'alive' if self._thread.is_alive() else 'stopped'}>"
+
+    def start(self) -> None:
+        """Start the thread and return when its loop runs."""
+        self._thread.start()
+        self._loop = self._ready.result()
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=self._factory) as runner:
+                runner.run(self._main())
+        except BaseException as error:
+            if not self._ready.done():
+                self._ready.set_exception(error)
+            raise
+        finally:
+            self.finished.set_result(None)
+
+    async def _main(self) -> None:
+        self._stop = asyncio.Event()
+        self._ready.set_result(asyncio.get_running_loop())
+        await self._stop.wait()
+
+    def is_current(self) -> bool:
+        """Whether the caller runs on this thread."""
+        return threading.current_thread() is self._thread
+
+    def submit(self, coro: Coroutine[Any, Any, T]) -> Job[T]:
+        """Run ``coro`` on the loop; callable from every other thread."""
+        return Job(self._loop, coro)
+
+    def call_soon(self, fn: Callable[..., object], *args: object) -> bool:
+        """Call ``fn`` on the loop; False when the loop is closed and nothing will be called."""
+        try:
+            self._loop.call_soon_threadsafe(fn, *args)
+        except RuntimeError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """Let the loop end; ``finished`` is done when the thread has closed it."""
+        self.call_soon(lambda: self._stop.set())
+
+
+class StuckThreadError(TimeoutError):
+    """A blocking call did not return in time; its thread was replaced and whatever it touches must not be reused."""
+
+
+class BlockingThreads(concurrent.futures.Executor):
+    """A few daemon threads for blocking calls, started at once.
+
+    A ``ThreadPoolExecutor`` refuses work while the interpreter exits, just when a drain needs it. Owns its threads;
+    ``shutdown()`` ends them. Every call runs under ``torch.no_grad()``: a Parameter copied in a new thread would otherwise
+    record autograd although its caller does not.
+    """
+
+    def __init__(self, name: str, num_threads: int) -> None:
+        self._name = name
+        self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._surplus = 0
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+        for _ in range(num_threads):
+            self._start_one()
+
+    def __repr__(self) -> str:
+        return f"<BlockingThreads {self._name} x{len(self._threads)}>"
+
+    def _start_one(self) -> None:
+        thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _work(self) -> None:
+        with torch.no_grad():
+            while (call := self._calls.get()) is not None:
+                future, fn = call
+                if future.set_running_or_notify_cancel():
+                    try:
+                        result = fn()
+                    except BaseException as error:
+                        future.set_exception(error)
+                    else:
+                        future.set_result(result)
+                        del result
+                del call, future, fn
+                with self._lock:
+                    if self._surplus:
+                        self._surplus -= 1
+                        return
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"{self._name} is shut down")
+            self._calls.put((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def replace_stuck(self) -> None:
+        """Start one more thread for one that hangs; whichever comes back first ends itself."""
+        with self._lock:
+            self._surplus += 1
+            self._start_one()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            stuck = self._surplus
+            for _ in self._threads:
+                self._calls.put(None)
+        if wait and not stuck:
+            for thread in self._threads:
+                thread.join()
+
+    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """``run_blocking`` with no deadline, for calls that touch neither buffers nor a disk."""
+        return await run_blocking(self, None, fn, *args, **kwargs)
+
+
+async def run_blocking(
+    threads: BlockingThreads, timeout: float | None, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Run ``fn`` in a thread and never return before it has.
+
+    Cancellation: the thread is joined first, then the cancellation goes on.
+    Raises: what ``fn`` raises; StuckThreadError after ``timeout`` seconds, when the thread has been replaced.
+    """
+    loop = asyncio.get_running_loop()
+    waiter = asyncio.wrap_future(threads.submit(fn, *args, **kwargs))
+    deadline = None if timeout is None else loop.time() + timeout
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not waiter.done():
+            left = None if deadline is None else deadline - loop.time()
+            if left is not None and left <= 0:
+                threads.replace_stuck()
+                # nobody will look at what the abandoned call returns
+                waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
+                name = getattr(fn, "__qualname__", repr(fn))
+                raise StuckThreadError(f"{name} did not return within {timeout:g} s")
+            try:
+                await asyncio.wait({waiter}, timeout=left)
+            except asyncio.CancelledError as error:  # a native Task.cancel() pierces the shield, once
+                cancelled = error
+    if cancelled is not None:
+        waiter.exception()
+        raise cancelled
+    await anyio.lowlevel.checkpoint_if_cancelled()
+    return waiter.result()
+
+
+class _Closed:
+    """The mark that follows the last item of a Pipe."""
+
+
+_CLOSED = _Closed()
+
+
+class Pipe(Generic[T]):
+    """An ``asyncio.Queue`` with a mandatory bound, ``async for``, and an end that several producers close together."""
+
+    def __init__(self, bound: int, *, producers: int = 1) -> None:
+        if bound < 1 or producers < 1:
+            raise ValueError("a Pipe needs a bound and a number of producers of at least 1")
+        self._queue: asyncio.Queue[T | _Closed] = asyncio.Queue(bound)
+        self._producers = producers
+
+    async def put(self, item: T) -> None:
+        """Hand on ``item``; waits while the pipe is full."""
+        await self._queue.put(item)
+
+    async def close(self) -> None:
+        """This producer is done; the last one ends the pipe for all its consumers."""
+        self._producers -= 1
+        if self._producers == 0:
+            await self._queue.put(_CLOSED)
+
+    def _take(self, item: T | _Closed) -> T | None:
+        if isinstance(item, _Closed):
+            self._queue.put_nowait(item)  # for the next consumer; there is room, since we just took it out
+            return None
+        return item
+
+    async def __aiter__(self) -> AsyncIterator[T]:
+        while (item := self._take(await self._queue.get())) is not None:
+            yield item
+
+    async def batch(self, limit: int) -> list[T]:
+        """At least one item and whatever else waits already, ``limit`` at most; an empty list at the end."""
+        items: list[T] = []
+        item = self._take(await self._queue.get())
+        while item is not None:
+            items.append(item)
+            if len(items) == limit or self._queue.empty():
+                break
+            item = self._take(self._queue.get_nowait())
+        return items

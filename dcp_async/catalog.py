@@ -1,0 +1,359 @@
+"""Which checkpoints exist, which are whole, and what one of them holds.
+
+Enters: a Storage. Leaves: CheckpointInfo of committed checkpoints, and opened Contents. Invariant: a checkpoint of ours without the
+manifest of its `.metadata` is corrupt, never taken for one of stock's.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import xxhash
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from ._concurrency import BlockingThreads
+from .errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    LoadError,
+    StorageError,
+    UntrustedCheckpointError,
+)
+from .formats.distcp import Footer, FooterError, footer_span
+from .formats.manifest import Manifest, ManifestError, NewerVersionError, decode_manifest
+from .response import JSON, CheckpointInfo, CheckpointRef
+from .storage.base import Reader, Storage, StoredCheckpoint
+from .trust import UntrustedGlobal, decode_metadata
+
+_OUR_FILE = re.compile(rb"__\d+_\d+-[0-9a-f]{16}\.distcp")
+
+
+@dataclass(slots=True, kw_only=True)
+class Contents:
+    """An opened checkpoint. Owns its reader; ``close()`` releases it."""
+
+    info: CheckpointInfo
+    reader: Reader
+    metadata: Metadata
+    manifest: Manifest | None
+    """None if stock wrote it."""
+    places: dict[MetadataIndex, tuple[str, int, int]]
+    """Item -> (file, offset, length)."""
+    digests: dict[str, array[int]] = field(default_factory=dict)
+    image_bytes: dict[str, int] = field(default_factory=dict)
+    """Length of each file without its footer."""
+
+    @property
+    def names(self) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
+        """Every name that was saved, in the order in which it was."""
+        return self.metadata.state_dict_metadata
+
+    @property
+    def structure(self) -> JSON:
+        """The tree that was saved; of stock's checkpoints, as far as ``planner_data`` tells (its keys are all str)."""
+        if self.manifest is not None:
+            return self.manifest.structure
+        return structure_from_paths(self.metadata.planner_data, list(self.names))
+
+    async def close(self) -> None:
+        await self.reader.close()
+
+
+def structure_from_paths(planner_data: object, names: list[str]) -> JSON:
+    """The tree that DCP's name -> path mapping describes; a flat one where there is none."""
+    paths = planner_data if isinstance(planner_data, dict) else {}
+    root: dict[str | int, object] = {}
+    for name in names:
+        path = paths.get(name, (name,))
+        node = root
+        for key in path[:-1]:
+            below = node.setdefault(key, {})
+            assert isinstance(below, dict)
+            node = below
+        node[path[-1]] = None
+
+    def encode(node: object) -> JSON:
+        if not isinstance(node, dict):
+            return None
+        if node and all(isinstance(key, int) for key in node):
+            # a list; stock drops empty entries, which leave holes
+            return ["list", [encode(node.get(index, {})) for index in range(max(node) + 1)]]
+        return ["dict", {str(key): encode(entry) for key, entry in node.items()}]
+
+    return encode(root)
+
+
+def subtree(structure: JSON, name: str, prefix: str = "") -> JSON:
+    """The node at ``name``, None if there is none."""
+    if not isinstance(structure, list) or name == prefix:
+        return structure if name == prefix else None
+    entries = structure[1]
+    if isinstance(entries, dict):
+        pairs = list(entries.items())
+    elif structure[0] == "list":
+        pairs = [(str(index), entry) for index, entry in enumerate(entries)]  # type: ignore[arg-type]  # a list node holds a list
+    else:
+        pairs = [(str(key), entry) for key, entry in entries]  # type: ignore[misc,union-attr]  # pairs, by structure_of
+    for key, entry in pairs:
+        below = f"{prefix}.{key}" if prefix else key
+        if (name == below or name.startswith(f"{below}.")) and (found := subtree(entry, name, below)) is not None:
+            return found
+    return None
+
+
+def _digits(name: str) -> int | None:
+    found = re.findall(r"\d+", name)
+    return int(found[-1]) if found else None
+
+
+class Catalog:
+    """Reads what lies in a storage. Owns nothing."""
+
+    def __init__(
+        self, storage: Storage, threads: BlockingThreads, metadata_of: Callable[[str], Awaitable[Metadata]]
+    ) -> None:
+        """``metadata_of`` serves ``CheckpointInfo.metadata()``, which may be awaited on any loop."""
+        self._storage = storage
+        self._threads = threads
+        self._metadata_of = metadata_of
+
+    async def steps(self) -> list[int]:
+        """The steps of all checkpoints, committed or not."""
+        return [
+            step for stored in await self._storage.list() if (step := (await self._key(stored))[1]) is not None
+        ]
+
+    async def _key(self, stored: StoredCheckpoint) -> tuple[bool, int | None, float]:
+        """(has a step, step, time): what "latest" orders by."""
+        step = None
+        if stored.committed:
+            manifest = await self._any_manifest(stored.name)
+            if manifest is not None:
+                return manifest.step is not None, manifest.step, stored.modified
+        step = _digits(stored.name)
+        return step is not None, step, stored.modified
+
+    async def _any_manifest(self, name: str) -> Manifest | None:
+        try:
+            reader = await self._storage.open(name)
+            try:
+                found = [decode_manifest(raw) for raw in await reader.manifest()]
+            finally:
+                await reader.close()
+        except (FileNotFoundError, StorageError, ManifestError):
+            return None  # whoever opens this checkpoint is told why; here it is only put in order
+        return max(found, key=lambda manifest: manifest.time, default=None)
+
+    async def names(self) -> list[str]:
+        """Committed checkpoints, ascending: by step, those without one first, by time."""
+        keyed = [(await self._key(stored), stored.name) for stored in await self._storage.list() if stored.committed]
+        keyed.sort(key=lambda entry: (entry[0][0], entry[0][1] or 0, entry[0][2]))
+        return [name for _, name in keyed]
+
+    async def info(self, name: str) -> CheckpointInfo | None:
+        """What ``name`` is; None if its `.metadata` and manifest do not belong together."""
+        try:
+            reader = await self._storage.open(name)
+        except FileNotFoundError:
+            return None  # removed meanwhile
+        try:
+            raw = await reader.metadata()
+            manifest = await self._manifest_of(name, reader, raw)
+            if manifest is None:
+                await self._decode(name, raw)  # stock's: nothing else tells whether it is whole
+            return await self._info(name, reader, raw, manifest)
+        except LoadError:
+            return None
+        finally:
+            await reader.close()
+
+    async def latest(self) -> CheckpointInfo | None:
+        """The newest whole checkpoint."""
+        for name in reversed(await self.names()):
+            if (info := await self.info(name)) is not None:
+                return info
+        return None
+
+    async def metadata(self, name: str) -> Metadata:
+        """DCP's Metadata of ``name``."""
+        try:
+            reader = await self._storage.open(name)
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(f"checkpoint {name!r} is not committed", checkpoint_id=name) from error
+        try:
+            return await self._decode(name, await reader.metadata())
+        finally:
+            await reader.close()
+
+    async def resolve(self, ref: CheckpointRef) -> list[str]:
+        """The names to try, best first. Raises CheckpointNotFoundError."""
+        names = await self.names()
+        if isinstance(ref, CheckpointInfo):
+            ref = ref.checkpoint_id
+        if ref == "latest":
+            chosen = names[::-1]
+        elif isinstance(ref, int):
+            keyed = {stored.name: await self._key(stored) for stored in await self._storage.list() if stored.committed}
+            chosen = [name for name in reversed(names) if keyed[name][1] == ref][:1]
+        else:
+            chosen = [ref] if ref in names else []
+        if not chosen:
+            what = "no checkpoint" if ref == "latest" else f"no checkpoint {ref!r}"
+            there = f"there are {', '.join(names[-5:])}" if names else "there is none yet"
+            raise CheckpointNotFoundError(f"{what} is committed in {self._storage!r}; {there}")
+        return chosen
+
+    async def open(self, name: str) -> Contents:
+        """Open ``name`` and all its files, and check everything but the payload.
+
+        Raises: CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError.
+        """
+        try:
+            reader = await self._storage.open(name)
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(f"checkpoint {name!r} is not committed", checkpoint_id=name) from error
+        try:
+            raw = await reader.metadata()
+            manifest = await self._manifest_of(name, reader, raw)
+            metadata = await self._decode(name, raw)
+            contents = Contents(
+                info=await self._info(name, reader, raw, manifest),
+                reader=reader,
+                metadata=metadata,
+                manifest=manifest,
+                places=_places(name, metadata),
+            )
+            await self._check_files(contents)
+        except StorageError as error:
+            await reader.close()
+            raise CorruptCheckpointError(
+                f"checkpoint {name!r} can't be read: {error}; load an older one or restore the file", checkpoint_id=name
+            ) from error
+        except BaseException:
+            await reader.close()
+            raise
+        return contents
+
+    async def _manifest_of(self, name: str, reader: Reader, raw: bytes) -> Manifest | None:
+        digest = xxhash.xxh3_64_hexdigest(raw)
+        problems: list[str] = []
+        for content in await reader.manifest():
+            try:
+                manifest = decode_manifest(content)
+            except NewerVersionError as error:
+                raise LoadError(
+                    f"checkpoint {name!r} was written by a newer dcp_async: {error}; update to load it", checkpoint_id=name
+                ) from error
+            except ManifestError as error:
+                problems.append(f"a manifest is damaged: {error}")
+                continue
+            if manifest.metadata_digest == digest:
+                return manifest
+            problems.append("the manifest belongs to another .metadata")
+        if problems or _OUR_FILE.search(raw):
+            raise CorruptCheckpointError(
+                f"checkpoint {name!r}: .metadata and manifest do not belong together "
+                f"({'; '.join(problems) or 'there is no manifest'}); load an older checkpoint",
+                checkpoint_id=name,
+            )
+        return None
+
+    async def _decode(self, name: str, raw: bytes) -> Metadata:
+        try:
+            return await self._threads.run(decode_metadata, raw)
+        except UntrustedGlobal as error:
+            raise UntrustedCheckpointError(
+                f"checkpoint {name!r}: .metadata names {error.name}, which no checkpoint needs; nothing of it was run. "
+                "If you trust its writer, load it with stock torch and save it again",
+                checkpoint_id=name,
+            ) from error
+        except ValueError as error:
+            raise CorruptCheckpointError(
+                f"checkpoint {name!r}: .metadata is damaged ({error}); load an older checkpoint", checkpoint_id=name
+            ) from error
+
+    async def _info(self, name: str, reader: Reader, raw: bytes, manifest: Manifest | None) -> CheckpointInfo:
+        if manifest is not None:
+            return CheckpointInfo(
+                checkpoint_id=name,
+                step=manifest.step,
+                time=manifest.time,
+                nbytes=sum(file.nbytes for file in manifest.files),
+                num_files=len(manifest.files),
+                world_size=manifest.world_size,
+                torch_version=manifest.torch_version,
+                producer="dcp_async",
+                notes=manifest.notes,
+                _metadata=self._metadata_of,
+            )
+        files = {place[0] for place in _places(name, await self._decode(name, raw)).values()}
+        modified = {stored.name: stored.modified for stored in await self._storage.list()}
+        sizes = []
+        for file in files:
+            try:
+                sizes.append(await reader.size(file))
+            except StorageError as error:
+                raise CorruptCheckpointError(f"checkpoint {name!r}: {error}", checkpoint_id=name) from error
+        return CheckpointInfo(
+            checkpoint_id=name,
+            step=_digits(name),
+            time=modified.get(name, 0.0),
+            nbytes=sum(sizes),
+            num_files=len(files),
+            world_size=None,
+            torch_version=None,
+            producer="stock",
+            _metadata=self._metadata_of,
+        )
+
+    async def _check_files(self, contents: Contents) -> None:
+        """Open every file, check its size, and fetch the block checksums of ours."""
+        name = contents.info.checkpoint_id
+        ends: dict[str, int] = {}
+        for file, offset, length in contents.places.values():
+            ends[file] = max(ends.get(file, 0), offset + length)
+        entries = {entry.name: entry for entry in contents.manifest.files} if contents.manifest else {}
+        for file, end in ends.items():
+            nbytes = await contents.reader.size(file)
+            entry = entries.get(file)
+            if nbytes < end or (entry is not None and nbytes != entry.nbytes):
+                raise CorruptCheckpointError(
+                    f"checkpoint {name!r}: {file} has {nbytes} bytes instead of {entry.nbytes if entry else end}; "
+                    "it was cut off. Load an older checkpoint",
+                    checkpoint_id=name,
+                )
+            contents.image_bytes[file] = nbytes
+            if entry is None:
+                continue
+            raw = bytearray(footer_span(nbytes))
+            await contents.reader.read_into(file, [(nbytes - len(raw), memoryview(raw))])
+            try:
+                footer = Footer.decode(bytes(raw), nbytes)
+                if footer.digest != entry.digest:
+                    raise FooterError("the footer's table is not the one that the manifest names")
+            except FooterError as error:
+                raise CorruptCheckpointError(
+                    f"checkpoint {name!r}: {file}: {error}; load an older checkpoint", checkpoint_id=name
+                ) from error
+            contents.digests[file] = footer.digests
+            contents.image_bytes[file] = footer.image_bytes
+
+
+def _places(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, int, int]]:
+    storage_data = metadata.storage_data
+    if not isinstance(storage_data, dict):
+        raise CorruptCheckpointError(f"checkpoint {name!r}: .metadata does not say where its items lie", checkpoint_id=name)
+    try:
+        return {index: (place.relative_path, place.offset, place.length) for index, place in storage_data.items()}
+    except AttributeError as error:
+        raise CorruptCheckpointError(
+            f"checkpoint {name!r}: .metadata describes its items in a way that is not DCP's ({error})", checkpoint_id=name
+        ) from error

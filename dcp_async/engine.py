@@ -1,0 +1,629 @@
+"""CheckpointEngine: lifetime, admission, save / load / read / close.
+
+Enters: calls from any loop and any thread. Leaves: responses, reports, errors of the tree in errors.py. The engine's coroutines run on a
+loop thread of its own, because a training step blocks the loop that it runs on (docs/adr/0001). Invariant: what the engine made it
+closes, what it was given it never closes; it ends by a drain or by an abort, never by silence.
+Each verb is a generator (see _drive.py), so that dcp_async.sync offers the same ones to trainers without a loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import anyio
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from ._concurrency import BlockingThreads, Job, LoopThread
+from ._drive import Ended, Persisting, Verb, drive
+from .admission import SaveBook, checkpoint_name
+from .catalog import Catalog
+from .coordinator import Coordination, make_coordinator
+from .errors import (
+    CorruptCheckpointError,
+    EngineStateError,
+    IncompatibleStateError,
+    LoadError,
+    SaveCancelled,
+    SaveError,
+)
+from .exit_guard import ExitGuard
+from .hooks import OptimizerHooks
+from .load_pipeline import Loaded, LoadServices, load_into, read_fresh
+from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
+from .options import Limits, Timeouts
+from .outcome import cancelled_error, save_error
+from .pipeline import CommitOutcome, SavePipeline, SaveRequest, SaveServices
+from .planner import CompiledPlan, PlanningOptions
+from .response import JSON, AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
+from .staging import Stager, StagingOptions
+from .state import CaptureError, Targets, capture, capture_targets, restore
+from .storage.base import Storage
+from .storage.local import LocalStorage
+from .trust import Trust
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class CheckpointEngine:
+    """Saves and loads checkpoints under one root without getting in the way of training.
+
+    ``async with CheckpointEngine(root) as engine`` opens it and, on leaving, drains: normally and after an error completely, after a
+    cancellation for ``exit_grace`` seconds. It may be used from several loops and threads.
+    """
+
+    def __init__(
+        self,
+        root: Storage | str | os.PathLike[str],
+        *,
+        staging: Stager | StagingOptions = StagingOptions(),
+        planning: PlanningOptions = PlanningOptions(),
+        coordination: Coordination = Coordination(),
+        limits: Limits = Limits(),
+        timeouts: Timeouts = Timeouts(),
+        trust: Trust = Trust(),
+        observer: Observer | None = None,
+    ) -> None:
+        """
+        Args:
+            root: a directory, made by the first save, or a Storage, which stays the caller's to close.
+            staging: how the state is copied, or a Stager to share, which stays the caller's to close.
+            planning: DCP's planner, and whether plans are reused.
+            coordination: which processes save together.
+            limits: how much goes on at once.
+            timeouts: how long to wait.
+            trust: which pickled leaves a load accepts.
+            observer: is told each event, on the engine's thread.
+        """
+        self._owned_storage: LocalStorage | None = None
+        if isinstance(root, (str, os.PathLike)):
+            self._owned_storage = LocalStorage(
+                root,
+                io_concurrency=limits.io_concurrency,
+                timeout=timeouts.storage,
+                lease_max_age=2 * timeouts.coordination,
+            )
+            self._storage: Storage = self._owned_storage
+        else:
+            self._storage = root
+        self._owns_stager = not isinstance(staging, Stager)
+        self._stager = staging if isinstance(staging, Stager) else Stager(staging)
+        self._planning = planning
+        self._coordination = coordination
+        self._limits = limits
+        self._timeouts = timeouts
+        self._trust = trust
+        self._observer = observer
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._state: Literal["new", "open", "closing", "closed"] = "new"
+        self._book = SaveBook(limits.pending_saves)
+        self._hooks = OptimizerHooks()
+        self._plan: CompiledPlan | None = None
+        self._sweep_due = True
+
+    def __repr__(self) -> str:
+        return f"<CheckpointEngine {self._storage!r} {self._state}, {len(self.pending)} pending>"
+
+    # -- lifetime
+
+    async def open(self) -> Self:
+        """Start the engine's threads and look at what the root holds.
+
+        Raises: StorageError for a root that can't be one; EngineStateError if it was opened before, or if other ranks run.
+        """
+        await drive(self._opening())
+        return self
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await drive(self._leaving(exc_type))
+
+    async def wait(self) -> None:
+        """Wait until no save is in flight. Raises the SaveError of a save whose failure nobody has looked at."""
+        await drive(self._waiting())
+
+    async def close(self) -> None:
+        """Wait for the saves in flight, then release what the engine made. Closing twice does nothing.
+
+        Raises: the SaveError of a save whose failure nobody has looked at.
+        Cancellation: drains for ``exit_grace`` seconds more, then aborts.
+        """
+        await drive(self._closing())
+
+    async def abort(self) -> None:
+        """Cancel the saves in flight, leave nothing of them behind, release what the engine made."""
+        await drive(self._aborting())
+
+    def _opening(self) -> Verb[None]:
+        self._check_process()
+        with self._lock:
+            if self._state != "new":
+                raise EngineStateError(f"this engine is {self._state}; make a new one to open it again")
+            self._coordinator = make_coordinator(self._coordination)
+            self._state = "open"
+        self._loop = LoopThread("dcp_async-engine")
+        self._loop.start()
+        self._threads = BlockingThreads("dcp_async-work", self._limits.io_concurrency + 1)
+        self._catalog = Catalog(self._storage, self._threads, self._metadata_of)
+        self._exit_guard = ExitGuard(lambda: self._shut_down(self._timeouts.exit_grace), self._timeouts.exit_grace)
+        yield self._loop.submit(self._open())
+
+    async def _open(self) -> None:
+        self._release_lock = asyncio.Lock()
+        try:
+            await self._coordinator.open()
+            await self._storage.connect()
+            await self._stager.open()
+            self._book.seen_steps(await self._catalog.steps())
+        except BaseException:
+            await self._release()
+            raise
+        self._services = SaveServices(
+            stager=self._stager,
+            storage=self._storage,
+            coordinator=self._coordinator,
+            threads=self._threads,
+            planning=self._planning,
+            io_concurrency=self._limits.io_concurrency,
+            pending_saves=self._limits.pending_saves,
+            timeout=self._timeouts.storage,
+            on_plan=self._keep_plan,
+            observe=self._observe,
+        )
+        self._load_services = LoadServices(
+            threads=self._threads,
+            part_bytes=self._stager.options.part_bytes,
+            io_concurrency=self._limits.io_concurrency,
+            timeout=self._timeouts.storage,
+            trust=self._trust,
+        )
+        self._guard_job = self._loop.submit(self._exit_guard.watch())
+
+    def _leaving(self, exc_type: type[BaseException] | None) -> Verb[None]:
+        """The end of the block: an error drains too and is never masked, an interrupt has ``exit_grace`` seconds."""
+        if exc_type is None:
+            yield from self._closing()
+            return
+        if self._is_ended():
+            return
+        patience = None if issubclass(exc_type, Exception) else self._timeouts.exit_grace
+        yield from self._ending(patience)
+        for error in self._book.take_unobserved():
+            logger.error("the block ended by %s; besides, %s", exc_type.__name__, error)
+
+    def _waiting(self) -> Verb[None]:
+        yield self._submit(self._drain(None))
+        self._raise_unobserved()
+
+    def _closing(self) -> Verb[None]:
+        if self._is_ended():
+            return
+        try:
+            yield Persisting(self._submit(self._shut_down(None), closing=True))
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            yield from self._ending(self._timeouts.exit_grace)
+            raise
+        self._hooks.remove()
+        self._raise_unobserved()
+
+    def _aborting(self) -> Verb[None]:
+        if not self._is_ended():
+            yield from self._ending(0.0)
+
+    def _ending(self, patience: float | None) -> Verb[None]:
+        """Drain for ``patience`` seconds, abort the rest, release; another interrupt aborts at once."""
+        try:
+            yield Persisting(self._submit(self._shut_down(patience), closing=True))
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            yield Persisting(self._submit(self._shut_down(0.0), closing=True))
+            raise
+        self._hooks.remove()
+
+    def _is_ended(self) -> bool:
+        self._check_process()
+        return self._state in ("new", "closed")
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise EngineStateError(
+                "this process was forked from the one that made the engine, and its threads stayed there; "
+                "make a new engine here, or start workers with the 'spawn' method"
+            )
+
+    def _check_open(self, *, closing: bool = False) -> None:
+        self._check_process()
+        if self._state == "new":
+            raise EngineStateError("the engine is not open: use `async with CheckpointEngine(...)`, or await open()")
+        if self._state == "closed" or (self._state == "closing" and not closing):
+            raise EngineStateError(f"the engine is {self._state}; make a new one")
+        if self._loop.is_current():
+            raise EngineStateError("an engine can't be called from its own thread (a callback or observer): it would deadlock")
+
+    def _submit(self, coro: Coroutine[Any, Any, T], *, closing: bool = False) -> Job[T]:
+        """Run ``coro`` on the engine's loop, unless the engine can't."""
+        try:
+            self._check_open(closing=closing)
+            return self._loop.submit(coro)
+        except BaseException as error:
+            coro.close()
+            if isinstance(error, EngineStateError) or self._state != "closed":
+                raise
+            raise EngineStateError("the engine is closed; make a new one") from error
+
+    async def _drain(self, patience: float | None) -> bool:
+        """Wait for the saves in flight; False if ``patience`` seconds were not enough."""
+        waiting = [asyncio.wrap_future(response.upload_completion._future) for response in self._book.pending()]
+        if not waiting:
+            return True
+        _, late = await asyncio.wait(waiting, timeout=patience)
+        return not late
+
+    async def _shut_down(self, patience: float | None) -> bool:
+        """Drain, abort what took longer than ``patience`` seconds, release. False if a save was lost and nobody was told."""
+        if self._state != "closed":
+            self._state = "closing"
+        if not await self._drain(patience):
+            for response in self._book.pending():
+                if patience:
+                    logger.critical("%r could not be saved within %g s and is aborted", response.checkpoint_id, patience)
+                response.cancel()
+            await self._drain(None)
+        lost = self._book.has_unobserved()
+        async with self._release_lock:
+            if self._state != "closed":
+                with anyio.CancelScope(shield=True):
+                    await self._release()
+        return not lost
+
+    async def _release(self) -> None:
+        self._state = "closed"
+        self._stager.pool.forget(self)
+        await self._coordinator.close()
+        if self._owns_stager:
+            await self._stager.close()
+        if self._owned_storage is not None:
+            await self._owned_storage.close()
+        self._threads.shutdown()
+        self._exit_guard.dismiss()
+        self._loop.stop()
+
+    def _raise_unobserved(self) -> None:
+        failures = self._book.take_unobserved()
+        for error in failures[1:]:
+            logger.error("another save failed as well: %s", error)
+        if failures:
+            raise failures[0].fresh()
+
+    # -- save
+
+    @property
+    def pending(self) -> tuple[AsyncSaveResponse, ...]:
+        """Saves in flight, oldest first."""
+        return tuple(self._book.pending())
+
+    async def save(
+        self,
+        state: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        checkpoint_id: str | None = None,
+        notes: Mapping[str, JSON] | None = None,
+        replace: bool = False,
+    ) -> AsyncSaveResponse:
+        """Save ``state`` as it is now; when this returns, the state may be mutated and the upload goes on by itself.
+
+        With ``StagingOptions(overlap=True)`` it returns once the state is captured; then wait for
+        ``response.staging_completion`` before mutating it, or have the optimizer in the state.
+
+        Args:
+            state: names -> Statefuls, tensors, containers of them, or picklable leaves.
+            step: its step; without one (and without a ``checkpoint_id``), 1 + the highest step so far.
+            checkpoint_id: its name, by default ``step-00000100``.
+            notes: JSON to keep with it.
+            replace: whether an existing checkpoint of this name may be replaced; it stays readable until the new one is durable.
+        Raises: SaveError (CheckpointExistsError, StateMutatedError), and then no checkpoint of this name will appear;
+            EngineStateError; ValueError for a name, step or notes that can't be.
+        Cancellation: cancels the save.
+        Ranks: all must call it, in the same order.
+        """
+        return await drive(self._saving(state, step, checkpoint_id, notes, replace))
+
+    def _saving(
+        self,
+        state: Mapping[str, Any],
+        step: int | None,
+        checkpoint_id: str | None,
+        notes: Mapping[str, JSON] | None,
+        replace: bool,
+    ) -> Verb[AsyncSaveResponse]:
+        self._check_open()
+        if step is not None or checkpoint_id is not None:
+            checkpoint_name(step, checkpoint_id)
+        encoded_notes = _plain_json(notes)
+        while (oldest := self._book.must_wait_for()) is not None:
+            yield Ended(oldest.upload_completion._future)
+            self._check_open()
+        request = self._capture(state, step, checkpoint_id, encoded_notes, replace)
+        response = request.response
+        overlap = self._stager.options.overlap
+        if overlap:
+            request.has_returned.set_result(None)
+            self._hooks.watch(request.captured.optimizers, response.staging_completion)
+        job = self._submit(self._run_save(request))
+        job.future.add_done_callback(lambda done: self._report_crash(response, done))
+        if not overlap:
+            try:
+                yield response.staging_completion
+            except BaseException:
+                response.cancel()
+                raise
+            request.has_returned.set_result(None)
+        return response
+
+    def _capture(
+        self,
+        state: Mapping[str, Any],
+        step: int | None,
+        checkpoint_id: str | None,
+        notes: Mapping[str, JSON],
+        replace: bool,
+    ) -> SaveRequest:
+        """Admission and capture, in the caller's thread and in one piece."""
+        started = time.monotonic()
+        ordinal, step = self._book.admit(step, checkpoint_id)
+        name = checkpoint_name(step, checkpoint_id)
+        response = AsyncSaveResponse(
+            checkpoint_id=name, step=step, cancel=lambda: self._cancel(request), on_own_thread=self._loop.is_current
+        )
+        plan = self._plan if self._planning.cache else None
+        try:
+            captured = capture(state, plan.structure if plan else None)
+            events = self._stager.prepare(captured)
+        except Exception as error:
+            raise save_error(error, "capture", response) from error
+        sweep, self._sweep_due = self._sweep_due, False
+        request = SaveRequest(
+            response=response,
+            uid=self._coordinator.uid(ordinal, name),
+            captured=captured,
+            plan=plan if captured.flat is None else None,
+            events=events,
+            notes=notes,
+            replace=replace,
+            sweep=sweep,
+            started=started,
+        )
+        self._book.started(response)
+        self._observe(SaveStarted(checkpoint_id=name, step=step, nbytes=captured.nbytes))
+        return request
+
+    def _cancel(self, request: SaveRequest) -> None:
+        def cancel() -> None:
+            request.cancelled = True
+            if request.scope is not None and not request.committing:
+                request.scope.cancel()
+
+        self._loop.call_soon(cancel)
+
+    async def _run_save(self, request: SaveRequest) -> None:
+        response = request.response
+        try:
+            with anyio.CancelScope() as request.scope:
+                if request.cancelled:
+                    request.scope.cancel()
+                outcome = await SavePipeline(request, self._services).run()
+        except Exception as error:
+            self._fail(response, save_error(error, "plan", response))
+        else:
+            if request.scope.cancelled_caught:
+                self._fail(response, cancelled_error(response))
+            else:
+                self._succeed(request, outcome)
+
+    def _succeed(self, request: SaveRequest, outcome: CommitOutcome) -> None:
+        response = request.response
+        info = CheckpointInfo(
+            checkpoint_id=response.checkpoint_id,
+            step=response.step,
+            time=outcome.time,
+            nbytes=sum(file.nbytes for file in outcome.files),
+            num_files=len(outcome.files),
+            world_size=self._coordinator.world_size,
+            torch_version=torch.__version__,
+            producer="dcp_async",
+            notes=request.notes,
+            _metadata=self._metadata_of,
+        )
+        seconds = time.monotonic() - request.started
+        logger.info(
+            "saved %s: %d bytes, staged in %.3f s, durable in %.3f s (%.2f GB/s)",
+            *(info.checkpoint_id, info.nbytes, request.staged_seconds, seconds, info.nbytes / seconds / 1e9),
+        )
+        self._book.ended(response)
+        response.upload_completion._settle(info)
+        self._observe(SaveCommitted(checkpoint_id=info.checkpoint_id, step=info.step, info=info, seconds=seconds))
+
+    def _fail(self, response: AsyncSaveResponse, error: SaveError) -> None:
+        logger.log(logging.INFO if isinstance(error, SaveCancelled) else logging.ERROR, "%s", error)
+        self._sweep_due = True
+        response._settle_failed(error)
+        self._book.ended(response)
+        self._observe(SaveFailed(checkpoint_id=response.checkpoint_id, step=response.step, error=error))
+
+    def _report_crash(self, response: AsyncSaveResponse, done: concurrent.futures.Future[None]) -> None:
+        """Handles must end even where a bug of ours ended the task."""
+        error = done.exception()
+        if error is not None and not response.upload_completion.done():
+            self._fail(response, save_error(error, "plan", response))
+
+    def _keep_plan(self, plan: CompiledPlan) -> None:
+        self._plan = plan
+
+    def _observe(self, event: Event) -> None:
+        if self._observer is not None:
+            try:
+                self._observer.on_event(event)
+            except Exception:
+                logger.exception("the observer failed on %s", type(event).__name__)
+
+    # -- load
+
+    async def load(
+        self, state: Mapping[str, Any], source: CheckpointRef = "latest", *, strict: bool = True, atomic: bool = False
+    ) -> LoadReport:
+        """Fill ``state`` from a checkpoint, verified; a failure before the first byte leaves it as it was.
+
+        Args:
+            state: what ``save`` was given. Tensors are filled in place, Statefuls get ``load_state_dict``, other leaves are replaced.
+            source: "latest" (which passes over corrupt checkpoints), a name, a step, or a CheckpointInfo.
+            strict: whether every name must fit. If not, what fits is loaded and the report lists the rest.
+            atomic: read and verify everything before the first target is touched; costs the state's memory once more.
+        Raises: CheckpointNotFoundError, CorruptCheckpointError, IncompatibleStateError, UntrustedCheckpointError, EngineStateError.
+        Cancellation: waits for the reads in progress; targets may be partly filled.
+        """
+        return await drive(self._loading(state, source, strict, atomic))
+
+    def _loading(
+        self, state: Mapping[str, Any], source: CheckpointRef, strict: bool, atomic: bool
+    ) -> Verb[LoadReport]:
+        self._check_open()
+        started = time.monotonic()
+        try:
+            targets = capture_targets(state)
+        except CaptureError as error:
+            raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
+        (info, loaded), skipped = yield from self._try_each(
+            source, lambda name: self._load_one(name, targets, strict=strict, atomic=atomic)
+        )
+        try:
+            restore(state, targets, loaded.values, loaded.extra)
+        except Exception as error:
+            raise LoadError(
+                f"checkpoint {info.checkpoint_id!r} was read, but the state refused it: {type(error).__name__}: {error}",
+                checkpoint_id=info.checkpoint_id,
+            ) from error
+        return LoadReport(
+            checkpoint_id=info.checkpoint_id,
+            step=info.step,
+            missing=tuple(loaded.match.missing),
+            unexpected=tuple(loaded.match.unexpected),
+            mismatched=tuple(loaded.match.mismatched),
+            skipped=skipped,
+            nbytes=loaded.nbytes,
+            seconds=time.monotonic() - started,
+        )
+
+    def _try_each(
+        self, source: CheckpointRef, attempt: Callable[[str], Coroutine[Any, Any, T]]
+    ) -> Verb[tuple[T, tuple[str, ...]]]:
+        """The first checkpoint that is whole, and the names of newer ones that are not ("latest" only)."""
+        names: list[str] = yield self._submit(self._catalog.resolve(source))
+        first: CorruptCheckpointError | None = None
+        skipped: list[str] = []
+        for name in names:
+            try:
+                value: T = yield self._submit(attempt(name))
+            except CorruptCheckpointError as error:
+                if source != "latest":
+                    raise
+                first = first or error
+                skipped.append(name)
+                logger.warning("%s; trying the next older one", error)
+            else:
+                return value, tuple(skipped)
+        assert first is not None
+        raise first
+
+    async def _load_one(
+        self, name: str, targets: Targets, *, strict: bool, atomic: bool
+    ) -> tuple[CheckpointInfo, Loaded]:
+        contents = await self._catalog.open(name)
+        try:
+            return contents.info, await load_into(contents, targets, self._load_services, strict=strict, atomic=atomic)
+        finally:
+            await contents.close()
+
+    async def read(
+        self,
+        source: CheckpointRef = "latest",
+        *,
+        keys: Sequence[str] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Any]:
+        """A checkpoint as fresh tensors and leaves, in exactly the structure that was saved; needs no model.
+
+        Args:
+            source: as for ``load``.
+            keys: names (``"model"``, ``"optim.state"``) to read; everything at and below them.
+            device: where the tensors go.
+        Raises: CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError; LoadError for a key that it does not hold.
+        """
+        return await drive(self._reading(source, keys, device))
+
+    def _reading(
+        self, source: CheckpointRef, keys: Sequence[str] | None, device: torch.device | str
+    ) -> Verb[dict[str, Any]]:
+        if isinstance(keys, str):
+            keys = [keys]
+        value, _ = yield from self._try_each(source, lambda name: self._read_one(name, keys, device))
+        return value
+
+    async def _read_one(self, name: str, keys: Sequence[str] | None, device: torch.device | str) -> dict[str, Any]:
+        contents = await self._catalog.open(name)
+        try:
+            return await read_fresh(contents, self._load_services, keys=keys, device=device)
+        finally:
+            await contents.close()
+
+    # -- catalog
+
+    async def latest(self) -> CheckpointInfo | None:
+        """The newest whole checkpoint: by step, else by digits in the name, else by time. None if there is none."""
+        return await drive(self._finding_latest())
+
+    def _finding_latest(self) -> Verb[CheckpointInfo | None]:
+        info: CheckpointInfo | None = yield self._submit(self._catalog.latest())
+        return info
+
+    async def checkpoints(self) -> AsyncIterator[CheckpointInfo]:
+        """Committed, whole checkpoints, ascending."""
+        for name in await drive(self._listing()):
+            info = await drive(self._describing(name))
+            if info is not None:
+                yield info
+
+    def _listing(self) -> Verb[list[str]]:
+        names: list[str] = yield self._submit(self._catalog.names())
+        return names
+
+    def _describing(self, name: str) -> Verb[CheckpointInfo | None]:
+        info: CheckpointInfo | None = yield self._submit(self._catalog.info(name))
+        return info
+
+    async def _metadata_of(self, name: str) -> Metadata:
+        return await self._submit(self._catalog.metadata(name)).wait()
+
+
+def _plain_json(notes: Mapping[str, JSON] | None) -> dict[str, JSON]:
+    """A copy of ``notes``. Raises ValueError if they are not JSON."""
+    try:
+        copied: dict[str, JSON] = json.loads(json.dumps(dict(notes or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"notes must be JSON: {error}") from error
+    return copied

@@ -1,0 +1,66 @@
+"""What happens to an engine that was left open when the main thread ended.
+
+Its loop thread is not a daemon, so the interpreter waits for it; the guard, a coroutine on that loop, notices, drains for a while, aborts
+what is left, and makes the process end with a status that is not 0. `atexit` would come too late for the drain, but serves the status.
+Invariant: never a hang, never a silent loss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.25
+_ABORT_SECONDS = 5.0
+
+
+class ExitGuard:
+    """Watches the main thread for one engine."""
+
+    def __init__(self, shut_down: Callable[[], Awaitable[bool]], grace: float) -> None:
+        """
+        Args:
+            shut_down: drains, aborts what could not be drained, releases; False if anything was lost.
+            grace: seconds that it may take.
+        """
+        self._shut_down = shut_down
+        self._grace = grace
+        self._pid = os.getpid()
+        self._lost = False
+        atexit.register(self._fail)
+
+    async def watch(self) -> None:
+        """Return once the main thread has ended and everything was saved or given up."""
+        while threading.main_thread().is_alive():
+            await asyncio.sleep(_POLL_SECONDS)
+        try:
+            saved = await asyncio.wait_for(self._shut_down(), self._grace + _ABORT_SECONDS)
+        except TimeoutError:
+            logger.critical("a storage call hangs; the process ends without waiting for it")
+            self._end()
+        self._lost = not saved
+
+    def dismiss(self) -> None:
+        """The engine was closed in time."""
+        if not self._lost:
+            atexit.unregister(self._fail)
+
+    def _fail(self) -> None:
+        # runs after every thread that is not a daemon has ended, so the guard has made up its mind
+        if self._lost and os.getpid() == self._pid:
+            self._end()
+
+    @staticmethod
+    def _end() -> None:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(1)

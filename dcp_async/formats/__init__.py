@@ -1,0 +1,1 @@
+"""Formats: items <-> file images. Pure functions over bytes and numbers, no I/O."""

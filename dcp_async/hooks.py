@@ -1,0 +1,54 @@
+"""Optimizers wait for staging: the net under ``overlap=True`` that needs no await in the trainer.
+
+Enters: optimizers found in a state, and the handle of its staging. Leaves: one pre-step hook per optimizer. Invariant: the hook never
+raises and never returns early; a failed save reports through its handles, not through somebody's training step.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .response import CheckpointHandle
+
+
+class OptimizerHooks:
+    """The hooks of one engine. ``remove()`` takes them off again."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._handles: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
+        self._staging: weakref.WeakKeyDictionary[Optimizer, list[CheckpointHandle[None]]] = weakref.WeakKeyDictionary()
+
+    def watch(self, optimizers: Iterable[Optimizer], staging: CheckpointHandle[None]) -> None:
+        """Make each of ``optimizers`` wait for ``staging`` before its next step."""
+        with self._lock:
+            for optimizer in optimizers:
+                waiting = self._staging.setdefault(optimizer, [])
+                waiting[:] = [handle for handle in waiting if not handle.done()]
+                waiting.append(staging)
+                if optimizer not in self._handles:
+                    self._handles[optimizer] = optimizer.register_step_pre_hook(self._wait)
+
+    def _wait(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked child has its own copy of the tensors, and nobody to wait for
+        with self._lock:
+            waiting = [handle._future for handle in self._staging.get(optimizer, ()) if not handle.done()]
+        concurrent.futures.wait(waiting)
+
+    def remove(self) -> None:
+        """Take the hooks off. Not while a step is running: torch iterates over its table of hooks."""
+        with self._lock:
+            for handle in self._handles.values():
+                handle.remove()
+            self._handles.clear()
+            self._staging.clear()

@@ -1,0 +1,357 @@
+"""Loading, as coroutines joined by bounded queues.
+
+    load   plan -[Span]-> read -[FetchBuffers]-> place -> restore()
+
+Enters: an opened checkpoint and what is wanted of it. Leaves: filled tensors and leaf values, or an error before anything was touched.
+Invariant: leaves are decoded, and with them trust is decided, before the first tensor is written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import anyio
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+from ._concurrency import BlockingThreads, Pipe, run_blocking
+from .catalog import Contents, subtree
+from .errors import (
+    CorruptCheckpointError,
+    IncompatibleStateError,
+    LoadError,
+    StorageError,
+    UntrustedCheckpointError,
+)
+from .pipeline import first_failure
+from .reading import Collector, CoverageError, DamagedError, FetchBuffers, Source, Span, make_spans
+from .response import JSON
+from .state import Targets, build_from_structure
+from .trust import Trust, UntrustedGlobal
+
+_QUEUE_SPANS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadServices:
+    """What the engine lends to its loads."""
+
+    threads: BlockingThreads
+    part_bytes: int
+    io_concurrency: int
+    timeout: float
+    trust: Trust
+
+
+@dataclass(slots=True, kw_only=True)
+class Match:
+    """How a state and a checkpoint fit."""
+
+    tensors: dict[str, torch.Tensor]
+    """To be filled in place."""
+    leaves: list[str]
+    """To be replaced."""
+    open_tensors: dict[str, torch.Tensor]
+    """Fresh tensors for mappings that take whatever was saved below them."""
+    open_nodes: dict[str, JSON]
+    """The trees of those mappings."""
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    """Why names mismatch, in words."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Loaded:
+    """What a load gives to ``restore``."""
+
+    values: dict[str, Any]
+    extra: dict[str, dict[Any, Any]]
+    match: Match
+    nbytes: int
+
+
+def _fresh(meta: TensorStorageMetadata, strides: tuple[int, ...] | None, device: torch.device | str) -> torch.Tensor:
+    dtype = meta.properties.dtype
+    if strides is None:
+        return torch.empty(meta.size, dtype=dtype, device=device)
+    return torch.empty_strided(tuple(meta.size), strides, dtype=dtype, device=device)
+
+
+def match_state(targets: Targets, contents: Contents) -> Match:
+    """Compare names, kinds, shapes and dtypes. Touches nothing."""
+    names = contents.names
+    match = Match(tensors={}, leaves=[], open_tensors={}, open_nodes={})
+    for name, tensor in targets.tensors.items():
+        meta = names.get(name)
+        if meta is None:
+            match.missing.append(name)
+        elif not isinstance(meta, TensorStorageMetadata):
+            match.mismatched.append(name)
+            match.reasons.append(f"{name} is a tensor in the state, but not in the checkpoint")
+        elif meta.size != tensor.shape or meta.properties.dtype != tensor.dtype:
+            match.mismatched.append(name)
+            match.reasons.append(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype} in the state, "
+                f"{tuple(meta.size)} {meta.properties.dtype} in the checkpoint"
+            )
+        elif tensor.is_meta:
+            match.mismatched.append(name)
+            match.reasons.append(f"{name} is on the meta device; materialise it first, e.g. with to_empty()")
+        else:
+            match.tensors[name] = tensor
+    for name in targets.leaves:
+        meta = names.get(name)
+        if meta is None:
+            match.missing.append(name)
+        elif isinstance(meta, BytesStorageMetadata):
+            match.leaves.append(name)
+        else:
+            match.mismatched.append(name)
+            match.reasons.append(f"{name} is a tensor in the checkpoint, but not in the state")
+    _match_open(targets, contents, match)
+    known = targets.tensors.keys() | targets.leaves
+    inside = tuple(f"{prefix}." for prefix in targets.prefixes)
+    taken = match.open_tensors.keys() | set(match.leaves)
+    match.unexpected = [
+        name
+        for name in names
+        if name not in known and name not in taken and (name in targets.prefixes or name.startswith(inside))
+    ]
+    # a container that was saved empty has no leaf, so an open mapping that stays empty misses nothing
+    return match
+
+
+def _match_open(targets: Targets, contents: Contents, match: Match) -> None:
+    """Open mappings take each child that they lack, whole."""
+    known = targets.tensors.keys() | targets.leaves
+    strides = contents.manifest.strides if contents.manifest else {}
+    for prefix in targets.open_mappings:
+        node = subtree(contents.structure, prefix)
+        if not isinstance(node, list) or node[0] == "list":
+            continue
+        entries = cast("Any", node[1])
+        children = list(entries.items() if isinstance(entries, dict) else entries)
+        lacking = [
+            (key, below)
+            for key, below in children
+            if not any(name == f"{prefix}.{key}" or name.startswith(f"{prefix}.{key}.") for name in known)
+        ]
+        match.open_nodes[prefix] = [node[0], [[key, below] for key, below in lacking]]
+        heads = tuple(f"{prefix}.{key}" for key, _ in lacking)
+        inside = tuple(f"{head}." for head in heads)
+        for name, meta in contents.names.items():
+            if name.startswith(inside) or name in heads:
+                if isinstance(meta, TensorStorageMetadata):
+                    match.open_tensors[name] = _fresh(meta, strides.get(name), "cpu")
+                else:
+                    match.leaves.append(name)
+
+
+def check_strict(match: Match, checkpoint_id: str) -> None:
+    """Raises IncompatibleStateError unless everything fits."""
+    parts = []
+    for what, names in (("missing in the checkpoint", match.missing), ("not in the state", match.unexpected)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            parts.append(f"{what}: {', '.join(names[:5])}{more}")
+    if match.mismatched:
+        more = f" and {len(match.reasons) - 5} more" if len(match.reasons) > 5 else ""
+        parts.append("; ".join(match.reasons[:5]) + more)
+    if parts:
+        raise IncompatibleStateError(
+            f"checkpoint {checkpoint_id!r} does not fit the state ({'; '.join(parts)}); nothing was loaded. "
+            "Fix the state, or pass strict=False to load what fits",
+            checkpoint_id=checkpoint_id,
+        )
+
+
+class LoadPipeline:
+    """Reads what is wanted of one opened checkpoint."""
+
+    def __init__(self, contents: Contents, services: LoadServices) -> None:
+        self._contents = contents
+        self._services = services
+        manifest = contents.manifest
+        self._source = Source(
+            tensors={name: meta for name, meta in contents.names.items() if isinstance(meta, TensorStorageMetadata)},
+            places=contents.places,
+            raw_files=frozenset(contents.digests),
+            exotic=frozenset(manifest.exotic if manifest else ()),
+            trust=services.trust,
+        )
+        self._touched = False
+
+    async def read(self, tensors: Mapping[str, torch.Tensor], leaves: Iterable[str]) -> tuple[dict[str, Any], int]:
+        """Fill ``tensors``; gives (name -> value of each leaf, number of bytes).
+
+        Raises: CorruptCheckpointError, IncompatibleStateError, UntrustedCheckpointError. Cancellation: joins the reads in progress;
+        targets may be partly filled.
+        """
+        values: dict[str, Any] = {}
+        name = self._contents.info.checkpoint_id
+        try:
+            small, large = Collector(self._source), Collector(self._source)
+            for leaf in leaves:
+                small.want_leaf(leaf, values.__setitem__)
+            for fqn, target in tensors.items():
+                large.want_tensor(fqn, target)
+            await self._flow(small)
+            self._touched = True
+            await self._flow(large)
+        except (BaseExceptionGroup, CoverageError, DamagedError) as error:
+            cause = first_failure(error)
+            explained = self._explain(cause, name)
+            if explained is cause:
+                raise cause from None
+            raise explained from cause
+        return values, small.nbytes + large.nbytes
+
+    def _explain(self, error: BaseException, name: str) -> BaseException:
+        state = "targets are partly overwritten" if self._touched else "nothing was loaded"
+        if isinstance(error, UntrustedGlobal):
+            return UntrustedCheckpointError(
+                f"checkpoint {name!r}: a leaf names {error.name}; {state}. If you trust it, allow it with "
+                f"Trust(safe_globals=({error.name.rpartition('.')[2]},)), or everything with Trust(unsafe=True)",
+                checkpoint_id=name,
+            )
+        if isinstance(error, CoverageError):
+            return IncompatibleStateError(f"checkpoint {name!r}: {error}; {state}", checkpoint_id=name)
+        if isinstance(error, (DamagedError, StorageError)):
+            names = error.names if isinstance(error, DamagedError) else ()
+            what = f" (in {', '.join(names[:5])}{' and more' if len(names) > 5 else ''})" if names else ""
+            return CorruptCheckpointError(
+                f"checkpoint {name!r} is corrupt: {error}{what}; {state}. Load an older checkpoint",
+                checkpoint_id=name,
+                partially_loaded=self._touched,
+                tensors=tuple(names),
+            )
+        return error
+
+    async def _flow(self, collector: Collector) -> None:
+        readers = self._services.io_concurrency
+        spans: Pipe[Span] = Pipe(_QUEUE_SPANS)
+        fetched: Pipe[FetchBuffers] = Pipe(_QUEUE_SPANS, producers=readers)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._plan, collector, spans)
+            for _ in range(readers):
+                group.start_soon(self._read, spans, fetched)
+            group.start_soon(self._place, fetched)
+
+    async def _plan(self, collector: Collector, spans: Pipe[Span]) -> None:
+        for span in make_spans(
+            collector.pieces,
+            self._contents.digests,
+            self._contents.image_bytes,
+            part_bytes=self._services.part_bytes,
+        ):
+            await spans.put(span)
+        await spans.close()
+
+    async def _read(self, spans: Pipe[Span], fetched: Pipe[FetchBuffers]) -> None:
+        async for span in spans:
+            buffers = FetchBuffers(span)
+            await self._contents.reader.read_into(span.file, buffers.segments)
+            await self._blocking(buffers.verify)
+            await fetched.put(buffers)
+        await fetched.close()
+
+    async def _place(self, fetched: Pipe[FetchBuffers]) -> None:
+        async for buffers in fetched:
+            try:
+                await self._blocking(buffers.scatter)
+            except ValueError as error:
+                if isinstance(error, DamagedError):
+                    raise
+                raise DamagedError(str(error), [piece.name for piece in buffers.span.pieces]) from error
+
+    async def _blocking(self, fn: Callable[[], None]) -> None:
+        await run_blocking(self._services.threads, self._services.timeout, fn)
+
+
+async def load_into(
+    contents: Contents, targets: Targets, services: LoadServices, *, strict: bool, atomic: bool
+) -> Loaded:
+    """Fill the targets' tensors and gather everything else that ``restore`` hands back."""
+    match = match_state(targets, contents)
+    if strict:
+        check_strict(match, contents.info.checkpoint_id)
+    into = match.tensors
+    if atomic:
+        into = {name: torch.empty_like(tensor) for name, tensor in into.items()}
+    pipeline = LoadPipeline(contents, services)
+    values, nbytes = await pipeline.read({**into, **match.open_tensors}, match.leaves)
+    if atomic:
+        await services.threads.run(torch._foreach_copy_, list(match.tensors.values()), list(into.values()))
+    fresh: dict[str, Any] = {**values, **match.open_tensors}
+    extra: dict[str, dict[Any, Any]] = {}
+    for prefix, node in match.open_nodes.items():
+        taken = build_from_structure(node, fresh.__getitem__, prefix)
+        owner = targets.open_mappings[prefix]
+        extra[prefix] = {_optimizer_key(owner, key): entry for key, entry in taken.items()}
+    return Loaded(values=values, extra=extra, match=match, nbytes=nbytes)
+
+
+_ABSENT = object()
+"""Stands for leaves that were not asked for."""
+
+
+def _optimizer_key(owner: type, key: Any) -> Any:
+    """Stock turns an optimizer's parameter numbers into text."""
+    return int(key) if issubclass(owner, torch.optim.Optimizer) and isinstance(key, str) and key.isdigit() else key
+
+
+async def read_fresh(
+    contents: Contents, services: LoadServices, *, keys: Iterable[str] | None, device: torch.device | str
+) -> dict[str, Any]:
+    """The checkpoint, or what lies at and below ``keys``, as fresh objects in the structure that was saved.
+
+    Raises: LoadError for a key that is no name and no prefix of one.
+    """
+    strides = contents.manifest.strides if contents.manifest else {}
+    wanted = list(contents.names)
+    if keys is not None:
+        wanted = []
+        for key in dict.fromkeys(keys):
+            below = [name for name in contents.names if name == key or name.startswith(f"{key}.")]
+            if not below:
+                raise LoadError(
+                    f"checkpoint {contents.info.checkpoint_id!r} holds nothing named {key!r}; "
+                    f"its names begin with {', '.join(sorted({name.partition('.')[0] for name in contents.names})[:10])}",
+                    checkpoint_id=contents.info.checkpoint_id,
+                )
+            wanted += below
+    tensors: dict[str, torch.Tensor] = {}
+    leaves: list[str] = []
+    exotic = set(contents.manifest.exotic) if contents.manifest else set()
+    for name in wanted:
+        meta = contents.names[name]
+        if isinstance(meta, TensorStorageMetadata) and name not in exotic:
+            tensors[name] = _fresh(meta, strides.get(name), device)
+        else:
+            leaves.append(name)
+    pipeline = LoadPipeline(contents, services)
+    values, _ = await pipeline.read(tensors, leaves)
+    found: dict[str, Any] = {**values, **tensors}
+    tree = build_from_structure(contents.structure, lambda name: found.get(name, _ABSENT))
+    return _without_absent(tree) if keys is not None else tree
+
+
+def _without_absent(tree: dict[Any, Any]) -> dict[Any, Any]:
+    """What ``keys`` asked for, in its place; containers without any of it go."""
+    kept: dict[Any, Any] = {}
+    for key, node in tree.items():
+        if isinstance(node, dict):
+            inner = _without_absent(node)
+            if inner:
+                kept[key] = inner
+        elif isinstance(node, list):
+            pruned = _without_absent(dict(enumerate(node)))
+            if pruned:
+                kept[key] = list(pruned.values())
+        elif node is not _ABSENT:
+            kept[key] = node
+    return kept

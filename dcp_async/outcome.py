@@ -1,0 +1,54 @@
+"""From whatever went wrong in a save to the SaveError that its handles raise.
+
+Invariant: DCP's CheckpointException, which derives from BaseException, never leaves the package as it is.
+"""
+
+from __future__ import annotations
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from .errors import CheckpointExistsError, Phase, SaveCancelled, SaveError, StateMutatedError, StorageError
+from .pipeline import PhaseFailure
+from .response import AsyncSaveResponse
+from .staging import MutatedTensors
+
+_DOING: dict[Phase, str] = {
+    "capture": "capturing the state",
+    "plan": "planning",
+    "stage": "staging",
+    "write": "writing",
+    "commit": "committing",
+}
+
+
+def save_error(error: BaseException, phase: Phase, response: AsyncSaveResponse, *, rank: int = 0) -> SaveError:
+    """The error of ``response``; its cause is ``error``. ``phase`` holds unless the error knows better."""
+    if isinstance(error, PhaseFailure):
+        phase, error = error.phase, error.cause
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    name = response.checkpoint_id
+    cls: type[SaveError] = SaveError
+    message = f"saving {name!r} failed while {_DOING[phase]} on rank {rank}: {error or type(error).__name__}"
+    if isinstance(error, MutatedTensors):
+        cls = StateMutatedError
+        message = (
+            f"{error} changed while {name!r} was being staged; nothing was committed. Put the optimizer into the state, "
+            "or await response.staging_completion before changing tensors, or save with overlap=False"
+        )
+    elif isinstance(error, FileExistsError) and not isinstance(error, StorageError):
+        cls = CheckpointExistsError
+        message = f"checkpoint {name!r} exists already; save under another name, or pass replace=True"
+    made = cls(message, checkpoint_id=name, step=response.step, phase=phase, failures={rank: error})
+    made.__cause__ = error
+    return made
+
+
+def cancelled_error(response: AsyncSaveResponse) -> SaveCancelled:
+    """The error of a save that was cancelled."""
+    return SaveCancelled(
+        f"saving {response.checkpoint_id!r} was cancelled; nothing of it is left",
+        checkpoint_id=response.checkpoint_id,
+        step=response.step,
+        phase="write",
+    )

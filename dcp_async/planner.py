@@ -1,0 +1,158 @@
+"""From a captured structure to a compiled plan: DCP's planners, our layout, the bytes of `.metadata`.
+
+Enters: a Captured whose structure is new. Leaves: a CompiledPlan that any number of saves of this structure share. Invariant: a plan
+is a pure function of structure and options and holds arrays and bytes, no tensor and no object per item.
+Source: torch/distributed/checkpoint/planner.py (the order of calls), default_planner.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import xxhash
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+
+from .formats.distcp import FileLayout, plan_file
+from .formats.manifest import structure_json
+from .formats.metadata import MetadataTemplate, metadata_template
+from .state import Captured, CaptureError, Structure
+
+_RESOLVERS = ("resolve_data", "lookup_object", "transform_object")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanningOptions:
+    """How a save is planned."""
+
+    save: Callable[[], SavePlanner] = DefaultSavePlanner
+    """Makes the planner of one plan: a factory, because a planner keeps state between its calls."""
+    cache: bool = True
+    """Reuse the plan while the structure stays the same. Off costs a full plan on every save."""
+
+    def __post_init__(self) -> None:
+        if not callable(self.save):
+            raise ValueError(f"PlanningOptions(save=...) takes a class or a function that makes a planner, not {self.save!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledPlan:
+    """Everything about a save that does not change while the structure does not."""
+
+    structure: Structure
+    digest: str
+    """Tells two plans apart; ranks compare it."""
+    layout: FileLayout
+    """Of this rank's file; item i is tensor i of the structure, then its leaves."""
+    metadata: MetadataTemplate
+    manifest_json: str
+    """The manifest's constant part."""
+
+
+def local_plan(captured: Captured, options: PlanningOptions, *, is_coordinator: bool) -> tuple[SavePlanner, SavePlan]:
+    """This rank's plan by DCP's protocol. Raises CaptureError for a planner that does not plan what was captured."""
+    assert captured.flat is not None
+    planner = options.save()
+    for method in _RESOLVERS:
+        ours = getattr(type(planner), method, None)
+        if ours is not getattr(DefaultSavePlanner, method):
+            raise CaptureError(
+                f"{type(planner).__name__} overrides {method}(), which replaces the data item by item; this release copies "
+                "tensors as they are: transform the state before save(), or use a planner that overrides the plan only"
+            )
+    # The flattened state goes in: its names have no structure left, so planner_data comes from our walk (below).
+    planner.set_up_planner(captured.flat, None, is_coordinator)
+    return planner, planner.create_local_plan()
+
+
+def global_plan(planner: SavePlanner, plans: Sequence[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+    """All ranks' plans, deduplicated and validated, and the checkpoint's Metadata. The coordinator's part."""
+    plans, metadata = planner.create_global_plan(list(plans))
+    return plans, metadata
+
+
+def compile_plan(captured: Captured, planner: SavePlanner, plan: SavePlan, metadata: Metadata, *, rank: int) -> CompiledPlan:
+    """Lay out this rank's file for ``plan`` and encode what stays the same."""
+    structure = captured.structure
+    items = {item.index.fqn: item for item in planner.finish_plan(plan).items}
+    _check_items(structure, items)
+    layout = plan_file(
+        [(dtype, tuple(shape)) for dtype, shape in zip(structure.dtypes, structure.shapes, strict=True)], structure.slots
+    )
+    names = structure.tensor_names + structure.leaf_names
+    places: dict[MetadataIndex, tuple[int, int, int]] = {}
+    for name, offset, length in zip(names, layout.item_offsets, layout.item_bytes, strict=True):
+        places[items[name].index] = (rank, offset, length)
+    metadata.planner_data = planner_paths(structure)
+    strides = {
+        name: stride for name, stride in zip(structure.tensor_names, structure.strides, strict=True) if stride is not None
+    }
+    exotic = tuple(structure.leaf_names[index] for index in structure.exotic)
+    return CompiledPlan(
+        structure=structure,
+        digest=structure_digest(structure),
+        layout=layout,
+        metadata=metadata_template(metadata, places),
+        manifest_json=structure_json(captured.tree, strides, exotic),
+    )
+
+
+def _check_items(structure: Structure, items: Mapping[str, WriteItem]) -> None:
+    names = structure.tensor_names + structure.leaf_names
+    if items.keys() != set(names):
+        lost = sorted(set(names) - items.keys())[:3]
+        added = sorted(items.keys() - set(names))[:3]
+        raise CaptureError(f"the planner left out {lost} and added {added}; this release writes what the state holds")
+    tensors = len(structure.tensor_names)
+    exotic = {tensors + index for index in structure.exotic}
+    for index, name in enumerate(names):
+        is_tensor = items[name].type is not WriteItemType.BYTE_IO
+        if is_tensor != (index < tensors or index in exotic):
+            raise CaptureError(f"{name}: the planner and the state disagree on whether it is a tensor")
+
+
+def planner_paths(structure: Structure) -> dict[str, tuple[str | int, ...]]:
+    """DCP's ``planner_data``: name -> path, as its ``flatten_state_dict`` gives it (str for keys, int for list indices)."""
+    kinds = {prefix: kind for prefix, kind, _, _ in structure.containers}
+    keys = {below: str(key) for below, key in structure.odd_keys}
+    paths: dict[str, tuple[str | int, ...]] = {}
+    known: dict[str, tuple[str | int, ...]] = {"": ()}
+
+    def path_of(name: str) -> tuple[str | int, ...]:
+        if name in known:
+            return known[name]
+        # the container that holds the name is the longest prefix that is one: keys may have dots of their own
+        cut = name.rfind(".")
+        while cut >= 0 and name[:cut] not in kinds:
+            cut = name.rfind(".", 0, cut)
+        if cut < 0:
+            return (name,)
+        prefix, key = name[:cut], keys.get(name, name[cut + 1 :])
+        path = (*path_of(prefix), int(key) if kinds[prefix] == "list" else key)
+        if name in kinds:
+            known[name] = path
+        return path
+
+    for name in structure.tensor_names + structure.leaf_names:
+        paths[name] = path_of(name)
+    return paths
+
+
+def structure_digest(structure: Structure) -> str:
+    """A digest of everything that a layout depends on, 16 hex digits."""
+    digest = xxhash.xxh3_64()
+    for part in (
+        structure.tensor_names,
+        structure.dtypes,
+        structure.shapes,
+        structure.strides,
+        structure.leaf_names,
+        structure.exotic,
+        structure.slots,
+        structure.containers,
+        structure.odd_keys,
+    ):
+        digest.update(repr(part).encode())
+    return digest.hexdigest()

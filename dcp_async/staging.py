@@ -1,0 +1,321 @@
+"""Staging: from live tensors to parts of a file image, one batched copy per run of parts.
+
+Enters: a StageJob (plan, tensors, pickled leaves) and a range of parts. Leaves: leased slots that hold the image's bytes, constant
+bytes included. Invariant: once a job's last part is staged nothing refers to the trainer's tensors any more.
+Few, large calls: beside a busy Python thread each release of the GIL costs up to 5 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from ._concurrency import BlockingThreads, run_blocking
+from .device import Backend, Event, TorchBackend
+from .errors import EngineStateError
+from .formats.distcp import BLOCK_BYTES
+from .planner import CompiledPlan
+from .pool import Arena, BufferPool, Lease
+from .state import Captured, padded_items
+
+MiB = 1 << 20
+_ASIDE_TENSOR_BYTES = 64 * 1024
+_ASIDE_BYTES = 8 * MiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagingOptions:
+    """How a state gets out of the trainer's way."""
+
+    overlap: bool = False
+    """Return from ``save()`` after capture and copy during the next forward and backward. Needs the optimizer in the state."""
+    budget_bytes: int | None = None
+    """The most memory that staging holds. None: pending saves x the state, so that staging never waits for the disk."""
+    part_bytes: int = 32 * MiB
+    """The unit of flow, a multiple of 64 KiB. Larger parts cost fewer calls, smaller ones less memory under a small budget."""
+    pinned: bool | None = None
+    """Pin the pool for copies from an accelerator. None: if there is one."""
+
+    def __post_init__(self) -> None:
+        if self.part_bytes < BLOCK_BYTES or self.part_bytes % BLOCK_BYTES:
+            raise ValueError(f"StagingOptions(part_bytes=...) is a multiple of {BLOCK_BYTES}, not {self.part_bytes}")
+        least = self.part_bytes + (_ASIDE_BYTES if self.overlap else 0)
+        if self.budget_bytes is not None and self.budget_bytes < least:
+            raise ValueError(f"StagingOptions(budget_bytes=...) is at least {least}, not {self.budget_bytes}")
+
+    @property
+    def pool_bytes(self) -> int | None:
+        """What of the budget is for parts; the rest is for tensors copied aside."""
+        if self.budget_bytes is None:
+            return None
+        return self.budget_bytes - (_ASIDE_BYTES if self.overlap else 0)
+
+
+class MutatedTensors(Exception):
+    """Tensors whose version moved between capture and staging; ``names`` says which."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(", ".join(names))
+        self.names = tuple(names)
+
+
+@dataclass(slots=True, kw_only=True)
+class StageJob:
+    """What one save stages."""
+
+    plan: CompiledPlan
+    captured: Captured
+    events: dict[torch.device, Event]
+    """Per accelerator, the moment of capture."""
+    items: list[bytes] = field(default_factory=list)
+    """Padded items of the leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class _BatchViews:
+    """Where the tensors of a run of parts go; kept with the slots, since making views costs more than copying small tensors."""
+
+    indices: list[int]
+    targets: list[torch.Tensor]
+    cut: list[int]
+    """Tensors that reach over the run's ends."""
+
+
+def flat_slices(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int | slice, ...], int, int]]:
+    """Cut elements [start, stop) of a row-major enumeration of ``shape`` into boxes.
+
+    Yields (index, first, last): the box and its place in the enumeration. At most two boxes per dimension and one in the middle.
+    """
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield (slice(start, stop),) if shape else (), start, stop
+        return
+    row = 1
+    for extent in shape[1:]:
+        row *= extent
+    first, last = -(-start // row), stop // row
+    if first > last:  # within one row
+        for index, low, high in flat_slices(shape[1:], start - last * row, stop - last * row):
+            yield (last, *index), last * row + low, last * row + high
+        return
+    if start < first * row:
+        for index, low, high in flat_slices(shape[1:], start - (first - 1) * row, row):
+            yield (first - 1, *index), (first - 1) * row + low, (first - 1) * row + high
+    if first < last:
+        yield (slice(first, last),), first * row, last * row
+    if last * row < stop:
+        for index, low, high in flat_slices(shape[1:], 0, stop - last * row):
+            yield (last, *index), last * row + low, last * row + high
+
+
+def copy_aside(captured: Captured) -> None:
+    """Replace small tensors by copies, smallest first: a forward changes those (BatchNorm's counters), and they are cheap.
+
+    Records the version of every other tensor. Call before the events are recorded, so that copies on a device come first.
+    """
+    tensors = captured.tensors
+    versions: list[int | None] = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+    sizes = [tensor.nbytes for tensor in tensors]
+    left = _ASIDE_BYTES
+    with torch.no_grad():
+        for index in sorted(range(len(tensors)), key=sizes.__getitem__):
+            if sizes[index] > _ASIDE_TENSOR_BYTES or sizes[index] > left:
+                break
+            tensors[index] = tensors[index].clone()
+            versions[index] = None
+            left -= sizes[index]
+    captured.versions = versions
+
+
+class Stager:
+    """Owns the pool and the thread that copies into it.
+
+    ``async with Stager(options) as stager`` may serve several engines; they never close it. An engine that was given options makes
+    its own and closes it.
+    """
+
+    def __init__(self, options: StagingOptions = StagingOptions(), *, backend: Backend | None = None) -> None:
+        self.options = options
+        self.backend: Backend = backend or TorchBackend()
+        self.pool = BufferPool(slot_bytes=options.part_bytes, budget_bytes=options.pool_bytes)
+        self._threads: BlockingThreads | None = None
+        self._views: dict[tuple[int, int, int], tuple[CompiledPlan, Arena, _BatchViews]] = {}
+        self._pinned: Arena | None = None
+
+    def __repr__(self) -> str:
+        return f"<Stager {'open' if self._threads else 'closed'} {self.pool!r}>"
+
+    async def open(self) -> Self:
+        """Start the copying thread; a second call does nothing."""
+        if self._threads is None:
+            self._threads = BlockingThreads("dcp_async-stage", 1)
+        return self
+
+    async def close(self) -> None:
+        """End the thread and let the pool's memory go. Its engines must be closed before."""
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+        if self._pinned is not None:
+            self.backend.unpin(self._pinned.tensor.data_ptr())
+            self._pinned = None
+        self._views.clear()
+        self.pool.close()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def prepare(self, captured: Captured) -> dict[torch.device, Event]:
+        """In the caller's thread, right after capture: copies aside what overlap needs, marks the devices' queues."""
+        if self.options.overlap:
+            copy_aside(captured)
+        return {device: self.backend.record(device) for device in self.backend.devices(captured.tensors)}
+
+    async def stage(self, job: StageJob, first: int, count: int, *, timeout: float) -> Lease:
+        """Stage up to ``count`` parts from ``first`` on; the lease tells how many.
+
+        Cancellation: the copy in progress is joined, then the slots are free again.
+        Raises: MutatedTensors; StuckThreadError, after which the slots are lost.
+        """
+        if self._threads is None:
+            raise EngineStateError("the stager is closed; keep `async with Stager(...)` open around its engines")
+        lease = await self.pool.lease(count)
+        try:
+            await run_blocking(self._threads, timeout, self._copy, job, first, lease)
+        except TimeoutError:
+            for index in range(lease.count):
+                self.pool.release(lease, index, lost=True)
+            raise
+        except BaseException:
+            self.pool.release_all(lease)
+            raise
+        return lease
+
+    def _copy(self, job: StageJob, first: int, lease: Lease) -> None:
+        layout, arena = job.plan.layout, lease.arena
+        start = first * lease.slot_bytes
+        stop = min(start + lease.count * lease.slot_bytes, layout.image_bytes)
+        memory = lease.memory(0, stop - start)
+        self._pin(arena)
+        marks = [(job.plan, first + index) for index in range(lease.count)]
+        here = slice(lease.first, lease.first + lease.count)
+        if arena.resident[here] != marks:
+            arena.resident[here] = [None] * lease.count
+            layout.fill_constants(memory, start)
+        if not job.items:
+            job.items = list(padded_items(job.captured))
+        for (offset, length), item in zip(layout.slots(), job.items, strict=True):
+            low, high = max(offset, start), min(offset + length, stop)
+            if low < high:
+                memory[low - start : high - start] = item[low - offset : high - offset]
+        views = self._batch_views(job.plan, first, start, stop, lease)
+        sources = [job.captured.tensors[index] for index in views.indices]
+        targets = list(views.targets)
+        for index in views.cut:
+            for source, target in self._cut(job, index, start, stop, lease):
+                sources.append(source)
+                targets.append(target)
+        self._copy_tensors(job.events, targets, sources)
+        self._check_versions(job, [*views.indices, *views.cut])
+        arena.resident[here] = marks
+
+    def _batch_views(self, plan: CompiledPlan, first: int, start: int, stop: int, lease: Lease) -> _BatchViews:
+        key = (first, lease.first, lease.count)
+        known = self._views.get(key)
+        if known is not None and known[0] is plan and known[1] is lease.arena:
+            return known[2]
+        layout = plan.layout
+        views = _BatchViews([], [], [])
+        for index in layout.tensors_between(start, stop):
+            low, nbytes = layout.payload_offsets[index], layout.payload_bytes[index]
+            if nbytes == 0:
+                continue
+            if low < start or low + nbytes > stop:
+                views.cut.append(index)
+                continue
+            dtype, shape = plan.structure.dtypes[index], plan.structure.shapes[index]
+            flat = lease.arena.typed(dtype)
+            at = (lease.offset + low - start) // dtype.itemsize
+            views.indices.append(index)
+            views.targets.append(flat[at : at + nbytes // dtype.itemsize].view(shape))
+        # a small budget deals slots out in ever new combinations; views of those would only pile up
+        if self.options.budget_bytes is None:
+            self._views = {
+                other: entry for other, entry in self._views.items() if entry[0] is plan and entry[1] is lease.arena
+            }
+            self._views[key] = (plan, lease.arena, views)
+        return views
+
+    def _cut(
+        self, job: StageJob, index: int, start: int, stop: int, lease: Lease
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(source, target) boxes of a tensor that reaches over the run's ends."""
+        layout, tensor = job.plan.layout, job.captured.tensors[index].detach()
+        size = tensor.dtype.itemsize
+        payload = layout.payload_offsets[index]
+        low = max(start - payload, 0) // size
+        high = min(stop - payload, layout.payload_bytes[index]) // size
+        flat = lease.arena.typed(tensor.dtype)
+        base = (lease.offset + payload - start) // size
+        if tensor.is_contiguous():
+            yield tensor.view(-1)[low:high], flat[base + low : base + high]
+            return
+        for box, begin, end in flat_slices(tensor.shape, low, high):
+            source = tensor[box]
+            yield source, flat[base + begin : base + end].view(source.shape)
+
+    def _copy_tensors(
+        self, events: dict[torch.device, Event], targets: list[torch.Tensor], sources: list[torch.Tensor]
+    ) -> None:
+        if events:
+            pairs = list(zip(targets, sources, strict=True))
+            for device, event in events.items():
+                there = [pair for pair in pairs if not self.backend.is_on_host(pair[1]) and pair[1].device == device]
+                if there:
+                    self.backend.copy_to_host(device, event, [pair[0] for pair in there], [pair[1] for pair in there])
+            pairs = [pair for pair in pairs if self.backend.is_on_host(pair[1])]
+            targets, sources = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        if sources:
+            torch._foreach_copy_(targets, sources)
+
+    def _check_versions(self, job: StageJob, indices: Sequence[int]) -> None:
+        versions = job.captured.versions
+        if versions is None:
+            return
+        tensors = job.captured.tensors
+        moved = [index for index in indices if versions[index] is not None and tensors[index]._version != versions[index]]
+        if moved:
+            raise MutatedTensors([job.plan.structure.tensor_names[index] for index in moved])
+
+    def _pin(self, arena: Arena) -> None:
+        wanted = torch.accelerator.is_available() if self.options.pinned is None else self.options.pinned
+        if wanted and self._pinned is not arena:
+            if self._pinned is not None:
+                self.backend.unpin(self._pinned.tensor.data_ptr())
+                self._pinned = None
+            if self.backend.pin(arena.tensor.data_ptr(), arena.tensor.nbytes):
+                self._pinned = arena
+
+
+def parts_between(first: int, count: int, slot_bytes: int, image_bytes: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) in the image of each of ``count`` parts from ``first`` on."""
+    for part in range(first, first + count):
+        start = part * slot_bytes
+        yield start, min(slot_bytes, image_bytes - start)
+
+
+def num_parts(image_bytes: int, slot_bytes: int) -> int:
+    """How many parts an image has."""
+    return -(-image_bytes // slot_bytes)
+
+

@@ -1,0 +1,1 @@
+"""Storages: bytes and media. They know nothing of tensors."""

@@ -1,0 +1,92 @@
+"""What the engine asks of a medium: small transactions to write, positioned reads, and one rule.
+
+The rule: a checkpoint exists when its `.metadata` does, and it appears whole or not at all. Third parties may implement these
+protocols; verbs that block belong in the storage's own threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCheckpoint:
+    """A name under the root."""
+
+    name: str
+    committed: bool
+    """Whether its `.metadata` exists."""
+    modified: float
+    """When it was committed (or, if it was not, last changed), in Unix seconds."""
+
+
+class Transaction(Protocol):
+    """One rank's part of one save. Ends by ``commit`` or by ``abort``; ``abort`` after ``commit`` only releases."""
+
+    async def put(self, file: str, offset: int, buffer: memoryview) -> None:
+        """Write ``buffer`` at ``offset``: in any order, several at once; aligned to 4 KiB but for the tail of the file.
+
+        The buffer is not touched any more once this returns or raises, but for a StuckThreadError.
+        """
+
+    async def seal(self, file: str) -> None:
+        """Make ``file`` durable; no ``put`` to it may follow. Raises StorageError if it has not the size announced."""
+
+    async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
+        """Publish, all or nothing: after it returns the checkpoint exists and is durable. The coordinator alone calls it.
+
+        Raises: FileExistsError if the name is committed and ``replace`` is False; then nothing has changed.
+        """
+
+    async def abort(self) -> None:
+        """Leave nothing behind of an uncommitted save, and release what the transaction holds."""
+
+
+class Reader(Protocol):
+    """Reads one committed checkpoint; the files it opened stay readable even if somebody removes it."""
+
+    async def metadata(self) -> bytes:
+        """The bytes of `.metadata`."""
+
+    async def manifest(self) -> Sequence[bytes]:
+        """The bytes of each manifest that lies there: none if stock wrote it, two if a replace was interrupted."""
+
+    async def size(self, file: str) -> int:
+        """Length of ``file``. Raises StorageError if there is none, or if its path leaves the root."""
+
+    async def read_into(self, file: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each buffer from its offset of ``file``. Raises StorageError if the file ends before."""
+
+    async def close(self) -> None:
+        """Release the files."""
+
+
+class Storage(Protocol):
+    """A root that holds checkpoints by name."""
+
+    async def connect(self) -> None:
+        """Get ready; called by each engine that opens on it, so a second call must do no harm."""
+
+    async def close(self) -> None:
+        """Release what it holds. Called by whoever made it."""
+
+    async def begin(self, name: str, files: Mapping[str, int | None], *, uid: str, replace: bool) -> Transaction:
+        """Start to write ``name`` with these files (name -> length, None if not known before the end).
+
+        ``uid`` is part of every file's name and tells this save's files from any other's.
+        Raises: FileExistsError if the name is committed and ``replace`` is False.
+        """
+
+    async def list(self) -> Sequence[StoredCheckpoint]:
+        """All names under the root, committed or not, in no order."""
+
+    async def remove(self, name: str) -> None:
+        """Remove a checkpoint: `.metadata` first, then the rest."""
+
+    async def sweep(self) -> None:
+        """Remove what dead saves left under the root, and nothing that a live save owns."""
+
+    async def open(self, name: str) -> Reader:
+        """Start to read ``name``. Raises FileNotFoundError if it is not committed."""

@@ -1,0 +1,150 @@
+"""Leases: which uncommitted files belong to a live save.
+
+A lease is a locked file, taken before the first data file of a save and released after it was published. The lock dies with its
+process, so whatever lies under a free lease is a leftover. Files are grouped by the uid in their names.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import time
+import weakref
+from pathlib import Path
+
+from ..trust import UntrustedGlobal, decode_metadata
+
+logger = logging.getLogger(__name__)
+
+_OURS = re.compile(
+    r"(?:__\d+_\d+-(?P<data>[0-9a-f]{16})\.distcp|manifest-(?P<manifest>[0-9a-f]{16})\.json"
+    r"|\.metadata-(?P<tmp>[0-9a-f]{16})\.tmp|\.lease-(?P<lease>[0-9a-f]{16}))"
+)
+_TOUCH_SECONDS = 30.0
+# File systems whose flock may not reach other hosts; there the lease's age must agree.
+_REMOTE = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "lustre", "beegfs", "gpfs", "ceph")
+
+# A forked child must not inherit a lease: its copy of the descriptor would keep the lock alive after the parent's death.
+_live: weakref.WeakSet[Lease] = weakref.WeakSet()
+
+
+def _drop_in_child() -> None:
+    for lease in list(_live):
+        os.close(lease.fd)
+    _live.clear()
+
+
+os.register_at_fork(after_in_child=_drop_in_child)
+
+
+class Lease:
+    """The lock of one save. Owns its descriptor; ``release()`` removes the file and closes it."""
+
+    def __init__(self, directory: Path, uid: str) -> None:
+        self.path = directory / f".lease-{uid}"
+        while True:
+            self.fd = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self.fd).st_ino == os.stat(self.path).st_ino:
+                    break
+            except (BlockingIOError, FileNotFoundError):
+                # a sweeper got in between create and lock, and has removed the file or will: make it anew
+                logger.debug("lease %s was swept while it was taken; taking it again", self.path)
+            os.close(self.fd)
+        self._touch = is_remote(directory)
+        self._touched = time.monotonic()
+        _live.add(self)
+
+    def keep_alive(self) -> None:
+        """Show that the owner lives, where others can only see the file's age."""
+        if self._touch and time.monotonic() - self._touched > _TOUCH_SECONDS:
+            os.utime(self.path)
+            self._touched = time.monotonic()
+
+    def release(self) -> None:
+        if self in _live:
+            _live.discard(self)
+            self.path.unlink(missing_ok=True)
+            os.close(self.fd)
+
+
+def is_remote(directory: Path) -> bool:
+    """Whether ``directory`` lies on a file system whose locks other hosts may not see."""
+    try:
+        mounts = Path("/proc/self/mounts").read_text().splitlines()
+    except OSError:
+        return False  # not Linux: local file systems are what is supported there
+    real = os.path.realpath(directory)
+    best, kind = "", ""
+    for line in mounts:
+        _, point, fstype, *_ = line.split(" ")
+        point = point.replace("\\040", " ")
+        if len(point) >= len(best) and os.path.commonpath((real, point)) == point:
+            best, kind = point, fstype
+    return kind.startswith(_REMOTE)
+
+
+def _is_free(directory: Path, uid: str, max_age: float) -> bool:
+    path = directory / f".lease-{uid}"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True  # taken before the first file and released after publishing
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return not is_remote(directory) or time.time() - os.fstat(fd).st_mtime > max_age
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _named_in(metadata: bytes, uids: set[str]) -> set[str] | None:
+    """Which of ``uids`` `.metadata` names; None if it can't be read, and then protects its directory."""
+    try:
+        decode_metadata(metadata)
+    except (UntrustedGlobal, ValueError):
+        return None
+    return {uid for uid in uids if uid.encode() in metadata}
+
+
+def sweep_directory(directory: Path, *, max_age: float) -> None:
+    """Remove the files of dead saves from one checkpoint directory, and the directory if nothing is left in it.
+
+    Order: list, try the lease, only then read `.metadata`, then delete; so a save that publishes meanwhile is never hurt.
+    """
+    by_uid: dict[str, list[str]] = {}
+    for name in os.listdir(directory):
+        if match := _OURS.fullmatch(name):
+            by_uid.setdefault(match[match.lastgroup or 0], []).append(name)
+    free = {uid for uid in by_uid if _is_free(directory, uid, max_age)}
+    if free:
+        try:
+            metadata = (directory / ".metadata").read_bytes()
+        except FileNotFoundError:
+            named: set[str] | None = set()
+        else:
+            candidates = {uid for uid in free if uid.encode() not in metadata}
+            # every candidate unnamed is the usual case only after a crash, so decoding is not on the usual path
+            named = _named_in(metadata, free) if candidates else free
+        if named is None:
+            logger.warning("%s: .metadata can't be read, so nothing is swept there", directory)
+            return
+        for uid in free - named:
+            # the lease goes last: until then the leftovers stay recognisable as free
+            for name in sorted(by_uid[uid], key=lambda file: file.startswith(".lease-")):
+                (directory / name).unlink(missing_ok=True)
+            logger.info("swept %d files of the unfinished save %s from %s", len(by_uid[uid]), uid, directory)
+    if not (directory / ".metadata").exists():
+        remove_if_empty(directory)
+
+
+def remove_if_empty(directory: Path) -> None:
+    """``rmdir`` that leaves a directory with anything in it alone."""
+    try:
+        directory.rmdir()
+    except OSError as error:
+        logger.debug("kept %s: %s", directory, error)

@@ -1,0 +1,402 @@
+"""Checkpoints on a local (or mounted) file system: durable, atomic, with direct I/O where it is taken.
+
+Enters: parts of file images. Leaves: a directory per checkpoint whose `.metadata` appears last. Invariant: files that a `.metadata`
+names were synced before it was linked, and are removed only after it is gone or names others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+import aiofiles
+
+from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
+from ..errors import StorageError
+from .base import StoredCheckpoint
+from .lease import Lease, remove_if_empty, sweep_directory
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_ALIGN = 4096
+_MAX_IOVECS = 1024
+_REFUSES_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+def _sync(fd: int) -> None:
+    if sys.platform == "darwin":  # fsync there leaves the bytes in the drive's cache
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _sync(fd)
+    finally:
+        os.close(fd)
+
+
+def _address(buffer: memoryview) -> int:
+    if buffer.readonly or len(buffer) == 0:
+        return 1  # ctypes can't look into it; an odd address says "not aligned"
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+class _DataFile:
+    """A file being written: one descriptor for direct I/O, one for what is not aligned."""
+
+    def __init__(self, path: Path, nbytes: int | None) -> None:
+        self.path = path
+        self.nbytes = nbytes
+        self.closed = False
+        self.fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        self.direct_fd: int | None = None
+        if hasattr(os, "O_DIRECT"):
+            try:
+                self.direct_fd = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError as error:  # tmpfs, overlay: buffered then
+                if error.errno not in _REFUSES_DIRECT:
+                    os.close(self.fd)
+                    raise
+
+    def write(self, offset: int, buffer: memoryview) -> None:
+        aligned = offset % _ALIGN == 0 and len(buffer) % _ALIGN == 0 and _address(buffer) % _ALIGN == 0
+        while buffer:
+            direct = self.direct_fd if aligned else None
+            try:
+                done = os.pwrite(self.fd if direct is None else direct, buffer, offset)
+            except OSError as error:
+                if direct is None or error.errno not in _REFUSES_DIRECT:
+                    raise
+                aligned = False  # refused only now; the descriptor stays, since another thread may be writing through it
+                continue
+            aligned = aligned and done % _ALIGN == 0
+            offset += done
+            buffer = buffer[done:]
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            os.close(self.fd)
+            if self.direct_fd is not None:
+                os.close(self.direct_fd)
+
+
+class LocalStorage:
+    """A directory of checkpoints. Owns the threads that its blocking calls run in; ``close()`` ends them."""
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        io_concurrency: int = 2,
+        timeout: float = 600.0,
+        lease_max_age: float = 600.0,
+    ) -> None:
+        """
+        Args:
+            io_concurrency: blocking calls at a time.
+            timeout: seconds after which a call that does not return fails its save.
+            lease_max_age: seconds after which, on NFS and FUSE, a lease that nobody touched is taken for dead.
+        """
+        if sys.platform == "win32":
+            raise StorageError(
+                "local storage is not supported on Windows: nobody has tested its locks and syncs there",
+                verb="open",
+                path=os.fspath(root),
+            )
+        self.root = Path(os.path.abspath(os.fspath(root)))
+        self._num_threads = io_concurrency + 1  # one more, so that a small read does not wait behind two large writes
+        self._timeout = timeout
+        self._max_age = lease_max_age
+        self._lock = asyncio.Lock()
+        self._threads: BlockingThreads | None = None
+
+    def __repr__(self) -> str:
+        return f"LocalStorage({os.fspath(self.root)!r})"
+
+    @property
+    def threads(self) -> BlockingThreads:
+        if self._threads is None:
+            self._threads = BlockingThreads("dcp_async-io", self._num_threads)
+        return self._threads
+
+    async def run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``fn`` in a thread of ours; an OSError becomes a StorageError that names ``verb`` and ``path``."""
+        try:
+            return await run_blocking(self.threads, self._timeout, fn, *args, **kwargs)
+        except (StorageError, FileExistsError):
+            raise
+        except OSError as error:
+            raise StorageError.of(verb, os.fspath(path), error) from error
+
+    async def connect(self) -> None:
+        def check() -> None:
+            if self.root.exists() and not self.root.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "it is a file; give a directory", os.fspath(self.root))
+
+        await self.run("open", self.root, check)
+
+    async def close(self) -> None:
+        if self._threads is not None:
+            threads, self._threads = self._threads, None
+            threads.shutdown()
+
+    async def begin(
+        self, name: str, files: Mapping[str, int | None], *, uid: str, replace: bool
+    ) -> LocalTransaction:
+        directory = self.root / name
+        return await self.run("create", directory, LocalTransaction._begin, self, directory, files, uid, replace)
+
+    async def list(self) -> Sequence[StoredCheckpoint]:
+        def scan() -> list[StoredCheckpoint]:
+            found = []
+            try:
+                entries = list(os.scandir(self.root))
+            except FileNotFoundError:
+                return []
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.is_dir():
+                    try:
+                        status, committed = os.stat(os.path.join(entry.path, ".metadata")), True
+                    except FileNotFoundError:
+                        status, committed = entry.stat(), False
+                    found.append(StoredCheckpoint(name=entry.name, committed=committed, modified=status.st_mtime))
+            return found
+
+        return await self.run("list", self.root, scan)
+
+    async def remove(self, name: str) -> None:
+        directory = self.root / name
+
+        def remove() -> None:
+            (directory / ".metadata").unlink(missing_ok=True)
+            _sync_directory(directory)
+            sweep_directory(directory, max_age=self._max_age)
+            _sync_directory(self.root)
+
+        await self.run("remove", directory, remove)
+
+    async def sweep(self) -> None:
+        def sweep() -> None:
+            if self.root.is_dir():
+                for entry in os.scandir(self.root):
+                    if entry.is_dir() and not entry.name.startswith("."):
+                        try:
+                            sweep_directory(Path(entry.path), max_age=self._max_age)
+                        except FileNotFoundError:  # another sweeper or its owner was faster
+                            logger.debug("%s went away while it was swept", entry.path)
+
+        await self.run("sweep", self.root, sweep)
+
+    async def open(self, name: str) -> LocalReader:
+        directory = self.root / name
+        if not await self.run("open", directory, (directory / ".metadata").exists):
+            raise FileNotFoundError(errno.ENOENT, "there is no .metadata, so no checkpoint", os.fspath(directory))
+        return LocalReader(self, directory)
+
+
+class LocalTransaction:
+    """One rank's files of one save. Owns their descriptors and the lease."""
+
+    def __init__(self, storage: LocalStorage, directory: Path, uid: str, lease: Lease) -> None:
+        self._storage = storage
+        self._directory = directory
+        self._uid = uid
+        self._lease = lease
+        self._files: dict[str, _DataFile] = {}
+        self._stuck = False
+        self._published = False
+
+    def __repr__(self) -> str:
+        return f"<LocalTransaction {self._directory.name} {self._uid} {'published' if self._published else 'open'}>"
+
+    @classmethod
+    def _begin(
+        cls, storage: LocalStorage, directory: Path, files: Mapping[str, int | None], uid: str, replace: bool
+    ) -> LocalTransaction:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not replace and (directory / ".metadata").exists():
+            raise FileExistsError(errno.EEXIST, "a checkpoint of this name is committed", os.fspath(directory))
+        while True:
+            try:
+                lease = Lease(directory, uid)
+                break
+            except FileNotFoundError:  # a sweeper removed the empty directory in between
+                directory.mkdir(parents=True, exist_ok=True)
+        transaction = cls(storage, directory, uid, lease)
+        try:
+            for name, nbytes in files.items():
+                transaction._files[name] = _DataFile(directory / name, nbytes)
+        except BaseException:
+            transaction._discard()
+            raise
+        return transaction
+
+    async def _run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await self._storage.run(verb, path, fn, *args, **kwargs)
+        except StuckThreadError:
+            self._stuck = True
+            raise
+
+    async def put(self, file: str, offset: int, buffer: memoryview) -> None:
+        data = self._files[file]
+        await self._run("write", data.path, data.write, offset, buffer)
+        self._lease.keep_alive()
+
+    async def seal(self, file: str) -> None:
+        data = self._files[file]
+
+        def seal() -> None:
+            size = os.fstat(data.fd).st_size
+            if data.nbytes is not None and size != data.nbytes:
+                raise OSError(errno.EIO, f"it has {size} bytes instead of {data.nbytes}")
+            _sync(data.fd)
+            data.close()
+
+        await self._run("sync", data.path, seal)
+        del self._files[file]
+
+    async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
+        final = self._directory / ".metadata"
+        temporary = self._directory / f".metadata-{self._uid}.tmp"
+        await self._write_small(self._directory / f"manifest-{self._uid}.json", manifest)
+        await self._write_small(temporary, metadata)
+
+        def publish() -> None:
+            _sync_directory(self._directory)
+            if replace:
+                os.rename(temporary, final)
+            else:
+                os.link(temporary, final)  # of two writers of one fresh name, one gets FileExistsError
+            try:
+                _sync_directory(self._directory)
+                _sync_directory(self._storage.root)
+            except OSError:
+                if not replace:  # a save that fails must not appear; what replace overwrote can't come back
+                    final.unlink()
+                raise
+            self._published = True
+            temporary.unlink(missing_ok=True)
+            self._lease.release()
+            try:
+                sweep_directory(self._directory, max_age=self._storage._max_age)
+            except OSError as error:  # the checkpoint is there and durable; the next save sweeps again
+                logger.warning("could not remove older files from %s: %s", self._directory, error)
+
+        await self._run("publish", final, publish)
+
+    async def _write_small(self, path: Path, content: bytes) -> None:
+        try:
+            async with aiofiles.open(path, "xb", buffering=0, executor=self._storage.threads) as file:
+                written = 0
+                while written < len(content):
+                    written += await file.write(memoryview(content)[written:])
+                await self._run("sync", path, _sync, file.fileno())
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError.of("write", os.fspath(path), error) from error
+
+    async def abort(self) -> None:
+        await self._run("remove", self._directory, self._discard)
+
+    def _discard(self) -> None:
+        if not self._stuck:  # a thread that hangs in write() must never find its descriptor's number given to another file
+            for data in self._files.values():
+                data.close()
+        self._files.clear()
+        if not self._published and self._directory.exists():
+            for name in os.listdir(self._directory):
+                if self._uid in name and name != self._lease.path.name:
+                    (self._directory / name).unlink(missing_ok=True)
+        self._lease.release()
+        if not (self._directory / ".metadata").exists():
+            remove_if_empty(self._directory)
+
+
+class LocalReader:
+    """Reads one checkpoint. Owns the descriptors that it opened."""
+
+    def __init__(self, storage: LocalStorage, directory: Path) -> None:
+        self._storage = storage
+        self._directory = directory
+        self._fds: dict[str, int] = {}
+
+    async def _read_small(self, path: Path) -> bytes:
+        try:
+            async with aiofiles.open(path, "rb", executor=self._storage.threads) as file:
+                content: bytes = await file.read()
+                return content
+        except OSError as error:
+            raise StorageError.of("read", os.fspath(path), error) from error
+
+    async def metadata(self) -> bytes:
+        return await self._read_small(self._directory / ".metadata")
+
+    async def manifest(self) -> Sequence[bytes]:
+        paths = await self._storage.run(
+            "list", self._directory, lambda: sorted(self._directory.glob("manifest-*.json"))
+        )
+        return [await self._read_small(path) for path in paths]
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._fds:
+            path = self._directory / file
+            root = os.path.realpath(self._storage.root)
+            if os.path.commonpath((os.path.realpath(path), root)) != root:
+                raise OSError(errno.EPERM, "the path leaves the root; a checkpoint may not name files outside of it")
+            self._fds[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._fds[file]
+
+    async def size(self, file: str) -> int:
+        return await self._storage.run(
+            "open", self._directory / file, lambda: os.fstat(self._descriptor(file)).st_size
+        )
+
+    async def read_into(self, file: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        await self._storage.run("read", self._directory / file, _read_pieces, self._descriptor, file, pieces)
+
+    async def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+def _read_pieces(
+    descriptor: Callable[Concatenate[str, ...], int], file: str, pieces: Sequence[tuple[int, memoryview]]
+) -> None:
+    """Read each run of adjacent pieces with as few calls as the kernel's limit on buffers allows."""
+    fd = descriptor(file)
+    index = 0
+    while index < len(pieces):
+        start = end = pieces[index][0]
+        buffers: list[memoryview] = []
+        while index < len(pieces) and pieces[index][0] == end and len(buffers) < _MAX_IOVECS:
+            buffers.append(pieces[index][1])
+            end += len(pieces[index][1])
+            index += 1
+        while buffers:
+            done = os.preadv(fd, buffers, start)
+            if done == 0:
+                raise OSError(errno.EIO, f"it ends at byte {start}; {end - start} more were expected")
+            start += done
+            while buffers and done >= len(buffers[0]):
+                done -= len(buffers[0])
+                buffers.pop(0)
+            if done:
+                buffers[0] = buffers[0][done:]

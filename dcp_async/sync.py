@@ -1,0 +1,99 @@
+"""The same engine for trainers without an event loop: the same verbs, blocking.
+
+Enters and leaves: what dcp_async.engine takes and gives. Invariant: no logic of its own; each method waits, in the caller's thread, for the
+verb that its asynchronous twin awaits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from . import engine
+from ._drive import drive_blocking
+from .response import JSON, AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
+
+
+class CheckpointEngine:
+    """``with CheckpointEngine(root) as engine``: see ``dcp_async.CheckpointEngine``, whose arguments it takes.
+
+    Handles of a response are waited for with ``.result(timeout)``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._engine = engine.CheckpointEngine(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<sync {self._engine!r}>"
+
+    def open(self) -> Self:
+        """Start the engine's threads and look at what the root holds."""
+        drive_blocking(self._engine._opening())
+        return self
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        drive_blocking(self._engine._leaving(exc_type))
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        checkpoint_id: str | None = None,
+        notes: Mapping[str, JSON] | None = None,
+        replace: bool = False,
+    ) -> AsyncSaveResponse:
+        """Save ``state`` as it is now; the upload goes on by itself. An interrupt while it waits cancels the save."""
+        return drive_blocking(self._engine._saving(state, step, checkpoint_id, notes, replace))
+
+    def load(
+        self, state: Mapping[str, Any], source: CheckpointRef = "latest", *, strict: bool = True, atomic: bool = False
+    ) -> LoadReport:
+        """Fill ``state`` from a checkpoint, verified."""
+        return drive_blocking(self._engine._loading(state, source, strict, atomic))
+
+    def read(
+        self,
+        source: CheckpointRef = "latest",
+        *,
+        keys: Sequence[str] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Any]:
+        """A checkpoint as fresh tensors and leaves, in exactly the structure that was saved."""
+        return drive_blocking(self._engine._reading(source, keys, device))
+
+    def latest(self) -> CheckpointInfo | None:
+        """The newest whole checkpoint, None if there is none."""
+        return drive_blocking(self._engine._finding_latest())
+
+    def checkpoints(self) -> Iterator[CheckpointInfo]:
+        """Committed, whole checkpoints, ascending."""
+        for name in drive_blocking(self._engine._listing()):
+            info = drive_blocking(self._engine._describing(name))
+            if info is not None:
+                yield info
+
+    @property
+    def pending(self) -> tuple[AsyncSaveResponse, ...]:
+        """Saves in flight, oldest first."""
+        return self._engine.pending
+
+    def wait(self) -> None:
+        """Wait until no save is in flight. Raises the SaveError of a save whose failure nobody has looked at."""
+        drive_blocking(self._engine._waiting())
+
+    def close(self) -> None:
+        """Wait for the saves in flight, then release what the engine made."""
+        drive_blocking(self._engine._closing())
+
+    def abort(self) -> None:
+        """Cancel the saves in flight, leave nothing of them behind, release what the engine made."""
+        drive_blocking(self._engine._aborting())

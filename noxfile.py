@@ -1,0 +1,201 @@
+"""The project's tasks: `python3 noxfile.py SESSION [ARGUMENTS...]`, or `nox -s SESSION` if you have nox.
+
+Needs CPython 3.11 and pip, nothing else. Run as a script it puts nox into `.nox/.bootstrap` (the system's own
+packages are never touched, so a Python that refuses `pip install` will do) and hands the session to it. All
+versions come from constraints.txt. An environment is built anew when that file, the requirements in
+pyproject.toml, the interpreter or the folder changed, and is used as it is otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+ENVIRONMENTS = ROOT / ".nox"
+CONSTRAINTS = ROOT / "constraints.txt"
+STAMP = "dcp_async.stamp"
+
+
+def fingerprint(*inputs: object) -> str:
+    """The same for the same inputs and pins, by the same interpreter, in the same folder."""
+    parts = (ROOT, sys.version, sys.base_prefix, CONSTRAINTS.read_text(), *inputs)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def is_current(environment: Path, *inputs: object) -> bool:
+    """Whether a build from these inputs came to its end: the stamp is the last thing that it writes."""
+    stamp = environment / STAMP
+    return stamp.is_file() and stamp.read_text() == fingerprint(*inputs)
+
+
+def bootstrap() -> Path:
+    """Build nox's own environment if need be; returns its interpreter."""
+    environment = ENVIRONMENTS / ".bootstrap"
+    python = environment / "bin" / "python"
+    if is_current(environment):
+        return python
+    print("noxfile.py: installing nox into .nox/.bootstrap", file=sys.stderr)
+    shutil.rmtree(environment, ignore_errors=True)
+    pip = [str(python), "-m", "pip"]
+    if run(sys.executable, "-m", "venv", str(environment)).returncode != 0:
+        # Some systems package CPython without ensurepip. There venv still makes an environment without pip,
+        # and the pip beside this interpreter can install into it.
+        shutil.rmtree(environment, ignore_errors=True)
+        made = run(sys.executable, "-m", "venv", "--without-pip", str(environment))
+        if made.returncode != 0:
+            raise SystemExit(
+                f"{made.stdout}\nnoxfile.py: {sys.executable} cannot make a virtual environment. If its "
+                "module venv is missing, install it (Debian, Ubuntu: apt install python3-venv) and try again."
+            )
+        pip = [sys.executable, "-m", "pip", "--python", str(python)]
+        if run(*pip, "--version").returncode != 0:
+            raise SystemExit(
+                f"noxfile.py: {sys.executable} has neither ensurepip nor a pip of 22.3 or later. "
+                "Install one of them (Debian, Ubuntu: apt install python3-venv) and try again."
+            )
+    install = (*pip, "install", "--disable-pip-version-check", "-c", str(CONSTRAINTS), "nox")
+    installed = run(*install)
+    if installed.returncode != 0:
+        raise SystemExit(f"{installed.stdout}\nnoxfile.py: could not install nox: {' '.join(install)}")
+    (environment / STAMP).write_text(fingerprint())
+    return python
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def main(arguments: list[str]) -> None:
+    """Become `nox -s SESSION -- ARGUMENTS`, so that signals and the exit status are nox's own."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - said to those who run it with an older one
+        raise SystemExit(f"noxfile.py: CPython 3.11 or later is needed, this is {sys.version.split()[0]}")
+    command = [str(bootstrap()), "-m", "nox", "--noxfile", str(ROOT / "noxfile.py")]
+    if not arguments or arguments[0].startswith("-"):
+        command.append("--list")  # which prints this module's docstring, the usage, as well
+    else:
+        session, *rest = arguments
+        command += ["--session", session, "--", *(rest[1:] if rest[:1] == ["--"] else rest)]
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+
+import nox  # noqa: E402 - above is what runs where there is no nox yet
+
+PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+DEV = ENVIRONMENTS / "dev"
+DEV_PYTHON = str(DEV / "bin" / "python")
+# What an environment is made of: changes elsewhere in pyproject.toml, say of a ruff rule, rebuild nothing.
+DEV_INPUTS = tuple(PROJECT[table] for table in ("build-system", "project", "dependency-groups"))
+LINT = ENVIRONMENTS / "lint"
+LINT_INPUTS = (PROJECT["dependency-groups"]["lint"],)
+TORCH = "torch==2.13.0"
+
+nox.needs_version = ">=2026.10"
+nox.options.sessions = ["tests", "lint", "types"]
+# venv, unless bootstrap() had to do without ensurepip: virtualenv, which nox depends on, has its own pip.
+nox.options.default_venv_backend = "venv" if importlib.util.find_spec("pip") else "virtualenv"
+
+
+def group(name: str) -> tuple[str, ...]:
+    return nox.project.dependency_groups(PROJECT, name)
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    session.install("--disable-pip-version-check", "-c", str(CONSTRAINTS), *requirements)
+
+
+def stamp(session: nox.Session, *inputs: object) -> None:
+    """Mark the environment as complete; by run_install, which does nothing if nox is told not to install."""
+    code = "import pathlib, sys; pathlib.Path(sys.prefix, sys.argv[1]).write_text(sys.argv[2])"
+    session.run_install("python", "-c", code, STAMP, fingerprint(*inputs), silent=True, log=False)
+
+
+# One environment for everything that imports torch: it is by far the largest thing here, five copies would
+# cost gigabytes and minutes, and demo, bench and types should see the very packages that the tests passed
+# with. The sessions that use it have no environment of their own.
+@nox.session(reuse_venv=is_current(DEV, *DEV_INPUTS), default=False)
+def dev(session: nox.Session) -> None:
+    """Build the environment that all sessions but lint share (they call this by themselves)."""
+    if is_current(DEV, *DEV_INPUTS):
+        return
+    session.log("installing torch and the rest into .nox/dev: a minute or two, once")
+    # Without isolation the pinned build backend builds the package; otherwise pip would fetch the newest one.
+    install(session, *group("build"))
+    install(session, "--no-build-isolation", "--editable", str(ROOT), *group("dev"))
+    session.run_install("python", "-m", "pip", "check", silent=True)
+    stamp(session, *DEV_INPUTS)
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def demo(session: nox.Session) -> None:
+    """Train, checkpoint, be killed, resume, compare: the whole story in under three minutes."""
+    session.run(DEV_PYTHON, "examples/demo.py", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+def tests(session: nox.Session) -> None:
+    """Run the tests; arguments go to pytest."""
+    # Paths given as arguments replace testpaths; tests that need an accelerator have a session of their own.
+    session.run(DEV_PYTHON, "-m", "pytest", "--ignore=tests/gpu", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need an accelerator, with the torch that is in the environment."""
+    session.run(DEV_PYTHON, "-m", "pytest", "tests/gpu", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def faults(session: nox.Session) -> None:
+    """Kill a running example at 50 random moments, and the other fault tests, at full length."""
+    # Fifty runs of one example may be one test: an hour, where the test's own mark does not say otherwise.
+    limits = ("--timeout=3600", "-o", "faulthandler_timeout=3700")
+    arguments = ("tests/faults", "--kills=50", *limits, *session.posargs)
+    session.run(DEV_PYTHON, "-m", "pytest", *arguments, external=True)
+
+
+@nox.session(venv_backend="none", requires=["dev"])
+def types(session: nox.Session) -> None:
+    """Run mypy; arguments replace the paths that pyproject.toml names."""
+    session.run(DEV_PYTHON, "-m", "mypy", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def bench(session: nox.Session) -> None:
+    """Measure saving and loading beside stock DCP; arguments go to both programs."""
+    for program in ("bench/save.py", "bench/load.py"):
+        session.run(DEV_PYTHON, program, *session.posargs, external=True)
+
+
+@nox.session(reuse_venv=is_current(LINT, *LINT_INPUTS))
+def lint(session: nox.Session) -> None:
+    """Check style and format; --fix repairs what it can, paths narrow it."""
+    if not is_current(LINT, *LINT_INPUTS):
+        install(session, *group("lint"))
+        stamp(session, *LINT_INPUTS)
+    paths = [argument for argument in session.posargs if argument != "--fix"]
+    fix = len(paths) < len(session.posargs)
+    session.run("ruff", "check", *(["--fix"] if fix else []), *paths)
+    session.run("ruff", "format", *([] if fix else ["--check"]), *paths)
+
+
+@nox.session(reuse_venv=False, default=False)
+def pins(session: nox.Session) -> None:
+    """Write constraints.txt anew from the newest versions that pyproject.toml admits."""
+    requirements = (*PROJECT["project"]["dependencies"], *group("dev"), *group("lint"), *group("nox"))
+    session.install("--disable-pip-version-check", TORCH, *requirements)
+    frozen = session.run("python", "-m", "pip", "freeze", "--all", "--exclude", "pip", silent=True)
+    assert isinstance(frozen, str)
+    header, _, _ = CONSTRAINTS.read_text().partition("\n\n")
+    # A local version (+cpu) would shut out every other build of the same release.
+    lines = sorted(re.findall(r"^[\w.-]+==[\w.!]+", frozen, flags=re.MULTILINE), key=str.lower)
+    CONSTRAINTS.write_text("\n".join((header, "", *lines, "")))
