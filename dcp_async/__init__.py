@@ -6,10 +6,13 @@ The path of a tensor:
     load   plan -> read -> place -> restore()
 
     async with CheckpointEngine("checkpoints/run1") as engine:
-        await engine.save({"model": model, "optim": optim}, step=step)    # safe to mutate from here; upload goes on
+        await engine.save({"model": model, "optim": optim}, step=step)    # safe to mutate from here; upload
+        goes on
 
 Files are DCP's: stock ``torch.distributed.checkpoint.load`` reads them, and this package reads stock's.
 """
+
+from __future__ import annotations
 
 from .coordinator import Coordination
 from .engine import CheckpointEngine

@@ -1,8 +1,8 @@
 """Threads and queues: the loop thread, threads for blocking calls, a queue that closes.
 
-Enters: coroutines from any thread, blocking functions from the loop. Leaves: their results, never before they ended.
-Invariant: a function that runs in one of our threads is joined even if the task that waits for it is cancelled, because an
-abandoned copy would write into a buffer that belongs to the next save (docs/adr/0002).
+Enters: coroutines from any thread, blocking functions from the loop. Leaves: their results, never before they
+ended. Invariant: a function that runs in one of our threads is joined even if the task that waits for it is
+cancelled, because an abandoned copy would write into a buffer that belongs to the next save (docs/adr/0002).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import concurrent.futures
 import logging
 import queue
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -26,14 +25,13 @@ P = ParamSpec("P")
 
 
 def default_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop's loop where it imports, asyncio's otherwise; never a policy, which would change the user's loops too."""
-    if sys.platform != "win32":
-        try:
-            import uvloop
-        except ImportError:
-            return asyncio.new_event_loop
-        return uvloop.new_event_loop
-    return asyncio.new_event_loop
+    """uvloop's loop where it imports, asyncio's otherwise; never a policy, which would change the user's
+    loops too."""
+    try:
+        import uvloop
+    except ImportError:  # Windows, PyPy: it is not a requirement there
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
 
 
 class Job(Generic[T]):
@@ -66,7 +64,8 @@ class Job(Generic[T]):
             logger.debug("cancel() of a job whose loop is closed")
 
     async def wait(self) -> T:
-        """The coroutine's result, from any loop. A cancelled waiter cancels the job and waits until it has ended."""
+        """The coroutine's result, from any loop. A cancelled waiter cancels the job and waits until it has
+        ended."""
         waiter = asyncio.wrap_future(self.future)
         try:
             await asyncio.wait({waiter})
@@ -79,7 +78,8 @@ class Job(Generic[T]):
         return waiter.result()
 
     def result(self) -> T:
-        """The coroutine's result, for a thread without a loop. An interrupt cancels the job and waits until it ended."""
+        """The coroutine's result, for a thread without a loop. An interrupt cancels the job and waits until
+        it ended."""
         try:
             return self.future.result()
         except KeyboardInterrupt:
@@ -91,10 +91,13 @@ class Job(Generic[T]):
 class LoopThread:
     """A non-daemon thread that runs one event loop from ``start()`` to ``stop()``.
 
-    It owns the loop and closes it. Non-daemon: the interpreter's exit waits for it, so an upload is never cut off silently.
+    It owns the loop and closes it. Non-daemon: the interpreter's exit waits for it, so an upload is never cut
+    off silently.
     """
 
-    def __init__(self, name: str, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None) -> None:
+    def __init__(
+        self, name: str, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    ) -> None:
         self._factory = loop_factory or default_loop_factory()
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
         self._ready: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
@@ -146,20 +149,23 @@ class LoopThread:
 
 
 class StuckThreadError(TimeoutError):
-    """A blocking call did not return in time; its thread was replaced and whatever it touches must not be reused."""
+    """A blocking call did not return in time; its thread was replaced and whatever it touches must not be
+    reused."""
 
 
 class BlockingThreads(concurrent.futures.Executor):
     """A few daemon threads for blocking calls, started at once.
 
-    A ``ThreadPoolExecutor`` refuses work while the interpreter exits, just when a drain needs it. Owns its threads;
-    ``shutdown()`` ends them. Every call runs under ``torch.no_grad()``: a Parameter copied in a new thread would otherwise
-    record autograd although its caller does not.
+    A ``ThreadPoolExecutor`` refuses work while the interpreter exits, just when a drain needs it. Owns its
+    threads; ``shutdown()`` ends them. Every call runs under ``torch.no_grad()``: a Parameter copied in a new
+    thread would otherwise record autograd although its caller does not.
     """
 
     def __init__(self, name: str, num_threads: int) -> None:
         self._name = name
-        self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None] = (
+            queue.SimpleQueue()
+        )
         self._lock = threading.Lock()
         self._surplus = 0
         self._threads: list[threading.Thread] = []
@@ -193,7 +199,9 @@ class BlockingThreads(concurrent.futures.Executor):
                         self._surplus -= 1
                         return
 
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
+    def submit(
+        self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> concurrent.futures.Future[T]:
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         with self._lock:
             if self._closed:
@@ -225,7 +233,12 @@ class BlockingThreads(concurrent.futures.Executor):
 
 
 async def run_blocking(
-    threads: BlockingThreads, timeout: float | None, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    threads: BlockingThreads,
+    timeout: float | None,  # noqa: ASYNC109  # a cancelled task must not leave its thread, as a cancel scope would
+    fn: Callable[P, T],
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
 ) -> T:
     """Run ``fn`` in a thread and never return before it has.
 
@@ -264,7 +277,8 @@ _CLOSED = _Closed()
 
 
 class Pipe(Generic[T]):
-    """An ``asyncio.Queue`` with a mandatory bound, ``async for``, and an end that several producers close together."""
+    """An ``asyncio.Queue`` with a mandatory bound, ``async for``, and an end that several producers close
+    together."""
 
     def __init__(self, bound: int, *, producers: int = 1) -> None:
         if bound < 1 or producers < 1:

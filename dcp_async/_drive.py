@@ -1,7 +1,7 @@
 """One implementation of each verb for two worlds: verbs are generators that yield what they wait for.
 
-``drive`` awaits it on the caller's loop, ``drive_blocking`` waits for it in the caller's thread. What a wait raises, a cancellation or
-an interrupt included, is thrown into the verb at its ``yield``.
+``drive`` awaits it on the caller's loop, ``drive_blocking`` waits for it in the caller's thread. What a wait
+raises, a cancellation or an interrupt included, is thrown into the verb at its ``yield``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Ended:
 
 
 class Persisting:
-    """Waits for a job that goes on even if its waiter is cancelled; an anyio cancellation does not reach the waiter at all."""
+    """Waits for a job that goes on even if its waiter is cancelled; an anyio cancellation does not reach the
+    waiter at all."""
 
     def __init__(self, job: Job[Any]) -> None:
         self._job = job

@@ -1,6 +1,7 @@
 """Which saves are in flight, what the next one is called, and whose failure nobody has looked at.
 
-Safe to use from several threads. Invariant: steps and ordinals are handed out in program order, so that each rank computes them alone.
+Safe to use from several threads. Invariant: steps and ordinals are handed out in program order, so that each
+rank computes them alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def checkpoint_name(step: int | None, checkpoint_id: str | None) -> str:
         return f"step-{step:08d}"
     if not checkpoint_id or checkpoint_id.startswith(".") or set(checkpoint_id) & set("/\\\0"):
         raise ValueError(
-            f"checkpoint_id={checkpoint_id!r} must be a plain name: not empty, no slash, no dot at its start (it becomes a directory)"
+            f"checkpoint_id={checkpoint_id!r} must be a plain name (it becomes a directory): "
+            "not empty, no slash, no dot at its start"
         )
     return checkpoint_id
 

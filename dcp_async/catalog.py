@@ -1,7 +1,7 @@
 """Which checkpoints exist, which are whole, and what one of them holds.
 
-Enters: a Storage. Leaves: CheckpointInfo of committed checkpoints, and opened Contents. Invariant: a checkpoint of ours without the
-manifest of its `.metadata` is corrupt, never taken for one of stock's.
+Enters: a Storage. Leaves: CheckpointInfo of committed checkpoints, and opened Contents. Invariant: a
+checkpoint of ours without the manifest of its `.metadata` is corrupt, never taken for one of stock's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from .errors import (
 )
 from .formats.distcp import Footer, FooterError, footer_span
 from .formats.manifest import Manifest, ManifestError, NewerVersionError, decode_manifest
-from .response import JSON, CheckpointInfo, CheckpointRef
+from .formats.structure import JSON, structure_from_paths
+from .response import CheckpointInfo, CheckpointRef
 from .storage.base import Reader, Storage, StoredCheckpoint
 from .trust import UntrustedGlobal, decode_metadata
 
@@ -58,55 +59,14 @@ class Contents:
 
     @property
     def structure(self) -> JSON:
-        """The tree that was saved; of stock's checkpoints, as far as ``planner_data`` tells (its keys are all str)."""
+        """The tree that was saved; of stock's checkpoints, as far as ``planner_data`` tells (its keys are all
+        str)."""
         if self.manifest is not None:
             return self.manifest.structure
         return structure_from_paths(self.metadata.planner_data, list(self.names))
 
     async def close(self) -> None:
         await self.reader.close()
-
-
-def structure_from_paths(planner_data: object, names: list[str]) -> JSON:
-    """The tree that DCP's name -> path mapping describes; a flat one where there is none."""
-    paths = planner_data if isinstance(planner_data, dict) else {}
-    root: dict[str | int, object] = {}
-    for name in names:
-        path = paths.get(name, (name,))
-        node = root
-        for key in path[:-1]:
-            below = node.setdefault(key, {})
-            assert isinstance(below, dict)
-            node = below
-        node[path[-1]] = None
-
-    def encode(node: object) -> JSON:
-        if not isinstance(node, dict):
-            return None
-        if node and all(isinstance(key, int) for key in node):
-            # a list; stock drops empty entries, which leave holes
-            return ["list", [encode(node.get(index, {})) for index in range(max(node) + 1)]]
-        return ["dict", {str(key): encode(entry) for key, entry in node.items()}]
-
-    return encode(root)
-
-
-def subtree(structure: JSON, name: str, prefix: str = "") -> JSON:
-    """The node at ``name``, None if there is none."""
-    if not isinstance(structure, list) or name == prefix:
-        return structure if name == prefix else None
-    entries = structure[1]
-    if isinstance(entries, dict):
-        pairs = list(entries.items())
-    elif structure[0] == "list":
-        pairs = [(str(index), entry) for index, entry in enumerate(entries)]  # type: ignore[arg-type]  # a list node holds a list
-    else:
-        pairs = [(str(key), entry) for key, entry in entries]  # type: ignore[misc,union-attr]  # pairs, by structure_of
-    for key, entry in pairs:
-        below = f"{prefix}.{key}" if prefix else key
-        if (name == below or name.startswith(f"{below}.")) and (found := subtree(entry, name, below)) is not None:
-            return found
-    return None
 
 
 def _digits(name: str) -> int | None:
@@ -128,7 +88,9 @@ class Catalog:
     async def steps(self) -> list[int]:
         """The steps of all checkpoints, committed or not."""
         return [
-            step for stored in await self._storage.list() if (step := (await self._key(stored))[1]) is not None
+            step
+            for stored in await self._storage.list()
+            if (step := (await self._key(stored))[1]) is not None
         ]
 
     async def _key(self, stored: StoredCheckpoint) -> tuple[bool, int | None, float]:
@@ -154,7 +116,11 @@ class Catalog:
 
     async def names(self) -> list[str]:
         """Committed checkpoints, ascending: by step, those without one first, by time."""
-        keyed = [(await self._key(stored), stored.name) for stored in await self._storage.list() if stored.committed]
+        keyed = [
+            (await self._key(stored), stored.name)
+            for stored in await self._storage.list()
+            if stored.committed
+        ]
         keyed.sort(key=lambda entry: (entry[0][0], entry[0][1] or 0, entry[0][2]))
         return [name for _, name in keyed]
 
@@ -187,7 +153,9 @@ class Catalog:
         try:
             reader = await self._storage.open(name)
         except FileNotFoundError as error:
-            raise CheckpointNotFoundError(f"checkpoint {name!r} is not committed", checkpoint_id=name) from error
+            raise CheckpointNotFoundError(
+                f"checkpoint {name!r} is not committed", checkpoint_id=name
+            ) from error
         try:
             return await self._decode(name, await reader.metadata())
         finally:
@@ -201,7 +169,11 @@ class Catalog:
         if ref == "latest":
             chosen = names[::-1]
         elif isinstance(ref, int):
-            keyed = {stored.name: await self._key(stored) for stored in await self._storage.list() if stored.committed}
+            keyed = {
+                stored.name: await self._key(stored)
+                for stored in await self._storage.list()
+                if stored.committed
+            }
             chosen = [name for name in reversed(names) if keyed[name][1] == ref][:1]
         else:
             chosen = [ref] if ref in names else []
@@ -219,7 +191,9 @@ class Catalog:
         try:
             reader = await self._storage.open(name)
         except FileNotFoundError as error:
-            raise CheckpointNotFoundError(f"checkpoint {name!r} is not committed", checkpoint_id=name) from error
+            raise CheckpointNotFoundError(
+                f"checkpoint {name!r} is not committed", checkpoint_id=name
+            ) from error
         try:
             raw = await reader.metadata()
             manifest = await self._manifest_of(name, reader, raw)
@@ -235,7 +209,8 @@ class Catalog:
         except StorageError as error:
             await reader.close()
             raise CorruptCheckpointError(
-                f"checkpoint {name!r} can't be read: {error}; load an older one or restore the file", checkpoint_id=name
+                f"checkpoint {name!r} can't be read: {error}; load an older one or restore the file",
+                checkpoint_id=name,
             ) from error
         except BaseException:
             await reader.close()
@@ -250,7 +225,8 @@ class Catalog:
                 manifest = decode_manifest(content)
             except NewerVersionError as error:
                 raise LoadError(
-                    f"checkpoint {name!r} was written by a newer dcp_async: {error}; update to load it", checkpoint_id=name
+                    f"checkpoint {name!r} was written by a newer dcp_async: {error}; update to load it",
+                    checkpoint_id=name,
                 ) from error
             except ManifestError as error:
                 problems.append(f"a manifest is damaged: {error}")
@@ -271,13 +247,14 @@ class Catalog:
             return await self._threads.run(decode_metadata, raw)
         except UntrustedGlobal as error:
             raise UntrustedCheckpointError(
-                f"checkpoint {name!r}: .metadata names {error.name}, which no checkpoint needs; nothing of it was run. "
-                "If you trust its writer, load it with stock torch and save it again",
+                f"checkpoint {name!r}: .metadata names {error.name}, which no checkpoint needs; nothing of it "
+                "was run. If you trust its writer, load it with stock torch and save it again",
                 checkpoint_id=name,
             ) from error
         except ValueError as error:
             raise CorruptCheckpointError(
-                f"checkpoint {name!r}: .metadata is damaged ({error}); load an older checkpoint", checkpoint_id=name
+                f"checkpoint {name!r}: .metadata is damaged ({error}); load an older checkpoint",
+                checkpoint_id=name,
             ) from error
 
     async def _info(self, name: str, reader: Reader, raw: bytes, manifest: Manifest | None) -> CheckpointInfo:
@@ -326,8 +303,8 @@ class Catalog:
             entry = entries.get(file)
             if nbytes < end or (entry is not None and nbytes != entry.nbytes):
                 raise CorruptCheckpointError(
-                    f"checkpoint {name!r}: {file} has {nbytes} bytes instead of {entry.nbytes if entry else end}; "
-                    "it was cut off. Load an older checkpoint",
+                    f"checkpoint {name!r}: {file} has {nbytes} bytes instead of "
+                    f"{entry.nbytes if entry else end}; it was cut off. Load an older checkpoint",
                     checkpoint_id=name,
                 )
             contents.image_bytes[file] = nbytes
@@ -350,10 +327,15 @@ class Catalog:
 def _places(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, int, int]]:
     storage_data = metadata.storage_data
     if not isinstance(storage_data, dict):
-        raise CorruptCheckpointError(f"checkpoint {name!r}: .metadata does not say where its items lie", checkpoint_id=name)
+        raise CorruptCheckpointError(
+            f"checkpoint {name!r}: .metadata does not say where its items lie", checkpoint_id=name
+        )
     try:
-        return {index: (place.relative_path, place.offset, place.length) for index, place in storage_data.items()}
+        return {
+            index: (place.relative_path, place.offset, place.length) for index, place in storage_data.items()
+        }
     except AttributeError as error:
         raise CorruptCheckpointError(
-            f"checkpoint {name!r}: .metadata describes its items in a way that is not DCP's ({error})", checkpoint_id=name
+            f"checkpoint {name!r}: .metadata describes its items in a way that is not DCP's ({error})",
+            checkpoint_id=name,
         ) from error

@@ -1,7 +1,9 @@
-"""How ranks agree. One verb serves plans, verdicts, outcomes and the commit: every rank sends, the coordinator decides.
+"""How ranks agree. One verb serves plans, verdicts, outcomes and the commit: every rank sends, the
+coordinator decides.
 
-Invariant: an exchange is matched by its save's uid and its phase, so saves in flight can't mix, and no exchange is a collective of
-the training's process group. Ranks arrive with a later release; one process runs the same protocol against itself.
+Invariant: an exchange is matched by its save's uid and its phase, so saves in flight can't mix, and no
+exchange is a collective of the training's process group. Ranks arrive with a later release; one process runs
+the same protocol against itself.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Coordination:
     """How the processes that save together find each other."""
 
     mode: Literal["auto", "local"] = "auto"
-    """"local": this process saves alone, whatever else runs. "auto": refuses where other ranks would overwrite its files."""
+    """"local": this process saves alone, whatever else runs. "auto": refuses where other ranks would
+    overwrite its files."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "local"):
@@ -49,7 +52,8 @@ class Coordinator(Protocol):
     async def exchange(
         self, uid: str, phase: str, message: M, decide: Callable[[Sequence[M]], Awaitable[Sequence[A]]]
     ) -> A:
-        """Send ``message``; the coordinator calls ``decide`` with all ranks' messages; each rank gets its answer.
+        """Send ``message``; the coordinator calls ``decide`` with all ranks' messages; each rank gets its
+        answer.
 
         Ranks: all must call it, with the same ``uid`` and ``phase``.
         Raises: on every rank, what ``decide`` raised.
@@ -83,7 +87,8 @@ class LocalCoordinator:
 
 
 def make_coordinator(options: Coordination) -> Coordinator:
-    """The coordinator that ``options`` ask for. Raises EngineStateError where other ranks would be written over."""
+    """The coordinator that ``options`` ask for. Raises EngineStateError where other ranks would be written
+    over."""
     if options.mode == "auto":
         if dist.is_available() and dist.is_initialized():
             world = dist.get_world_size()
@@ -92,6 +97,7 @@ def make_coordinator(options: Coordination) -> Coordinator:
         if world > 1:
             raise EngineStateError(
                 f"this process is one of {world} ranks, and this release saves from one process: "
-                "the ranks would write over each other. Give each rank its own root and Coordination(mode='local')"
+                "the ranks would write over each other. "
+                "Give each rank its own root and Coordination(mode='local')"
             )
     return LocalCoordinator()

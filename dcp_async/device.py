@@ -1,14 +1,15 @@
 """Accelerators: events, side streams, pinned memory. The only module that speaks to ``torch.accelerator``.
 
-Enters: tensors on a device and views of host memory. Leaves: filled host memory, after the device has written it. Invariant: a copy
-starts after everything that was queued when the state was captured, and runs beside whatever is queued later.
+Enters: tensors on a device and views of host memory. Leaves: filled host memory, after the device has written
+it. Invariant: a copy starts after everything that was queued when the state was captured, and runs beside
+whatever is queued later.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -32,7 +33,11 @@ class Backend(Protocol):
         """Mark the present end of the device's current stream."""
 
     def copy_to_host(
-        self, device: torch.device, event: Event, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+        self,
+        device: torch.device,
+        event: Event,
+        targets: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
     ) -> None:
         """Copy on a side stream after ``event``; return when the bytes are in host memory."""
 
@@ -41,6 +46,10 @@ class Backend(Protocol):
 
     def unpin(self, address: int) -> None:
         """Undo ``pin``."""
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch has no annotation for it
 
 
 class TorchBackend:
@@ -61,7 +70,11 @@ class TorchBackend:
         return event
 
     def copy_to_host(
-        self, device: torch.device, event: Event, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+        self,
+        device: torch.device,
+        event: Event,
+        targets: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
     ) -> None:
         assert isinstance(event, torch.Event)
         # a thread of ours sits on device 0 until told otherwise
@@ -75,10 +88,13 @@ class TorchBackend:
     def pin(self, address: int, nbytes: int) -> bool:
         if not torch.cuda.is_available():
             return False
-        status = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)
+        status = _cudart().cudaHostRegister(address, nbytes, 0)
         if int(status) != 0:
-            logger.info("the staging pool could not be pinned (CUDA status %s); copies go through pageable memory", status)
+            logger.info(
+                "the staging pool could not be pinned (CUDA status %s); copies go through pageable memory",
+                status,
+            )
         return int(status) == 0
 
     def unpin(self, address: int) -> None:
-        torch.cuda.cudart().cudaHostUnregister(address)
+        _cudart().cudaHostUnregister(address)

@@ -1,9 +1,10 @@
 """CheckpointEngine: lifetime, admission, save / load / read / close.
 
-Enters: calls from any loop and any thread. Leaves: responses, reports, errors of the tree in errors.py. The engine's coroutines run on a
-loop thread of its own, because a training step blocks the loop that it runs on (docs/adr/0001). Invariant: what the engine made it
-closes, what it was given it never closes; it ends by a drain or by an abort, never by silence.
-Each verb is a generator (see _drive.py), so that dcp_async.sync offers the same ones to trainers without a loop.
+Enters: calls from any loop and any thread. Leaves: responses, reports, errors of the tree in errors.py. The
+engine's coroutines run on a loop thread of its own, because a training step blocks the loop that it runs on
+(docs/adr/0001). Invariant: what the engine made it closes, what it was given it never closes; it ends by a
+drain or by an abort, never by silence. Each verb is a generator (see _drive.py), so that dcp_async.sync
+offers the same ones to trainers without a loop.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from .errors import (
     SaveError,
 )
 from .exit_guard import ExitGuard
+from .formats.structure import JSON
 from .hooks import OptimizerHooks
 from .load_pipeline import Loaded, LoadServices, load_into, read_fresh
 from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
@@ -44,7 +46,7 @@ from .options import Limits, Timeouts
 from .outcome import cancelled_error, save_error
 from .pipeline import CommitOutcome, SavePipeline, SaveRequest, SaveServices
 from .planner import CompiledPlan, PlanningOptions
-from .response import JSON, AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
+from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
 from .staging import Stager, StagingOptions
 from .state import CaptureError, Targets, capture, capture_targets, restore
 from .storage.base import Storage
@@ -59,8 +61,9 @@ T = TypeVar("T")
 class CheckpointEngine:
     """Saves and loads checkpoints under one root without getting in the way of training.
 
-    ``async with CheckpointEngine(root) as engine`` opens it and, on leaving, drains: normally and after an error completely, after a
-    cancellation for ``exit_grace`` seconds. It may be used from several loops and threads.
+    ``async with CheckpointEngine(root) as engine`` opens it and, on leaving, drains: normally and after an
+    error completely, after a cancellation for ``exit_grace`` seconds. It may be used from several loops and
+    threads.
     """
 
     def __init__(
@@ -121,7 +124,8 @@ class CheckpointEngine:
     async def open(self) -> Self:
         """Start the engine's threads and look at what the root holds.
 
-        Raises: StorageError for a root that can't be one; EngineStateError if it was opened before, or if other ranks run.
+        Raises: StorageError for a root that can't be one; EngineStateError if it was opened before, or if
+        other ranks run.
         """
         await drive(self._opening())
         return self
@@ -135,7 +139,8 @@ class CheckpointEngine:
         await drive(self._leaving(exc_type))
 
     async def wait(self) -> None:
-        """Wait until no save is in flight. Raises the SaveError of a save whose failure nobody has looked at."""
+        """Wait until no save is in flight. Raises the SaveError of a save whose failure nobody has looked
+        at."""
         await drive(self._waiting())
 
     async def close(self) -> None:
@@ -161,7 +166,9 @@ class CheckpointEngine:
         self._loop.start()
         self._threads = BlockingThreads("dcp_async-work", self._limits.io_concurrency + 1)
         self._catalog = Catalog(self._storage, self._threads, self._metadata_of)
-        self._exit_guard = ExitGuard(lambda: self._shut_down(self._timeouts.exit_grace), self._timeouts.exit_grace)
+        self._exit_guard = ExitGuard(
+            lambda: self._shut_down(self._timeouts.exit_grace), self._timeouts.exit_grace
+        )
         yield self._loop.submit(self._open())
 
     async def _open(self) -> None:
@@ -196,7 +203,8 @@ class CheckpointEngine:
         self._guard_job = self._loop.submit(self._exit_guard.watch())
 
     def _leaving(self, exc_type: type[BaseException] | None) -> Verb[None]:
-        """The end of the block: an error drains too and is never masked, an interrupt has ``exit_grace`` seconds."""
+        """The end of the block: an error drains too and is never masked, an interrupt has ``exit_grace``
+        seconds."""
         if exc_type is None:
             yield from self._closing()
             return
@@ -249,11 +257,15 @@ class CheckpointEngine:
     def _check_open(self, *, closing: bool = False) -> None:
         self._check_process()
         if self._state == "new":
-            raise EngineStateError("the engine is not open: use `async with CheckpointEngine(...)`, or await open()")
+            raise EngineStateError(
+                "the engine is not open: use `async with CheckpointEngine(...)`, or await open()"
+            )
         if self._state == "closed" or (self._state == "closing" and not closing):
             raise EngineStateError(f"the engine is {self._state}; make a new one")
         if self._loop.is_current():
-            raise EngineStateError("an engine can't be called from its own thread (a callback or observer): it would deadlock")
+            raise EngineStateError(
+                "an engine can't be called from its own thread (a callback or observer): it would deadlock"
+            )
 
     def _submit(self, coro: Coroutine[Any, Any, T], *, closing: bool = False) -> Job[T]:
         """Run ``coro`` on the engine's loop, unless the engine can't."""
@@ -268,20 +280,25 @@ class CheckpointEngine:
 
     async def _drain(self, patience: float | None) -> bool:
         """Wait for the saves in flight; False if ``patience`` seconds were not enough."""
-        waiting = [asyncio.wrap_future(response.upload_completion._future) for response in self._book.pending()]
+        waiting = [
+            asyncio.wrap_future(response.upload_completion._future) for response in self._book.pending()
+        ]
         if not waiting:
             return True
         _, late = await asyncio.wait(waiting, timeout=patience)
         return not late
 
     async def _shut_down(self, patience: float | None) -> bool:
-        """Drain, abort what took longer than ``patience`` seconds, release. False if a save was lost and nobody was told."""
+        """Drain, abort what took longer than ``patience`` seconds, release. False if a save was lost and
+        nobody was told."""
         if self._state != "closed":
             self._state = "closing"
         if not await self._drain(patience):
             for response in self._book.pending():
                 if patience:
-                    logger.critical("%r could not be saved within %g s and is aborted", response.checkpoint_id, patience)
+                    logger.critical(
+                        "%r could not be saved within %g s and is aborted", response.checkpoint_id, patience
+                    )
                 response.cancel()
             await self._drain(None)
         lost = self._book.has_unobserved()
@@ -326,7 +343,8 @@ class CheckpointEngine:
         notes: Mapping[str, JSON] | None = None,
         replace: bool = False,
     ) -> AsyncSaveResponse:
-        """Save ``state`` as it is now; when this returns, the state may be mutated and the upload goes on by itself.
+        """Save ``state`` as it is now; when this returns, the state may be mutated and the upload goes on by
+        itself.
 
         With ``StagingOptions(overlap=True)`` it returns once the state is captured; then wait for
         ``response.staging_completion`` before mutating it, or have the optimizer in the state.
@@ -336,8 +354,10 @@ class CheckpointEngine:
             step: its step; without one (and without a ``checkpoint_id``), 1 + the highest step so far.
             checkpoint_id: its name, by default ``step-00000100``.
             notes: JSON to keep with it.
-            replace: whether an existing checkpoint of this name may be replaced; it stays readable until the new one is durable.
-        Raises: SaveError (CheckpointExistsError, StateMutatedError), and then no checkpoint of this name will appear;
+            replace: whether an existing checkpoint of this name may be replaced; it stays readable until the
+            new one is durable.
+        Raises: SaveError (CheckpointExistsError, StateMutatedError), and then no checkpoint of this name will
+        appear;
             EngineStateError; ValueError for a name, step or notes that can't be.
         Cancellation: cancels the save.
         Ranks: all must call it, in the same order.
@@ -389,7 +409,10 @@ class CheckpointEngine:
         ordinal, step = self._book.admit(step, checkpoint_id)
         name = checkpoint_name(step, checkpoint_id)
         response = AsyncSaveResponse(
-            checkpoint_id=name, step=step, cancel=lambda: self._cancel(request), on_own_thread=self._loop.is_current
+            checkpoint_id=name,
+            step=step,
+            cancel=lambda: self._cancel(request),
+            on_own_thread=self._loop.is_current,
         )
         plan = self._plan if self._planning.cache else None
         try:
@@ -457,7 +480,9 @@ class CheckpointEngine:
         )
         self._book.ended(response)
         response.upload_completion._settle(info)
-        self._observe(SaveCommitted(checkpoint_id=info.checkpoint_id, step=info.step, info=info, seconds=seconds))
+        self._observe(
+            SaveCommitted(checkpoint_id=info.checkpoint_id, step=info.step, info=info, seconds=seconds)
+        )
 
     def _fail(self, response: AsyncSaveResponse, error: SaveError) -> None:
         logger.log(logging.INFO if isinstance(error, SaveCancelled) else logging.ERROR, "%s", error)
@@ -485,16 +510,23 @@ class CheckpointEngine:
     # -- load
 
     async def load(
-        self, state: Mapping[str, Any], source: CheckpointRef = "latest", *, strict: bool = True, atomic: bool = False
+        self,
+        state: Mapping[str, Any],
+        source: CheckpointRef = "latest",
+        *,
+        strict: bool = True,
+        atomic: bool = False,
     ) -> LoadReport:
         """Fill ``state`` from a checkpoint, verified; a failure before the first byte leaves it as it was.
 
         Args:
-            state: what ``save`` was given. Tensors are filled in place, Statefuls get ``load_state_dict``, other leaves are replaced.
-            source: "latest" (which passes over corrupt checkpoints), a name, a step, or a CheckpointInfo.
-            strict: whether every name must fit. If not, what fits is loaded and the report lists the rest.
-            atomic: read and verify everything before the first target is touched; costs the state's memory once more.
-        Raises: CheckpointNotFoundError, CorruptCheckpointError, IncompatibleStateError, UntrustedCheckpointError, EngineStateError.
+            state: what ``save`` was given. Tensors are filled in place, Statefuls get ``load_state_dict``,
+            other leaves are replaced. source: "latest" (which passes over corrupt checkpoints), a name, a
+            step, or a CheckpointInfo. strict: whether every name must fit. If not, what fits is loaded and
+            the report lists the rest. atomic: read and verify everything before the first target is touched;
+            costs the state's memory once more.
+        Raises: CheckpointNotFoundError, CorruptCheckpointError, IncompatibleStateError,
+        UntrustedCheckpointError, EngineStateError.
         Cancellation: waits for the reads in progress; targets may be partly filled.
         """
         return await drive(self._loading(state, source, strict, atomic))
@@ -555,7 +587,9 @@ class CheckpointEngine:
     ) -> tuple[CheckpointInfo, Loaded]:
         contents = await self._catalog.open(name)
         try:
-            return contents.info, await load_into(contents, targets, self._load_services, strict=strict, atomic=atomic)
+            return contents.info, await load_into(
+                contents, targets, self._load_services, strict=strict, atomic=atomic
+            )
         finally:
             await contents.close()
 
@@ -572,7 +606,8 @@ class CheckpointEngine:
             source: as for ``load``.
             keys: names (``"model"``, ``"optim.state"``) to read; everything at and below them.
             device: where the tensors go.
-        Raises: CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError; LoadError for a key that it does not hold.
+        Raises: CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError; LoadError for a key
+        that it does not hold.
         """
         return await drive(self._reading(source, keys, device))
 
@@ -584,7 +619,9 @@ class CheckpointEngine:
         value, _ = yield from self._try_each(source, lambda name: self._read_one(name, keys, device))
         return value
 
-    async def _read_one(self, name: str, keys: Sequence[str] | None, device: torch.device | str) -> dict[str, Any]:
+    async def _read_one(
+        self, name: str, keys: Sequence[str] | None, device: torch.device | str
+    ) -> dict[str, Any]:
         contents = await self._catalog.open(name)
         try:
             return await read_fresh(contents, self._load_services, keys=keys, device=device)
@@ -594,7 +631,8 @@ class CheckpointEngine:
     # -- catalog
 
     async def latest(self) -> CheckpointInfo | None:
-        """The newest whole checkpoint: by step, else by digits in the name, else by time. None if there is none."""
+        """The newest whole checkpoint: by step, else by digits in the name, else by time. None if there is
+        none."""
         return await drive(self._finding_latest())
 
     def _finding_latest(self) -> Verb[CheckpointInfo | None]:

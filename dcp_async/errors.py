@@ -88,7 +88,8 @@ class CheckpointNotFoundError(LoadError, FileNotFoundError):
 class CorruptCheckpointError(LoadError):
     """The checkpoint's bytes are not the bytes that were written.
 
-    ``partially_loaded`` tells whether targets already hold bytes of it; ``tensors`` names what lies in the bad blocks.
+    ``partially_loaded`` tells whether targets already hold bytes of it; ``tensors`` names what lies in the
+    bad blocks.
     """
 
     def __init__(
@@ -113,7 +114,8 @@ class UntrustedCheckpointError(LoadError):
 
 
 class StorageError(CheckpointError, OSError):
-    """A storage verb failed: ``verb`` on ``path``; ``errno`` is the operating system's, where there is one."""
+    """A storage verb failed: ``verb`` on ``path``; ``errno`` is the operating system's, where there is
+    one."""
 
     def __init__(self, message: str, *, verb: str, path: str, errno: int | None = None) -> None:
         super().__init__(message)
@@ -129,4 +131,5 @@ class StorageError(CheckpointError, OSError):
 
 
 class EngineStateError(CheckpointError, RuntimeError):
-    """The call does not fit the state of the engine: not open, closed, forked, or made from its own thread."""
+    """The call does not fit the state of the engine: not open, closed, forked, or made from its own
+    thread."""

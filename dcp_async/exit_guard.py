@@ -1,8 +1,9 @@
 """What happens to an engine that was left open when the main thread ended.
 
-Its loop thread is not a daemon, so the interpreter waits for it; the guard, a coroutine on that loop, notices, drains for a while, aborts
-what is left, and makes the process end with a status that is not 0. `atexit` would come too late for the drain, but serves the status.
-Invariant: never a hang, never a silent loss.
+Its loop thread is not a daemon, so the interpreter waits for it; the guard, a coroutine on that loop,
+notices, drains for a while, aborts what is left, and makes the process end with a status that is not 0.
+`atexit` would come too late for the drain, but serves the status. Invariant: never a hang, never a silent
+loss.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class ExitGuard:
 
     async def watch(self) -> None:
         """Return once the main thread has ended and everything was saved or given up."""
-        while threading.main_thread().is_alive():
+        while threading.main_thread().is_alive():  # noqa: ASYNC110  # a thread's end sets no event
             await asyncio.sleep(_POLL_SECONDS)
         try:
             saved = await asyncio.wait_for(self._shut_down(), self._grace + _ABORT_SECONDS)

@@ -1,7 +1,8 @@
 """Optimizers wait for staging: the net under ``overlap=True`` that needs no await in the trainer.
 
-Enters: optimizers found in a state, and the handle of its staging. Leaves: one pre-step hook per optimizer. Invariant: the hook never
-raises and never returns early; a failed save reports through its handles, not through somebody's training step.
+Enters: optimizers found in a state, and the handle of its staging. Leaves: one pre-step hook per optimizer.
+Invariant: the hook never raises and never returns early; a failed save reports through its handles, not
+through somebody's training step.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class OptimizerHooks:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._handles: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
-        self._staging: weakref.WeakKeyDictionary[Optimizer, list[CheckpointHandle[None]]] = weakref.WeakKeyDictionary()
+        self._staging: weakref.WeakKeyDictionary[Optimizer, list[CheckpointHandle[None]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def watch(self, optimizers: Iterable[Optimizer], staging: CheckpointHandle[None]) -> None:
         """Make each of ``optimizers`` wait for ``staging`` before its next step."""

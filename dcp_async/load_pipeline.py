@@ -2,22 +2,23 @@
 
     load   plan -[Span]-> read -[FetchBuffers]-> place -> restore()
 
-Enters: an opened checkpoint and what is wanted of it. Leaves: filled tensors and leaf values, or an error before anything was touched.
-Invariant: leaves are decoded, and with them trust is decided, before the first tensor is written to.
+Enters: an opened checkpoint and what is wanted of it. Leaves: filled tensors and leaf values, or an error
+before anything was touched. Invariant: leaves are decoded, and with them trust is decided, before the first
+tensor is written to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import anyio
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from ._concurrency import BlockingThreads, Pipe, run_blocking
-from .catalog import Contents, subtree
+from .catalog import Contents
 from .errors import (
     CorruptCheckpointError,
     IncompatibleStateError,
@@ -25,10 +26,10 @@ from .errors import (
     StorageError,
     UntrustedCheckpointError,
 )
+from .formats.structure import JSON, build, children_of, kind_of, mapping_node, subtree
 from .pipeline import first_failure
 from .reading import Collector, CoverageError, DamagedError, FetchBuffers, Source, Span, make_spans
-from .response import JSON
-from .state import Targets, build_from_structure
+from .state import Targets
 from .trust import Trust, UntrustedGlobal
 
 _QUEUE_SPANS = 2
@@ -74,7 +75,9 @@ class Loaded:
     nbytes: int
 
 
-def _fresh(meta: TensorStorageMetadata, strides: tuple[int, ...] | None, device: torch.device | str) -> torch.Tensor:
+def _fresh(
+    meta: TensorStorageMetadata, strides: tuple[int, ...] | None, device: torch.device | str
+) -> torch.Tensor:
     dtype = meta.properties.dtype
     if strides is None:
         return torch.empty(meta.size, dtype=dtype, device=device)
@@ -131,17 +134,16 @@ def _match_open(targets: Targets, contents: Contents, match: Match) -> None:
     strides = contents.manifest.strides if contents.manifest else {}
     for prefix in targets.open_mappings:
         node = subtree(contents.structure, prefix)
-        if not isinstance(node, list) or node[0] == "list":
+        kind = kind_of(node)
+        if kind is None or kind == "list":
             continue
-        entries = cast("Any", node[1])
-        children = list(entries.items() if isinstance(entries, dict) else entries)
-        lacking = [
-            (key, below)
-            for key, below in children
+        lacking = {
+            key: child
+            for key, child in children_of(node)
             if not any(name == f"{prefix}.{key}" or name.startswith(f"{prefix}.{key}.") for name in known)
-        ]
-        match.open_nodes[prefix] = [node[0], [[key, below] for key, below in lacking]]
-        heads = tuple(f"{prefix}.{key}" for key, _ in lacking)
+        }
+        match.open_nodes[prefix] = mapping_node(kind, lacking)
+        heads = tuple(f"{prefix}.{key}" for key in lacking)
         inside = tuple(f"{head}." for head in heads)
         for name, meta in contents.names.items():
             if name.startswith(inside) or name in heads:
@@ -177,7 +179,9 @@ class LoadPipeline:
         self._services = services
         manifest = contents.manifest
         self._source = Source(
-            tensors={name: meta for name, meta in contents.names.items() if isinstance(meta, TensorStorageMetadata)},
+            tensors={
+                name: meta for name, meta in contents.names.items() if isinstance(meta, TensorStorageMetadata)
+            },
             places=contents.places,
             raw_files=frozenset(contents.digests),
             exotic=frozenset(manifest.exotic if manifest else ()),
@@ -185,11 +189,13 @@ class LoadPipeline:
         )
         self._touched = False
 
-    async def read(self, tensors: Mapping[str, torch.Tensor], leaves: Iterable[str]) -> tuple[dict[str, Any], int]:
+    async def read(
+        self, tensors: Mapping[str, torch.Tensor], leaves: Iterable[str]
+    ) -> tuple[dict[str, Any], int]:
         """Fill ``tensors``; gives (name -> value of each leaf, number of bytes).
 
-        Raises: CorruptCheckpointError, IncompatibleStateError, UntrustedCheckpointError. Cancellation: joins the reads in progress;
-        targets may be partly filled.
+        Raises: CorruptCheckpointError, IncompatibleStateError, UntrustedCheckpointError. Cancellation: joins
+        the reads in progress; targets may be partly filled.
         """
         values: dict[str, Any] = {}
         name = self._contents.info.checkpoint_id
@@ -215,7 +221,7 @@ class LoadPipeline:
         if isinstance(error, UntrustedGlobal):
             return UntrustedCheckpointError(
                 f"checkpoint {name!r}: a leaf names {error.name}; {state}. If you trust it, allow it with "
-                f"Trust(safe_globals=({error.name.rpartition('.')[2]},)), or everything with Trust(unsafe=True)",
+                f"Trust(safe_globals=({error.name.rpartition('.')[2]},)), or anything with Trust(unsafe=True)",
                 checkpoint_id=name,
             )
         if isinstance(error, CoverageError):
@@ -289,7 +295,7 @@ async def load_into(
     fresh: dict[str, Any] = {**values, **match.open_tensors}
     extra: dict[str, dict[Any, Any]] = {}
     for prefix, node in match.open_nodes.items():
-        taken = build_from_structure(node, fresh.__getitem__, prefix)
+        taken = build(node, fresh.__getitem__, prefix)
         owner = targets.open_mappings[prefix]
         extra[prefix] = {_optimizer_key(owner, key): entry for key, entry in taken.items()}
     return Loaded(values=values, extra=extra, match=match, nbytes=nbytes)
@@ -301,7 +307,11 @@ _ABSENT = object()
 
 def _optimizer_key(owner: type, key: Any) -> Any:
     """Stock turns an optimizer's parameter numbers into text."""
-    return int(key) if issubclass(owner, torch.optim.Optimizer) and isinstance(key, str) and key.isdigit() else key
+    return (
+        int(key)
+        if issubclass(owner, torch.optim.Optimizer) and isinstance(key, str) and key.isdigit()
+        else key
+    )
 
 
 async def read_fresh(
@@ -318,9 +328,10 @@ async def read_fresh(
         for key in dict.fromkeys(keys):
             below = [name for name in contents.names if name == key or name.startswith(f"{key}.")]
             if not below:
+                heads = sorted({name.partition(".")[0] for name in contents.names})
                 raise LoadError(
                     f"checkpoint {contents.info.checkpoint_id!r} holds nothing named {key!r}; "
-                    f"its names begin with {', '.join(sorted({name.partition('.')[0] for name in contents.names})[:10])}",
+                    f"its names begin with {', '.join(heads[:10])}",
                     checkpoint_id=contents.info.checkpoint_id,
                 )
             wanted += below
@@ -336,7 +347,7 @@ async def read_fresh(
     pipeline = LoadPipeline(contents, services)
     values, _ = await pipeline.read(tensors, leaves)
     found: dict[str, Any] = {**values, **tensors}
-    tree = build_from_structure(contents.structure, lambda name: found.get(name, _ABSENT))
+    tree = build(contents.structure, lambda name: found.get(name, _ABSENT))
     return _without_absent(tree) if keys is not None else tree
 
 

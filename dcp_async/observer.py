@@ -70,6 +70,7 @@ Event: TypeAlias = SaveStarted | SaveStaged | SaveProgress | SaveCommitted | Sav
 
 
 class Observer(Protocol):
-    """Receives events on the engine's thread: return quickly, do not block. What it raises is logged and goes no further."""
+    """Receives events on the engine's thread: return quickly, do not block. What it raises is logged and goes
+    no further."""
 
     def on_event(self, event: Event) -> None: ...

@@ -1,4 +1,5 @@
-"""How much an engine does at once and how long it waits: `Limits`, `Timeouts`. Other options live beside what they steer."""
+"""How much an engine does at once and how long it waits: `Limits`, `Timeouts`. Other options live beside what
+they steer."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ class Limits:
     """How much goes on at once."""
 
     pending_saves: int = 1
-    """Uploads in flight; a further ``save()`` waits for the oldest. Each costs a state's memory, unless a budget says less."""
+    """Uploads in flight; a further ``save()`` waits for the oldest. Each costs a state's memory, unless a
+    budget says less."""
     io_concurrency: int = 2
     """Reads or writes in flight per save or load. Two keep a disk busy; more only fill its queue."""
 

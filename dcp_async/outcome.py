@@ -21,7 +21,9 @@ _DOING: dict[Phase, str] = {
 }
 
 
-def save_error(error: BaseException, phase: Phase, response: AsyncSaveResponse, *, rank: int = 0) -> SaveError:
+def save_error(
+    error: BaseException, phase: Phase, response: AsyncSaveResponse, *, rank: int = 0
+) -> SaveError:
     """The error of ``response``; its cause is ``error``. ``phase`` holds unless the error knows better."""
     if isinstance(error, PhaseFailure):
         phase, error = error.phase, error.cause
@@ -29,12 +31,13 @@ def save_error(error: BaseException, phase: Phase, response: AsyncSaveResponse, 
         error = next(iter(error.failures.values()))[0]
     name = response.checkpoint_id
     cls: type[SaveError] = SaveError
-    message = f"saving {name!r} failed while {_DOING[phase]} on rank {rank}: {error or type(error).__name__}"
+    reason = str(error) or type(error).__name__
+    message = f"saving {name!r} failed while {_DOING[phase]} on rank {rank}: {reason}"
     if isinstance(error, MutatedTensors):
         cls = StateMutatedError
         message = (
-            f"{error} changed while {name!r} was being staged; nothing was committed. Put the optimizer into the state, "
-            "or await response.staging_completion before changing tensors, or save with overlap=False"
+            f"{error} changed while {name!r} was being staged; nothing was committed. Put the optimizer into the "
+            "state, or await response.staging_completion before changing tensors, or save with overlap=False"
         )
     elif isinstance(error, FileExistsError) and not isinstance(error, StorageError):
         cls = CheckpointExistsError

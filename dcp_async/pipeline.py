@@ -1,9 +1,12 @@
-"""The path of a tensor, as coroutines joined by bounded queues. The only module that makes queues and starts tasks.
+"""The path of a tensor, as coroutines joined by bounded queues. The only module that makes queues and starts
+tasks.
 
-    save   capture() -[SaveRequest]-> plan -[part]-> stage -[StagedPart]-> write -[WrittenPart]-> digest -> commit
+    save   capture() -[SaveRequest]-> plan -[part]-> stage -[StagedPart]-> write -[WrittenPart]-> digest ->
+    commit
 
-Data goes one way. Queues bound items, the stager's pool bounds bytes. Invariant: however a save ends, its tasks have ended, its slots
-are free and its transaction is committed or aborted; resources live as long as the engine, tasks as long as one save.
+Data goes one way. Queues bound items, the stager's pool bounds bytes. Invariant: however a save ends, its
+tasks have ended, its slots are free and its transaction is committed or aborted; resources live as long as
+the engine, tasks as long as one save.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ from .errors import Phase
 from .formats.distcp import BLOCK_BYTES, Footer, block_digests
 from .formats.manifest import FileEntry, encode_manifest
 from .formats.metadata import data_file_name
+from .formats.structure import JSON
 from .observer import Event, SaveProgress, SaveStaged
 from .planner import CompiledPlan, PlanningOptions, compile_plan, global_plan, local_plan
 from .pool import Lease
-from .response import JSON, AsyncSaveResponse
+from .response import AsyncSaveResponse
 from .staging import StageJob, Stager, num_parts, parts_between
 from .state import Captured
 from .storage.base import Storage, Transaction
@@ -38,8 +42,8 @@ from .storage.base import Storage, Transaction
 logger = logging.getLogger(__name__)
 
 _BATCH_PARTS = 8
-"""How many parts one copy fills at most: writing starts after the first batch, so it is a compromise between few calls and an
-early start."""
+"""How many parts one copy fills at most: writing starts after the first batch, so it is a compromise between
+few calls and an early start."""
 
 
 class PhaseFailure(Exception):
@@ -86,7 +90,8 @@ class SaveRequest:
     started: float
     """time.monotonic() of the request."""
     has_returned: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
-    """Done once save() has returned to its caller: nothing is committed before, so that a save() that raises leaves nothing."""
+    """Done once save() has returned to its caller: nothing is committed before, so that a save() that raises
+    leaves nothing."""
     staged_seconds: float = 0.0
     """How long capture and staging took."""
     scope: anyio.CancelScope | None = None
@@ -236,17 +241,20 @@ class SavePipeline:
         await parts.close()
 
     async def _stage(self, parts: Pipe[int], staged: Pipe[StagedPart]) -> None:
-        """Copy runs of parts; the first thing a caller waits for, so nothing else may compete with it for cores."""
+        """Copy runs of parts; the first thing a caller waits for, so nothing else may compete with it for
+        cores."""
         services = self._services
         pool = services.stager.pool
         job = StageJob(plan=self._plan, captured=self._request.captured, events=self._request.events)
         while batch := await parts.batch(_BATCH_PARTS):
             first, left = batch[0], len(batch)
             while left:
-                if pool.full:  # the copy has to wait for slots, so whoever frees them need not hold back any more
+                if (
+                    pool.full
+                ):  # the copy has to wait for slots, so whoever frees them need not hold back any more
                     self._calm.set()
                 with in_phase("stage"):
-                    lease = await services.stager.stage(job, first, left, timeout=services.timeout)
+                    lease = await services.stager.stage(job, first, left, patience=services.timeout)
                 self._leases.append(lease)
                 spans = parts_between(first, lease.count, pool.slot_bytes, self._plan.layout.image_bytes)
                 for slot, (offset, nbytes) in enumerate(spans):
@@ -257,18 +265,22 @@ class SavePipeline:
         self._request.captured.release()
         self._calm.set()
         await staged.close()
-        # a name that is taken, or a root that can't be written, is the caller's business: tell it before save() returns
+        # a name that is taken, or a root that can't be written, is the caller's business: tell it before
+        # save() returns
         await self._begun.wait()
         nbytes, seconds = self._plan.layout.image_bytes, time.monotonic() - self._request.started
         response = self._request.response
         self._request.staged_seconds = seconds
         services.observe(
-            SaveStaged(checkpoint_id=response.checkpoint_id, step=response.step, nbytes=nbytes, seconds=seconds)
+            SaveStaged(
+                checkpoint_id=response.checkpoint_id, step=response.step, nbytes=nbytes, seconds=seconds
+            )
         )
         response._settle_staged()
 
     async def _write(self, staged: Pipe[StagedPart], written: Pipe[StagedPart]) -> None:
-        """Hand parts to the storage as they are. Direct writes take hardly any CPU, so they need not wait for staging."""
+        """Hand parts to the storage as they are. Direct writes take hardly any CPU, so they need not wait for
+        staging."""
         await self._begun.wait()
         assert self._transaction is not None
         async for part in staged:
@@ -346,5 +358,8 @@ class SavePipeline:
             try:
                 await self._transaction.abort()
             except Exception:
-                # the save has its own outcome; what is left lies under a free lease and is swept by the next one
-                logger.warning("could not clean up after saving %r", self._request.response.checkpoint_id, exc_info=True)
+                # the save has its own outcome; what is left lies under a free lease and is swept by the next
+                # one
+                logger.warning(
+                    "could not clean up after saving %r", self._request.response.checkpoint_id, exc_info=True
+                )

@@ -1,7 +1,8 @@
 """From a captured structure to a compiled plan: DCP's planners, our layout, the bytes of `.metadata`.
 
-Enters: a Captured whose structure is new. Leaves: a CompiledPlan that any number of saves of this structure share. Invariant: a plan
-is a pure function of structure and options and holds arrays and bytes, no tensor and no object per item.
+Enters: a Captured whose structure is new. Leaves: a CompiledPlan that any number of saves of this structure
+share. Invariant: a plan is a pure function of structure and options and holds arrays and bytes, no tensor and
+no object per item.
 Source: torch/distributed/checkpoint/planner.py (the order of calls), default_planner.py.
 """
 
@@ -34,7 +35,9 @@ class PlanningOptions:
 
     def __post_init__(self) -> None:
         if not callable(self.save):
-            raise ValueError(f"PlanningOptions(save=...) takes a class or a function that makes a planner, not {self.save!r}")
+            raise ValueError(
+                f"PlanningOptions(save=...) takes a class or function that makes planners, not {self.save!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,18 +54,23 @@ class CompiledPlan:
     """The manifest's constant part."""
 
 
-def local_plan(captured: Captured, options: PlanningOptions, *, is_coordinator: bool) -> tuple[SavePlanner, SavePlan]:
-    """This rank's plan by DCP's protocol. Raises CaptureError for a planner that does not plan what was captured."""
+def local_plan(
+    captured: Captured, options: PlanningOptions, *, is_coordinator: bool
+) -> tuple[SavePlanner, SavePlan]:
+    """This rank's plan by DCP's protocol. Raises CaptureError for a planner that does not plan what was
+    captured."""
     assert captured.flat is not None
     planner = options.save()
     for method in _RESOLVERS:
         ours = getattr(type(planner), method, None)
         if ours is not getattr(DefaultSavePlanner, method):
             raise CaptureError(
-                f"{type(planner).__name__} overrides {method}(), which replaces the data item by item; this release copies "
-                "tensors as they are: transform the state before save(), or use a planner that overrides the plan only"
+                f"{type(planner).__name__} overrides {method}(), which replaces the data item by item; "
+                "this release copies tensors as they are. Transform the state before save(), "
+                "or use a planner that overrides the plan only"
             )
-    # The flattened state goes in: its names have no structure left, so planner_data comes from our walk (below).
+    # The flattened state goes in: its names have no structure left, so planner_data comes from our walk
+    # (below).
     planner.set_up_planner(captured.flat, None, is_coordinator)
     return planner, planner.create_local_plan()
 
@@ -73,13 +81,16 @@ def global_plan(planner: SavePlanner, plans: Sequence[SavePlan]) -> tuple[list[S
     return plans, metadata
 
 
-def compile_plan(captured: Captured, planner: SavePlanner, plan: SavePlan, metadata: Metadata, *, rank: int) -> CompiledPlan:
+def compile_plan(
+    captured: Captured, planner: SavePlanner, plan: SavePlan, metadata: Metadata, *, rank: int
+) -> CompiledPlan:
     """Lay out this rank's file for ``plan`` and encode what stays the same."""
     structure = captured.structure
     items = {item.index.fqn: item for item in planner.finish_plan(plan).items}
     _check_items(structure, items)
     layout = plan_file(
-        [(dtype, tuple(shape)) for dtype, shape in zip(structure.dtypes, structure.shapes, strict=True)], structure.slots
+        [(dtype, tuple(shape)) for dtype, shape in zip(structure.dtypes, structure.shapes, strict=True)],
+        structure.slots,
     )
     names = structure.tensor_names + structure.leaf_names
     places: dict[MetadataIndex, tuple[int, int, int]] = {}
@@ -87,7 +98,9 @@ def compile_plan(captured: Captured, planner: SavePlanner, plan: SavePlan, metad
         places[items[name].index] = (rank, offset, length)
     metadata.planner_data = planner_paths(structure)
     strides = {
-        name: stride for name, stride in zip(structure.tensor_names, structure.strides, strict=True) if stride is not None
+        name: stride
+        for name, stride in zip(structure.tensor_names, structure.strides, strict=True)
+        if stride is not None
     }
     exotic = tuple(structure.leaf_names[index] for index in structure.exotic)
     return CompiledPlan(
@@ -104,7 +117,9 @@ def _check_items(structure: Structure, items: Mapping[str, WriteItem]) -> None:
     if items.keys() != set(names):
         lost = sorted(set(names) - items.keys())[:3]
         added = sorted(items.keys() - set(names))[:3]
-        raise CaptureError(f"the planner left out {lost} and added {added}; this release writes what the state holds")
+        raise CaptureError(
+            f"the planner left out {lost} and added {added}; this release writes what the state holds"
+        )
     tensors = len(structure.tensor_names)
     exotic = {tensors + index for index in structure.exotic}
     for index, name in enumerate(names):
@@ -114,7 +129,8 @@ def _check_items(structure: Structure, items: Mapping[str, WriteItem]) -> None:
 
 
 def planner_paths(structure: Structure) -> dict[str, tuple[str | int, ...]]:
-    """DCP's ``planner_data``: name -> path, as its ``flatten_state_dict`` gives it (str for keys, int for list indices)."""
+    """DCP's ``planner_data``: name -> path, as its ``flatten_state_dict`` gives it (str for keys, int for
+    list indices)."""
     kinds = {prefix: kind for prefix, kind, _, _ in structure.containers}
     keys = {below: str(key) for below, key in structure.odd_keys}
     paths: dict[str, tuple[str | int, ...]] = {}

@@ -1,8 +1,9 @@
 """The staging pool: one arena of page-aligned slots, leased in runs, shared by all saves of a stager.
 
-Enters: requests for consecutive slots. Leaves: leases. Invariant: bytes in flight never exceed the budget, and a slot is given out
-again only after whoever leased it has released it; one that a hanging thread may still touch is never given out again.
-The arena is MAP_SHARED and MADV_DONTFORK: direct I/O on private memory concurrent with fork() may corrupt it (open(2)).
+Enters: requests for consecutive slots. Leaves: leases. Invariant: bytes in flight never exceed the budget,
+and a slot is given out again only after whoever leased it has released it; one that a hanging thread may
+still touch is never given out again. The arena is MAP_SHARED and MADV_DONTFORK: direct I/O on private memory
+concurrent with fork() may corrupt it (open(2)).
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ class Lease:
         return self.arena.memory[self.offset + start : self.offset + stop]
 
 
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
 class BufferPool:
     """Leases slots of one arena; safe to use from several loops. Owns the arena."""
 
@@ -115,7 +121,8 @@ class BufferPool:
         return self._arena is not None and 0 not in self._arena.taken
 
     def reserve(self, owner: object, nbytes: int) -> None:
-        """``owner`` will want ``nbytes`` at once; what the budget allows of it is there from the next idle moment on."""
+        """``owner`` will want ``nbytes`` at once; what the budget allows of it is there from the next idle
+        moment on."""
         with self._lock:
             self._reserved[owner] = nbytes
 
@@ -147,7 +154,8 @@ class BufferPool:
                     self._budget = len(arena.taken) * self.slot_bytes
             if arena.taken.count(2) == len(arena.taken):
                 raise StorageError(
-                    "no staging buffer is left: each is held by a write that hangs; restart once the storage answers again",
+                    "no staging buffer is left: each is held by a write that hangs; "
+                    "restart once the storage answers again",
                     verb="stage",
                     path="",
                 )
@@ -184,7 +192,7 @@ class BufferPool:
             if not self._waiters or self._arena is None or 0 not in self._arena.taken:
                 return
             loop, future = self._waiters.popleft()
-        loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
+        loop.call_soon_threadsafe(_settle, future)
 
     def release(self, lease: Lease, index: int, *, lost: bool = False) -> None:
         """Give back slot ``index`` of ``lease``; ``lost`` if a hanging thread may still touch it."""

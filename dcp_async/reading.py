@@ -1,7 +1,9 @@
-"""What a load reads: from DCP's Metadata and the wanted names to byte ranges of files, each with its destination.
+"""What a load reads: from DCP's Metadata and the wanted names to byte ranges of files, each with its
+destination.
 
-Enters: a checkpoint's contents and the targets. Leaves: Spans, block-aligned ranges that one call reads and one pass verifies. Pure: no
-I/O, nothing is allocated but on demand. Invariant: every byte of every target is covered before a target is touched.
+Enters: a checkpoint's contents and the targets. Leaves: Spans, block-aligned ranges that one call reads and
+one pass verifies. Pure: no I/O, nothing is allocated but on demand. Invariant: every byte of every target is
+covered before a target is touched.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from .formats.zip_item import PLAIN_DTYPES, tensor_frame
 from .trust import Trust, load_item
 
 _SMALL_BYTES = BLOCK_BYTES
-"""Pieces below this are read through a scratch buffer and copied: a buffer of their own in the call would cost more."""
+"""Pieces below this are read through a scratch buffer and copied: a buffer of their own in the call would
+cost more."""
 
 Box = tuple[tuple[int, int], ...]
 """Per dimension, [start, stop)."""
@@ -54,7 +57,8 @@ def host_memory(tensor: torch.Tensor) -> memoryview:
 
 
 class Fill:
-    """A buffer that is read in pieces and used when it is whole: a leaf's item, or rows that don't lie as in the target."""
+    """A buffer that is read in pieces and used when it is whole: a leaf's item, or rows that don't lie as in
+    the target."""
 
     __slots__ = ("_buffer", "_finish", "_left", "_nbytes")
 
@@ -141,7 +145,9 @@ class FetchBuffers:
             if piece.nbytes < _SMALL_BYTES and piece.nbytes:
                 while piece.offset >= stop:
                     start, stop, memory = next(following)
-                self._scattered.append((piece, memory[piece.offset - start : piece.offset - start + piece.nbytes]))
+                self._scattered.append(
+                    (piece, memory[piece.offset - start : piece.offset - start + piece.nbytes])
+                )
 
     def verify(self) -> None:
         """Check every block. Raises DamagedError with the names of the tensors in the bad ones."""
@@ -170,7 +176,10 @@ class FetchBuffers:
                 if any(piece.offset < high and low < piece.offset + piece.nbytes for low, high in ranges)
             }
             shown = ", ".join(f"[{low}, {high})" for low, high in ranges[:3])
-            raise DamagedError(f"{len(bad)} block(s) of {span.file} do not match their checksum, first at bytes {shown}", list(names))
+            raise DamagedError(
+                f"{len(bad)} block(s) of {span.file} do not match their checksum, first at bytes {shown}",
+                list(names),
+            )
 
     def _stream(self, index: int, low: int, high: int) -> int:
         digest = xxhash.xxh3_64()
@@ -196,7 +205,8 @@ def make_spans(
     *,
     part_bytes: int,
 ) -> Iterator[Span]:
-    """Group each file's pieces into spans of at most ``part_bytes``, rounded out to blocks where there are checksums.
+    """Group each file's pieces into spans of at most ``part_bytes``, rounded out to blocks where there are
+    checksums.
 
     Gaps smaller than a block are read through: a seek would cost more.
     """
@@ -241,15 +251,20 @@ def contiguous_run(box: Box, shape: Sequence[int]) -> tuple[int, int] | None:
 
 
 def check_coverage(shape: Sequence[int], boxes: Sequence[Box]) -> None:
-    """Raises CoverageError unless ``boxes`` cover every element of ``shape``: never zeros where a chunk is missing."""
+    """Raises CoverageError unless ``boxes`` cover every element of ``shape``: never zeros where a chunk is
+    missing."""
     if 0 in shape or not shape:
         if not shape and not boxes:
             raise CoverageError("no chunk holds its value")
         return
-    edges = [sorted({0, extent, *(edge for box in boxes for edge in box[dim])}) for dim, extent in enumerate(shape)]
+    edges = [
+        sorted({0, extent, *(edge for box in boxes for edge in box[dim])}) for dim, extent in enumerate(shape)
+    ]
     cells = torch.zeros([len(edge) - 1 for edge in edges], dtype=torch.bool)
     for box in boxes:
-        cells[tuple(slice(edges[dim].index(low), edges[dim].index(high)) for dim, (low, high) in enumerate(box))] = True
+        cells[
+            tuple(slice(edges[dim].index(low), edges[dim].index(high)) for dim, (low, high) in enumerate(box))
+        ] = True
     if not cells.all():
         hole = [edges[dim][int(at)] for dim, at in enumerate((~cells).nonzero()[0])]
         raise CoverageError(f"no chunk covers the region that starts at {hole}")
@@ -285,7 +300,9 @@ class Collector:
         try:
             return self._source.places[index]
         except KeyError:
-            raise DamagedError(f"{name}: .metadata does not say where its item {index} lies", [name]) from None
+            raise DamagedError(
+                f"{name}: .metadata does not say where its item {index} lies", [name]
+            ) from None
 
     def want_leaf(self, name: str, receive: Callable[[str, Any], None]) -> None:
         """Read the leaf ``name`` and hand its value over."""
@@ -304,7 +321,8 @@ class Collector:
         """
         chunks = self._source.tensors[name].chunks
         boxes = [
-            tuple((low, low + extent) for low, extent in zip(chunk.offsets, chunk.sizes, strict=True)) for chunk in chunks
+            tuple((low, low + extent) for low, extent in zip(chunk.offsets, chunk.sizes, strict=True))
+            for chunk in chunks
         ]
         if len(chunks) != 1 or chunks[0].sizes != target.shape:
             try:
@@ -321,14 +339,19 @@ class Collector:
         shape = tuple(chunk.sizes)
         dtype = self._source.tensors[name].properties.dtype
         if file not in self._source.raw_files or name in self._source.exotic or dtype not in PLAIN_DTYPES:
-            self._add(file, Piece(offset, length, Fill(length, self._item_finisher(name, target, here, shape)), 0, name))
+            self._add(
+                file,
+                Piece(offset, length, Fill(length, self._item_finisher(name, target, here, shape)), 0, name),
+            )
             return
         head, tail = tensor_frame(dtype, shape)
         nbytes = dtype.itemsize
         for extent in shape:
             nbytes *= extent
         if length != len(head) + nbytes + len(tail):
-            raise DamagedError(f"{name}: its item has {length} bytes, a chunk of {shape} {dtype} has others", [name])
+            raise DamagedError(
+                f"{name}: its item has {length} bytes, a chunk of {shape} {dtype} has others", [name]
+            )
         payload = offset + len(head)
         run = contiguous_run(box, target.shape)
         if run is not None and target.is_cpu and target.is_contiguous() and target.dtype == dtype:
@@ -348,7 +371,9 @@ class Collector:
         def finish(buffer: bytearray) -> None:
             value = load_item(io.BytesIO(buffer), trust)
             if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
-                raise DamagedError(f"{name}: its item is not the tensor of {shape} that .metadata names", [name])
+                raise DamagedError(
+                    f"{name}: its item is not the tensor of {shape} that .metadata names", [name]
+                )
             (target.detach()[here] if here else target.detach()).copy_(value)
 
         return finish
@@ -365,8 +390,11 @@ class Collector:
         return finish
 
 
-def _row_groups(shape: tuple[int, ...], itemsize: int, limit: int = 32 << 20) -> Iterable[tuple[slice | None, int, int]]:
-    """Cut a chunk along its first dimension: (rows, first byte, number of bytes), each within ``limit`` where rows are."""
+def _row_groups(
+    shape: tuple[int, ...], itemsize: int, limit: int = 32 << 20
+) -> Iterable[tuple[slice | None, int, int]]:
+    """Cut a chunk along its first dimension: (rows, first byte, number of bytes), each within ``limit`` where
+    rows are."""
     numel = 1
     for extent in shape:
         numel *= extent
@@ -375,6 +403,10 @@ def _row_groups(shape: tuple[int, ...], itemsize: int, limit: int = 32 << 20) ->
     row_bytes = numel // shape[0] * itemsize
     step = max(limit // max(row_bytes, 1), 1)
     return [
-        (slice(row, min(row + step, shape[0])), row * row_bytes, (min(row + step, shape[0]) - row) * row_bytes)
+        (
+            slice(row, min(row + step, shape[0])),
+            row * row_bytes,
+            (min(row + step, shape[0]) - row) * row_bytes,
+        )
         for row in range(0, shape[0], step)
     ]

@@ -1,7 +1,8 @@
 """What a caller holds of a save or a load: handles that any loop or thread can wait for, and value types.
 
-Invariant: waiting never changes what is waited for. A cancelled waiter leaves the save alone; a failure raises a fresh error
-in each waiter, since one stored exception would grow its traceback with each of them (docs/adr/0003).
+Invariant: waiting never changes what is waited for. A cancelled waiter leaves the save alone; a failure
+raises a fresh error in each waiter, since one stored exception would grow its traceback with each of them
+(docs/adr/0003).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Generic, Literal, TypeAlias, TypeVar
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .errors import EngineStateError, LoadError, SaveError
+from .formats.structure import JSON
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,8 @@ class LoadReport:
         """The step to go on with, ``step + 1``. Raises LoadError if the checkpoint has no step."""
         if self.step is None:
             raise LoadError(
-                f"checkpoint {self.checkpoint_id!r} has no step; save with step=... or keep your own counter in the state",
+                f"checkpoint {self.checkpoint_id!r} has no step; save with step=..., "
+                "or keep a counter of your own in the state",
                 checkpoint_id=self.checkpoint_id,
             )
         return self.step + 1
@@ -127,9 +129,13 @@ class CheckpointHandle(Generic[T]):
         if self.done():
             return
         if os.getpid() != self._pid:
-            raise EngineStateError(f"{self._what}: this process was forked from the one that saves; wait in the parent")
+            raise EngineStateError(
+                f"{self._what}: this process was forked from the one that saves; wait in the parent"
+            )
         if blocking and self._on_own_thread():
-            raise EngineStateError(f"{self._what}: waiting on the engine's own thread would never end; use add_done_callback")
+            raise EngineStateError(
+                f"{self._what}: waiting on the engine's own thread would never end; use add_done_callback"
+            )
 
     def done(self) -> bool:
         """Whether it succeeded or failed already."""
@@ -138,7 +144,8 @@ class CheckpointHandle(Generic[T]):
     def result(self, timeout: float | None = None) -> T:
         """Block this thread until done, ``timeout`` seconds at most.
 
-        Raises: SaveError (or a subclass) if the save failed; TimeoutError; EngineStateError on the engine's thread.
+        Raises: SaveError (or a subclass) if the save failed; TimeoutError; EngineStateError on the engine's
+        thread.
         """
         self._check_wait(blocking=True)
         return self._open(self._future.result(timeout))
@@ -158,7 +165,8 @@ class CheckpointHandle(Generic[T]):
         return failure.fresh()
 
     def add_done_callback(self, fn: Callable[[CheckpointHandle[T]], object]) -> None:
-        """Call ``fn(handle)`` when done (at once if it is): on the engine's thread, so it must be quick and not block."""
+        """Call ``fn(handle)`` when done (at once if it is): on the engine's thread, so it must be quick and
+        not block."""
 
         def call(_: object) -> None:
             try:
@@ -198,10 +206,12 @@ class AsyncSaveResponse:
         """Done when the checkpoint is committed and durable."""
 
     def __repr__(self) -> str:
-        return f"<AsyncSaveResponse {self.checkpoint_id!r} {self.staging_completion!r} {self.upload_completion!r}>"
+        handles = f"{self.staging_completion!r} {self.upload_completion!r}"
+        return f"<AsyncSaveResponse {self.checkpoint_id!r} {handles}>"
 
     def cancel(self) -> None:
-        """Stop the save: both handles raise SaveCancelled and its files go. Too late once the commit has begun."""
+        """Stop the save: both handles raise SaveCancelled and its files go. Too late once the commit has
+        begun."""
         self._cancel()
 
     def _settle_staged(self) -> None:

@@ -1,8 +1,9 @@
 """Staging: from live tensors to parts of a file image, one batched copy per run of parts.
 
-Enters: a StageJob (plan, tensors, pickled leaves) and a range of parts. Leaves: leased slots that hold the image's bytes, constant
-bytes included. Invariant: once a job's last part is staged nothing refers to the trainer's tensors any more.
-Few, large calls: beside a busy Python thread each release of the GIL costs up to 5 ms.
+Enters: a StageJob (plan, tensors, pickled leaves) and a range of parts. Leaves: leased slots that hold the
+image's bytes, constant bytes included. Invariant: once a job's last part is staged nothing refers to the
+trainer's tensors any more. Few, large calls: beside a busy Python thread each release of the GIL costs up to
+5 ms.
 """
 
 from __future__ import annotations
@@ -32,17 +33,22 @@ class StagingOptions:
     """How a state gets out of the trainer's way."""
 
     overlap: bool = False
-    """Return from ``save()`` after capture and copy during the next forward and backward. Needs the optimizer in the state."""
+    """Return from ``save()`` after capture and copy during the next forward and backward. Needs the optimizer
+    in the state."""
     budget_bytes: int | None = None
-    """The most memory that staging holds. None: pending saves x the state, so that staging never waits for the disk."""
+    """The most memory that staging holds. None: pending saves x the state, so that staging never waits for
+    the disk."""
     part_bytes: int = 32 * MiB
-    """The unit of flow, a multiple of 64 KiB. Larger parts cost fewer calls, smaller ones less memory under a small budget."""
+    """The unit of flow, a multiple of 64 KiB. Larger parts cost fewer calls, smaller ones less memory under a
+    small budget."""
     pinned: bool | None = None
     """Pin the pool for copies from an accelerator. None: if there is one."""
 
     def __post_init__(self) -> None:
         if self.part_bytes < BLOCK_BYTES or self.part_bytes % BLOCK_BYTES:
-            raise ValueError(f"StagingOptions(part_bytes=...) is a multiple of {BLOCK_BYTES}, not {self.part_bytes}")
+            raise ValueError(
+                f"StagingOptions(part_bytes=...) is a multiple of {BLOCK_BYTES}, not {self.part_bytes}"
+            )
         least = self.part_bytes + (_ASIDE_BYTES if self.overlap else 0)
         if self.budget_bytes is not None and self.budget_bytes < least:
             raise ValueError(f"StagingOptions(budget_bytes=...) is at least {least}, not {self.budget_bytes}")
@@ -77,7 +83,8 @@ class StageJob:
 
 @dataclass(frozen=True, slots=True)
 class _BatchViews:
-    """Where the tensors of a run of parts go; kept with the slots, since making views costs more than copying small tensors."""
+    """Where the tensors of a run of parts go; kept with the slots, since making views costs more than copying
+    small tensors."""
 
     indices: list[int]
     targets: list[torch.Tensor]
@@ -85,10 +92,13 @@ class _BatchViews:
     """Tensors that reach over the run's ends."""
 
 
-def flat_slices(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int | slice, ...], int, int]]:
+def flat_slices(
+    shape: Sequence[int], start: int, stop: int
+) -> Iterator[tuple[tuple[int | slice, ...], int, int]]:
     """Cut elements [start, stop) of a row-major enumeration of ``shape`` into boxes.
 
-    Yields (index, first, last): the box and its place in the enumeration. At most two boxes per dimension and one in the middle.
+    Yields (index, first, last): the box and its place in the enumeration. At most two boxes per dimension and
+    one in the middle.
     """
     if start >= stop:
         return
@@ -114,9 +124,11 @@ def flat_slices(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[t
 
 
 def copy_aside(captured: Captured) -> None:
-    """Replace small tensors by copies, smallest first: a forward changes those (BatchNorm's counters), and they are cheap.
+    """Replace small tensors by copies, smallest first: a forward changes those (BatchNorm's counters), and
+    they are cheap.
 
-    Records the version of every other tensor. Call before the events are recorded, so that copies on a device come first.
+    Records the version of every other tensor. Call before the events are recorded, so that copies on a device
+    come first.
     """
     tensors = captured.tensors
     versions: list[int | None] = [None if tensor.is_inference() else tensor._version for tensor in tensors]
@@ -135,8 +147,8 @@ def copy_aside(captured: Captured) -> None:
 class Stager:
     """Owns the pool and the thread that copies into it.
 
-    ``async with Stager(options) as stager`` may serve several engines; they never close it. An engine that was given options makes
-    its own and closes it.
+    ``async with Stager(options) as stager`` may serve several engines; they never close it. An engine that
+    was given options makes its own and closes it.
     """
 
     def __init__(self, options: StagingOptions = StagingOptions(), *, backend: Backend | None = None) -> None:
@@ -176,22 +188,25 @@ class Stager:
         await self.close()
 
     def prepare(self, captured: Captured) -> dict[torch.device, Event]:
-        """In the caller's thread, right after capture: copies aside what overlap needs, marks the devices' queues."""
+        """In the caller's thread, right after capture: copies aside what overlap needs, marks the devices'
+        queues."""
         if self.options.overlap:
             copy_aside(captured)
         return {device: self.backend.record(device) for device in self.backend.devices(captured.tensors)}
 
-    async def stage(self, job: StageJob, first: int, count: int, *, timeout: float) -> Lease:
-        """Stage up to ``count`` parts from ``first`` on; the lease tells how many.
+    async def stage(self, job: StageJob, first: int, count: int, *, patience: float) -> Lease:
+        """Stage up to ``count`` parts from ``first`` on; the lease tells how many. ``patience`` in seconds.
 
         Cancellation: the copy in progress is joined, then the slots are free again.
         Raises: MutatedTensors; StuckThreadError, after which the slots are lost.
         """
         if self._threads is None:
-            raise EngineStateError("the stager is closed; keep `async with Stager(...)` open around its engines")
+            raise EngineStateError(
+                "the stager is closed; keep `async with Stager(...)` open around its engines"
+            )
         lease = await self.pool.lease(count)
         try:
-            await run_blocking(self._threads, timeout, self._copy, job, first, lease)
+            await run_blocking(self._threads, patience, self._copy, job, first, lease)
         except TimeoutError:
             for index in range(lease.count):
                 self.pool.release(lease, index, lost=True)
@@ -229,7 +244,9 @@ class Stager:
         self._check_versions(job, [*views.indices, *views.cut])
         arena.resident[here] = marks
 
-    def _batch_views(self, plan: CompiledPlan, first: int, start: int, stop: int, lease: Lease) -> _BatchViews:
+    def _batch_views(
+        self, plan: CompiledPlan, first: int, start: int, stop: int, lease: Lease
+    ) -> _BatchViews:
         key = (first, lease.first, lease.count)
         known = self._views.get(key)
         if known is not None and known[0] is plan and known[1] is lease.arena:
@@ -251,7 +268,9 @@ class Stager:
         # a small budget deals slots out in ever new combinations; views of those would only pile up
         if self.options.budget_bytes is None:
             self._views = {
-                other: entry for other, entry in self._views.items() if entry[0] is plan and entry[1] is lease.arena
+                other: entry
+                for other, entry in self._views.items()
+                if entry[0] is plan and entry[1] is lease.arena
             }
             self._views[key] = (plan, lease.arena, views)
         return views
@@ -280,9 +299,15 @@ class Stager:
         if events:
             pairs = list(zip(targets, sources, strict=True))
             for device, event in events.items():
-                there = [pair for pair in pairs if not self.backend.is_on_host(pair[1]) and pair[1].device == device]
+                there = [
+                    pair
+                    for pair in pairs
+                    if not self.backend.is_on_host(pair[1]) and pair[1].device == device
+                ]
                 if there:
-                    self.backend.copy_to_host(device, event, [pair[0] for pair in there], [pair[1] for pair in there])
+                    self.backend.copy_to_host(
+                        device, event, [pair[0] for pair in there], [pair[1] for pair in there]
+                    )
             pairs = [pair for pair in pairs if self.backend.is_on_host(pair[1])]
             targets, sources = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         if sources:
@@ -293,7 +318,11 @@ class Stager:
         if versions is None:
             return
         tensors = job.captured.tensors
-        moved = [index for index in indices if versions[index] is not None and tensors[index]._version != versions[index]]
+        moved = [
+            index
+            for index in indices
+            if versions[index] is not None and tensors[index]._version != versions[index]
+        ]
         if moved:
             raise MutatedTensors([job.plan.structure.tensor_names[index] for index in moved])
 
@@ -317,5 +346,3 @@ def parts_between(first: int, count: int, slot_bytes: int, image_bytes: int) -> 
 def num_parts(image_bytes: int, slot_bytes: int) -> int:
     """How many parts an image has."""
     return -(-image_bytes // slot_bytes)
-
-

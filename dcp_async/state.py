@@ -1,8 +1,9 @@
 """capture() and restore(): between a trainer's state and flat lists of tensors and pickled leaves.
 
-Enters: a mapping of Statefuls, tensors, containers and picklable leaves. Leaves: parallel lists in one order, named as DCP's
-``flatten_state_dict`` names them. Both run in the caller's thread and in one piece, so a data pipeline can't advance between the
-model's snapshot and its own. Invariant: a Captured refers to live tensors only until its save has staged them.
+Enters: a mapping of Statefuls, tensors, containers and picklable leaves. Leaves: parallel lists in one order,
+named as DCP's ``flatten_state_dict`` names them. Both run in the caller's thread and in one piece, so a data
+pipeline can't advance between the model's snapshot and its own. Invariant: a Captured refers to live tensors
+only until its save has staged them.
 Source: torch/distributed/checkpoint/_traverse.py.
 """
 
@@ -14,8 +15,8 @@ import io
 import pickle
 import random
 import sys
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,10 +25,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from .formats.distcp import SECTOR_BYTES
+from .formats.structure import JSON, MAPPING_KINDS, list_node, mapping_node
 from .formats.zip_item import PLAIN_DTYPES, object_item, pad_item, slot_bytes
-from .response import JSON
 
-_CONTAINER_KINDS: dict[type, str] = {dict: "dict", OrderedDict: "odict", Counter: "counter"}
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -36,7 +36,8 @@ class CaptureError(ValueError):
 
 
 class RNGState:
-    """A Stateful that brings the random number generators back to where they were: torch's, Python's, and numpy's if it is used."""
+    """A Stateful that brings the random number generators back to where they were: torch's, Python's, and
+    numpy's if it is used."""
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
@@ -58,7 +59,8 @@ class RNGState:
 
 
 def is_stateful(value: object) -> bool:
-    """DCP's ``Stateful``, looked up on the type: the protocol's own isinstance costs microseconds per leaf."""
+    """DCP's ``Stateful``, looked up on the type: the protocol's own isinstance costs microseconds per
+    leaf."""
     cls = type(value)
     return hasattr(cls, "state_dict") and hasattr(cls, "load_state_dict") and not isinstance(value, type)
 
@@ -95,7 +97,8 @@ class Walk:
     leaves: list[Any] = field(default_factory=list)
     """Everything that is no plain tensor: pickled."""
     containers: list[tuple[str, str, int, int]] = field(default_factory=list)
-    """(prefix, kind, size, leaves before it) of each container: with the names this is the whole structure."""
+    """(prefix, kind, size, leaves before it) of each container: with the names this is the whole
+    structure."""
     odd_keys: list[tuple[str, object]] = field(default_factory=list)
     """Mapping keys that are no str: (name below the key, key)."""
     optimizers: list[Optimizer] = field(default_factory=list)
@@ -131,8 +134,8 @@ class Walk:
             if inspect.iscoroutine(inner):
                 inner.close()
             raise CaptureError(
-                f"{name}: {type(stateful).__name__}.state_dict() is asynchronous; a snapshot must be taken in one piece, "
-                "so give the state an object whose state_dict() returns a plain dict"
+                f"{name}: {type(stateful).__name__}.state_dict() is asynchronous; a snapshot must be taken in "
+                "one piece, so give the state an object whose state_dict() returns a plain dict"
             )
         self.statefuls.append((name, stateful, inner))
         self.visit(name, inner)
@@ -141,13 +144,15 @@ class Walk:
         self.containers.append((name, kind, size, len(self.tensor_names) + len(self.leaf_names)))
 
     def _visit_mapping(self, name: str, mapping: Mapping[Any, Any]) -> None:
-        self._enter(name, _CONTAINER_KINDS.get(type(mapping), "dict"), len(mapping))
+        self._enter(name, MAPPING_KINDS.get(type(mapping), "dict"), len(mapping))
         tensor_names, tensors = self.tensor_names, self.tensors
         for key, value in mapping.items():
             below = f"{name}.{key}"
             if type(key) is not str:
                 self.odd_keys.append((below, key))
-            if isinstance(value, torch.Tensor) and _is_plain(value):  # inlined: the common case of a large state
+            if isinstance(value, torch.Tensor) and _is_plain(
+                value
+            ):  # inlined: the common case of a large state
                 tensor_names.append(below)
                 tensors.append(value)
             else:
@@ -166,17 +171,15 @@ def walk_state(state: Mapping[str, Any]) -> Walk:
 
 
 def duplicate_name(names: list[str]) -> str | None:
-    """A name that occurs twice, if one does: DCP's dotted names do not tell {"a.b": x} from {"a": {"b": x}}."""
+    """A name that occurs twice, if one does: DCP's dotted names do not tell {"a.b": x} from {"a": {"b":
+    x}}."""
     if len(set(names)) == len(names):
         return None
     return next(name for name, count in Counter(names).items() if count > 1)
 
 
 def structure_of(state: Mapping[str, Any], walk: Walk) -> JSON:
-    """The tree of containers as JSON: a leaf is null, a mapping [kind, {key: node}] or [kind, [[key, node], ...]].
-
-    Leaves have no name of their own: it follows from the path.
-    """
+    """The tree of containers, for the manifest."""
     inner = {id(stateful): captured for _, stateful, captured in walk.statefuls}
 
     def node(value: Any) -> JSON:
@@ -185,34 +188,13 @@ def structure_of(state: Mapping[str, Any], walk: Walk) -> JSON:
         if is_stateful(value):
             return node(inner[id(value)])
         if isinstance(value, Mapping):
-            kind = _CONTAINER_KINDS.get(type(value), "dict")
-            if all(type(key) is str for key in value):
-                return [kind, {key: node(entry) for key, entry in value.items()}]
-            return [kind, [[_json_key(key), node(entry)] for key, entry in value.items()]]
+            kind = MAPPING_KINDS.get(type(value), "dict")
+            return mapping_node(kind, {key: node(entry) for key, entry in value.items()})
         if isinstance(value, list) and not _is_terminal(value):
-            return ["list", [node(entry) for entry in value]]
+            return list_node([node(entry) for entry in value])
         return None
 
-    return ["dict", {key: node(value) for key, value in state.items()}]
-
-
-def _json_key(key: object) -> JSON:
-    return key if isinstance(key, (str, bool, int, float)) or key is None else str(key)
-
-
-def build_from_structure(structure: JSON, leaf: Callable[[str], Any], name: str = "") -> Any:
-    """The inverse of ``structure_of``: containers as they were, ``leaf(name)`` at the leaves."""
-    if structure is None:
-        return leaf(name)
-    kind, entries = cast("tuple[str, Any]", structure)
-    prefix = f"{name}." if name else ""
-    if kind == "list":
-        return [build_from_structure(entry, leaf, f"{prefix}{index}") for index, entry in enumerate(entries)]
-    pairs = entries.items() if isinstance(entries, dict) else entries
-    made = [(key, build_from_structure(entry, leaf, f"{prefix}{key}")) for key, entry in pairs]
-    if kind == "odict":
-        return OrderedDict(made)
-    return Counter(dict(made)) if kind == "counter" else dict(made)
+    return mapping_node("dict", {key: node(value) for key, value in state.items()})
 
 
 def pickle_leaf(name: str, value: Any) -> bytes:
@@ -315,7 +297,12 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
         flat = dict(zip(walk.tensor_names, tensors, strict=True))
         flat |= zip(walk.leaf_names, walk.leaves, strict=True)
     return Captured(
-        structure=structure, tree=tree, flat=flat, tensors=tensors, leaf_items=items, optimizers=walk.optimizers
+        structure=structure,
+        tree=tree,
+        flat=flat,
+        tensors=tensors,
+        leaf_items=items,
+        optimizers=walk.optimizers,
     )
 
 
@@ -357,14 +344,22 @@ def capture_targets(state: Mapping[str, Any]) -> Targets:
     open_mappings: dict[str, type] = {}
     for prefix, stateful, _ in walk.statefuls:
         for name, kind, size, _ in walk.containers:
-            if kind in ("dict", "odict", "counter") and size == 0 and (name == prefix or name.startswith(f"{prefix}.")):
+            if (
+                kind in ("dict", "odict", "counter")
+                and size == 0
+                and (name == prefix or name.startswith(f"{prefix}."))
+            ):
                 open_mappings[name] = type(stateful)
         if isinstance(stateful, Optimizer):
             open_mappings[f"{prefix}.state"] = type(stateful)
-    return Targets(walk=walk, tensors=tensors, leaves=leaves, open_mappings=open_mappings, prefixes=set(state))
+    return Targets(
+        walk=walk, tensors=tensors, leaves=leaves, open_mappings=open_mappings, prefixes=set(state)
+    )
 
 
-def restore(state: Mapping[str, Any], targets: Targets, values: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+def restore(
+    state: Mapping[str, Any], targets: Targets, values: Mapping[str, Any], extra: Mapping[str, Any]
+) -> None:
     """Hand what was read back to ``state``; runs in the caller's thread.
 
     Args:
@@ -375,12 +370,15 @@ def restore(state: Mapping[str, Any], targets: Targets, values: Mapping[str, Any
     captured = {id(stateful): inner for _, stateful, inner in walk.statefuls}
 
     def merged(name: str, value: Any) -> Any:
-        """``value`` with its leaves replaced; containers that change are copied, the trainer's own stay as they are."""
+        """``value`` with its leaves replaced; containers that change are copied, the trainer's own stay as
+        they are."""
         if name in values:
             return values[name]
         if isinstance(value, Mapping):
             updates = {key: merged(f"{name}.{key}", entry) for key, entry in value.items()}
-            changed = {key: entry for key, entry in updates.items() if entry is not value[key]} | extra.get(name, {})
+            changed = {key: entry for key, entry in updates.items() if entry is not value[key]} | extra.get(
+                name, {}
+            )
             if not changed:
                 return value
             made = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)

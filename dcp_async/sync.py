@@ -1,7 +1,7 @@
 """The same engine for trainers without an event loop: the same verbs, blocking.
 
-Enters and leaves: what dcp_async.engine takes and gives. Invariant: no logic of its own; each method waits, in the caller's thread, for the
-verb that its asynchronous twin awaits.
+Enters and leaves: what dcp_async.engine takes and gives. Invariant: no logic of its own; each method waits,
+in the caller's thread, for the verb that its asynchronous twin awaits.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 
 from . import engine
 from ._drive import drive_blocking
-from .response import JSON, AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
+from .formats.structure import JSON
+from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
 
 
 class CheckpointEngine:
-    """``with CheckpointEngine(root) as engine``: see ``dcp_async.CheckpointEngine``, whose arguments it takes.
+    """``with CheckpointEngine(root) as engine``: see ``dcp_async.CheckpointEngine``, whose arguments it
+    takes.
 
     Handles of a response are waited for with ``.result(timeout)``.
     """
@@ -51,11 +53,17 @@ class CheckpointEngine:
         notes: Mapping[str, JSON] | None = None,
         replace: bool = False,
     ) -> AsyncSaveResponse:
-        """Save ``state`` as it is now; the upload goes on by itself. An interrupt while it waits cancels the save."""
+        """Save ``state`` as it is now; the upload goes on by itself. An interrupt while it waits cancels the
+        save."""
         return drive_blocking(self._engine._saving(state, step, checkpoint_id, notes, replace))
 
     def load(
-        self, state: Mapping[str, Any], source: CheckpointRef = "latest", *, strict: bool = True, atomic: bool = False
+        self,
+        state: Mapping[str, Any],
+        source: CheckpointRef = "latest",
+        *,
+        strict: bool = True,
+        atomic: bool = False,
     ) -> LoadReport:
         """Fill ``state`` from a checkpoint, verified."""
         return drive_blocking(self._engine._loading(state, source, strict, atomic))
@@ -87,7 +95,8 @@ class CheckpointEngine:
         return self._engine.pending
 
     def wait(self) -> None:
-        """Wait until no save is in flight. Raises the SaveError of a save whose failure nobody has looked at."""
+        """Wait until no save is in flight. Raises the SaveError of a save whose failure nobody has looked
+        at."""
         drive_blocking(self._engine._waiting())
 
     def close(self) -> None:

@@ -1,7 +1,9 @@
-"""What may be unpickled: an allow-list for `.metadata`, another for leaves, and `Trust` that widens the second.
+"""What may be unpickled: an allow-list for `.metadata`, another for leaves, and `Trust` that widens the
+second.
 
-Enters: pickled bytes of unknown origin. Leaves: objects made of allowed classes only, or UntrustedGlobal, which names the global;
-nothing else is imported or called. Private names of torch's serialization are imported here and nowhere else.
+Enters: pickled bytes of unknown origin. Leaves: objects made of allowed classes only, or UntrustedGlobal,
+which names the global; nothing else is imported or called. Private names of torch's serialization are
+imported here and nowhere else.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import fractions
+import importlib
 import io
 import pathlib
 import pickle
@@ -37,12 +40,14 @@ class UntrustedGlobal(pickle.UnpicklingError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trust:
-    """Which pickled leaves a load accepts beyond tensors, numbers, text, containers, numpy and the standard library's values."""
+    """Which pickled leaves a load accepts beyond tensors, numbers, text, containers, numpy and the standard
+    library's values."""
 
     safe_globals: tuple[type | Callable[..., object], ...] = ()
     """Classes (and functions that rebuild them) of yours that leaves may name."""
     unsafe: bool = False
-    """Unpickle leaves without any check, as stock DCP does. Whoever wrote the checkpoint can then run code here."""
+    """Unpickle leaves without any check, as stock DCP does. Whoever wrote the checkpoint can then run code
+    here."""
 
     def __post_init__(self) -> None:
         for item in self.safe_globals:
@@ -54,7 +59,8 @@ _TORCH_ENCODING = dcp_metadata._MEM_FORMAT_ENCODING
 
 
 def _path(*parts: str) -> str:
-    """Stands in for every pathlib class in `.metadata`: 3.13's pickles name a module that older Pythons lack."""
+    """Stands in for every pathlib class in `.metadata`: 3.13's pickles name a module that older Pythons
+    lack."""
     return "/".join(parts)
 
 
@@ -130,8 +136,11 @@ def _leaf_globals() -> dict[tuple[str, str], Any]:
     for full, value in _get_allowed_globals().items():
         module, _, name = full.rpartition(".")
         names[module, name] = value
-    # torch's list marks typed storages with stand-ins that only its own unpickler knows; torch.load resolves those itself
-    names = {key: value for key, value in names.items() if not isinstance(value, torch.serialization.StorageType)}
+    # torch's list marks typed storages with stand-ins that only its own unpickler knows; torch.load resolves
+    # those itself
+    names = {
+        key: value for key, value in names.items() if not isinstance(value, torch.serialization.StorageType)
+    }
     for cls in _VALUE_TYPES:
         names[cls.__module__, cls.__qualname__] = cls
     for cls in (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath):
@@ -149,7 +158,7 @@ def _reconstruct(cls: type, base: type, state: object) -> object:
     """copyreg's rebuilder for protocol 2; its arguments passed the same list as everything else."""
     if base is object:
         return object.__new__(cls)
-    return base.__new__(cls, state)  # type: ignore[call-overload]  # base is a builtin value type of the list
+    return base.__new__(cls, state)
 
 
 @lru_cache(maxsize=1)
@@ -159,12 +168,13 @@ def _numpy_globals() -> dict[tuple[str, str], Any]:
         from numpy import dtypes
     except ImportError:
         return {}
-    core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    # private, and the only place that names it: numpy's own pickles call these to rebuild arrays and scalars
+    core: Any = importlib.import_module("numpy._core")
     names: dict[tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
     for module in ("numpy._core", "numpy.core"):
-        names[f"{module}.multiarray", "_reconstruct"] = core._reconstruct
-        names[f"{module}.multiarray", "scalar"] = core.scalar
-        names[f"{module}.numeric", "_frombuffer"] = np._core.numeric._frombuffer
+        names[f"{module}.multiarray", "_reconstruct"] = core.multiarray._reconstruct
+        names[f"{module}.multiarray", "scalar"] = core.multiarray.scalar
+        names[f"{module}.numeric", "_frombuffer"] = core.numeric._frombuffer
     for name, cls in vars(np).items():
         if isinstance(cls, type) and issubclass(cls, np.generic):
             names["numpy", name] = cls
@@ -179,7 +189,8 @@ def _qualified(items: Iterable[type | Callable[..., object]]) -> dict[tuple[str,
 
 
 def _pickle_module(trust: Trust) -> types.SimpleNamespace:
-    """What ``torch.load(pickle_module=...)`` takes: torch then handles storages, this decides on every other global."""
+    """What ``torch.load(pickle_module=...)`` takes: torch then handles storages, this decides on every other
+    global."""
     allowed = _leaf_globals() | _numpy_globals() | _qualified(trust.safe_globals)
 
     class LeafUnpickler(pickle.Unpickler):
@@ -203,7 +214,9 @@ def load_item(item: IO[bytes], trust: Trust) -> Any:
     """
     module = pickle if trust.unsafe else _pickle_module(trust)
     try:
-        return torch.load(item, map_location="cpu", weights_only=False, pickle_module=cast(Any, module), mmap=False)
+        return torch.load(
+            item, map_location="cpu", weights_only=False, pickle_module=cast(Any, module), mmap=False
+        )
     except UntrustedGlobal:
         raise
     except Exception as error:  # torch and pickle raise nearly anything on damaged input

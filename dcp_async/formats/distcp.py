@@ -1,7 +1,8 @@
 """The `.distcp` file image: where each item lies, its constant bytes, and the footer of block checksums.
 
-Enters: dtypes and shapes of tensor items, sizes of slot items. Leaves: a FileLayout, complete to the byte before a byte moves.
-Invariant: the layout is a pure function of its input, so the same structure gives the same offsets on every save.
+Enters: dtypes and shapes of tensor items, sizes of slot items. Leaves: a FileLayout, complete to the byte
+before a byte moves. Invariant: the layout is a pure function of its input, so the same structure gives the
+same offsets on every save.
 
     image   gap head PAYLOAD tail | gap head PAYLOAD tail | ... | slot | slot | ... zeros to 4 KiB
     footer  one xxh3_64 per 64 KiB block of the image | zeros | trailer, to 4 KiB          (docs/adr/0005)
@@ -22,8 +23,9 @@ import xxhash
 from .zip_item import tensor_frame
 
 BLOCK_BYTES = 64 * 1024
-"""What one checksum covers. xxhash keeps the GIL for buffers below 100 KB, so that a loop over a part costs the trainer a few
-milliseconds in all; at 256 KiB it releases the GIL for each block and waits up to 5 ms to get it back."""
+"""What one checksum covers. xxhash keeps the GIL for buffers below 100 KB, so that a loop over a part costs
+the trainer a few milliseconds in all; at 256 KiB it releases the GIL for each block and waits up to 5 ms to
+get it back."""
 SECTOR_BYTES = 4096
 """What direct I/O, slots and the ends of image and file are aligned to."""
 _SMALL_ALIGN = 64
@@ -46,8 +48,8 @@ def _round_up(value: int, multiple: int) -> int:
 class FileLayout:
     """Where everything of one file image lies, in bytes from its start.
 
-    Item ``i`` is tensor ``i`` for ``i < num_tensors``, then come the slots. Plain lists of numbers, not objects per item: a garbage
-    collection over tens of thousands of objects stops the trainer.
+    Item ``i`` is tensor ``i`` for ``i < num_tensors``, then come the slots. Plain lists of numbers, not
+    objects per item: a garbage collection over tens of thousands of objects stops the trainer.
     """
 
     item_offsets: list[int]
@@ -88,7 +90,8 @@ class FileLayout:
     def fill_constants(self, buffer: memoryview, start: int) -> None:
         """Write gaps, heads and tails that fall into the image's bytes [start, start + len(buffer)).
 
-        Payload and slots are left alone; everything else is written, so no byte of an earlier save stays behind.
+        Payload and slots are left alone; everything else is written, so no byte of an earlier save stays
+        behind.
         """
         stop = start + len(buffer)
 
@@ -113,7 +116,8 @@ class FileLayout:
 
 
 def plan_file(tensors: Sequence[tuple[torch.dtype, tuple[int, ...]]], slots: Sequence[int]) -> FileLayout:
-    """Lay out ``tensors`` (dtype and chunk shape, row-major) and, behind them, ``slots`` (lengths, multiples of SECTOR_BYTES).
+    """Lay out ``tensors`` (dtype and chunk shape, row-major) and, behind them, ``slots`` (lengths, multiples
+    of SECTOR_BYTES).
 
     Payloads start on 64 bytes, from 1 MiB on 4 KiB, by a gap before the item.
     """
@@ -187,13 +191,19 @@ class Footer:
         """The footer's bytes, a multiple of SECTOR_BYTES."""
         table = _little(self.digests)
         trailer = _TRAILER.pack(
-            _MAGIC, FOOTER_VERSION, BLOCK_BYTES, len(self.digests), self.image_bytes, xxhash.xxh3_64_intdigest(table)
+            _MAGIC,
+            FOOTER_VERSION,
+            BLOCK_BYTES,
+            len(self.digests),
+            self.image_bytes,
+            xxhash.xxh3_64_intdigest(table),
         )
         return table + bytes(footer_bytes(self.image_bytes) - len(table) - len(trailer)) + trailer
 
     @classmethod
     def decode(cls, raw: bytes, file_bytes: int) -> Footer:
-        """Read the footer from ``raw``, the last bytes of a file of ``file_bytes``: at least ``footer_span(file_bytes)``.
+        """Read the footer from ``raw``, the last bytes of a file of ``file_bytes``: at least
+        ``footer_span(file_bytes)``.
 
         Raises: FooterError.
         """

@@ -1,7 +1,8 @@
 """The manifest: what stock's `.metadata` has no place for. JSON, with a digest of itself at its end.
 
-Enters and leaves: a Manifest. Invariant: the valid manifest of a checkpoint is the one that names the digest of its
-`.metadata`, so a manifest without its `.metadata` (or the other way round) is never taken for a checkpoint.
+Enters and leaves: a Manifest. Invariant: the valid manifest of a checkpoint is the one that names the digest
+of its `.metadata`, so a manifest without its `.metadata` (or the other way round) is never taken for a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from ..response import JSON
+from .structure import JSON
 
 MANIFEST_VERSION = 1
 
@@ -110,7 +111,9 @@ def decode_manifest(raw: bytes) -> Manifest:
         if parts["format"] != "dcp_async":
             raise ManifestError(f"its format is {parts['format']!r}, not 'dcp_async'")
         if parts["version"] > MANIFEST_VERSION:
-            raise NewerVersionError(f"it has format version {parts['version']}; this release reads up to {MANIFEST_VERSION}")
+            raise NewerVersionError(
+                f"it has format version {parts['version']}; this release reads up to {MANIFEST_VERSION}"
+            )
         return Manifest(
             checkpoint_id=parts["checkpoint_id"],
             uid=parts["uid"],

@@ -1,6 +1,8 @@
-"""`.metadata`: DCP's pickle of stock classes, encoded once per plan and reused with another uid in its file names.
+"""`.metadata`: DCP's pickle of stock classes, encoded once per plan and reused with another uid in its file
+names.
 
-Enters: DCP's Metadata and where each item lies. Leaves: bytes that stock reads. Invariant: nothing but the uid changes from
+Enters: DCP's Metadata and where each item lies. Leaves: bytes that stock reads. Invariant: nothing but the
+uid changes from
 save to save until the layout does.
 """
 

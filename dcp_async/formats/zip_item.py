@@ -1,9 +1,9 @@
 """One DCP item: a STORED zip that ``torch.load`` accepts, made by hand.
 
-Enters: a dtype and a shape, or pickled bytes. Leaves: the constant bytes before and after a tensor's payload (pure functions of
-dtype and shape, so they are made once per plan), or a whole item padded to its slot.
-CRC fields are 0, as under torch's own ``set_crc32_options(False)``: no reader of torch checks them, and computing them would
-cost a pass over the payload (docs/adr/0005).
+Enters: a dtype and a shape, or pickled bytes. Leaves: the constant bytes before and after a tensor's payload
+(pure functions of dtype and shape, so they are made once per plan), or a whole item padded to its slot.
+CRC fields are 0, as under torch's own ``set_crc32_options(False)``: no reader of torch checks them, and
+computing them would cost a pass over the payload (docs/adr/0005).
 Source: torch/serialization.py, caffe2/serialize/inline_container.cc.
 """
 
@@ -24,7 +24,8 @@ _END = struct.Struct("<4sHHHHIIH")
 _END64 = struct.Struct("<4sQHHIIQQQQ")
 _LOCATOR64 = struct.Struct("<4sIQI")
 
-# Storage classes that torch pickles a tensor's bytes under; dtypes younger than typed storages name UntypedStorage instead.
+# Storage classes that torch pickles a tensor's bytes under; dtypes younger than typed storages name
+# UntypedStorage instead.
 _STORAGE_CLASS = {
     torch.float32: "FloatStorage",
     torch.float64: "DoubleStorage",
@@ -66,7 +67,24 @@ def _central_entry(name: bytes, size: int, offset: int) -> bytes:
     wide = [value for value in (size, size, offset) if value >= _LIMIT32]
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
     size32 = min(size, _LIMIT32)
-    fields = (0, 0, _UTF8, 0, 0, 0, 0, size32, size32, len(name), len(extra), 0, 0, 0, 0, min(offset, _LIMIT32))
+    fields = (
+        0,
+        0,
+        _UTF8,
+        0,
+        0,
+        0,
+        0,
+        size32,
+        size32,
+        len(name),
+        len(extra),
+        0,
+        0,
+        0,
+        0,
+        min(offset, _LIMIT32),
+    )
     return _CENTRAL.pack(b"PK\1\2", *fields) + name + extra
 
 
@@ -186,7 +204,8 @@ def slot_bytes(item_bytes: int, quantum: int) -> int:
 def pad_item(item: bytes, slot: int) -> bytes:
     """``item`` grown to exactly ``slot`` bytes by a stored padding record, which torch ignores.
 
-    Bytes behind the zip's end would not do: stock refuses them. Offsets then stay where they are when a counter grows.
+    Bytes behind the zip's end would not do: stock refuses them. Offsets then stay where they are when a
+    counter grows.
     """
     at, entries, count = _split(item)
     name = _PREFIX + b".pad"
@@ -195,7 +214,16 @@ def pad_item(item: bytes, slot: int) -> bytes:
     if padding < 0:
         raise ValueError(f"an item of {len(item)} bytes does not fit a slot of {slot}")
     directory_at = at + _LOCAL.size + len(name) + padding
-    end = _END.pack(b"PK\5\6", 0, 0, count + 1, count + 1, len(entries) + _CENTRAL.size + len(name), directory_at, 0)
+    end = _END.pack(
+        b"PK\5\6", 0, 0, count + 1, count + 1, len(entries) + _CENTRAL.size + len(name), directory_at, 0
+    )
     return b"".join(
-        (item[:at], _local_header(name, padding), bytes(padding), entries, _central_entry(name, padding, at), end)
+        (
+            item[:at],
+            _local_header(name, padding),
+            bytes(padding),
+            entries,
+            _central_entry(name, padding, at),
+            end,
+        )
     )

@@ -1,7 +1,7 @@
 """What the engine asks of a medium: small transactions to write, positioned reads, and one rule.
 
-The rule: a checkpoint exists when its `.metadata` does, and it appears whole or not at all. Third parties may implement these
-protocols; verbs that block belong in the storage's own threads.
+The rule: a checkpoint exists when its `.metadata` does, and it appears whole or not at all. Third parties may
+implement these protocols; verbs that block belong in the storage's own threads.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ class StoredCheckpoint:
 
 
 class Transaction(Protocol):
-    """One rank's part of one save. Ends by ``commit`` or by ``abort``; ``abort`` after ``commit`` only releases."""
+    """One rank's part of one save. Ends by ``commit`` or by ``abort``; ``abort`` after ``commit`` only
+    releases."""
 
     async def put(self, file: str, offset: int, buffer: memoryview) -> None:
-        """Write ``buffer`` at ``offset``: in any order, several at once; aligned to 4 KiB but for the tail of the file.
+        """Write ``buffer`` at ``offset``: in any order, several at once; aligned to 4 KiB but for the tail of
+        the file.
 
         The buffer is not touched any more once this returns or raises, but for a StuckThreadError.
         """
 
     async def seal(self, file: str) -> None:
-        """Make ``file`` durable; no ``put`` to it may follow. Raises StorageError if it has not the size announced."""
+        """Make ``file`` durable; no ``put`` to it may follow. Raises StorageError if it has not the size
+        announced."""
 
     async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
-        """Publish, all or nothing: after it returns the checkpoint exists and is durable. The coordinator alone calls it.
+        """Publish, all or nothing: after it returns the checkpoint exists and is durable. The coordinator
+        alone calls it.
 
         Raises: FileExistsError if the name is committed and ``replace`` is False; then nothing has changed.
         """
@@ -51,7 +55,8 @@ class Reader(Protocol):
         """The bytes of `.metadata`."""
 
     async def manifest(self) -> Sequence[bytes]:
-        """The bytes of each manifest that lies there: none if stock wrote it, two if a replace was interrupted."""
+        """The bytes of each manifest that lies there: none if stock wrote it, two if a replace was
+        interrupted."""
 
     async def size(self, file: str) -> int:
         """Length of ``file``. Raises StorageError if there is none, or if its path leaves the root."""
@@ -72,7 +77,9 @@ class Storage(Protocol):
     async def close(self) -> None:
         """Release what it holds. Called by whoever made it."""
 
-    async def begin(self, name: str, files: Mapping[str, int | None], *, uid: str, replace: bool) -> Transaction:
+    async def begin(
+        self, name: str, files: Mapping[str, int | None], *, uid: str, replace: bool
+    ) -> Transaction:
         """Start to write ``name`` with these files (name -> length, None if not known before the end).
 
         ``uid`` is part of every file's name and tells this save's files from any other's.

@@ -1,7 +1,8 @@
 """Leases: which uncommitted files belong to a live save.
 
-A lease is a locked file, taken before the first data file of a save and released after it was published. The lock dies with its
-process, so whatever lies under a free lease is a leftover. Files are grouped by the uid in their names.
+A lease is a locked file, taken before the first data file of a save and released after it was published. The
+lock dies with its process, so whatever lies under a free lease is a leftover. Files are grouped by the uid in
+their names.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _TOUCH_SECONDS = 30.0
 # File systems whose flock may not reach other hosts; there the lease's age must agree.
 _REMOTE = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "lustre", "beegfs", "gpfs", "ceph")
 
-# A forked child must not inherit a lease: its copy of the descriptor would keep the lock alive after the parent's death.
+# A forked child must not inherit a lease: its copy of the descriptor would keep the lock alive after the
+# parent's death.
 _live: weakref.WeakSet[Lease] = weakref.WeakSet()
 
 
@@ -112,9 +114,11 @@ def _named_in(metadata: bytes, uids: set[str]) -> set[str] | None:
 
 
 def sweep_directory(directory: Path, *, max_age: float) -> None:
-    """Remove the files of dead saves from one checkpoint directory, and the directory if nothing is left in it.
+    """Remove the files of dead saves from one checkpoint directory, and the directory if nothing is left in
+    it.
 
-    Order: list, try the lease, only then read `.metadata`, then delete; so a save that publishes meanwhile is never hurt.
+    Order: list, try the lease, only then read `.metadata`, then delete; so a save that publishes meanwhile is
+    never hurt.
     """
     by_uid: dict[str, list[str]] = {}
     for name in os.listdir(directory):
@@ -128,7 +132,8 @@ def sweep_directory(directory: Path, *, max_age: float) -> None:
             named: set[str] | None = set()
         else:
             candidates = {uid for uid in free if uid.encode() not in metadata}
-            # every candidate unnamed is the usual case only after a crash, so decoding is not on the usual path
+            # every candidate unnamed is the usual case only after a crash, so decoding is not on the usual
+            # path
             named = _named_in(metadata, free) if candidates else free
         if named is None:
             logger.warning("%s: .metadata can't be read, so nothing is swept there", directory)

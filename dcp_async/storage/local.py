@@ -1,7 +1,8 @@
 """Checkpoints on a local (or mounted) file system: durable, atomic, with direct I/O where it is taken.
 
-Enters: parts of file images. Leaves: a directory per checkpoint whose `.metadata` appears last. Invariant: files that a `.metadata`
-names were synced before it was linked, and are removed only after it is gone or names others.
+Enters: parts of file images. Leaves: a directory per checkpoint whose `.metadata` appears last. Invariant:
+files that a `.metadata` names were synced before it was linked, and are removed only after it is gone or
+names others.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class _DataFile:
             except OSError as error:
                 if direct is None or error.errno not in _REFUSES_DIRECT:
                     raise
-                aligned = False  # refused only now; the descriptor stays, since another thread may be writing through it
+                # refused only now; the descriptor stays, since another thread may be writing through it
+                aligned = False
                 continue
             aligned = aligned and done % _ALIGN == 0
             offset += done
@@ -110,7 +112,8 @@ class LocalStorage:
         Args:
             io_concurrency: blocking calls at a time.
             timeout: seconds after which a call that does not return fails its save.
-            lease_max_age: seconds after which, on NFS and FUSE, a lease that nobody touched is taken for dead.
+            lease_max_age: seconds after which, on NFS and FUSE, a lease that nobody touched is taken for
+            dead.
         """
         if sys.platform == "win32":
             raise StorageError(
@@ -119,7 +122,9 @@ class LocalStorage:
                 path=os.fspath(root),
             )
         self.root = Path(os.path.abspath(os.fspath(root)))
-        self._num_threads = io_concurrency + 1  # one more, so that a small read does not wait behind two large writes
+        self._num_threads = (
+            io_concurrency + 1
+        )  # one more, so that a small read does not wait behind two large writes
         self._timeout = timeout
         self._max_age = lease_max_age
         self._lock = asyncio.Lock()
@@ -135,7 +140,8 @@ class LocalStorage:
         return self._threads
 
     async def run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``fn`` in a thread of ours; an OSError becomes a StorageError that names ``verb`` and ``path``."""
+        """Run ``fn`` in a thread of ours; an OSError becomes a StorageError that names ``verb`` and
+        ``path``."""
         try:
             return await run_blocking(self.threads, self._timeout, fn, *args, **kwargs)
         except (StorageError, FileExistsError):
@@ -146,7 +152,9 @@ class LocalStorage:
     async def connect(self) -> None:
         def check() -> None:
             if self.root.exists() and not self.root.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, "it is a file; give a directory", os.fspath(self.root))
+                raise NotADirectoryError(
+                    errno.ENOTDIR, "it is a file; give a directory", os.fspath(self.root)
+                )
 
         await self.run("open", self.root, check)
 
@@ -159,7 +167,9 @@ class LocalStorage:
         self, name: str, files: Mapping[str, int | None], *, uid: str, replace: bool
     ) -> LocalTransaction:
         directory = self.root / name
-        return await self.run("create", directory, LocalTransaction._begin, self, directory, files, uid, replace)
+        return await self.run(
+            "create", directory, LocalTransaction._begin, self, directory, files, uid, replace
+        )
 
     async def list(self) -> Sequence[StoredCheckpoint]:
         def scan() -> list[StoredCheckpoint]:
@@ -174,7 +184,9 @@ class LocalStorage:
                         status, committed = os.stat(os.path.join(entry.path, ".metadata")), True
                     except FileNotFoundError:
                         status, committed = entry.stat(), False
-                    found.append(StoredCheckpoint(name=entry.name, committed=committed, modified=status.st_mtime))
+                    found.append(
+                        StoredCheckpoint(name=entry.name, committed=committed, modified=status.st_mtime)
+                    )
             return found
 
         return await self.run("list", self.root, scan)
@@ -205,7 +217,9 @@ class LocalStorage:
     async def open(self, name: str) -> LocalReader:
         directory = self.root / name
         if not await self.run("open", directory, (directory / ".metadata").exists):
-            raise FileNotFoundError(errno.ENOENT, "there is no .metadata, so no checkpoint", os.fspath(directory))
+            raise FileNotFoundError(
+                errno.ENOENT, "there is no .metadata, so no checkpoint", os.fspath(directory)
+            )
         return LocalReader(self, directory)
 
 
@@ -222,7 +236,8 @@ class LocalTransaction:
         self._published = False
 
     def __repr__(self) -> str:
-        return f"<LocalTransaction {self._directory.name} {self._uid} {'published' if self._published else 'open'}>"
+        state = "published" if self._published else "open"
+        return f"<LocalTransaction {self._directory.name} {self._uid} {state}>"
 
     @classmethod
     def _begin(
@@ -230,7 +245,9 @@ class LocalTransaction:
     ) -> LocalTransaction:
         directory.mkdir(parents=True, exist_ok=True)
         if not replace and (directory / ".metadata").exists():
-            raise FileExistsError(errno.EEXIST, "a checkpoint of this name is committed", os.fspath(directory))
+            raise FileExistsError(
+                errno.EEXIST, "a checkpoint of this name is committed", os.fspath(directory)
+            )
         while True:
             try:
                 lease = Lease(directory, uid)
@@ -316,7 +333,9 @@ class LocalTransaction:
         await self._run("remove", self._directory, self._discard)
 
     def _discard(self) -> None:
-        if not self._stuck:  # a thread that hangs in write() must never find its descriptor's number given to another file
+        if (
+            not self._stuck
+        ):  # a thread that hangs in write() must never find its descriptor's number given to another file
             for data in self._files.values():
                 data.close()
         self._files.clear()
@@ -359,7 +378,9 @@ class LocalReader:
             path = self._directory / file
             root = os.path.realpath(self._storage.root)
             if os.path.commonpath((os.path.realpath(path), root)) != root:
-                raise OSError(errno.EPERM, "the path leaves the root; a checkpoint may not name files outside of it")
+                raise OSError(
+                    errno.EPERM, "the path leaves the root; a checkpoint may not name files outside of it"
+                )
             self._fds[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._fds[file]
 
