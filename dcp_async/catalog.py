@@ -247,8 +247,8 @@ class Catalog:
             return await self._threads.run(decode_metadata, raw)
         except UntrustedGlobal as error:
             raise UntrustedCheckpointError(
-                f"checkpoint {name!r}: .metadata names {error.name}, which no checkpoint needs; nothing of it "
-                "was run. If you trust its writer, load it with stock torch and save it again",
+                f"checkpoint {name!r}: .metadata names {error.name}, which no checkpoint needs; nothing "
+                "of it was run. If you trust its writer, load it with stock torch and save it again",
                 checkpoint_id=name,
             ) from error
         except ValueError as error:

@@ -1,45 +1,40 @@
-"""CheckpointEngine: lifetime, admission, save / load / read / close.
+"""CheckpointEngine: save, load, read, and what the root holds. How it opens and ends is in lifetime.py.
 
 Enters: calls from any loop and any thread. Leaves: responses, reports, errors of the tree in errors.py. The
-engine's coroutines run on a loop thread of its own, because a training step blocks the loop that it runs on
-(docs/adr/0001). Invariant: what the engine made it closes, what it was given it never closes; it ends by a
-drain or by an abort, never by silence. Each verb is a generator (see _drive.py), so that dcp_async.sync
-offers the same ones to trainers without a loop.
+engine's coroutines run on a loop thread of its own, because a training step blocks the loop that it runs on.
+Invariant: a save that raises leaves no checkpoint, and a load that fails its checks leaves the state as it
+was. Each verb is a generator (see _drive.py), so that dcp_async.sync offers the same ones to trainers without
+a loop.
 """
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import anyio
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from ._concurrency import BlockingThreads, Job, LoopThread
-from ._drive import Ended, Persisting, Verb, drive
-from .admission import SaveBook, checkpoint_name
+from ._drive import Ended, Verb, drive
+from .admission import checkpoint_name
 from .catalog import Catalog
-from .coordinator import Coordination, make_coordinator
+from .coordinator import Coordination
 from .errors import (
     CorruptCheckpointError,
-    EngineStateError,
     IncompatibleStateError,
     LoadError,
     SaveCancelled,
     SaveError,
 )
-from .exit_guard import ExitGuard
 from .formats.structure import JSON
-from .hooks import OptimizerHooks
+from .lifetime import Lifetime
 from .load_pipeline import Loaded, LoadServices, load_into, read_fresh
 from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
 from .options import Limits, Timeouts
@@ -89,35 +84,34 @@ class CheckpointEngine:
             trust: which pickled leaves a load accepts.
             observer: is told each event, on the engine's thread.
         """
-        self._owned_storage: LocalStorage | None = None
+        owns_storage = isinstance(root, (str, os.PathLike))
+        storage: Storage
         if isinstance(root, (str, os.PathLike)):
-            self._owned_storage = LocalStorage(
+            storage = LocalStorage(
                 root,
                 io_concurrency=limits.io_concurrency,
                 timeout=timeouts.storage,
                 lease_max_age=2 * timeouts.coordination,
             )
-            self._storage: Storage = self._owned_storage
         else:
-            self._storage = root
-        self._owns_stager = not isinstance(staging, Stager)
-        self._stager = staging if isinstance(staging, Stager) else Stager(staging)
+            storage = root
+        self._life = Lifetime(
+            storage=storage,
+            owns_storage=owns_storage,
+            stager=staging if isinstance(staging, Stager) else Stager(staging),
+            owns_stager=not isinstance(staging, Stager),
+            coordination=coordination,
+            limits=limits,
+            timeouts=timeouts,
+        )
         self._planning = planning
-        self._coordination = coordination
-        self._limits = limits
-        self._timeouts = timeouts
         self._trust = trust
         self._observer = observer
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._state: Literal["new", "open", "closing", "closed"] = "new"
-        self._book = SaveBook(limits.pending_saves)
-        self._hooks = OptimizerHooks()
         self._plan: CompiledPlan | None = None
         self._sweep_due = True
 
     def __repr__(self) -> str:
-        return f"<CheckpointEngine {self._storage!r} {self._state}, {len(self.pending)} pending>"
+        return f"<CheckpointEngine {self._life.storage!r} {self._life.state}, {len(self.pending)} pending>"
 
     # -- lifetime
 
@@ -136,12 +130,12 @@ class CheckpointEngine:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await drive(self._leaving(exc_type))
+        await drive(self._life.leaving(exc_type))
 
     async def wait(self) -> None:
         """Wait until no save is in flight. Raises the SaveError of a save whose failure nobody has looked
         at."""
-        await drive(self._waiting())
+        await drive(self._life.waiting())
 
     async def close(self) -> None:
         """Wait for the saves in flight, then release what the engine made. Closing twice does nothing.
@@ -149,190 +143,45 @@ class CheckpointEngine:
         Raises: the SaveError of a save whose failure nobody has looked at.
         Cancellation: drains for ``exit_grace`` seconds more, then aborts.
         """
-        await drive(self._closing())
+        await drive(self._life.closing())
 
     async def abort(self) -> None:
         """Cancel the saves in flight, leave nothing of them behind, release what the engine made."""
-        await drive(self._aborting())
+        await drive(self._life.aborting())
 
     def _opening(self) -> Verb[None]:
-        self._check_process()
-        with self._lock:
-            if self._state != "new":
-                raise EngineStateError(f"this engine is {self._state}; make a new one to open it again")
-            self._coordinator = make_coordinator(self._coordination)
-            self._state = "open"
-        self._loop = LoopThread("dcp_async-engine")
-        self._loop.start()
-        self._threads = BlockingThreads("dcp_async-work", self._limits.io_concurrency + 1)
-        self._catalog = Catalog(self._storage, self._threads, self._metadata_of)
-        self._exit_guard = ExitGuard(
-            lambda: self._shut_down(self._timeouts.exit_grace), self._timeouts.exit_grace
-        )
-        yield self._loop.submit(self._open())
+        yield from self._life.opening(self._connected)
 
-    async def _open(self) -> None:
-        self._release_lock = asyncio.Lock()
-        try:
-            await self._coordinator.open()
-            await self._storage.connect()
-            await self._stager.open()
-            self._book.seen_steps(await self._catalog.steps())
-        except BaseException:
-            await self._release()
-            raise
+    async def _connected(self) -> None:
+        life = self._life
+        self._catalog = Catalog(life.storage, life.threads, self._metadata_of)
+        life.book.seen_steps(await self._catalog.steps())
         self._services = SaveServices(
-            stager=self._stager,
-            storage=self._storage,
-            coordinator=self._coordinator,
-            threads=self._threads,
+            stager=life.stager,
+            storage=life.storage,
+            coordinator=life.coordinator,
+            threads=life.threads,
             planning=self._planning,
-            io_concurrency=self._limits.io_concurrency,
-            pending_saves=self._limits.pending_saves,
-            timeout=self._timeouts.storage,
+            io_concurrency=life.limits.io_concurrency,
+            pending_saves=life.limits.pending_saves,
+            timeout=life.timeouts.storage,
             on_plan=self._keep_plan,
             observe=self._observe,
         )
         self._load_services = LoadServices(
-            threads=self._threads,
-            part_bytes=self._stager.options.part_bytes,
-            io_concurrency=self._limits.io_concurrency,
-            timeout=self._timeouts.storage,
+            threads=life.threads,
+            part_bytes=life.stager.options.part_bytes,
+            io_concurrency=life.limits.io_concurrency,
+            timeout=life.timeouts.storage,
             trust=self._trust,
         )
-        self._guard_job = self._loop.submit(self._exit_guard.watch())
-
-    def _leaving(self, exc_type: type[BaseException] | None) -> Verb[None]:
-        """The end of the block: an error drains too and is never masked, an interrupt has ``exit_grace``
-        seconds."""
-        if exc_type is None:
-            yield from self._closing()
-            return
-        if self._is_ended():
-            return
-        patience = None if issubclass(exc_type, Exception) else self._timeouts.exit_grace
-        yield from self._ending(patience)
-        for error in self._book.take_unobserved():
-            logger.error("the block ended by %s; besides, %s", exc_type.__name__, error)
-
-    def _waiting(self) -> Verb[None]:
-        yield self._submit(self._drain(None))
-        self._raise_unobserved()
-
-    def _closing(self) -> Verb[None]:
-        if self._is_ended():
-            return
-        try:
-            yield Persisting(self._submit(self._shut_down(None), closing=True))
-        except (asyncio.CancelledError, KeyboardInterrupt):
-            yield from self._ending(self._timeouts.exit_grace)
-            raise
-        self._hooks.remove()
-        self._raise_unobserved()
-
-    def _aborting(self) -> Verb[None]:
-        if not self._is_ended():
-            yield from self._ending(0.0)
-
-    def _ending(self, patience: float | None) -> Verb[None]:
-        """Drain for ``patience`` seconds, abort the rest, release; another interrupt aborts at once."""
-        try:
-            yield Persisting(self._submit(self._shut_down(patience), closing=True))
-        except (asyncio.CancelledError, KeyboardInterrupt):
-            yield Persisting(self._submit(self._shut_down(0.0), closing=True))
-            raise
-        self._hooks.remove()
-
-    def _is_ended(self) -> bool:
-        self._check_process()
-        return self._state in ("new", "closed")
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise EngineStateError(
-                "this process was forked from the one that made the engine, and its threads stayed there; "
-                "make a new engine here, or start workers with the 'spawn' method"
-            )
-
-    def _check_open(self, *, closing: bool = False) -> None:
-        self._check_process()
-        if self._state == "new":
-            raise EngineStateError(
-                "the engine is not open: use `async with CheckpointEngine(...)`, or await open()"
-            )
-        if self._state == "closed" or (self._state == "closing" and not closing):
-            raise EngineStateError(f"the engine is {self._state}; make a new one")
-        if self._loop.is_current():
-            raise EngineStateError(
-                "an engine can't be called from its own thread (a callback or observer): it would deadlock"
-            )
-
-    def _submit(self, coro: Coroutine[Any, Any, T], *, closing: bool = False) -> Job[T]:
-        """Run ``coro`` on the engine's loop, unless the engine can't."""
-        try:
-            self._check_open(closing=closing)
-            return self._loop.submit(coro)
-        except BaseException as error:
-            coro.close()
-            if isinstance(error, EngineStateError) or self._state != "closed":
-                raise
-            raise EngineStateError("the engine is closed; make a new one") from error
-
-    async def _drain(self, patience: float | None) -> bool:
-        """Wait for the saves in flight; False if ``patience`` seconds were not enough."""
-        waiting = [
-            asyncio.wrap_future(response.upload_completion._future) for response in self._book.pending()
-        ]
-        if not waiting:
-            return True
-        _, late = await asyncio.wait(waiting, timeout=patience)
-        return not late
-
-    async def _shut_down(self, patience: float | None) -> bool:
-        """Drain, abort what took longer than ``patience`` seconds, release. False if a save was lost and
-        nobody was told."""
-        if self._state != "closed":
-            self._state = "closing"
-        if not await self._drain(patience):
-            for response in self._book.pending():
-                if patience:
-                    logger.critical(
-                        "%r could not be saved within %g s and is aborted", response.checkpoint_id, patience
-                    )
-                response.cancel()
-            await self._drain(None)
-        lost = self._book.has_unobserved()
-        async with self._release_lock:
-            if self._state != "closed":
-                with anyio.CancelScope(shield=True):
-                    await self._release()
-        return not lost
-
-    async def _release(self) -> None:
-        self._state = "closed"
-        self._stager.pool.forget(self)
-        await self._coordinator.close()
-        if self._owns_stager:
-            await self._stager.close()
-        if self._owned_storage is not None:
-            await self._owned_storage.close()
-        self._threads.shutdown()
-        self._exit_guard.dismiss()
-        self._loop.stop()
-
-    def _raise_unobserved(self) -> None:
-        failures = self._book.take_unobserved()
-        for error in failures[1:]:
-            logger.error("another save failed as well: %s", error)
-        if failures:
-            raise failures[0].fresh()
 
     # -- save
 
     @property
     def pending(self) -> tuple[AsyncSaveResponse, ...]:
         """Saves in flight, oldest first."""
-        return tuple(self._book.pending())
+        return tuple(self._life.book.pending())
 
     async def save(
         self,
@@ -372,20 +221,20 @@ class CheckpointEngine:
         notes: Mapping[str, JSON] | None,
         replace: bool,
     ) -> Verb[AsyncSaveResponse]:
-        self._check_open()
+        self._life.check_open()
         if step is not None or checkpoint_id is not None:
             checkpoint_name(step, checkpoint_id)
         encoded_notes = _plain_json(notes)
-        while (oldest := self._book.must_wait_for()) is not None:
+        while (oldest := self._life.book.must_wait_for()) is not None:
             yield Ended(oldest.upload_completion._future)
-            self._check_open()
+            self._life.check_open()
         request = self._capture(state, step, checkpoint_id, encoded_notes, replace)
         response = request.response
-        overlap = self._stager.options.overlap
+        overlap = self._life.stager.options.overlap
         if overlap:
             request.has_returned.set_result(None)
-            self._hooks.watch(request.captured.optimizers, response.staging_completion)
-        job = self._submit(self._run_save(request))
+            self._life.hooks.watch(request.captured.optimizers, response.staging_completion)
+        job = self._life.submit(self._run_save(request))
         job.future.add_done_callback(lambda done: self._report_crash(response, done))
         if not overlap:
             try:
@@ -406,24 +255,24 @@ class CheckpointEngine:
     ) -> SaveRequest:
         """Admission and capture, in the caller's thread and in one piece."""
         started = time.monotonic()
-        ordinal, step = self._book.admit(step, checkpoint_id)
+        ordinal, step = self._life.book.admit(step, checkpoint_id)
         name = checkpoint_name(step, checkpoint_id)
         response = AsyncSaveResponse(
             checkpoint_id=name,
             step=step,
             cancel=lambda: self._cancel(request),
-            on_own_thread=self._loop.is_current,
+            on_own_thread=self._life.loop.is_current,
         )
         plan = self._plan if self._planning.cache else None
         try:
             captured = capture(state, plan.structure if plan else None)
-            events = self._stager.prepare(captured)
+            events = self._life.stager.prepare(captured)
         except Exception as error:
             raise save_error(error, "capture", response) from error
         sweep, self._sweep_due = self._sweep_due, False
         request = SaveRequest(
             response=response,
-            uid=self._coordinator.uid(ordinal, name),
+            uid=self._life.coordinator.uid(ordinal, name),
             captured=captured,
             plan=plan if captured.flat is None else None,
             events=events,
@@ -432,7 +281,7 @@ class CheckpointEngine:
             sweep=sweep,
             started=started,
         )
-        self._book.started(response)
+        self._life.book.started(response)
         self._observe(SaveStarted(checkpoint_id=name, step=step, nbytes=captured.nbytes))
         return request
 
@@ -442,7 +291,7 @@ class CheckpointEngine:
             if request.scope is not None and not request.committing:
                 request.scope.cancel()
 
-        self._loop.call_soon(cancel)
+        self._life.loop.call_soon(cancel)
 
     async def _run_save(self, request: SaveRequest) -> None:
         response = request.response
@@ -467,7 +316,7 @@ class CheckpointEngine:
             time=outcome.time,
             nbytes=sum(file.nbytes for file in outcome.files),
             num_files=len(outcome.files),
-            world_size=self._coordinator.world_size,
+            world_size=self._life.coordinator.world_size,
             torch_version=torch.__version__,
             producer="dcp_async",
             notes=request.notes,
@@ -478,7 +327,7 @@ class CheckpointEngine:
             "saved %s: %d bytes, staged in %.3f s, durable in %.3f s (%.2f GB/s)",
             *(info.checkpoint_id, info.nbytes, request.staged_seconds, seconds, info.nbytes / seconds / 1e9),
         )
-        self._book.ended(response)
+        self._life.book.ended(response)
         response.upload_completion._settle(info)
         self._observe(
             SaveCommitted(checkpoint_id=info.checkpoint_id, step=info.step, info=info, seconds=seconds)
@@ -488,7 +337,7 @@ class CheckpointEngine:
         logger.log(logging.INFO if isinstance(error, SaveCancelled) else logging.ERROR, "%s", error)
         self._sweep_due = True
         response._settle_failed(error)
-        self._book.ended(response)
+        self._life.book.ended(response)
         self._observe(SaveFailed(checkpoint_id=response.checkpoint_id, step=response.step, error=error))
 
     def _report_crash(self, response: AsyncSaveResponse, done: concurrent.futures.Future[None]) -> None:
@@ -534,7 +383,7 @@ class CheckpointEngine:
     def _loading(
         self, state: Mapping[str, Any], source: CheckpointRef, strict: bool, atomic: bool
     ) -> Verb[LoadReport]:
-        self._check_open()
+        self._life.check_open()
         started = time.monotonic()
         try:
             targets = capture_targets(state)
@@ -547,7 +396,8 @@ class CheckpointEngine:
             restore(state, targets, loaded.values, loaded.extra)
         except Exception as error:
             raise LoadError(
-                f"checkpoint {info.checkpoint_id!r} was read, but the state refused it: {type(error).__name__}: {error}",
+                f"checkpoint {info.checkpoint_id!r} was read, but the state refused it: "
+                f"{type(error).__name__}: {error}",
                 checkpoint_id=info.checkpoint_id,
             ) from error
         return LoadReport(
@@ -565,12 +415,12 @@ class CheckpointEngine:
         self, source: CheckpointRef, attempt: Callable[[str], Coroutine[Any, Any, T]]
     ) -> Verb[tuple[T, tuple[str, ...]]]:
         """The first checkpoint that is whole, and the names of newer ones that are not ("latest" only)."""
-        names: list[str] = yield self._submit(self._catalog.resolve(source))
+        names: list[str] = yield self._life.submit(self._catalog.resolve(source))
         first: CorruptCheckpointError | None = None
         skipped: list[str] = []
         for name in names:
             try:
-                value: T = yield self._submit(attempt(name))
+                value: T = yield self._life.submit(attempt(name))
             except CorruptCheckpointError as error:
                 if source != "latest":
                     raise
@@ -636,7 +486,7 @@ class CheckpointEngine:
         return await drive(self._finding_latest())
 
     def _finding_latest(self) -> Verb[CheckpointInfo | None]:
-        info: CheckpointInfo | None = yield self._submit(self._catalog.latest())
+        info: CheckpointInfo | None = yield self._life.submit(self._catalog.latest())
         return info
 
     async def checkpoints(self) -> AsyncIterator[CheckpointInfo]:
@@ -647,15 +497,15 @@ class CheckpointEngine:
                 yield info
 
     def _listing(self) -> Verb[list[str]]:
-        names: list[str] = yield self._submit(self._catalog.names())
+        names: list[str] = yield self._life.submit(self._catalog.names())
         return names
 
     def _describing(self, name: str) -> Verb[CheckpointInfo | None]:
-        info: CheckpointInfo | None = yield self._submit(self._catalog.info(name))
+        info: CheckpointInfo | None = yield self._life.submit(self._catalog.info(name))
         return info
 
     async def _metadata_of(self, name: str) -> Metadata:
-        return await self._submit(self._catalog.metadata(name)).wait()
+        return await self._life.submit(self._catalog.metadata(name)).wait()
 
 
 def _plain_json(notes: Mapping[str, JSON] | None) -> dict[str, JSON]:

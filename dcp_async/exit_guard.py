@@ -25,16 +25,17 @@ _ABORT_SECONDS = 5.0
 class ExitGuard:
     """Watches the main thread for one engine."""
 
-    def __init__(self, shut_down: Callable[[], Awaitable[bool]], grace: float) -> None:
+    def __init__(self, shut_down: Callable[[], Awaitable[None]], grace: float) -> None:
         """
         Args:
-            shut_down: drains, aborts what could not be drained, releases; False if anything was lost.
-            grace: seconds that it may take.
+            shut_down: drains, aborts what could not be drained, releases; sets ``lost`` if anything was.
+            grace: seconds that the drain may take.
         """
+        self.lost = False
+        """Whether a save was lost, so that the process must not end with status 0."""
         self._shut_down = shut_down
         self._grace = grace
         self._pid = os.getpid()
-        self._lost = False
         atexit.register(self._fail)
 
     async def watch(self) -> None:
@@ -42,20 +43,19 @@ class ExitGuard:
         while threading.main_thread().is_alive():  # noqa: ASYNC110  # a thread's end sets no event
             await asyncio.sleep(_POLL_SECONDS)
         try:
-            saved = await asyncio.wait_for(self._shut_down(), self._grace + _ABORT_SECONDS)
+            await asyncio.wait_for(self._shut_down(), self._grace + _ABORT_SECONDS)
         except TimeoutError:
             logger.critical("a storage call hangs; the process ends without waiting for it")
             self._end()
-        self._lost = not saved
 
     def dismiss(self) -> None:
-        """The engine was closed in time."""
-        if not self._lost:
+        """The engine has ended."""
+        if not self.lost:
             atexit.unregister(self._fail)
 
     def _fail(self) -> None:
         # runs after every thread that is not a daemon has ended, so the guard has made up its mind
-        if self._lost and os.getpid() == self._pid:
+        if self.lost and os.getpid() == self._pid:
             self._end()
 
     @staticmethod

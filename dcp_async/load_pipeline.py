@@ -219,9 +219,10 @@ class LoadPipeline:
     def _explain(self, error: BaseException, name: str) -> BaseException:
         state = "targets are partly overwritten" if self._touched else "nothing was loaded"
         if isinstance(error, UntrustedGlobal):
+            short = error.name.rpartition(".")[2]
             return UntrustedCheckpointError(
                 f"checkpoint {name!r}: a leaf names {error.name}; {state}. If you trust it, allow it with "
-                f"Trust(safe_globals=({error.name.rpartition('.')[2]},)), or anything with Trust(unsafe=True)",
+                f"Trust(safe_globals=({short},)), or anything with Trust(unsafe=True)",
                 checkpoint_id=name,
             )
         if isinstance(error, CoverageError):

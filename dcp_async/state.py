@@ -134,8 +134,8 @@ class Walk:
             if inspect.iscoroutine(inner):
                 inner.close()
             raise CaptureError(
-                f"{name}: {type(stateful).__name__}.state_dict() is asynchronous; a snapshot must be taken in "
-                "one piece, so give the state an object whose state_dict() returns a plain dict"
+                f"{name}: {type(stateful).__name__}.state_dict() is asynchronous; a snapshot must be taken "
+                "in one piece, so give the state an object whose state_dict() returns a plain dict"
             )
         self.statefuls.append((name, stateful, inner))
         self.visit(name, inner)

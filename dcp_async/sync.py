@@ -42,7 +42,7 @@ class CheckpointEngine:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        drive_blocking(self._engine._leaving(exc_type))
+        drive_blocking(self._engine._life.leaving(exc_type))
 
     def save(
         self,
@@ -97,12 +97,12 @@ class CheckpointEngine:
     def wait(self) -> None:
         """Wait until no save is in flight. Raises the SaveError of a save whose failure nobody has looked
         at."""
-        drive_blocking(self._engine._waiting())
+        drive_blocking(self._engine._life.waiting())
 
     def close(self) -> None:
         """Wait for the saves in flight, then release what the engine made."""
-        drive_blocking(self._engine._closing())
+        drive_blocking(self._engine._life.closing())
 
     def abort(self) -> None:
         """Cancel the saves in flight, leave nothing of them behind, release what the engine made."""
-        drive_blocking(self._engine._aborting())
+        drive_blocking(self._engine._life.aborting())

@@ -1,0 +1,220 @@
+"""An engine's life: what it holds while it is open, and how it ends.
+
+Enters: the engine's parts, made or given. Leaves: jobs on its loop thread, or EngineStateError where it can't
+take any. Invariant: what the engine made it closes, what it was given it never closes; it ends by a drain or
+by an abort, never by silence. Verbs are generators, see _drive.py. Source: docs/adr/0001.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Literal, TypeVar
+
+import anyio
+
+from ._concurrency import BlockingThreads, Job, LoopThread
+from ._drive import Persisting, Verb
+from .admission import SaveBook
+from .coordinator import Coordination, Coordinator, make_coordinator
+from .errors import EngineStateError
+from .exit_guard import ExitGuard
+from .hooks import OptimizerHooks
+from .options import Limits, Timeouts
+from .staging import Stager
+from .storage.base import Storage
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Lifetime:
+    """Opens, drains, releases. Owns its loop thread, its work threads and the hooks; the storage and the
+    stager only if it is told so."""
+
+    def __init__(
+        self,
+        *,
+        storage: Storage,
+        owns_storage: bool,
+        stager: Stager,
+        owns_stager: bool,
+        coordination: Coordination,
+        limits: Limits,
+        timeouts: Timeouts,
+    ) -> None:
+        self.storage = storage
+        self.stager = stager
+        self.limits = limits
+        self.timeouts = timeouts
+        self.book = SaveBook(limits.pending_saves)
+        self.hooks = OptimizerHooks()
+        self.state: Literal["new", "open", "closing", "closed"] = "new"
+        self.coordinator: Coordinator
+        """From ``opening`` on."""
+        self.threads: BlockingThreads
+        """For hashing, planning and decoding; from ``opening`` on."""
+        self._owns_storage = owns_storage
+        self._owns_stager = owns_stager
+        self._coordination = coordination
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+
+    def opening(self, connected: Callable[[], Awaitable[None]]) -> Verb[None]:
+        """Start threads, connect the parts, then run ``connected`` on the loop; a failure releases
+        everything."""
+        self.check_process()
+        with self._lock:
+            if self.state != "new":
+                raise EngineStateError(f"this engine is {self.state}; make a new one to open it again")
+            self.coordinator = make_coordinator(self._coordination)
+            self.state = "open"
+        self.loop = LoopThread("dcp_async-engine")
+        self.loop.start()
+        self.threads = BlockingThreads("dcp_async-work", self.limits.io_concurrency + 1)
+        yield self.loop.submit(self._open(connected))
+
+    async def _open(self, connected: Callable[[], Awaitable[None]]) -> None:
+        self._release_lock = asyncio.Lock()
+        grace = self.timeouts.exit_grace
+        self._exit_guard = ExitGuard(lambda: self._shut_down(grace, at_exit=True), grace)
+        try:
+            await self.coordinator.open()
+            await self.storage.connect()
+            await self.stager.open()
+            await connected()
+        except BaseException:
+            await self._release()
+            raise
+        self._guarding = self.loop.submit(self._exit_guard.watch())
+
+    def leaving(self, exc_type: type[BaseException] | None) -> Verb[None]:
+        """The end of the ``with`` block: an error drains too and is never masked, an interrupt has
+        ``exit_grace``."""
+        if exc_type is None:
+            yield from self.closing()
+        elif not self._is_ended():
+            yield from self._ending(None if issubclass(exc_type, Exception) else self.timeouts.exit_grace)
+            for error in self.book.take_unobserved():
+                logger.error("the block ended by %s; besides, %s", exc_type.__name__, error)
+
+    def waiting(self) -> Verb[None]:
+        """Until no save is in flight. Raises what nobody has looked at."""
+        yield self.submit(self._drain(None))
+        self._raise_unobserved()
+
+    def closing(self) -> Verb[None]:
+        """Drain and release; an interrupt shortens the drain. Raises what nobody has looked at."""
+        if self._is_ended():
+            return
+        try:
+            yield Persisting(self.submit(self._shut_down(None), closing=True))
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            yield from self._ending(self.timeouts.exit_grace)
+            raise
+        self.hooks.remove()
+        self._raise_unobserved()
+
+    def aborting(self) -> Verb[None]:
+        """Cancel what is in flight and release."""
+        if not self._is_ended():
+            yield from self._ending(0.0)
+
+    def _ending(self, patience: float | None) -> Verb[None]:
+        """Drain for ``patience`` seconds, abort the rest, release; another interrupt aborts at once."""
+        try:
+            yield Persisting(self.submit(self._shut_down(patience), closing=True))
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            if not self._is_ended():
+                yield Persisting(self.submit(self._shut_down(0.0), closing=True))
+            raise
+        self.hooks.remove()
+
+    def _is_ended(self) -> bool:
+        self.check_process()
+        return self.state in ("new", "closed")
+
+    def check_process(self) -> None:
+        """Raises EngineStateError in a forked child."""
+        if os.getpid() != self._pid:
+            raise EngineStateError(
+                "this process was forked from the one that made the engine, and its threads stayed there; "
+                "make a new engine here, or start workers with the 'spawn' method"
+            )
+
+    def check_open(self, *, closing: bool = False) -> None:
+        """Raises EngineStateError unless jobs are taken. ``closing``: also while it ends."""
+        self.check_process()
+        if self.state == "new":
+            raise EngineStateError(
+                "the engine is not open: use `async with CheckpointEngine(...)`, or await open()"
+            )
+        if self.state == "closed" or (self.state == "closing" and not closing):
+            raise EngineStateError(f"the engine is {self.state}; make a new one")
+        if self.loop.is_current():
+            raise EngineStateError(
+                "an engine can't be called from its own thread (a callback or observer): it would deadlock"
+            )
+
+    def submit(self, coro: Coroutine[Any, Any, T], *, closing: bool = False) -> Job[T]:
+        """Run ``coro`` on the loop. Raises EngineStateError."""
+        try:
+            self.check_open(closing=closing)
+            return self.loop.submit(coro)
+        except BaseException as error:
+            coro.close()
+            if isinstance(error, RuntimeError) and not isinstance(error, EngineStateError):
+                raise EngineStateError("the engine is closed; make a new one") from error
+            raise
+
+    async def _drain(self, patience: float | None) -> bool:
+        """Wait for the saves in flight; False if ``patience`` seconds were not enough."""
+        waiting = [
+            asyncio.wrap_future(response.upload_completion._future) for response in self.book.pending()
+        ]
+        if not waiting:
+            return True
+        _, late = await asyncio.wait(waiting, timeout=patience)
+        return not late
+
+    async def _shut_down(self, patience: float | None, *, at_exit: bool = False) -> None:
+        """Drain, abort what took longer than ``patience`` seconds, release."""
+        if self.state != "closed":
+            self.state = "closing"
+        if not await self._drain(patience):
+            for response in self.book.pending():
+                if patience:
+                    logger.critical(
+                        "%r could not be saved within %g s and is aborted", response.checkpoint_id, patience
+                    )
+                response.cancel()
+            await self._drain(None)
+        if at_exit and self.book.has_unobserved():
+            self._exit_guard.lost = True
+        async with self._release_lock:
+            if self.state != "closed":
+                with anyio.CancelScope(shield=True):
+                    await self._release()
+
+    async def _release(self) -> None:
+        self.state = "closed"
+        self.stager.pool.forget(self)
+        await self.coordinator.close()
+        if self._owns_stager:
+            await self.stager.close()
+        if self._owns_storage:
+            await self.storage.close()
+        self.threads.shutdown()
+        self._exit_guard.dismiss()
+        self.loop.stop()
+
+    def _raise_unobserved(self) -> None:
+        failures = self.book.take_unobserved()
+        for error in failures[1:]:
+            logger.error("another save failed as well: %s", error)
+        if failures:
+            raise failures[0].fresh()
