@@ -282,7 +282,8 @@ class CheckpointEngine:
             started=started,
         )
         self._life.book.started(response)
-        self._observe(SaveStarted(checkpoint_id=name, step=step, nbytes=captured.nbytes))
+        if self._observer is not None:  # adding up the bytes of many tensors would be felt
+            self._observe(SaveStarted(checkpoint_id=name, step=step, nbytes=captured.nbytes))
         return request
 
     def _cancel(self, request: SaveRequest) -> None:

@@ -36,8 +36,9 @@ def save_error(
     if isinstance(error, MutatedTensors):
         cls = StateMutatedError
         message = (
-            f"{error} changed while {name!r} was being staged; nothing was committed. Put the optimizer "
-            "into the state, or await response.staging_completion before changing tensors, or save with overlap=False"
+            f"{error} changed while {name!r} was being staged; nothing was committed. "
+            "Put the optimizer into the state, or await response.staging_completion before changing tensors, "
+            "or save with overlap=False"
         )
     elif isinstance(error, FileExistsError) and not isinstance(error, StorageError):
         cls = CheckpointExistsError

@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import anyio
 import torch
@@ -32,7 +33,7 @@ from .formats.manifest import FileEntry, encode_manifest
 from .formats.metadata import data_file_name
 from .formats.structure import JSON
 from .observer import Event, SaveProgress, SaveStaged
-from .planner import CompiledPlan, PlanningOptions, compile_plan, global_plan, local_plan
+from .planner import CompiledPlan, PlanningOptions, draft_plan
 from .pool import Lease
 from .response import AsyncSaveResponse
 from .staging import StageJob, Stager, num_parts, parts_between
@@ -203,21 +204,22 @@ class SavePipeline:
         return plan
 
     async def _compile(self) -> CompiledPlan:
-        """Planning takes a second for tens of thousands of tensors, so it runs in a thread."""
+        """Planning takes a while for tens of thousands of tensors, so it runs in a thread."""
         captured, services = self._request.captured, self._services
         coordinator, run = services.coordinator, services.threads.run
-        planner, local = await run(
-            local_plan, captured, services.planning, is_coordinator=coordinator.is_coordinator
+        draft = await run(
+            draft_plan,
+            captured,
+            services.planning,
+            rank=coordinator.rank,
+            is_coordinator=coordinator.is_coordinator,
         )
 
-        async def merge(plans: Sequence[object]) -> list[object]:
-            final, metadata = await run(global_plan, planner, [local])
-            return [(plan, metadata) for plan in final]
+        async def merge(messages: Sequence[Any]) -> list[Any]:
+            return await run(draft.merge, messages)
 
-        answer = await coordinator.exchange(self._request.uid, "plan", local, merge)
-        assert isinstance(answer, tuple)
-        final, metadata = answer
-        plan = await run(compile_plan, captured, planner, final, metadata, rank=coordinator.rank)
+        answer = await coordinator.exchange(self._request.uid, "plan", draft.message, merge)
+        plan = await run(draft.compile, answer)
         captured.flat = None
         return plan
 

@@ -19,9 +19,10 @@ from ._concurrency import BlockingThreads, run_blocking
 from .device import Backend, Event, TorchBackend
 from .errors import EngineStateError
 from .formats.distcp import BLOCK_BYTES
+from .formats.zip_item import contiguous_strides
 from .planner import CompiledPlan
 from .pool import Arena, BufferPool, Lease
-from .state import Captured, padded_items
+from .state import Captured, meta_error, padded_items
 
 MiB = 1 << 20
 _ASIDE_TENSOR_BYTES = 64 * 1024
@@ -190,9 +191,13 @@ class Stager:
     def prepare(self, captured: Captured) -> dict[torch.device, Event]:
         """In the caller's thread, right after capture: copies aside what overlap needs, marks the devices'
         queues."""
+        devices = self.backend.devices(captured.tensors)
+        if any(device.type == "meta" for device in devices):
+            names = captured.structure.tensor_names
+            raise meta_error(next(n for n, t in zip(names, captured.tensors, strict=True) if t.is_meta))
         if self.options.overlap:
             copy_aside(captured)
-        return {device: self.backend.record(device) for device in self.backend.devices(captured.tensors)}
+        return {device: self.backend.record(device) for device in devices}
 
     async def stage(self, job: StageJob, first: int, count: int, *, patience: float) -> Lease:
         """Stage up to ``count`` parts from ``first`` on; the lease tells how many. ``patience`` in seconds.
@@ -264,7 +269,7 @@ class Stager:
             flat = lease.arena.typed(dtype)
             at = (lease.offset + low - start) // dtype.itemsize
             views.indices.append(index)
-            views.targets.append(flat[at : at + nbytes // dtype.itemsize].view(shape))
+            views.targets.append(flat.as_strided(shape, contiguous_strides(shape), at))
         # a small budget deals slots out in ever new combinations; views of those would only pile up
         if self.options.budget_bytes is None:
             self._views = {

@@ -76,15 +76,9 @@ def _is_terminal(values: list[Any]) -> bool:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether its bytes can be copied raw; others go through ``torch.save``."""
-    return (
-        type(tensor) in _PLAIN_TENSORS
-        and tensor.layout is torch.strided
-        and tensor.dtype in PLAIN_DTYPES
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-        and not tensor.is_nested
-    )
+    """Whether its bytes can be copied raw; others go through ``torch.save``. A conjugate or negative view is
+    resolved by the copy itself. Nested tensors are told apart later: asking each tensor would be felt."""
+    return type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided and tensor.dtype in PLAIN_DTYPES
 
 
 @dataclass(slots=True)
@@ -125,6 +119,15 @@ class Walk:
         else:
             self.leaf_names.append(name)
             self.leaves.append(value)
+
+    def demote_nested(self) -> None:
+        """Move tensors without a shape of their own to the leaves."""
+        nested = {id(tensor) for tensor in self.tensors if tensor.is_nested}
+        pairs = list(zip(self.tensor_names, self.tensors, strict=True))
+        self.leaf_names += [name for name, tensor in pairs if id(tensor) in nested]
+        self.leaves += [tensor for tensor in self.tensors if id(tensor) in nested]
+        self.tensor_names = [name for name, tensor in pairs if id(tensor) not in nested]
+        self.tensors = [tensor for tensor in self.tensors if id(tensor) not in nested]
 
     def _visit_stateful(self, name: str, stateful: Any) -> None:
         if isinstance(stateful, Optimizer):
@@ -257,6 +260,11 @@ class Captured:
         self.optimizers = []
 
 
+def meta_error(name: str) -> CaptureError:
+    """For a tensor without bytes."""
+    return CaptureError(f"{name} is on the meta device and has no bytes to save; materialise it first")
+
+
 def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
     """Take hold of ``state``; what can't be saved is found here, before anything is written.
 
@@ -266,6 +274,11 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
     if not isinstance(state, Mapping):
         raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
     walk = walk_state(state)
+    try:
+        shapes = [tensor.shape for tensor in walk.tensors]
+    except RuntimeError:  # a nested tensor has none
+        walk.demote_nested()
+        shapes = [tensor.shape for tensor in walk.tensors]
     # a slot only grows: a counter that shrinks by a digit must not move every offset behind it
     floor = dict(zip(previous.leaf_names, previous.slots, strict=True)) if previous else {}
     items = [pickle_leaf(name, value) for name, value in zip(walk.leaf_names, walk.leaves, strict=True)]
@@ -277,7 +290,7 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
     structure = Structure(
         tensor_names=walk.tensor_names,
         dtypes=[tensor.dtype for tensor in tensors],
-        shapes=[tensor.shape for tensor in tensors],
+        shapes=shapes,
         strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in tensors],
         leaf_names=walk.leaf_names,
         exotic=[index for index, leaf in enumerate(walk.leaves) if isinstance(leaf, torch.Tensor)],
@@ -285,9 +298,9 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
         containers=walk.containers,
         odd_keys=walk.odd_keys,
     )
-    meta = [name for name, tensor in zip(walk.tensor_names, tensors, strict=True) if tensor.is_meta]
-    if meta:
-        raise CaptureError(f"{meta[0]} is on the meta device and has no bytes to save; materialise it first")
+    for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
+        if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+            raise meta_error(name)
     tree: JSON = None
     flat: dict[str, Any] | None = None
     if structure != previous:

@@ -1,0 +1,176 @@
+"""The process of one engine: builds the state, then takes one sample for each line on its standard input.
+
+In: a JSON object as only argument, then one JSON command a line. Out: one JSON answer a line; whatever else
+is printed goes to standard error. An answer with "error" holds the traceback, and the process goes on.
+Keeps: between two answers the process does nothing, so that processes asked in turn never share the cores.
+Belongs here: the dispatch of commands. Not here: how a figure is taken (measure.py), rounds and medians
+(driver.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import engines
+import measure
+import raw
+import workloads
+
+Answer = dict[str, Any]
+LOAD_STEP = 1
+"""The checkpoint that load samples read."""
+
+
+class EngineWorker:
+    """Commands on an engine."""
+
+    def __init__(self, engine: str, workload: workloads.Workload, root: Path) -> None:
+        self._workload = workload
+        self._root = root
+        self._name = engine
+        self._engine = engines.make(engine, workload.state, root)
+        self._memory = measure.MemoryPeak()
+        self._engine.open()
+        self._step = LOAD_STEP + 1
+        self.commands: dict[str, Callable[..., Answer]] = {
+            "describe": self.describe,
+            "save": lambda: measure.save(self._engine, self._next_step()),
+            "busy": lambda: measure.save_busy(self._engine, self._next_step()),
+            "lost": self.lost,
+            "memory": self.memory,
+            "prepare_load": self.prepare_load,
+            "load": self.load,
+        }
+
+    def describe(self) -> Answer:
+        return {"call": self._engine.describe()}
+
+    def lost(self, seconds: float) -> Answer:
+        figures = measure.lost_time(self._engine, self._next_step(), seconds=seconds)
+        self._step += int(figures["lost_num_saves"])
+        return figures
+
+    def memory(self) -> Answer:
+        return {**self._memory.figures(), "method": self._memory.method}
+
+    def prepare_load(self) -> Answer:
+        self._engine.save(LOAD_STEP).result()
+        # Loads belong to a process that has not saved: no warm staging memory, no cached plan.
+        self._engine.close()
+        self._engine = engines.make(self._name, self._workload.state, self._root)
+        self._engine.open()
+        return {}
+
+    def load(self, cold: bool, how: str) -> Answer:
+        for tensor in self._workload.tensors:
+            tensor.zero_()
+        cache = raw.drop_cache(self._root, how) if cold else raw.warm_cache(self._root)
+        memory = measure.MemoryPeak()
+        cpu = time.process_time()
+        start = time.perf_counter()
+        self._engine.load(LOAD_STEP)
+        seconds = time.perf_counter() - start
+        cpu = time.process_time() - cpu
+        peak = memory.figures()["peak_extra_bytes"]
+        different = workloads.num_different(self._workload.tensors)
+        kind = "cold" if cold else "warm"
+        figures = {kind: seconds, f"{kind}_cpu": cpu, f"{kind}_peak_extra_bytes": peak}
+        return {**figures, "num_different": different, "cache": cache}
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _next_step(self) -> int:
+        self._step += 1
+        return self._step
+
+
+class RawWorker:
+    """The same commands on the machine's floors."""
+
+    def __init__(self, workload: workloads.Workload, root: Path) -> None:
+        self._raw = raw.Raw(workload.tensors, root)
+        self._root = root
+        self.commands: dict[str, Callable[..., Answer]] = {
+            "describe": self.describe,
+            "save": lambda: {"copy": self._raw.copy(), "write": self._raw.write()},
+            "prepare_load": self.prepare_load,
+            "load": self.load,
+        }
+
+    def describe(self) -> Answer:
+        how = "O_DIRECT" if self._raw.direct else "buffered (O_DIRECT refused here)"
+        call = (
+            f"torch._foreach_copy_ into warm private memory; {how} pwrite by {raw.NUM_THREADS} threads, "
+            f"{raw.CHUNK_BYTES >> 20} MiB a call, fsync of file and directory"
+        )
+        return {"call": call}
+
+    def prepare_load(self) -> Answer:
+        self._raw.copy()
+        self._raw.write()
+        return {}
+
+    def load(self, cold: bool, how: str) -> Answer:
+        answer: Answer = {}
+        for name, direct in (("", False), ("_direct", True)) if cold else (("", False),):
+            self._raw.copies[0].zero_()
+            cache = raw.drop_cache(self._root, how) if cold else raw.warm_cache(self._root)
+            answer[("cold" if cold else "warm") + name] = self._raw.read(direct=direct)
+            answer["cache"] = cache
+        return {**answer, "num_different": workloads.num_different(self._raw.copies)}
+
+    def close(self) -> None:
+        self._raw.close()
+
+
+def main() -> None:
+    # Libraries may print: only answers may reach the pipe that the parent reads.
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="ascii")
+    os.dup2(2, 1)
+    arguments = json.loads(sys.argv[1])
+    root = Path(arguments["root"])
+    engine = arguments["engine"]
+
+    def answer(call: Callable[..., Answer], **keywords: Any) -> bool:
+        try:
+            reply = call(**keywords)
+        except Exception:
+            answers.write(json.dumps({"error": traceback.format_exc()}) + "\n")
+            return False
+        answers.write(json.dumps(reply) + "\n")
+        return True
+
+    worker: EngineWorker | RawWorker
+
+    def start() -> Answer:
+        nonlocal worker
+        workload = workloads.build(arguments["workload"], arguments["scale"])
+        worker = RawWorker(workload, root) if engine == "raw" else EngineWorker(engine, workload, root)
+        facts = {"nbytes": workload.nbytes, "num_tensors": len(workload.tensors)}
+        return {
+            **worker.commands["describe"](),
+            **facts,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+
+    if not answer(start):
+        return
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer(worker.commands[command.pop("do")], **command)
+    worker.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The states that the benches save and load: `large`, `llm`, `many`.
+
+In: a name and a scale (a fraction of the tensor count, for short runs). Out: a `Workload`, a nested state
+dict of CPU tensors filled with a pattern that is different in each tensor and does not repeat at a block
+boundary.
+Keeps: the same name and scale give the same names, shapes and bits in each process, so a loaded state is
+compared with the pattern and no process needs a second copy of the state.
+Belongs here: shapes, names, fill and comparison. Not here: anything that saves, loads or takes time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+NAMES = ("large", "llm", "many")
+PATTERN_PERIOD = 1_999_993
+"""Elements of the base pattern; a prime, so that no repetition falls on a block, page or part boundary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A state with its tensors in a fixed order."""
+
+    name: str
+    state: dict[str, Any]
+    tensors: tuple[torch.Tensor, ...]
+    """Every tensor of `state`, in the order of the walk; index i carries pattern i."""
+    nbytes: int
+
+
+def build(name: str, scale: float = 1.0) -> Workload:
+    """The named workload with about `scale` times its tensors, allocated, touched and filled."""
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale is {scale}: give a fraction above 0, at most 1")
+    if name == "large":
+        state: dict[str, Any] = {
+            "model": {f"w{i:02d}": torch.empty(2048, 2048) for i in range(_some(64, scale))}
+        }
+    elif name == "llm":
+        state = _llm(_some(16, scale))
+    elif name == "many":
+        state = {"model": {f"layer{i:05d}.weight": torch.empty(32, 32) for i in range(_some(20_000, scale))}}
+    else:
+        raise ValueError(f"no workload named {name!r}: choose from {', '.join(NAMES)}")
+    tensors = tuple(iter_tensors(state))
+    for index, tensor in enumerate(tensors):
+        _fill(tensor, index)
+    return Workload(name=name, state=state, tensors=tensors, nbytes=sum(t.nbytes for t in tensors))
+
+
+def iter_tensors(node: Any) -> Iterator[torch.Tensor]:
+    """The tensors below `node` in insertion order."""
+    if isinstance(node, torch.Tensor):
+        yield node
+    elif isinstance(node, dict):
+        for child in node.values():
+            yield from iter_tensors(child)
+    elif isinstance(node, list):
+        for child in node:
+            yield from iter_tensors(child)
+
+
+def num_different(tensors: tuple[torch.Tensor, ...]) -> int:
+    """How many tensors do not hold exactly the bits that `build` wrote."""
+    return sum(not _holds_pattern(tensor, index) for index, tensor in enumerate(tensors))
+
+
+def _some(count: int, scale: float) -> int:
+    return max(1, round(count * scale))
+
+
+def _base() -> torch.Tensor:
+    return torch.randn(PATTERN_PERIOD, generator=torch.Generator().manual_seed(0))
+
+
+_BASE = _base()
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield from torch.split(tensor.view(-1), PATTERN_PERIOD)
+
+
+def _factor(index: int) -> float:
+    return 1.0 + index / 32768
+
+
+def _fill(tensor: torch.Tensor, index: int) -> None:
+    for piece in _pieces(tensor):
+        torch.mul(_BASE[: piece.numel()], _factor(index), out=piece)
+
+
+def _holds_pattern(tensor: torch.Tensor, index: int) -> bool:
+    return all(
+        torch.equal(piece.view(torch.int32), (_BASE[: piece.numel()] * _factor(index)).view(torch.int32))
+        for piece in _pieces(tensor)
+    )
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, kv_width: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+
+class _Layer(nn.Module):
+    def __init__(self, width: int, kv_width: int, hidden: int) -> None:
+        super().__init__()
+        self.self_attn = _Attention(width, kv_width)
+        self.mlp = _Mlp(width, hidden)
+        self.input_layernorm = nn.RMSNorm(width)
+        self.post_attention_layernorm = nn.RMSNorm(width)
+
+
+class _Llama(nn.Module):
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        width, kv_width, hidden, vocabulary = 1024, 256, 2816, 16_384
+        self.embed_tokens = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(_Layer(width, kv_width, hidden) for _ in range(num_layers))
+        self.norm = nn.RMSNorm(width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+
+
+def _llm(num_layers: int) -> dict[str, Any]:
+    # Fine-tuning of the decoder layers: embedding, last norm and head are frozen, so AdamW holds state for
+    # 144 of the 147 parameters: 147 + 3 * 144 = 579 tensors. The modules live on the meta device: only names
+    # and shapes are needed.
+    with torch.device("meta"):
+        model = _Llama(num_layers)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    trained = [name for name in shapes if name.startswith("layers.")]
+    optimizer_state = {
+        name: {
+            "step": torch.empty(()),
+            "exp_avg": torch.empty(shapes[name]),
+            "exp_avg_sq": torch.empty(shapes[name]),
+        }
+        for name in trained
+    }
+    group = {
+        "lr": 3e-4,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "foreach": None,
+        "params": trained,
+    }
+    return {
+        "model": {name: torch.empty(shape) for name, shape in shapes.items()},
+        "optim": {"state": optimizer_state, "param_groups": [group]},
+    }

@@ -1,0 +1,141 @@
+"""Pure planning of reads: boxes, coverage, spans, verification."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcp_async import reading
+from dcp_async.formats.distcp import BLOCK_BYTES, block_digests
+from dcp_async.staging import flat_slices
+
+SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=4)
+
+
+@st.composite
+def boxes_in(draw: st.DrawFn) -> tuple[list[int], reading.Box]:
+    shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    box = []
+    for extent in shape:
+        low = draw(st.integers(0, extent - 1))
+        box.append((low, draw(st.integers(low + 1, extent))))
+    return shape, tuple(box)
+
+
+@given(boxes_in())
+def test_contiguous_run_says_where_a_box_lies(case: tuple[list[int], reading.Box]) -> None:
+    shape, box = case
+    numbers = torch.arange(torch.Size(shape).numel()).view(shape)
+    inside = numbers[tuple(slice(low, high) for low, high in box)].reshape(-1)
+    run = reading.contiguous_run(box, shape)
+    is_run = bool((inside.diff() == 1).all())
+    assert (run is not None) == is_run
+    if run is not None:
+        assert inside.tolist() == list(range(run[0], run[0] + run[1]))
+
+
+@given(SHAPES, st.data())
+def test_flat_slices_tile_the_range(shape: list[int], data: st.DataObject) -> None:
+    numel = torch.Size(shape).numel()
+    start = data.draw(st.integers(0, numel))
+    stop = data.draw(st.integers(start, numel))
+    numbers = torch.arange(numel).view(shape)
+    seen: list[int] = []
+    pieces = list(flat_slices(shape, start, stop))
+    for box, low, high in pieces:
+        assert numbers[box].reshape(-1).tolist() == list(range(low, high))
+        seen += range(low, high)
+    assert seen == list(range(start, stop))
+    assert len(pieces) <= 2 * max(len(shape), 1) + 1
+
+
+@given(boxes_in(), st.data())
+def test_check_coverage_finds_every_hole(case: tuple[list[int], reading.Box], data: st.DataObject) -> None:
+    shape, hole = case
+    whole = tuple((0, extent) for extent in shape)
+    reading.check_coverage(shape, [whole])
+    # everything but the hole: the slabs beside it, dimension by dimension
+    slabs: list[reading.Box] = []
+    for dim, (low, high) in enumerate(hole):
+        before = hole[:dim]
+        rest = whole[dim + 1 :]
+        slabs += [(*before, edge, *rest) for edge in ((0, low), (high, shape[dim])) if edge[0] < edge[1]]
+    reading.check_coverage(shape, [*slabs, hole])
+    with pytest.raises(reading.CoverageError, match="no chunk covers"):
+        reading.check_coverage(shape, slabs)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_spans_deliver_every_byte_once_and_verify_it(data: st.DataObject) -> None:
+    nbytes = data.draw(st.integers(1, 6 * BLOCK_BYTES))
+    content = bytearray((index * 2654435761) >> 13 & 0xFF for index in range(nbytes))
+    digests = block_digests(memoryview(content))
+    pieces, targets, at = [], [], 0
+    while at < nbytes:
+        at += data.draw(st.integers(0, BLOCK_BYTES + 7))
+        size = min(data.draw(st.sampled_from([1, 100, 5000, BLOCK_BYTES, 3 * BLOCK_BYTES])), nbytes - at)
+        if size <= 0:
+            break
+        target = bytearray(size)
+        pieces.append(reading.Piece(at, size, memoryview(target), 0, f"t{len(pieces)}"))
+        targets.append((at, target))
+        at += size
+    part = data.draw(st.sampled_from([BLOCK_BYTES, 2 * BLOCK_BYTES, 64 * BLOCK_BYTES]))
+    verified = data.draw(st.booleans())
+    tables = {"f": digests} if verified else {}
+    spans = list(reading.make_spans({"f": pieces}, tables, {"f": nbytes}, part_bytes=part))
+    bad = data.draw(st.none() | st.integers(0, nbytes - 1)) if verified else None
+    if bad is not None:
+        content[bad] ^= 1
+    complained = False
+    for span in spans:
+        assert span.stop - span.start <= part
+        buffers = reading.FetchBuffers(span)
+        end = span.start
+        for offset, memory in buffers.segments:
+            assert offset == end
+            memory[:] = content[offset : offset + len(memory)]
+            end += len(memory)
+        assert end == span.stop
+        try:
+            buffers.verify()
+        except reading.DamagedError as error:
+            complained = True
+            block = (bad or 0) // BLOCK_BYTES * BLOCK_BYTES
+            hit = {
+                f"t{index}"
+                for index, (start, target) in enumerate(targets)
+                if start < block + BLOCK_BYTES and block < start + len(target)
+            }
+            assert set(error.names) <= hit
+        buffers.scatter()
+    read_at_all = bad is not None and any(span.start <= bad < span.stop for span in spans)
+    assert complained == read_at_all
+    for start, target in targets:
+        assert target == content[start : start + len(target)]
+
+
+def test_fill_is_finished_once_when_its_last_piece_arrives() -> None:
+    finished: list[bytes] = []
+    fill = reading.Fill(10, lambda buffer: finished.append(bytes(buffer)))
+    fill.memory()[:6] = b"abcdef"
+    fill.filled(6)
+    assert finished == []
+    fill.memory()[6:] = b"ghij"
+    fill.filled(4)
+    assert finished == [b"abcdefghij"]
+
+
+def test_host_memory_is_the_tensor() -> None:
+    tensor = torch.zeros(5, dtype=torch.int16)
+    reading.host_memory(tensor)[2:4] = b"\x07\x00"
+    assert tensor.tolist() == [0, 7, 0, 0, 0]
+    empty: Any = torch.empty(0)
+    assert len(reading.host_memory(empty)) == 0
+    assert isinstance(array("Q"), array)
