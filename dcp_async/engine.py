@@ -38,7 +38,7 @@ from .lifetime import Lifetime
 from .load_pipeline import Loaded, LoadServices, load_into, read_fresh
 from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
 from .options import Limits, Timeouts
-from .outcome import cancelled_error, save_error
+from .outcome import cancelled_error, forget_locals, save_error
 from .pipeline import CommitOutcome, SavePipeline, SaveRequest, SaveServices
 from .planner import CompiledPlan, PlanningOptions
 from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
@@ -108,7 +108,6 @@ class CheckpointEngine:
         self._trust = trust
         self._observer = observer
         self._plan: CompiledPlan | None = None
-        self._sweep_due = True
 
     def __repr__(self) -> str:
         return f"<CheckpointEngine {self._life.storage!r} {self._life.state}, {len(self.pending)} pending>"
@@ -157,6 +156,7 @@ class CheckpointEngine:
         self._catalog = Catalog(life.storage, life.threads, self._metadata_of)
         life.book.seen_steps(await self._catalog.steps())
         self._services = SaveServices(
+            owner=life,
             stager=life.stager,
             storage=life.storage,
             coordinator=life.coordinator,
@@ -269,7 +269,6 @@ class CheckpointEngine:
             events = self._life.stager.prepare(captured)
         except Exception as error:
             raise save_error(error, "capture", response) from error
-        sweep, self._sweep_due = self._sweep_due, False
         request = SaveRequest(
             response=response,
             uid=self._life.coordinator.uid(ordinal, name),
@@ -278,12 +277,9 @@ class CheckpointEngine:
             events=events,
             notes=notes,
             replace=replace,
-            sweep=sweep,
             started=started,
         )
         self._life.book.started(response)
-        if self._observer is not None:  # adding up the bytes of many tensors would be felt
-            self._observe(SaveStarted(checkpoint_id=name, step=step, nbytes=captured.nbytes))
         return request
 
     def _cancel(self, request: SaveRequest) -> None:
@@ -296,12 +292,18 @@ class CheckpointEngine:
 
     async def _run_save(self, request: SaveRequest) -> None:
         response = request.response
+        if self._observer is not None:  # adding up the bytes of many tensors takes milliseconds
+            nbytes = request.captured.nbytes
+            self._observe(
+                SaveStarted(checkpoint_id=response.checkpoint_id, step=response.step, nbytes=nbytes)
+            )
         try:
             with anyio.CancelScope() as request.scope:
                 if request.cancelled:
                     request.scope.cancel()
                 outcome = await SavePipeline(request, self._services).run()
         except Exception as error:
+            forget_locals(error)
             self._fail(response, save_error(error, "plan", response))
         else:
             if request.scope.cancelled_caught:
@@ -336,7 +338,6 @@ class CheckpointEngine:
 
     def _fail(self, response: AsyncSaveResponse, error: SaveError) -> None:
         logger.log(logging.INFO if isinstance(error, SaveCancelled) else logging.ERROR, "%s", error)
-        self._sweep_due = True
         response._settle_failed(error)
         self._life.book.ended(response)
         self._observe(SaveFailed(checkpoint_id=response.checkpoint_id, step=response.step, error=error))
@@ -416,6 +417,7 @@ class CheckpointEngine:
         self, source: CheckpointRef, attempt: Callable[[str], Coroutine[Any, Any, T]]
     ) -> Verb[tuple[T, tuple[str, ...]]]:
         """The first checkpoint that is whole, and the names of newer ones that are not ("latest" only)."""
+        self._life.check_open()
         names: list[str] = yield self._life.submit(self._catalog.resolve(source))
         first: CorruptCheckpointError | None = None
         skipped: list[str] = []
@@ -487,6 +489,7 @@ class CheckpointEngine:
         return await drive(self._finding_latest())
 
     def _finding_latest(self) -> Verb[CheckpointInfo | None]:
+        self._life.check_open()
         info: CheckpointInfo | None = yield self._life.submit(self._catalog.latest())
         return info
 
@@ -498,10 +501,12 @@ class CheckpointEngine:
                 yield info
 
     def _listing(self) -> Verb[list[str]]:
+        self._life.check_open()
         names: list[str] = yield self._life.submit(self._catalog.names())
         return names
 
     def _describing(self, name: str) -> Verb[CheckpointInfo | None]:
+        self._life.check_open()
         info: CheckpointInfo | None = yield self._life.submit(self._catalog.info(name))
         return info
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import anyio
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from ._concurrency import BlockingThreads, Pipe, run_blocking
 from .catalog import Contents
@@ -27,6 +27,7 @@ from .errors import (
     UntrustedCheckpointError,
 )
 from .formats.structure import JSON, build, children_of, kind_of, mapping_node, subtree
+from .formats.zip_item import PLAIN_DTYPES
 from .pipeline import first_failure
 from .reading import Collector, CoverageError, DamagedError, FetchBuffers, Source, Span, make_spans
 from .state import Targets
@@ -82,6 +83,11 @@ def _fresh(
     if strides is None:
         return torch.empty(meta.size, dtype=dtype, device=device)
     return torch.empty_strided(tuple(meta.size), strides, dtype=dtype, device=device)
+
+
+def _is_plain(meta: TensorStorageMetadata) -> bool:
+    """Whether an empty tensor of its kind can be made and filled."""
+    return meta.properties.dtype in PLAIN_DTYPES and meta.properties.layout is torch.strided
 
 
 def match_state(targets: Targets, contents: Contents) -> Match:
@@ -190,9 +196,11 @@ class LoadPipeline:
         self._touched = False
 
     async def read(
-        self, tensors: Mapping[str, torch.Tensor], leaves: Iterable[str]
+        self, tensors: Mapping[str, torch.Tensor], leaves: Iterable[str], *, fresh: bool
     ) -> tuple[dict[str, Any], int]:
         """Fill ``tensors``; gives (name -> value of each leaf, number of bytes).
+
+        ``fresh``: nobody else has seen ``tensors``, so a failure leaves nothing half loaded.
 
         Raises: CorruptCheckpointError, IncompatibleStateError, UntrustedCheckpointError. Cancellation: joins
         the reads in progress; targets may be partly filled.
@@ -206,7 +214,7 @@ class LoadPipeline:
             for fqn, target in tensors.items():
                 large.want_tensor(fqn, target)
             await self._flow(small)
-            self._touched = True
+            self._touched = not fresh
             await self._flow(large)
         except (BaseExceptionGroup, CoverageError, DamagedError) as error:
             cause = first_failure(error)
@@ -290,7 +298,7 @@ async def load_into(
     if atomic:
         into = {name: torch.empty_like(tensor) for name, tensor in into.items()}
     pipeline = LoadPipeline(contents, services)
-    values, nbytes = await pipeline.read({**into, **match.open_tensors}, match.leaves)
+    values, nbytes = await pipeline.read({**into, **match.open_tensors}, match.leaves, fresh=atomic)
     if atomic:
         await services.threads.run(torch._foreach_copy_, list(match.tensors.values()), list(into.values()))
     fresh: dict[str, Any] = {**values, **match.open_tensors}
@@ -337,17 +345,25 @@ async def read_fresh(
                 )
             wanted += below
     tensors: dict[str, torch.Tensor] = {}
+    stored: dict[tuple[str, int, int], str] = {}
+    tied: dict[str, str] = {}
     leaves: list[str] = []
     exotic = set(contents.manifest.exotic) if contents.manifest else set()
     for name in wanted:
         meta = contents.names[name]
-        if isinstance(meta, TensorStorageMetadata) and name not in exotic:
-            tensors[name] = _fresh(meta, strides.get(name), device)
+        if isinstance(meta, TensorStorageMetadata) and name not in exotic and _is_plain(meta):
+            # names that share their bytes come back as one tensor
+            place = contents.places.get(MetadataIndex(name, meta.chunks[0].offsets)) if meta.chunks else None
+            if place is not None and len(meta.chunks) == 1 and stored.setdefault(place, name) != name:
+                tied[name] = stored[place]
+            else:
+                tensors[name] = _fresh(meta, strides.get(name), device)
         else:
             leaves.append(name)
     pipeline = LoadPipeline(contents, services)
-    values, _ = await pipeline.read(tensors, leaves)
+    values, _ = await pipeline.read(tensors, leaves, fresh=True)
     found: dict[str, Any] = {**values, **tensors}
+    found |= {name: tensors[first] for name, first in tied.items()}
     tree = build(contents.structure, lambda name: found.get(name, _ABSENT))
     return _without_absent(tree) if keys is not None else tree
 

@@ -5,6 +5,8 @@ Invariant: DCP's CheckpointException, which derives from BaseException, never le
 
 from __future__ import annotations
 
+import traceback
+
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .errors import CheckpointExistsError, Phase, SaveCancelled, SaveError, StateMutatedError, StorageError
@@ -46,6 +48,24 @@ def save_error(
     made = cls(message, checkpoint_id=name, step=response.step, phase=phase, failures={rank: error})
     made.__cause__ = error
     return made
+
+
+def forget_locals(error: BaseException) -> None:
+    """Keep an error's traceback, but not the buffers and tensors that the frames in it refer to.
+
+    Whoever keeps a failure would otherwise keep the staging pool alive.
+    """
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        link = todo.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        traceback.clear_frames(link.__traceback__)
+        todo += [link.__cause__, link.__context__]
+        if isinstance(link, BaseExceptionGroup):
+            todo += link.exceptions
 
 
 def cancelled_error(response: AsyncSaveResponse) -> SaveCancelled:

@@ -86,8 +86,6 @@ class SaveRequest:
     events: dict[torch.device, DeviceEvent]
     notes: Mapping[str, JSON]
     replace: bool
-    sweep: bool
-    """Whether leftovers of dead saves are to be removed first."""
     started: float
     """time.monotonic() of the request."""
     has_returned: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
@@ -107,6 +105,8 @@ class SaveRequest:
 class SaveServices:
     """What the engine lends to its saves."""
 
+    owner: object
+    """In whose name pool slots are reserved."""
     stager: Stager
     storage: Storage
     coordinator: Coordinator
@@ -161,7 +161,9 @@ class SavePipeline:
             with in_phase("plan"):
                 self._plan = await self._make_plan()
             self._file = data_file_name(self._services.coordinator.rank, 0, self._request.uid)
-            self._num_parts = num_parts(self._plan.layout.image_bytes, self._services.stager.pool.slot_bytes)
+            pool = self._services.stager.pool
+            self._num_parts = num_parts(self._plan.layout.image_bytes, pool.slot_bytes)
+            pool.reserve(self._services.owner, self._num_parts * self._services.pending_saves)
             self._digests: list[array[int]] = [array("Q")] * self._num_parts
             await self._flow()
             with in_phase("commit"):
@@ -200,7 +202,6 @@ class SavePipeline:
         if plan is None or not reuse:
             plan = await self._compile()
             services.on_plan(plan)
-        services.stager.pool.reserve(services, plan.layout.image_bytes * services.pending_saves)
         return plan
 
     async def _compile(self) -> CompiledPlan:
@@ -224,10 +225,10 @@ class SavePipeline:
         return plan
 
     async def _begin(self) -> None:
-        """Open the transaction beside staging: the first copy need not wait for a directory."""
+        """Sweep leftovers and open the transaction, beside staging: no copy need wait for a directory."""
         # shielded: a transaction that was begun must be known to whoever cleans up
         with in_phase("write"), anyio.CancelScope(shield=True):
-            if self._request.sweep and self._services.coordinator.is_coordinator:
+            if self._services.coordinator.is_coordinator:
                 await self._services.storage.sweep()
             self._transaction = await self._services.storage.begin(
                 self._request.response.checkpoint_id,

@@ -121,7 +121,7 @@ class DefaultDraft:
                 properties[kind] = TensorProperties(dtype=kind[0], layout=kind[1], requires_grad=kind[2])
             entries[name] = TensorStorageMetadata(properties[kind], chunk.sizes, [chunk])
             indices.append(MetadataIndex(name, origin, 0))
-        assert list(flat) == structure.tensor_names + structure.leaf_names
+        assert list(flat) == structure.names
         return _compile(self._captured, Metadata(state_dict_metadata=entries), indices, self._rank)
 
 
@@ -153,27 +153,34 @@ class PlannerDraft:
         structure = self._captured.structure
         items = {item.index.fqn: item for item in self._planner.finish_plan(plan).items}
         _check_items(structure, items)
-        names = structure.tensor_names + structure.leaf_names
-        return _compile(self._captured, metadata, [items[name].index for name in names], self._rank)
+        return _compile(self._captured, metadata, [items[name].index for name in structure.names], self._rank)
 
 
 def _compile(
     captured: Captured, metadata: Metadata, indices: Sequence[MetadataIndex], rank: int
 ) -> CompiledPlan:
-    """Lay out the file and encode what stays the same; ``indices`` in the order of tensors, then leaves."""
+    """Lay out the file and encode what stays the same; ``indices`` in the order of ``structure.names``."""
     structure = captured.structure
     layout = plan_file(
         [(dtype, tuple(shape)) for dtype, shape in zip(structure.dtypes, structure.shapes, strict=True)],
         structure.slots,
     )
+    stored = len(structure.tensor_names)
+    items = [
+        *range(stored),
+        *(index for _, index in structure.ties),
+        *range(stored, len(layout.item_offsets)),
+    ]
     places = {
-        index: (rank, offset, length)
-        for index, offset, length in zip(indices, layout.item_offsets, layout.item_bytes, strict=True)
+        index: (rank, layout.item_offsets[item], layout.item_bytes[item])
+        for index, item in zip(indices, items, strict=True)
     }
     strides = {
         name: stride
-        for name, stride in zip(structure.tensor_names, structure.strides, strict=True)
-        if stride is not None
+        for name, stride, shape in zip(
+            structure.tensor_names, structure.strides, structure.shapes, strict=True
+        )
+        if stride is not None and is_dense(shape, stride)
     }
     exotic = tuple(structure.leaf_names[index] for index in structure.exotic)
     paths = planner_paths(structure)
@@ -181,22 +188,31 @@ def _compile(
         structure=structure,
         digest=structure_digest(structure),
         layout=layout,
-        metadata=metadata_template(
-            dataclasses.replace(metadata, planner_data=planner_paths(structure)), places
-        ),
+        metadata=metadata_template(dataclasses.replace(metadata, planner_data=paths), places),
         manifest_json=structure_json(captured.tree, strides, exotic),
     )
 
 
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor fills its memory once, in whatever order; slices and expanded tensors do not."""
+    expected = 1
+    for stride, extent in sorted(zip(strides, shape, strict=True)):
+        if extent != 1:
+            if stride != expected:
+                return False
+            expected *= extent
+    return True
+
+
 def _check_items(structure: Structure, items: Mapping[str, WriteItem]) -> None:
-    names = structure.tensor_names + structure.leaf_names
+    names = structure.names
     if items.keys() != set(names):
         lost = sorted(set(names) - items.keys())[:3]
         added = sorted(items.keys() - set(names))[:3]
         raise CaptureError(
             f"the planner left out {lost} and added {added}; this release writes what the state holds"
         )
-    tensors = len(structure.tensor_names)
+    tensors = len(structure.tensor_names) + len(structure.ties)
     exotic = {tensors + index for index in structure.exotic}
     for index, name in enumerate(names):
         is_tensor = items[name].type is not WriteItemType.BYTE_IO
@@ -227,7 +243,7 @@ def planner_paths(structure: Structure) -> dict[str, tuple[str | int, ...]]:
             known[name] = path
         return path
 
-    for name in structure.tensor_names + structure.leaf_names:
+    for name in structure.names:
         paths[name] = path_of(name)
     return paths
 
@@ -245,6 +261,7 @@ def structure_digest(structure: Structure) -> str:
         structure.slots,
         structure.containers,
         structure.odd_keys,
+        structure.ties,
     ):
         digest.update(repr(part).encode())
     return digest.hexdigest()

@@ -120,11 +120,10 @@ class BufferPool:
         """Whether a lease would have to wait."""
         return self._arena is not None and 0 not in self._arena.taken
 
-    def reserve(self, owner: object, nbytes: int) -> None:
-        """``owner`` will want ``nbytes`` at once; what the budget allows of it is there from the next idle
-        moment on."""
+    def reserve(self, owner: object, num_slots: int) -> None:
+        """``owner`` will want that many slots; what the budget allows is there from the next idle moment on."""
         with self._lock:
-            self._reserved[owner] = nbytes
+            self._reserved[owner] = num_slots
 
     def forget(self, owner: object) -> None:
         """``owner`` wants nothing any more."""
@@ -138,7 +137,7 @@ class BufferPool:
             return max(self._target_slots(), len(self._arena.taken) if self._arena else 0)
 
     def _target_slots(self) -> int:
-        wanted = sum(-(-nbytes // self.slot_bytes) for nbytes in self._reserved.values())
+        wanted = sum(self._reserved.values())
         if self._budget is not None:
             wanted = min(wanted, self._budget // self.slot_bytes)
         return max(wanted, 1)

@@ -305,8 +305,11 @@ class Collector:
             ) from None
 
     def want_leaf(self, name: str, receive: Callable[[str, Any], None]) -> None:
-        """Read the leaf ``name`` and hand its value over."""
-        file, offset, length = self._place(name, MetadataIndex(name))
+        """Read the item ``name``, a pickled leaf or a whole tensor stored as one, and hand its value over."""
+        meta = self._source.tensors.get(name)
+        file, offset, length = self._place(
+            name, MetadataIndex(name, meta.chunks[0].offsets if meta else None)
+        )
         trust = self._source.trust
 
         def finish(buffer: bytearray) -> None:
@@ -339,10 +342,10 @@ class Collector:
         shape = tuple(chunk.sizes)
         dtype = self._source.tensors[name].properties.dtype
         if file not in self._source.raw_files or name in self._source.exotic or dtype not in PLAIN_DTYPES:
-            self._add(
-                file,
-                Piece(offset, length, Fill(length, self._item_finisher(name, target, here, shape)), 0, name),
-            )
+            # a whole tensor is not indexed: sparse ones can't be
+            place = target if shape == tuple(target.shape) else target[here]
+            fill = Fill(length, self._item_finisher(name, place, shape))
+            self._add(file, Piece(offset, length, fill, 0, name))
             return
         head, tail = tensor_frame(dtype, shape)
         nbytes = dtype.itemsize
@@ -364,7 +367,7 @@ class Collector:
             self._add(file, Piece(payload + low, count, Fill(count, finish), 0, name))
 
     def _item_finisher(
-        self, name: str, target: torch.Tensor, here: tuple[slice, ...], shape: tuple[int, ...]
+        self, name: str, target: torch.Tensor, shape: tuple[int, ...]
     ) -> Callable[[bytearray], None]:
         trust = self._source.trust
 
@@ -374,7 +377,7 @@ class Collector:
                 raise DamagedError(
                     f"{name}: its item is not the tensor of {shape} that .metadata names", [name]
                 )
-            (target.detach()[here] if here else target.detach()).copy_(value)
+            target.detach().copy_(value)
 
         return finish
 

@@ -17,7 +17,7 @@ from typing import Generic, Literal, TypeAlias, TypeVar
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .errors import EngineStateError, LoadError, SaveError
+from .errors import EngineStateError, LoadError, SaveCancelled, SaveError
 from .formats.structure import JSON
 
 logger = logging.getLogger(__name__)
@@ -225,6 +225,11 @@ class AsyncSaveResponse:
 
     def _unobserved_failure(self) -> SaveError | None:
         failure = self.upload_completion._failure()
-        if failure is None or self.upload_completion.observed or self.staging_completion.observed:
+        if (
+            failure is None
+            or isinstance(failure, SaveCancelled)
+            or self.upload_completion.observed
+            or self.staging_completion.observed
+        ):
             return None
         return failure

@@ -87,6 +87,9 @@ class Walk:
 
     tensor_names: list[str] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
+    ties: list[tuple[str, int]] = field(default_factory=list)
+    """(name, index of the tensor that has the same bytes) of tensors that occur again; filled by
+    ``separate_ties``."""
     leaf_names: list[str] = field(default_factory=list)
     leaves: list[Any] = field(default_factory=list)
     """Everything that is no plain tensor: pickled."""
@@ -129,10 +132,34 @@ class Walk:
         self.tensor_names = [name for name, tensor in pairs if id(tensor) not in nested]
         self.tensors = [tensor for tensor in self.tensors if id(tensor) not in nested]
 
+    def separate_ties(self) -> None:
+        """Keep one of each group of tensors that are the same view of the same memory: it is stored once."""
+        if len({tensor.data_ptr() for tensor in self.tensors}) == len(self.tensors):
+            return
+        first: dict[tuple[Any, ...], int] = {}
+        names, tensors = self.tensor_names, self.tensors
+        self.tensor_names, self.tensors = [], []
+        for name, tensor in zip(names, tensors, strict=True):
+            # an empty tensor has no memory to share
+            memory = tensor.data_ptr() if tensor.numel() else id(tensor)
+            key = (tensor.device, memory, tensor.dtype, tensor.shape, tensor.stride())
+            index = first.setdefault(key, len(self.tensors))
+            if index == len(self.tensors):
+                self.tensor_names.append(name)
+                self.tensors.append(tensor)
+            else:
+                self.ties.append((name, index))
+
     def _visit_stateful(self, name: str, stateful: Any) -> None:
         if isinstance(stateful, Optimizer):
             self.optimizers.append(stateful)
-        inner = stateful.state_dict()
+        try:
+            inner = stateful.state_dict()
+        except Exception as error:  # the trainer's own code, which may raise anything
+            kind = type(error).__name__
+            raise CaptureError(
+                f"{name}: {type(stateful).__name__}.state_dict() failed ({kind}: {error})"
+            ) from error
         if inspect.isawaitable(inner):
             if inspect.iscoroutine(inner):
                 inner.close()
@@ -220,6 +247,7 @@ class Structure:
     """What a plan depends on: equal structures have equal layouts. Compared list by list, in C."""
 
     tensor_names: list[str]
+    """Of the tensors that are stored."""
     dtypes: list[torch.dtype]
     shapes: list[torch.Size]
     strides: list[tuple[int, ...] | None]
@@ -231,6 +259,13 @@ class Structure:
     """Length of each leaf's slot."""
     containers: list[tuple[str, str, int, int]]
     odd_keys: list[tuple[str, object]]
+    ties: list[tuple[str, int]]
+    """Names that share the bytes of an earlier tensor."""
+
+    @property
+    def names(self) -> list[str]:
+        """Every name: of stored tensors, of ties, of leaves."""
+        return [*self.tensor_names, *(name for name, _ in self.ties), *self.leaf_names]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -286,6 +321,10 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
         max(slot_bytes(len(item), SECTOR_BYTES), floor.get(name, 0))
         for name, item in zip(walk.leaf_names, items, strict=True)
     ]
+    names = walk.tensor_names
+    walk.separate_ties()
+    if walk.ties:
+        shapes = [tensor.shape for tensor in walk.tensors]
     tensors = walk.tensors
     structure = Structure(
         tensor_names=walk.tensor_names,
@@ -297,6 +336,7 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
         slots=slots,
         containers=walk.containers,
         odd_keys=walk.odd_keys,
+        ties=walk.ties,
     )
     for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
         if isinstance(leaf, torch.Tensor) and leaf.is_meta:
@@ -304,10 +344,11 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
     tree: JSON = None
     flat: dict[str, Any] | None = None
     if structure != previous:
-        if twice := duplicate_name(walk.tensor_names + walk.leaf_names):
+        if twice := duplicate_name(names + walk.leaf_names):
             raise CaptureError(f"two leaves have the name {twice!r}; rename one of their keys")
         tree = structure_of(state, walk)
         flat = dict(zip(walk.tensor_names, tensors, strict=True))
+        flat |= {name: tensors[index] for name, index in walk.ties}
         flat |= zip(walk.leaf_names, walk.leaves, strict=True)
     return Captured(
         structure=structure,

@@ -6,6 +6,7 @@ in the caller's thread, for the verb that its asynchronous twin awaits.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -14,8 +15,15 @@ import torch
 
 from . import engine
 from ._drive import drive_blocking
+from .coordinator import Coordination
 from .formats.structure import JSON
+from .observer import Observer
+from .options import Limits, Timeouts
+from .planner import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
+from .staging import Stager, StagingOptions
+from .storage.base import Storage
+from .trust import Trust
 
 
 class CheckpointEngine:
@@ -25,8 +33,28 @@ class CheckpointEngine:
     Handles of a response are waited for with ``.result(timeout)``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._engine = engine.CheckpointEngine(*args, **kwargs)
+    def __init__(
+        self,
+        root: Storage | str | os.PathLike[str],
+        *,
+        staging: Stager | StagingOptions = StagingOptions(),
+        planning: PlanningOptions = PlanningOptions(),
+        coordination: Coordination = Coordination(),
+        limits: Limits = Limits(),
+        timeouts: Timeouts = Timeouts(),
+        trust: Trust = Trust(),
+        observer: Observer | None = None,
+    ) -> None:
+        self._engine = engine.CheckpointEngine(
+            root,
+            staging=staging,
+            planning=planning,
+            coordination=coordination,
+            limits=limits,
+            timeouts=timeouts,
+            trust=trust,
+            observer=observer,
+        )
 
     def __repr__(self) -> str:
         return f"<sync {self._engine!r}>"

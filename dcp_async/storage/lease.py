@@ -113,17 +113,25 @@ def _named_in(metadata: bytes, uids: set[str]) -> set[str] | None:
     return {uid for uid in uids if uid.encode() in metadata}
 
 
-def sweep_directory(directory: Path, *, max_age: float) -> None:
+def sweep_directory(directory: Path, *, max_age: float) -> bool:
     """Remove the files of dead saves from one checkpoint directory, and the directory if nothing is left in
     it.
 
-    Order: list, try the lease, only then read `.metadata`, then delete; so a save that publishes meanwhile is
-    never hurt.
+    Returns whether nothing but one committed checkpoint is there, so that nobody need look again until it
+    changes. Order: list, try the lease, only then read `.metadata`, then delete; so a save that publishes
+    meanwhile is never hurt.
     """
     by_uid: dict[str, list[str]] = {}
     for name in os.listdir(directory):
         if match := _OURS.fullmatch(name):
             by_uid.setdefault(match[match.lastgroup or 0], []).append(name)
+    committed = (directory / ".metadata").exists()
+    if (
+        committed
+        and len(by_uid) == 1
+        and any(name.startswith("manifest-") for name in next(iter(by_uid.values())))
+    ):
+        return True  # the usual case: one checkpoint and its manifest
     free = {uid for uid in by_uid if _is_free(directory, uid, max_age)}
     if free:
         try:
@@ -137,7 +145,7 @@ def sweep_directory(directory: Path, *, max_age: float) -> None:
             named = _named_in(metadata, free) if candidates else free
         if named is None:
             logger.warning("%s: .metadata can't be read, so nothing is swept there", directory)
-            return
+            return False
         for uid in free - named:
             # the lease goes last: until then the leftovers stay recognisable as free
             for name in sorted(by_uid[uid], key=lambda file: file.startswith(".lease-")):
@@ -145,6 +153,7 @@ def sweep_directory(directory: Path, *, max_age: float) -> None:
             logger.info("swept %d files of the unfinished save %s from %s", len(by_uid[uid]), uid, directory)
     if not (directory / ".metadata").exists():
         remove_if_empty(directory)
+    return False
 
 
 def remove_if_empty(directory: Path) -> None:

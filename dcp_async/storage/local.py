@@ -129,6 +129,9 @@ class LocalStorage:
         self._max_age = lease_max_age
         self._lock = asyncio.Lock()
         self._threads: BlockingThreads | None = None
+        self._clean: dict[str, int] = {}
+        """Directories in which a sweep found nothing to do -> when they last changed, so that the next one is
+        quick."""
 
     def __repr__(self) -> str:
         return f"LocalStorage({os.fspath(self.root)!r})"
@@ -204,13 +207,21 @@ class LocalStorage:
 
     async def sweep(self) -> None:
         def sweep() -> None:
-            if self.root.is_dir():
-                for entry in os.scandir(self.root):
-                    if entry.is_dir() and not entry.name.startswith("."):
-                        try:
-                            sweep_directory(Path(entry.path), max_age=self._max_age)
-                        except FileNotFoundError:  # another sweeper or its owner was faster
-                            logger.debug("%s went away while it was swept", entry.path)
+            if not self.root.is_dir():
+                return
+            clean: dict[str, int] = {}
+            for entry in os.scandir(self.root):
+                if entry.name.startswith(".") or not entry.is_dir():
+                    continue
+                try:
+                    changed = entry.stat().st_mtime_ns
+                    if self._clean.get(entry.name) == changed or sweep_directory(
+                        Path(entry.path), max_age=self._max_age
+                    ):
+                        clean[entry.name] = changed
+                except FileNotFoundError:  # another sweeper or its owner was faster
+                    logger.debug("%s went away while it was swept", entry.path)
+            self._clean = clean
 
         await self.run("sweep", self.root, sweep)
 

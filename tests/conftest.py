@@ -1,0 +1,130 @@
+"""Options and fixtures of all suites: real directories, both loops inside the engine, a check for leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import torch
+
+from tests.doubles import (
+    PATIENCE,
+    FaultyStorage,
+    LoopSpy,
+    TrainingRun,
+    faulty_storage,
+    mapped_memfd_bytes,
+    open_descriptors,
+    replace_loops,
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills", type=int, default=5, metavar="N", help="how often tests/faults kills the running example"
+    )
+
+
+@pytest.fixture(scope="session")
+def kills(request: pytest.FixtureRequest) -> int:
+    value = request.config.getoption("--kills")
+    assert isinstance(value, int)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A directory on a real disk that the engine may create."""
+    return tmp_path / "run"
+
+
+@pytest_asyncio.fixture
+async def faulty(root: Path) -> AsyncIterator[FaultyStorage]:
+    """The local storage below `root`, ready to be told what shall go wrong."""
+    async with faulty_storage(root) as storage:
+        yield storage
+
+
+@pytest.fixture
+def training() -> Callable[..., TrainingRun]:
+    return TrainingRun
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def both_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopSpy]:
+    """Runs the test once with each kind of loop inside the engine; afterwards those loops must be closed."""
+    if request.param == "uvloop":
+        import uvloop
+
+        spy = replace_loops(monkeypatch, uvloop.new_event_loop)
+    else:
+        spy = replace_loops(monkeypatch, asyncio.new_event_loop)
+    yield spy
+    spy.assert_closed()
+
+
+class _Complaints(logging.Handler):
+    """What asyncio says about tasks that nobody waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@pytest.fixture(scope="session")
+def _warm_process(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One whole life of an engine, so that what a process makes once is not taken for a leak."""
+    from dcp_async.sync import CheckpointEngine
+
+    with CheckpointEngine(tmp_path_factory.mktemp("warm")) as engine:
+        engine.save({"x": torch.ones(4)}).upload_completion.result(PATIENCE)
+        engine.read()
+
+
+@pytest.fixture
+def no_leaks(_warm_process: None) -> Iterator[None]:
+    """No thread, no descriptor, no arena and no unretrieved task may outlive the test."""
+    threads = set(threading.enumerate())
+    descriptors = open_descriptors()
+    arena = mapped_memfd_bytes()
+    complaints = _Complaints()
+    logger = logging.getLogger("asyncio")
+    logger.addHandler(complaints)
+    try:
+        yield
+    finally:
+        logger.removeHandler(complaints)
+
+    def left_open() -> dict[int, str]:
+        now = open_descriptors()
+        return {n: now[n] for n in now if descriptors.get(n) != now[n] and not _own(now[n])}
+
+    gc.collect(1)  # the young generations: tasks of this test that nobody waited for complain now
+    fresh = [thread for thread in threading.enumerate() if thread not in threads]
+    for thread in fresh:
+        thread.join(PATIENCE)
+    if left_open() or mapped_memfd_bytes() > arena:
+        gc.collect()  # a tenth of a second beside torch, so only where it may make a difference
+    assert [thread.name for thread in fresh if thread.is_alive()] == []
+    assert left_open() == {}
+    assert mapped_memfd_bytes() <= arena
+    assert complaints.texts == []
+
+
+def _own(target: str) -> bool:
+    """Descriptors that pytest or the interpreter may open at any time."""
+    return target.startswith(("/dev/null", "/dev/urandom", "/dev/pts")) or target.endswith(".pyc")
