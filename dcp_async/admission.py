@@ -59,6 +59,11 @@ class SaveBook:
             self._ordinal += 1
             return self._ordinal, step
 
+    def is_in_flight(self, name: str) -> bool:
+        """Whether a save under this name has not ended yet."""
+        with self._lock:
+            return any(response.checkpoint_id == name for response in self._pending)
+
     def started(self, response: AsyncSaveResponse) -> None:
         """``response`` is in flight."""
         with self._lock:

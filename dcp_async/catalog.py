@@ -6,6 +6,7 @@ checkpoint of ours without the manifest of its `.metadata` is corrupt, never tak
 
 from __future__ import annotations
 
+import errno
 import re
 from array import array
 from collections.abc import Awaitable, Callable
@@ -110,7 +111,7 @@ class Catalog:
                 found = [decode_manifest(raw) for raw in await reader.manifest()]
             finally:
                 await reader.close()
-        except (FileNotFoundError, StorageError, ManifestError):
+        except (FileNotFoundError, ManifestError):
             return None  # whoever opens this checkpoint is told why; here it is only put in order
         return max(found, key=lambda manifest: manifest.time, default=None)
 
@@ -208,6 +209,8 @@ class Catalog:
             await self._check_files(contents)
         except StorageError as error:
             await reader.close()
+            if error.errno not in (errno.ENOENT, errno.EPERM):
+                raise  # a medium that is away for a moment must not cost a run its newest checkpoint
             raise CorruptCheckpointError(
                 f"checkpoint {name!r} can't be read: {error}; load an older one or restore the file",
                 checkpoint_id=name,
@@ -278,6 +281,8 @@ class Catalog:
             try:
                 sizes.append(await reader.size(file))
             except StorageError as error:
+                if error.errno != errno.ENOENT:
+                    raise
                 raise CorruptCheckpointError(f"checkpoint {name!r}: {error}", checkpoint_id=name) from error
         return CheckpointInfo(
             checkpoint_id=name,

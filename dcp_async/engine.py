@@ -27,11 +27,13 @@ from .admission import checkpoint_name
 from .catalog import Catalog
 from .coordinator import Coordination
 from .errors import (
+    CheckpointError,
     CorruptCheckpointError,
     IncompatibleStateError,
     LoadError,
     SaveCancelled,
     SaveError,
+    StorageError,
 )
 from .formats.structure import JSON
 from .lifetime import Lifetime
@@ -149,7 +151,12 @@ class CheckpointEngine:
         await drive(self._life.aborting())
 
     def _opening(self) -> Verb[None]:
-        yield from self._life.opening(self._connected)
+        try:
+            yield from self._life.opening(self._connected)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise StorageError.of("open", repr(self._life.storage), error) from error
 
     async def _connected(self) -> None:
         life = self._life
@@ -265,6 +272,8 @@ class CheckpointEngine:
         )
         plan = self._plan if self._planning.cache else None
         try:
+            if not replace and self._life.book.is_in_flight(name):
+                raise FileExistsError(name)
             captured = capture(state, plan.structure if plan else None)
             events = self._life.stager.prepare(captured)
         except Exception as error:
@@ -413,17 +422,28 @@ class CheckpointEngine:
             seconds=time.monotonic() - started,
         )
 
+    def _ask(self, coro: Coroutine[Any, Any, T]) -> Verb[T]:
+        """Run ``coro`` on the engine's loop; what a storage of the user's raises becomes an error of the
+        tree."""
+        try:
+            value: T = yield self._life.submit(coro)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise StorageError.of("read", repr(self._life.storage), error) from error
+        return value
+
     def _try_each(
         self, source: CheckpointRef, attempt: Callable[[str], Coroutine[Any, Any, T]]
     ) -> Verb[tuple[T, tuple[str, ...]]]:
         """The first checkpoint that is whole, and the names of newer ones that are not ("latest" only)."""
         self._life.check_open()
-        names: list[str] = yield self._life.submit(self._catalog.resolve(source))
+        names = yield from self._ask(self._catalog.resolve(source))
         first: CorruptCheckpointError | None = None
         skipped: list[str] = []
         for name in names:
             try:
-                value: T = yield self._life.submit(attempt(name))
+                value = yield from self._ask(attempt(name))
             except CorruptCheckpointError as error:
                 if source != "latest":
                     raise
@@ -490,8 +510,7 @@ class CheckpointEngine:
 
     def _finding_latest(self) -> Verb[CheckpointInfo | None]:
         self._life.check_open()
-        info: CheckpointInfo | None = yield self._life.submit(self._catalog.latest())
-        return info
+        return (yield from self._ask(self._catalog.latest()))
 
     async def checkpoints(self) -> AsyncIterator[CheckpointInfo]:
         """Committed, whole checkpoints, ascending."""
@@ -502,13 +521,11 @@ class CheckpointEngine:
 
     def _listing(self) -> Verb[list[str]]:
         self._life.check_open()
-        names: list[str] = yield self._life.submit(self._catalog.names())
-        return names
+        return (yield from self._ask(self._catalog.names()))
 
     def _describing(self, name: str) -> Verb[CheckpointInfo | None]:
         self._life.check_open()
-        info: CheckpointInfo | None = yield self._life.submit(self._catalog.info(name))
-        return info
+        return (yield from self._ask(self._catalog.info(name)))
 
     async def _metadata_of(self, name: str) -> Metadata:
         return await self._life.submit(self._catalog.metadata(name)).wait()

@@ -112,7 +112,7 @@ class Lifetime:
         if self._is_ended():
             return
         try:
-            yield Persisting(self.submit(self._shut_down(None), closing=True))
+            yield Persisting(self._begin_end(None))
         except (asyncio.CancelledError, KeyboardInterrupt):
             yield from self._ending(self.timeouts.exit_grace)
             raise
@@ -127,12 +127,20 @@ class Lifetime:
     def _ending(self, patience: float | None) -> Verb[None]:
         """Drain for ``patience`` seconds, abort the rest, release; another interrupt aborts at once."""
         try:
-            yield Persisting(self.submit(self._shut_down(patience), closing=True))
+            yield Persisting(self._begin_end(patience))
         except (asyncio.CancelledError, KeyboardInterrupt):
             if not self._is_ended():
-                yield Persisting(self.submit(self._shut_down(0.0), closing=True))
+                yield Persisting(self._begin_end(0.0))
             raise
         self.hooks.remove()
+
+    def _begin_end(self, patience: float | None) -> Job[None]:
+        """From here on no job is taken but further ends."""
+        job = self.submit(self._shut_down(patience), closing=True)
+        with self._lock:
+            if self.state == "open":
+                self.state = "closing"
+        return job
 
     def _is_ended(self) -> bool:
         self.check_process()
@@ -183,8 +191,9 @@ class Lifetime:
 
     async def _shut_down(self, patience: float | None, *, at_exit: bool = False) -> None:
         """Drain, abort what took longer than ``patience`` seconds, release."""
-        if self.state != "closed":
-            self.state = "closing"
+        with self._lock:
+            if self.state == "open":
+                self.state = "closing"
         if not await self._drain(patience):
             for response in self.book.pending():
                 if patience:
@@ -201,7 +210,8 @@ class Lifetime:
                     await self._release()
 
     async def _release(self) -> None:
-        self.state = "closed"
+        with self._lock:
+            self.state = "closed"
         self.stager.pool.forget(self)
         await self.coordinator.close()
         if self._owns_stager:

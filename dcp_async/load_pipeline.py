@@ -23,7 +23,6 @@ from .errors import (
     CorruptCheckpointError,
     IncompatibleStateError,
     LoadError,
-    StorageError,
     UntrustedCheckpointError,
 )
 from .formats.structure import JSON, build, children_of, kind_of, mapping_node, subtree
@@ -235,8 +234,8 @@ class LoadPipeline:
             )
         if isinstance(error, CoverageError):
             return IncompatibleStateError(f"checkpoint {name!r}: {error}; {state}", checkpoint_id=name)
-        if isinstance(error, (DamagedError, StorageError)):
-            names = error.names if isinstance(error, DamagedError) else ()
+        if isinstance(error, DamagedError):
+            names = error.names
             what = f" (in {', '.join(names[:5])}{' and more' if len(names) > 5 else ''})" if names else ""
             return CorruptCheckpointError(
                 f"checkpoint {name!r} is corrupt: {error}{what}; {state}. Load an older checkpoint",

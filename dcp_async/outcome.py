@@ -66,6 +66,8 @@ def forget_locals(error: BaseException) -> None:
         todo += [link.__cause__, link.__context__]
         if isinstance(link, BaseExceptionGroup):
             todo += link.exceptions
+        elif isinstance(link, PhaseFailure):
+            todo.append(link.cause)
 
 
 def cancelled_error(response: AsyncSaveResponse) -> SaveCancelled:

@@ -119,6 +119,8 @@ class SaveServices:
     on_plan: Callable[[CompiledPlan], None]
     """Told each new plan, for the saves to come."""
     observe: Callable[[Event], None]
+    unfinished: list[Transaction] = field(default_factory=list)
+    """Transactions whose abort failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +230,7 @@ class SavePipeline:
         """Sweep leftovers and open the transaction, beside staging: no copy need wait for a directory."""
         # shielded: a transaction that was begun must be known to whoever cleans up
         with in_phase("write"), anyio.CancelScope(shield=True):
-            if self._services.coordinator.is_coordinator:
-                await self._services.storage.sweep()
+            await self._sweep()
             self._transaction = await self._services.storage.begin(
                 self._request.response.checkpoint_id,
                 {self._file: self._plan.layout.file_bytes},
@@ -237,6 +238,18 @@ class SavePipeline:
                 replace=self._request.replace,
             )
         self._begun.set()
+
+    async def _sweep(self) -> None:
+        """Remove what dead saves left, and finish what could not be undone before. Failing at it loses
+        nothing."""
+        try:
+            while self._services.unfinished:
+                await self._services.unfinished[0].abort()
+                self._services.unfinished.pop(0)
+            if self._services.coordinator.is_coordinator:
+                await self._services.storage.sweep()
+        except Exception:
+            logger.warning("could not sweep leftovers under %r", self._services.storage, exc_info=True)
 
     async def _emit(self, parts: Pipe[int]) -> None:
         for number in range(self._num_parts):

@@ -1,4 +1,4 @@
-"""The staging pool: one arena of page-aligned slots, leased in runs, shared by all saves of a stager.
+"""The staging pool: page-aligned slots, leased in runs, shared by all saves of a stager.
 
 Enters: requests for consecutive slots. Leaves: leases. Invariant: bytes in flight never exceed the budget,
 and a slot is given out again only after whoever leased it has released it; one that a hanging thread may
@@ -96,32 +96,37 @@ def _settle(future: asyncio.Future[None]) -> None:
 
 
 class BufferPool:
-    """Leases slots of one arena; safe to use from several loops. Owns the arena."""
+    """Leases slots; safe to use from several loops. Owns its arenas: one, or more while it grows under
+    load."""
 
     def __init__(self, *, slot_bytes: int, budget_bytes: int | None) -> None:
         self.slot_bytes = slot_bytes
         self._budget = budget_bytes
-        self._arena: Arena | None = None
+        self._arenas: list[Arena] = []
         self._reserved: dict[object, int] = {}
         self._lock = threading.Lock()
         self._waiters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
 
     def __repr__(self) -> str:
-        slots = len(self._arena.taken) if self._arena else 0
-        return f"<BufferPool {slots} x {self.slot_bytes} bytes, {self.leased} leased>"
+        return f"<BufferPool {self._total()} x {self.slot_bytes} bytes, {self.leased} leased>"
 
     @property
     def leased(self) -> int:
         """How many slots are out."""
-        return self._arena.taken.count(1) if self._arena else 0
+        return sum(arena.taken.count(1) for arena in self._arenas)
 
     @property
     def full(self) -> bool:
         """Whether a lease would have to wait."""
-        return self._arena is not None and 0 not in self._arena.taken
+        with self._lock:
+            return (
+                bool(self._arenas)
+                and all(0 not in arena.taken for arena in self._arenas)
+                and not self._growth()
+            )
 
     def reserve(self, owner: object, num_slots: int) -> None:
-        """``owner`` will want that many slots; what the budget allows is there from the next idle moment on."""
+        """``owner`` will want that many slots; what the budget allows is there from the next idle time on."""
         with self._lock:
             self._reserved[owner] = num_slots
 
@@ -132,9 +137,12 @@ class BufferPool:
 
     @property
     def num_slots(self) -> int:
-        """How many slots there are, or will be when the pool is idle next."""
+        """How many slots there are, or will be."""
         with self._lock:
-            return max(self._target_slots(), len(self._arena.taken) if self._arena else 0)
+            return max(self._target_slots(), self._total())
+
+    def _total(self) -> int:
+        return sum(len(arena.taken) for arena in self._arenas)
 
     def _target_slots(self) -> int:
         wanted = sum(self._reserved.values())
@@ -142,23 +150,33 @@ class BufferPool:
             wanted = min(wanted, self._budget // self.slot_bytes)
         return max(wanted, 1)
 
+    def _growth(self) -> int:
+        return max(self._target_slots() - self._total(), 0)
+
+    def _grow(self) -> None:
+        """One arena is best, since runs do not reach over two; while slots are out another is added."""
+        growth = self._growth()
+        if growth and all(arena.idle for arena in self._arenas):
+            lost = sum(arena.taken.count(2) for arena in self._arenas)
+            if lost:  # what a hanging thread may touch stays off the budget for good
+                return
+            growth += self._total()
+            self._arenas.clear()  # the old memory goes before the new comes
+        if growth:
+            self._arenas.append(Arena(growth, self.slot_bytes))
+
     def _try_lease(self, wanted: int) -> Lease | None:
         with self._lock:
-            arena, target = self._arena, self._target_slots()
-            if arena is None or (arena.idle and len(arena.taken) < target):
-                lost = arena.taken.count(2) if arena else 0
-                self._arena = None  # the old memory goes before the new comes
-                arena = self._arena = Arena(max(target - lost, 1), self.slot_bytes)
-                if lost:  # what a hanging thread holds stays off the budget for good
-                    self._budget = len(arena.taken) * self.slot_bytes
-            if arena.taken.count(2) == len(arena.taken):
+            self._grow()
+            if all(arena.taken.count(2) == len(arena.taken) for arena in self._arenas):
                 raise StorageError(
                     "no staging buffer is left: each is held by a write that hangs; "
                     "restart once the storage answers again",
                     verb="stage",
                     path="",
                 )
-            first, count = arena.free_run(wanted)
+            runs = [(arena, *arena.free_run(wanted)) for arena in self._arenas]
+            arena, first, count = max(runs, key=lambda run: run[2])
             if count == 0:
                 return None
             arena.taken[first : first + count] = bytes([1]) * count
@@ -188,7 +206,7 @@ class BufferPool:
 
     def _wake(self) -> None:
         with self._lock:
-            if not self._waiters or self._arena is None or 0 not in self._arena.taken:
+            if not self._waiters or all(0 not in arena.taken for arena in self._arenas):
                 return
             loop, future = self._waiters.popleft()
         loop.call_soon_threadsafe(_settle, future)
@@ -210,4 +228,4 @@ class BufferPool:
     def close(self) -> None:
         """Let go of the arena; leases that are out stay valid until they are dropped."""
         with self._lock:
-            self._arena = None
+            self._arenas.clear()

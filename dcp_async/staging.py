@@ -157,7 +157,7 @@ class Stager:
         self.backend: Backend = backend or TorchBackend()
         self.pool = BufferPool(slot_bytes=options.part_bytes, budget_bytes=options.pool_bytes)
         self._threads: BlockingThreads | None = None
-        self._views: dict[tuple[int, int, int], tuple[CompiledPlan, Arena, _BatchViews]] = {}
+        self._views: dict[tuple[int, int, int, int], tuple[CompiledPlan, Arena, _BatchViews]] = {}
         self._pinned: Arena | None = None
 
     def __repr__(self) -> str:
@@ -252,7 +252,7 @@ class Stager:
     def _batch_views(
         self, plan: CompiledPlan, first: int, start: int, stop: int, lease: Lease
     ) -> _BatchViews:
-        key = (first, lease.first, lease.count)
+        key = (first, id(lease.arena), lease.first, lease.count)
         known = self._views.get(key)
         if known is not None and known[0] is plan and known[1] is lease.arena:
             return known[2]

@@ -142,7 +142,8 @@ class Walk:
         for name, tensor in zip(names, tensors, strict=True):
             # an empty tensor has no memory to share
             memory = tensor.data_ptr() if tensor.numel() else id(tensor)
-            key = (tensor.device, memory, tensor.dtype, tensor.shape, tensor.stride())
+            lazy = (tensor.is_conj(), tensor.is_neg())
+            key = (tensor.device, memory, tensor.dtype, tensor.shape, tensor.stride(), lazy)
             index = first.setdefault(key, len(self.tensors))
             if index == len(self.tensors):
                 self.tensor_names.append(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import enum
 import fractions
 import importlib
 import io
@@ -184,6 +185,17 @@ def _numpy_globals() -> dict[tuple[str, str], Any]:
     return names
 
 
+# Enums are values; these modules do nothing when they are imported.
+_ENUM_MODULES = frozenset({"calendar", "http", "inspect", "re", "signal", "socket", "ssl", "uuid"})
+
+
+def _stdlib_enum(module: str, name: str) -> type[enum.Enum] | None:
+    if module not in _ENUM_MODULES:
+        return None
+    found = getattr(importlib.import_module(module), name, None)
+    return found if isinstance(found, type) and issubclass(found, enum.Enum) else None
+
+
 def _qualified(items: Iterable[type | Callable[..., object]]) -> dict[tuple[str, str], Any]:
     return {(item.__module__, item.__qualname__): item for item in items}
 
@@ -198,6 +210,8 @@ def _pickle_module(trust: Trust) -> types.SimpleNamespace:
             try:
                 return allowed[module, name]
             except KeyError:
+                if (found := _stdlib_enum(module, name)) is not None:
+                    return found
                 raise UntrustedGlobal(f"{module}.{name}") from None
 
     def load(file: IO[bytes], **options: Any) -> Any:

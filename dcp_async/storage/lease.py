@@ -151,8 +151,8 @@ def sweep_directory(directory: Path, *, max_age: float) -> bool:
             for name in sorted(by_uid[uid], key=lambda file: file.startswith(".lease-")):
                 (directory / name).unlink(missing_ok=True)
             logger.info("swept %d files of the unfinished save %s from %s", len(by_uid[uid]), uid, directory)
-    if not (directory / ".metadata").exists():
-        remove_if_empty(directory)
+        if not committed and free - named:
+            remove_if_empty(directory)
     return False
 
 

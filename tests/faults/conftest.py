@@ -1,0 +1,36 @@
+"""Processes for the fault tests: one zygote per session, children that never outlive their test, roots that
+go.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Nursery
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("zygote"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def nursery(zygote: Nursery) -> Iterator[Nursery]:
+    """Starts processes; whatever still lives when the test ends is killed by its pid."""
+    yield zygote
+    zygote.end_children()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """The root of the checkpoints, on a real disk; removed at once, for the kills write gigabytes."""
+    path = tmp_path / "run"
+    path.mkdir()
+    yield path
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,128 @@
+"""A save is killed at each of its file-system calls in turn: what was there before, or the new one, is always
+whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Child, Nursery
+from tests.faults.states import versions
+
+MOST_CALLS = 400
+"""A bound for the sweep; a save of four parts makes far fewer."""
+
+
+def committed(child: Child) -> bool:
+    return any(report.get("event") == "SaveCommitted" for report in child.heard)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One kill: before which call, what a fresh process reads then, what is left over after its save."""
+
+    where: str
+    left: dict[str, int]
+    strays: list[str]
+
+
+def killed_at_each_call(nursery: Nursery, base: Path, work: Path, *, replace: bool) -> list[Point]:
+    """One point for each call, after the checks that hold for all."""
+
+    def start(at: int) -> Child:
+        shutil.copytree(base, work / str(at))
+        step = 1 if replace else 2
+        return nursery.start("save", root=work / str(at), version=2, step=step, replace=replace, die_at=at)
+
+    name = "step-00000001" if replace else "step-00000002"
+    points = []
+    following = start(1)
+    for at in range(1, MOST_CALLS):
+        # The next save runs beside the inspection of this one.
+        child, following = following, start(at + 1)
+        child.rest()
+        status = child.wait()
+        where = child.said("dies")[-1]["call"] if child.said("dies") else "the end"
+        assert status == (0 if where == "the end" else -9), f"status {status} at {where}\n{child.stderr()}"
+        left = nursery.run("inspect", root=work / str(at), kind="numbers", then_save=True)
+        before = versions(left, when=f"killed at {where}")
+        after = versions(left["swept"], when=f"swept after a kill at {where}")
+        assert after == before | {"step-00000900": 0}, f"a later save changed what was left at {where}"
+        if committed(child):
+            assert before[name] == 2, f"reported as committed, killed at {where}"
+        points.append(Point(where=where, left=before, strays=left["swept"]["leftovers"]))
+        nursery.forget(child)
+        shutil.rmtree(work / str(at))
+        if where == "the end":
+            return points
+    raise AssertionError("the save never came to its end")
+
+
+@pytest.mark.timeout(300)
+def test_fresh_save_killed_at_each_call_is_whole_or_absent(nursery: Nursery, root: Path) -> None:
+    base, work = root / "base", root / "work"
+    nursery.run("save", root=base, version=1, step=1)
+
+    points = killed_at_each_call(nursery, base, work, replace=False)
+
+    old, new = {"step-00000001": 1}, {"step-00000002": 2}
+    for point in points:
+        assert point.left in (old, old | new), point.where
+    assert points[0].left == old
+    assert points[-1].left == old | new
+    assert {point.where: point.strays for point in points if point.strays} == {}
+
+
+@pytest.mark.timeout(300)
+def test_replacing_save_killed_at_each_call_leaves_old_or_new(nursery: Nursery, root: Path) -> None:
+    base, work = root / "base", root / "work"
+    nursery.run("save", root=base, version=1, step=1)
+    # Files of an earlier replacement that died half-way: the sweep runs under fire too.
+    half = nursery.start("save", root=base, version=7, step=1, replace=True, hold=True)
+    half.expect("paused")
+    half.kill()
+    assert nursery.run("inspect", root=base, kind="numbers")["leftovers"] != []
+
+    points = killed_at_each_call(nursery, base, work, replace=True)
+
+    old, new = {"step-00000001": 1}, {"step-00000001": 2}
+    for point in points:
+        assert point.left in (old, new), point.where
+    assert points[0].left == old
+    assert points[-1].left == new
+    assert {point.where: point.strays for point in points if point.strays} == {}
+
+
+@pytest.mark.parametrize("replace", [False, True], ids=["fresh", "replace"])
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
+def test_save_with_error_at_each_call_fails_whole_and_next_save_works(
+    nursery: Nursery, root: Path, error: str, replace: bool, kills: int
+) -> None:
+    # Fresh names pile up and are read again each time: by default every fourth call, others for each error.
+    stride = 1 if replace or kills >= 50 else 4
+    first = 1 + 2 * (error == "EIO")
+    child = nursery.start("fail_calls", root=root, replace=replace, error=error, first=first, stride=stride)
+    child.finish()
+
+    where = {report["at"]: report["call"] for report in child.said("fails")}
+    for point in child.said("point"):
+        call = f"{error} at {where.get(point['at'])}: {point.get('chain')}"
+        assert point["whole"], call
+        steps = {int(step): label for step, label in point["content"].items()}
+        new = f"'version {point['at']}'"
+        if replace:
+            assert steps.get(1) in (new, f"'version {point['old']}'"), call
+        else:
+            assert steps.get(point["step"], new) == new, call
+            assert steps.get(1) == "'version 0'", call
+        if not point["failed"]:
+            assert steps.get(point["step"]) == new, call
+    assert all(retry["same"] for retry in child.said("retried"))
+    failures = [point["chain"] for point in child.said("point") if point["failed"]]
+    assert failures, "no call failed a save"
+    assert all(any(link["errno"] == error for link in chain) for chain in failures)
+    assert child.said("done")[0]["leftovers"] == []
