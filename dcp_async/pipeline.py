@@ -248,8 +248,8 @@ class SavePipeline:
                 self._services.unfinished.pop(0)
             if self._services.coordinator.is_coordinator:
                 await self._services.storage.sweep()
-        except Exception:
-            logger.warning("could not sweep leftovers under %r", self._services.storage, exc_info=True)
+        except Exception as error:
+            logger.warning("could not sweep leftovers under %r: %s", self._services.storage, error)
 
     async def _emit(self, parts: Pipe[int]) -> None:
         for number in range(self._num_parts):
@@ -373,9 +373,7 @@ class SavePipeline:
         if self._transaction is not None:
             try:
                 await self._transaction.abort()
-            except Exception:
-                # the save has its own outcome; what is left lies under a free lease and is swept by the next
-                # one
-                logger.warning(
-                    "could not clean up after saving %r", self._request.response.checkpoint_id, exc_info=True
-                )
+            except Exception as error:
+                # the save has its own outcome; the next one tries again
+                self._services.unfinished.append(self._transaction)
+                logger.warning("could not clean up after %r: %s", self._request.response.checkpoint_id, error)

@@ -377,7 +377,7 @@ class Collector:
                 raise DamagedError(
                     f"{name}: its item is not the tensor of {shape} that .metadata names", [name]
                 )
-            target.detach().copy_(value)
+            target.copy_(value)  # not its detach(): that of a sparse tensor is a copy
 
         return finish
 

@@ -272,11 +272,7 @@ class Stager:
             views.targets.append(flat.as_strided(shape, contiguous_strides(shape), at))
         # a small budget deals slots out in ever new combinations; views of those would only pile up
         if self.options.budget_bytes is None:
-            self._views = {
-                other: entry
-                for other, entry in self._views.items()
-                if entry[0] is plan and entry[1] is lease.arena
-            }
+            self._views = {other: entry for other, entry in self._views.items() if entry[0] is plan}
             self._views[key] = (plan, lease.arena, views)
         return views
 

@@ -174,6 +174,39 @@ async def test_lazy_conjugates_and_negatives_are_resolved(root: Path) -> None:
         assert_same(await engine.read(), saved)
 
 
+async def test_views_of_one_storage_that_differ_in_a_flag_are_no_ties(root: Path) -> None:
+    base = torch.randn(50, 3, dtype=torch.complex64)
+    real = torch.randn(8, 8)
+    saved = {
+        "plain": base,
+        "conj": base.conj(),
+        "negative": base.conj().imag,
+        "positive": base.imag,
+        "bits": real.view(torch.int32),
+        "real": real,
+        "flat": real.view(64),
+        "turned": real.t(),
+    }
+    target = zeros_like_all(saved)
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save(saved)).upload_completion
+        await engine.load(target)
+        assert_same(target, saved)
+        assert_same(await engine.read(), saved)
+
+
+async def test_sparse_targets_are_filled_or_refused(root: Path) -> None:
+    target = {"s": torch.zeros(9, 9).to_sparse(), "w": torch.zeros(3)}
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save({"s": torch.eye(9).to_sparse(), "w": torch.ones(3)})).upload_completion
+        try:
+            await engine.load(target)
+        except LoadError:
+            assert_same(target["w"], torch.zeros(3))
+        else:
+            assert_same(target["s"].to_dense(), torch.eye(9))
+
+
 async def test_sparse_tensors_come_back(root: Path) -> None:
     saved = torch.eye(9).to_sparse()
     async with CheckpointEngine(root) as engine:

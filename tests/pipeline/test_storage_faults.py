@@ -33,8 +33,6 @@ from tests.doubles import (
     random_tensor,
 )
 
-pytestmark = pytest.mark.usefixtures("both_loops")
-
 PART = 64 * KIB
 SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)
 SMALL_OVERLAP = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 4 * PART, overlap=True)
@@ -64,6 +62,7 @@ async def _result(handle: Any) -> Any:
     return await handle
 
 
+@pytest.mark.usefixtures("both_loops")
 @pytest.mark.parametrize(
     "staging", [SMALL, SMALL_OVERLAP, StagingOptions()], ids=["small", "overlap", "default"]
 )
@@ -147,6 +146,7 @@ async def test_a_fault_after_the_commit_does_not_unsay_it(root: Path, faulty: Fa
             assert_same(await engine.read(1), WIDE)
 
 
+@pytest.mark.usefixtures("both_loops")
 async def test_a_transient_fault_at_each_put_in_turn(root: Path, faulty: FaultyStorage) -> None:
     """Also a test of the pool: a buffer lost to each failure would starve the budget of four parts."""
     failures = 0
