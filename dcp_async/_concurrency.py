@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import logging
 import queue
 import threading
@@ -206,7 +207,8 @@ class BlockingThreads(concurrent.futures.Executor):
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{self._name} is shut down")
-            self._calls.put((future, lambda: fn(*args, **kwargs)))
+            # no lambda: its closure would live as long as the frames of an error that the call raises
+            self._calls.put((future, functools.partial(fn, *args, **kwargs)))
         return future
 
     def replace_stuck(self) -> None:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -364,8 +365,8 @@ class CheckpointEngine:
         if self._observer is not None:
             try:
                 self._observer.on_event(event)
-            except Exception:
-                logger.exception("the observer failed on %s", type(event).__name__)
+            except Exception:  # formatted here: a record that kept the frames would keep what they refer to
+                logger.error("the observer failed on %s\n%s", type(event).__name__, traceback.format_exc())
 
     # -- load
 

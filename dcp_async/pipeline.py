@@ -368,8 +368,8 @@ class SavePipeline:
         return [CommitOutcome(tuple(entries), now)] * len(entries)
 
     async def _clean_up(self) -> None:
-        for lease in self._leases:
-            self._services.stager.pool.release_all(lease)
+        while self._leases:  # emptied, so that an error's frames do not keep the pool's memory
+            self._services.stager.pool.release_all(self._leases.pop())
         if self._transaction is not None:
             try:
                 await self._transaction.abort()

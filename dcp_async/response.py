@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import logging
 import os
+import traceback
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeAlias, TypeVar
@@ -171,8 +172,8 @@ class CheckpointHandle(Generic[T]):
         def call(_: object) -> None:
             try:
                 fn(self)
-            except Exception:
-                logger.exception("a done callback of %s failed", self._what)
+            except Exception:  # formatted here: a record that kept the frames would keep what they refer to
+                logger.error("a done callback of %s failed\n%s", self._what, traceback.format_exc())
 
         self._future.add_done_callback(call)
 
