@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import anyio
@@ -154,6 +155,11 @@ class StuckThreadError(TimeoutError):
     reused."""
 
 
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
 class BlockingThreads(concurrent.futures.Executor):
     """A few daemon threads for blocking calls, started at once.
 
@@ -171,6 +177,8 @@ class BlockingThreads(concurrent.futures.Executor):
         self._surplus = 0
         self._threads: list[threading.Thread] = []
         self._closed = False
+        self._abandoned = False
+        self._waiters: set[asyncio.Future[None]] = set()
         for _ in range(num_threads):
             self._start_one()
 
@@ -217,6 +225,28 @@ class BlockingThreads(concurrent.futures.Executor):
             self._surplus += 1
             self._start_one()
 
+    def abandon(self) -> None:
+        """Stop waiting for calls that hang: their waiters get StuckThreadError, and ``shutdown`` joins nobody."""
+        with self._lock:
+            self._abandoned = True
+            waiters = list(self._waiters)
+        for waiter in waiters:
+            waiter.get_loop().call_soon_threadsafe(_settle, waiter)
+
+    @contextlib.contextmanager
+    def abandonment(self) -> Iterator[asyncio.Future[None]]:
+        """A future of the running loop that is done once ``abandon`` was called."""
+        given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        with self._lock:
+            self._waiters.add(given_up)
+            if self._abandoned:
+                given_up.set_result(None)
+        try:
+            yield given_up
+        finally:
+            with self._lock:
+                self._waiters.discard(given_up)
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         with self._lock:
             if self._closed:
@@ -225,7 +255,7 @@ class BlockingThreads(concurrent.futures.Executor):
             stuck = self._surplus
             for _ in self._threads:
                 self._calls.put(None)
-        if wait and not stuck:
+        if wait and not stuck and not self._abandoned:
             for thread in self._threads:
                 thread.join()
 
@@ -251,17 +281,19 @@ async def run_blocking(
     waiter = asyncio.wrap_future(threads.submit(fn, *args, **kwargs))
     deadline = None if timeout is None else loop.time() + timeout
     cancelled: asyncio.CancelledError | None = None
-    with anyio.CancelScope(shield=True):
+    with anyio.CancelScope(shield=True), threads.abandonment() as given_up:
         while not waiter.done():
             left = None if deadline is None else deadline - loop.time()
-            if left is not None and left <= 0:
+            if given_up.done() or (left is not None and left <= 0):
                 threads.replace_stuck()
                 # nobody will look at what the abandoned call returns
                 waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
                 name = getattr(fn, "__qualname__", repr(fn))
-                raise StuckThreadError(f"{name} did not return within {timeout:g} s")
+                limit = "in time" if given_up.done() or timeout is None else f"within {timeout:g} s"
+                raise StuckThreadError(f"{name} did not return {limit}")
+            pending: set[asyncio.Future[Any]] = {waiter, given_up}
             try:
-                await asyncio.wait({waiter}, timeout=left)
+                await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             except asyncio.CancelledError as error:  # a native Task.cancel() pierces the shield, once
                 cancelled = error
     if cancelled is not None:

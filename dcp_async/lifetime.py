@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_ABORT_SECONDS = 5.0
+"""How long cancelled saves may take to end before the calls that they wait for are abandoned."""
+
 
 class Lifetime:
     """Opens, drains, releases. Owns its loop thread, its work threads and the hooks; the storage and the
@@ -201,13 +204,22 @@ class Lifetime:
                         "%r could not be saved within %g s and is aborted", response.checkpoint_id, patience
                     )
                 response.cancel()
-            await self._drain(None)
+            if not await self._drain(_ABORT_SECONDS):
+                logger.critical("the storage does not answer; its calls are abandoned")
+                self._abandon()
+                await self._drain(_ABORT_SECONDS)
         if at_exit and self.book.has_unobserved():
             self._exit_guard.lost = True
         async with self._release_lock:
             if self.state != "closed":
                 with anyio.CancelScope(shield=True):
                     await self._release()
+
+    def _abandon(self) -> None:
+        self.storage.abandon()
+        self.threads.abandon()
+        if self._owns_stager:
+            self.stager.abandon()
 
     async def _release(self) -> None:
         with self._lock:

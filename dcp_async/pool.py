@@ -25,16 +25,15 @@ class Arena:
 
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
         nbytes = num_slots * slot_bytes
-        if hasattr(os, "memfd_create"):
-            fd = os.memfd_create("dcp_async-pool", os.MFD_CLOEXEC)
-            try:
-                os.ftruncate(fd, nbytes)
-                self._mapping = mmap.mmap(fd, nbytes)
-            finally:
-                os.close(fd)
-            self._mapping.madvise(mmap.MADV_DONTFORK)
-        else:
-            self._mapping = mmap.mmap(-1, nbytes)
+        try:
+            self._mapping = self._map(nbytes)
+        except (OSError, MemoryError) as error:
+            raise StorageError(
+                f"cannot reserve {nbytes} bytes of memory for staging: {error}; "
+                "lower StagingOptions(budget_bytes=...)",
+                verb="stage",
+                path="",
+            ) from error
         self.memory = memoryview(self._mapping)
         self.tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self.taken = bytearray(num_slots)
@@ -42,6 +41,19 @@ class Arena:
         self.resident: list[object] = [None] * num_slots
         """Per slot: whose constant bytes it holds, if any."""
         self._typed: dict[torch.dtype, torch.Tensor] = {}
+
+    @staticmethod
+    def _map(nbytes: int) -> mmap.mmap:
+        if not hasattr(os, "memfd_create"):
+            return mmap.mmap(-1, nbytes)
+        fd = os.memfd_create("dcp_async-pool", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, nbytes)
+            mapping = mmap.mmap(fd, nbytes)
+        finally:
+            os.close(fd)
+        mapping.madvise(mmap.MADV_DONTFORK)
+        return mapping
 
     @property
     def idle(self) -> bool:

@@ -180,6 +180,11 @@ class Stager:
         self._views.clear()
         self.pool.close()
 
+    def abandon(self) -> None:
+        """Stop waiting for a copy that hangs."""
+        if self._threads is not None:
+            self._threads.abandon()
+
     async def __aenter__(self) -> Self:
         return await self.open()
 

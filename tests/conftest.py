@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -95,6 +96,16 @@ def _warm_process(tmp_path_factory: pytest.TempPathFactory) -> None:
         engine.read()
 
 
+def _record_without_frames(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """Pytest keeps the records of a test; their tracebacks would keep frames, and the pool with them."""
+    record = logging.LogRecord(*args, **kwargs)
+    record.msg, record.args = record.getMessage(), ()
+    if record.exc_info:
+        record.exc_text = logging.Formatter().formatException(record.exc_info)
+        record.exc_info = None
+    return record
+
+
 @pytest.fixture
 def no_leaks(_warm_process: None) -> Iterator[None]:
     """No thread, no descriptor, no arena and no unretrieved task may outlive the test."""
@@ -104,9 +115,12 @@ def no_leaks(_warm_process: None) -> Iterator[None]:
     complaints = _Complaints()
     logger = logging.getLogger("asyncio")
     logger.addHandler(complaints)
+    usual = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_record_without_frames)
     try:
         yield
     finally:
+        logging.setLogRecordFactory(usual)
         logger.removeHandler(complaints)
 
     def left_open() -> dict[int, str]:

@@ -77,6 +77,12 @@ class Storage(Protocol):
     async def close(self) -> None:
         """Release what it holds. Called by whoever made it."""
 
+    def abandon(self) -> None:
+        """Calls that hang are not waited for any more: the verbs that made them raise StuckThreadError.
+
+        Called from the engine's loop when a process must end and its storage does not answer.
+        """
+
     async def begin(
         self, name: str, files: Mapping[str, int | None], *, uid: str, replace: bool
     ) -> Transaction:

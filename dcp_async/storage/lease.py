@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import re
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -32,13 +33,18 @@ _REMOTE = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "lustre", "beegfs", "gpfs"
 _live: weakref.WeakSet[Lease] = weakref.WeakSet()
 
 
+# No fork may fall between opening a lease's file and knowing about it.
+_forking = threading.Lock()
+
+
 def _drop_in_child() -> None:
     for lease in list(_live):
         os.close(lease.fd)
     _live.clear()
+    _forking.release()
 
 
-os.register_at_fork(after_in_child=_drop_in_child)
+os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_drop_in_child)
 
 
 class Lease:
@@ -46,6 +52,13 @@ class Lease:
 
     def __init__(self, directory: Path, uid: str) -> None:
         self.path = directory / f".lease-{uid}"
+        with _forking:
+            self._take()
+            _live.add(self)
+        self._touch = is_remote(directory)
+        self._touched = time.monotonic()
+
+    def _take(self) -> None:
         while True:
             self.fd = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
             try:
@@ -56,9 +69,6 @@ class Lease:
                 # a sweeper got in between create and lock, and has removed the file or will: make it anew
                 logger.debug("lease %s was swept while it was taken; taking it again", self.path)
             os.close(self.fd)
-        self._touch = is_remote(directory)
-        self._touched = time.monotonic()
-        _live.add(self)
 
     def keep_alive(self) -> None:
         """Show that the owner lives, where others can only see the file's age."""
@@ -122,13 +132,16 @@ def sweep_directory(directory: Path, *, max_age: float) -> bool:
     meanwhile is never hurt.
     """
     by_uid: dict[str, list[str]] = {}
+    temporary = False
     for name in os.listdir(directory):
         if match := _OURS.fullmatch(name):
             by_uid.setdefault(match[match.lastgroup or 0], []).append(name)
+            temporary = temporary or match.lastgroup in ("tmp", "lease")
     committed = (directory / ".metadata").exists()
     if (
         committed
         and len(by_uid) == 1
+        and not temporary
         and any(name.startswith("manifest-") for name in next(iter(by_uid.values())))
     ):
         return True  # the usual case: one checkpoint and its manifest
@@ -151,6 +164,10 @@ def sweep_directory(directory: Path, *, max_age: float) -> bool:
             for name in sorted(by_uid[uid], key=lambda file: file.startswith(".lease-")):
                 (directory / name).unlink(missing_ok=True)
             logger.info("swept %d files of the unfinished save %s from %s", len(by_uid[uid]), uid, directory)
+        for uid in free & named:  # published by a process that died before it had tidied up
+            for name in by_uid[uid]:
+                if name.startswith((".lease-", ".metadata-")):
+                    (directory / name).unlink(missing_ok=True)
         if not committed and free - named:
             remove_if_empty(directory)
     return False

@@ -122,13 +122,12 @@ class LocalStorage:
                 path=os.fspath(root),
             )
         self.root = Path(os.path.abspath(os.fspath(root)))
-        self._num_threads = (
-            io_concurrency + 1
-        )  # one more, so that a small read does not wait behind two large writes
+        self._io_concurrency = io_concurrency
         self._timeout = timeout
         self._max_age = lease_max_age
         self._lock = asyncio.Lock()
-        self._threads: BlockingThreads | None = None
+        self._small: BlockingThreads | None = None
+        self._bulk: BlockingThreads | None = None
         self._clean: dict[str, int] = {}
         """Directories in which a sweep found nothing to do -> when they last changed, so that the next one is
         quick."""
@@ -138,16 +137,40 @@ class LocalStorage:
 
     @property
     def threads(self) -> BlockingThreads:
-        if self._threads is None:
-            self._threads = BlockingThreads("dcp_async-io", self._num_threads)
-        return self._threads
+        """For small calls, which must not wait behind writes of other saves."""
+        if self._small is None:
+            self._small = BlockingThreads("dcp_async-fs", 2)
+        return self._small
+
+    @property
+    def bulk_threads(self) -> BlockingThreads:
+        """For reads, writes and syncs."""
+        if self._bulk is None:
+            self._bulk = BlockingThreads("dcp_async-io", self._io_concurrency)
+        return self._bulk
 
     async def run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run ``fn`` in a thread of ours; an OSError becomes a StorageError that names ``verb`` and
-        ``path``."""
+        """Run a small call in a thread of ours; an OSError becomes a StorageError of ``verb`` and ``path``."""
+        return await self._run_in(self.threads, verb, path, fn, *args, **kwargs)
+
+    async def run_bulk(
+        self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """The same for a call that moves many bytes."""
+        return await self._run_in(self.bulk_threads, verb, path, fn, *args, **kwargs)
+
+    async def _run_in(
+        self,
+        threads: BlockingThreads,
+        verb: str,
+        path: Path,
+        fn: Callable[P, T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
         try:
-            return await run_blocking(self.threads, self._timeout, fn, *args, **kwargs)
-        except (StorageError, FileExistsError):
+            return await run_blocking(threads, self._timeout, fn, *args, **kwargs)
+        except (StorageError, FileExistsError, StuckThreadError):
             raise
         except OSError as error:
             raise StorageError.of(verb, os.fspath(path), error) from error
@@ -159,12 +182,19 @@ class LocalStorage:
                     errno.ENOTDIR, "it is a file; give a directory", os.fspath(self.root)
                 )
 
+        assert self.bulk_threads is not None  # started now: at interpreter exit it would be too late
         await self.run("open", self.root, check)
 
     async def close(self) -> None:
-        if self._threads is not None:
-            threads, self._threads = self._threads, None
-            threads.shutdown()
+        for threads in (self._small, self._bulk):
+            if threads is not None:
+                threads.shutdown()
+        self._small = self._bulk = None
+
+    def abandon(self) -> None:
+        for threads in (self._small, self._bulk):
+            if threads is not None:
+                threads.abandon()
 
     async def begin(
         self, name: str, files: Mapping[str, int | None], *, uid: str, replace: bool
@@ -244,6 +274,7 @@ class LocalTransaction:
         self._lease = lease
         self._files: dict[str, _DataFile] = {}
         self._stuck = False
+        self._publishing = False
         self._published = False
 
     def __repr__(self) -> str:
@@ -276,7 +307,8 @@ class LocalTransaction:
 
     async def _run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await self._storage.run(verb, path, fn, *args, **kwargs)
+            run = self._storage.run_bulk if verb in ("write", "sync") else self._storage.run
+            return await run(verb, path, fn, *args, **kwargs)
         except StuckThreadError:
             self._stuck = True
             raise
@@ -307,18 +339,21 @@ class LocalTransaction:
 
         def publish() -> None:
             _sync_directory(self._directory)
+            if self._stuck:  # a save that was given up meanwhile must not appear
+                raise OSError(errno.ETIMEDOUT, "the save was given up before this call returned")
             if replace:
                 os.rename(temporary, final)
             else:
                 os.link(temporary, final)  # of two writers of one fresh name, one gets FileExistsError
+            self._published = True  # whatever fails from here on, these files are the checkpoint's
             try:
                 _sync_directory(self._directory)
                 _sync_directory(self._storage.root)
             except OSError:
                 if not replace:  # a save that fails must not appear; what replace overwrote can't come back
                     final.unlink()
+                    self._published = False
                 raise
-            self._published = True
             temporary.unlink(missing_ok=True)
             self._lease.release()
             try:
@@ -326,15 +361,20 @@ class LocalTransaction:
             except OSError as error:  # the checkpoint is there and durable; the next save sweeps again
                 logger.warning("could not remove older files from %s: %s", self._directory, error)
 
+        self._publishing = True
         await self._run("publish", final, publish)
 
     async def _write_small(self, path: Path, content: bytes) -> None:
         try:
-            async with aiofiles.open(path, "xb", buffering=0, executor=self._storage.threads) as file:
+            # no `async with`: that closes through the loop's own executor, which refuses at interpreter exit
+            file = await aiofiles.open(path, "xb", buffering=0, executor=self._storage.threads)
+            try:
                 written = 0
                 while written < len(content):
                     written += await file.write(memoryview(content)[written:])
                 await self._run("sync", path, _sync, file.fileno())
+            finally:
+                await file.close()
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
@@ -344,6 +384,8 @@ class LocalTransaction:
         await self._run("remove", self._directory, self._discard)
 
     def _discard(self) -> None:
+        if self._stuck and self._publishing:
+            return  # a call that hangs may still publish: nothing is deleted, and the lease protects it
         if (
             not self._stuck
         ):  # a thread that hangs in write() must never find its descriptor's number given to another file
@@ -369,11 +411,14 @@ class LocalReader:
 
     async def _read_small(self, path: Path) -> bytes:
         try:
-            async with aiofiles.open(path, "rb", executor=self._storage.threads) as file:
+            file = await aiofiles.open(path, "rb", executor=self._storage.threads)
+            try:
                 content: bytes = await file.read()
-                return content
+            finally:
+                await file.close()
         except OSError as error:
             raise StorageError.of("read", os.fspath(path), error) from error
+        return content
 
     async def metadata(self) -> bytes:
         return await self._read_small(self._directory / ".metadata")
@@ -401,7 +446,9 @@ class LocalReader:
         )
 
     async def read_into(self, file: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
-        await self._storage.run("read", self._directory / file, _read_pieces, self._descriptor, file, pieces)
+        await self._storage.run_bulk(
+            "read", self._directory / file, _read_pieces, self._descriptor, file, pieces
+        )
 
     async def close(self) -> None:
         for fd in self._fds.values():

@@ -180,6 +180,12 @@ async def test_names_that_are_no_directory_names_are_refused(root: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+async def test_the_name_that_means_the_newest_is_refused(root: Path) -> None:
+    async with CheckpointEngine(root) as engine:
+        with pytest.raises((ValueError, CheckpointError)):
+            await saved(engine, checkpoint_id="latest")
+
+
 @pytest.mark.parametrize("step", [-1, 1.5, "7"])
 async def test_steps_that_are_no_steps_are_refused(root: Path, step: Any) -> None:
     async with CheckpointEngine(root) as engine:

@@ -24,6 +24,7 @@ from dcp_async import (
     StorageError,
     UntrustedCheckpointError,
 )
+from dcp_async.sync import CheckpointEngine as CheckpointTwin
 from tests.doubles import (
     KIB,
     assert_holds_only,
@@ -86,6 +87,42 @@ async def test_a_bad_state_is_named_and_the_engine_goes_on(root: Path, name: str
         assert_same(await engine.read(), GOOD)
         await saved(engine, GOOD, step=3)
     assert_holds_only(root, ["step-00000001", "step-00000003"])
+
+
+class Interrupted:
+    """A Stateful during whose state_dict() somebody presses Ctrl-C."""
+
+    def state_dict(self) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError("never called")
+
+
+def test_an_interrupt_inside_state_dict_passes_and_the_engine_goes_on(root: Path) -> None:
+    with CheckpointTwin(root) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            engine.save({"s": Interrupted()}, step=1)
+        assert engine.pending == ()
+        engine.save(GOOD, step=1).upload_completion.result(30)
+        assert_same(engine.read(), GOOD)
+
+
+class Stubborn:
+    """A Stateful that does not take back what it gave."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"x": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise ValueError("I will not have it")
+
+
+async def test_a_stateful_that_refuses_its_state_is_an_error_of_the_tree(root: Path) -> None:
+    async with CheckpointEngine(root) as engine:
+        await saved(engine, {"s": Stubborn()})
+        with pytest.raises(LoadError, match="I will not have it"):
+            await engine.load({"s": Stubborn()})
 
 
 async def test_a_bad_state_raises_from_save_itself(root: Path) -> None:

@@ -151,6 +151,7 @@ async def test_the_files_of_a_dead_replace_are_swept_and_the_checkpoint_stays(ro
     async with CheckpointEngine(root) as engine:
         await save(engine, step=1)
         plant(root / "step-00000001")
+        assert_same(await engine.read(1), STATE)
         await save(engine, step=2)
         assert_same(await engine.read(1), STATE)
     assert_holds_only(root, ["step-00000001", "step-00000002"])

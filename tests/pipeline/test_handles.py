@@ -8,8 +8,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
+import uvloop
 
 from dcp_async import (
     CheckpointEngine,
@@ -126,6 +128,28 @@ async def test_a_plain_thread_can_wait_for_a_handle(root: Path) -> None:
         response = await engine.save(STATE)
         info = await on_thread(lambda: response.upload_completion.result(PATIENCE))
     assert info.checkpoint_id == response.checkpoint_id
+
+
+async def test_handles_work_with_gather_and_with_cancel_scopes(root: Path) -> None:
+    async with CheckpointEngine(root) as engine:
+        response = await engine.save(STATE)
+        _, info = await asyncio.gather(response.staging_completion, response.upload_completion)
+        with anyio.fail_after(PATIENCE):
+            assert (await response.upload_completion).checkpoint_id == info.checkpoint_id
+
+
+async def test_a_trainer_on_uvloop_is_served_too(root: Path) -> None:
+    async def life() -> str:
+        async with CheckpointEngine(root) as engine:
+            info: CheckpointInfo = await (await engine.save(STATE)).upload_completion
+            assert_same(await engine.read(), STATE)
+            return info.checkpoint_id
+
+    def whole_life() -> str:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(life())
+
+    assert (await on_thread(whole_life)) in [path.name for path in root.iterdir()]
 
 
 async def test_a_handle_outlives_its_engine(root: Path) -> None:

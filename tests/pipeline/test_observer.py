@@ -89,6 +89,22 @@ async def test_a_cancelled_save_is_told(root: Path, faulty: FaultyStorage) -> No
     assert isinstance(failed.error, SaveCancelled)
 
 
+async def test_an_observer_may_cancel_the_save(root: Path, faulty: FaultyStorage) -> None:
+    box: dict[str, Any] = {}
+
+    def react(event: Any) -> None:
+        if isinstance(event, SaveProgress):
+            box["response"].cancel()
+
+    staging = StagingOptions(part_bytes=PART)
+    async with CheckpointEngine(faulty, staging=staging, observer=EventLog(react)) as engine:
+        with faulty.hold("put"):
+            box["response"] = await engine.save(WIDE, step=1)
+        with pytest.raises(SaveCancelled):
+            await box["response"].upload_completion
+        assert await engine.latest() is None
+
+
 async def test_events_are_frozen(root: Path) -> None:
     log = EventLog()
     async with CheckpointEngine(root, observer=log) as engine:

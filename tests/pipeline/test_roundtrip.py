@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, LoadError, StagingOptions, sync
+from dcp_async import CheckpointEngine, LoadError, SaveError, StagingOptions, sync
 from tests.doubles import (
     DTYPES,
     KIB,
@@ -291,6 +291,17 @@ async def test_load_restores_the_structure_in_place(root: Path, name: str) -> No
         await (await engine.save(saved)).upload_completion
         await engine.load(target)
     assert_same(target, saved)
+
+
+@pytest.mark.parametrize("key", [(1, 2), b"bytes", None, 1.5, True], ids=repr)
+async def test_keys_of_other_types_come_back_or_are_refused(root: Path, key: Any) -> None:
+    saved = {"d": {key: T0, "x": 1}}
+    async with CheckpointEngine(root) as engine:
+        try:
+            await (await engine.save(saved)).upload_completion
+        except SaveError:
+            return
+        assert_same(await engine.read(), saved)
 
 
 KEYS = st.sampled_from(["a", "b", "cc", "weight"]) | st.integers(0, 3)
