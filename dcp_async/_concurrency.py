@@ -226,7 +226,7 @@ class BlockingThreads(concurrent.futures.Executor):
             self._start_one()
 
     def abandon(self) -> None:
-        """Stop waiting for calls that hang: their waiters get StuckThreadError, and ``shutdown`` joins nobody."""
+        """Stop waiting for calls that hang: their waiters get StuckThreadError; ``shutdown`` joins nobody."""
         with self._lock:
             self._abandoned = True
             waiters = list(self._waiters)

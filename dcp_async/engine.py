@@ -9,17 +9,14 @@ a loop.
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import logging
 import os
 import time
-import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import anyio
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -32,19 +29,18 @@ from .errors import (
     CorruptCheckpointError,
     IncompatibleStateError,
     LoadError,
-    SaveCancelled,
-    SaveError,
     StorageError,
 )
 from .formats.structure import JSON
 from .lifetime import Lifetime
 from .load_pipeline import Loaded, LoadServices, load_into, read_fresh
-from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
+from .observer import Observer
 from .options import Limits, Timeouts
-from .outcome import cancelled_error, forget_locals, save_error
-from .pipeline import CommitOutcome, SavePipeline, SaveRequest, SaveServices
-from .planner import CompiledPlan, PlanningOptions
+from .outcome import save_error
+from .pipeline import SaveRequest
+from .planner import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
+from .save_runner import SaveRunner
 from .staging import Stager, StagingOptions
 from .state import CaptureError, Targets, capture, capture_targets, restore
 from .storage.base import Storage
@@ -110,7 +106,6 @@ class CheckpointEngine:
         self._planning = planning
         self._trust = trust
         self._observer = observer
-        self._plan: CompiledPlan | None = None
 
     def __repr__(self) -> str:
         return f"<CheckpointEngine {self._life.storage!r} {self._life.state}, {len(self.pending)} pending>"
@@ -163,19 +158,7 @@ class CheckpointEngine:
         life = self._life
         self._catalog = Catalog(life.storage, life.threads, self._metadata_of)
         life.book.seen_steps(await self._catalog.steps())
-        self._services = SaveServices(
-            owner=life,
-            stager=life.stager,
-            storage=life.storage,
-            coordinator=life.coordinator,
-            threads=life.threads,
-            planning=self._planning,
-            io_concurrency=life.limits.io_concurrency,
-            pending_saves=life.limits.pending_saves,
-            timeout=life.timeouts.storage,
-            on_plan=self._keep_plan,
-            observe=self._observe,
-        )
+        self._runner = SaveRunner(life, self._planning, self._observer, self._metadata_of)
         self._load_services = LoadServices(
             threads=life.threads,
             part_bytes=life.stager.options.part_bytes,
@@ -242,8 +225,7 @@ class CheckpointEngine:
         if overlap:
             request.has_returned.set_result(None)
             self._life.hooks.watch(request.captured.optimizers, response.staging_completion)
-        job = self._life.submit(self._run_save(request))
-        job.future.add_done_callback(lambda done: self._report_crash(response, done))
+        self._runner.start(request)
         if not overlap:
             try:
                 yield response.staging_completion
@@ -268,10 +250,10 @@ class CheckpointEngine:
         response = AsyncSaveResponse(
             checkpoint_id=name,
             step=step,
-            cancel=lambda: self._cancel(request),
+            cancel=lambda: self._runner.cancel(request),
             on_own_thread=self._life.loop.is_current,
         )
-        plan = self._plan if self._planning.cache else None
+        plan = self._runner.plan if self._planning.cache else None
         try:
             if not replace and self._life.book.is_in_flight(name):
                 raise FileExistsError(name)
@@ -289,84 +271,7 @@ class CheckpointEngine:
             replace=replace,
             started=started,
         )
-        self._life.book.started(response)
         return request
-
-    def _cancel(self, request: SaveRequest) -> None:
-        def cancel() -> None:
-            request.cancelled = True
-            if request.scope is not None and not request.committing:
-                request.scope.cancel()
-
-        self._life.loop.call_soon(cancel)
-
-    async def _run_save(self, request: SaveRequest) -> None:
-        response = request.response
-        if self._observer is not None:  # adding up the bytes of many tensors takes milliseconds
-            nbytes = request.captured.nbytes
-            self._observe(
-                SaveStarted(checkpoint_id=response.checkpoint_id, step=response.step, nbytes=nbytes)
-            )
-        try:
-            with anyio.CancelScope() as request.scope:
-                if request.cancelled:
-                    request.scope.cancel()
-                outcome = await SavePipeline(request, self._services).run()
-        except Exception as error:
-            forget_locals(error)
-            self._fail(response, save_error(error, "plan", response))
-        else:
-            if request.scope.cancelled_caught:
-                self._fail(response, cancelled_error(response))
-            else:
-                self._succeed(request, outcome)
-
-    def _succeed(self, request: SaveRequest, outcome: CommitOutcome) -> None:
-        response = request.response
-        info = CheckpointInfo(
-            checkpoint_id=response.checkpoint_id,
-            step=response.step,
-            time=outcome.time,
-            nbytes=sum(file.nbytes for file in outcome.files),
-            num_files=len(outcome.files),
-            world_size=self._life.coordinator.world_size,
-            torch_version=torch.__version__,
-            producer="dcp_async",
-            notes=request.notes,
-            _metadata=self._metadata_of,
-        )
-        seconds = time.monotonic() - request.started
-        logger.info(
-            "saved %s: %d bytes, staged in %.3f s, durable in %.3f s (%.2f GB/s)",
-            *(info.checkpoint_id, info.nbytes, request.staged_seconds, seconds, info.nbytes / seconds / 1e9),
-        )
-        self._life.book.ended(response)
-        response.upload_completion._settle(info)
-        self._observe(
-            SaveCommitted(checkpoint_id=info.checkpoint_id, step=info.step, info=info, seconds=seconds)
-        )
-
-    def _fail(self, response: AsyncSaveResponse, error: SaveError) -> None:
-        logger.log(logging.INFO if isinstance(error, SaveCancelled) else logging.ERROR, "%s", error)
-        response._settle_failed(error)
-        self._life.book.ended(response)
-        self._observe(SaveFailed(checkpoint_id=response.checkpoint_id, step=response.step, error=error))
-
-    def _report_crash(self, response: AsyncSaveResponse, done: concurrent.futures.Future[None]) -> None:
-        """Handles must end even where a bug of ours ended the task."""
-        error = done.exception()
-        if error is not None and not response.upload_completion.done():
-            self._fail(response, save_error(error, "plan", response))
-
-    def _keep_plan(self, plan: CompiledPlan) -> None:
-        self._plan = plan
-
-    def _observe(self, event: Event) -> None:
-        if self._observer is not None:
-            try:
-                self._observer.on_event(event)
-            except Exception:  # formatted here: a record that kept the frames would keep what they refer to
-                logger.error("the observer failed on %s\n%s", type(event).__name__, traceback.format_exc())
 
     # -- load
 
@@ -382,10 +287,11 @@ class CheckpointEngine:
 
         Args:
             state: what ``save`` was given. Tensors are filled in place, Statefuls get ``load_state_dict``,
-            other leaves are replaced. source: "latest" (which passes over corrupt checkpoints), a name, a
-            step, or a CheckpointInfo. strict: whether every name must fit. If not, what fits is loaded and
-            the report lists the rest. atomic: read and verify everything before the first target is touched;
-            costs the state's memory once more.
+                other leaves are replaced.
+            source: "latest" (which passes over corrupt checkpoints), a name, a step, or a CheckpointInfo.
+            strict: whether every name must fit. If not, what fits is loaded and the report lists the rest.
+            atomic: read and verify everything before the first target is touched; costs the state's memory
+                once more.
         Raises: CheckpointNotFoundError, CorruptCheckpointError, IncompatibleStateError,
         UntrustedCheckpointError, EngineStateError.
         Cancellation: waits for the reads in progress; targets may be partly filled.

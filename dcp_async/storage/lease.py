@@ -24,6 +24,7 @@ _OURS = re.compile(
     r"(?:__\d+_\d+-(?P<data>[0-9a-f]{16})\.distcp|manifest-(?P<manifest>[0-9a-f]{16})\.json"
     r"|\.metadata-(?P<tmp>[0-9a-f]{16})\.tmp|\.lease-(?P<lease>[0-9a-f]{16}))"
 )
+_OUR_DIRECTORY = re.compile(r"step-\d{8,}")
 _TOUCH_SECONDS = 30.0
 # File systems whose flock may not reach other hosts; there the lease's age must agree.
 _REMOTE = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "lustre", "beegfs", "gpfs", "ceph")
@@ -133,7 +134,10 @@ def sweep_directory(directory: Path, *, max_age: float) -> bool:
     """
     by_uid: dict[str, list[str]] = {}
     temporary = False
-    for name in os.listdir(directory):
+    listed = os.listdir(directory)
+    if not listed and _OUR_DIRECTORY.fullmatch(directory.name):
+        remove_if_empty(directory)  # its maker died before it took a lease; one that lives makes it again
+    for name in listed:
         if match := _OURS.fullmatch(name):
             by_uid.setdefault(match[match.lastgroup or 0], []).append(name)
             temporary = temporary or match.lastgroup in ("tmp", "lease")

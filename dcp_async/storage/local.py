@@ -150,7 +150,8 @@ class LocalStorage:
         return self._bulk
 
     async def run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a small call in a thread of ours; an OSError becomes a StorageError of ``verb`` and ``path``."""
+        """Run a small call in a thread of ours; an OSError becomes a StorageError of ``verb`` and
+        ``path``."""
         return await self._run_in(self.threads, verb, path, fn, *args, **kwargs)
 
     async def run_bulk(

@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
     {"planner", "pool", "staging", "coordinator", "catalog", "reading", "hooks", "admission", "exit_guard"},
     {"pipeline", "load_pipeline", "outcome"},
     {"lifetime"},
+    {"save_runner"},
     {"engine"},
     {"sync", ""},
 ]

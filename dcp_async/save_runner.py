@@ -1,0 +1,150 @@
+"""Runs one save on the engine's loop and settles its handles, whatever happens.
+
+Enters: a SaveRequest. Leaves: a settled AsyncSaveResponse, events, one line in the log. Invariant: both
+handles of a request that was started are settled exactly once, and nobody who keeps the failure keeps the
+staging pool.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+
+import anyio
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from .errors import SaveCancelled, SaveError
+from .lifetime import Lifetime
+from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
+from .outcome import cancelled_error, forget_locals, save_error
+from .pipeline import CommitOutcome, SavePipeline, SaveRequest, SaveServices
+from .planner import CompiledPlan, PlanningOptions
+from .response import AsyncSaveResponse, CheckpointInfo
+
+logger = logging.getLogger(__name__)
+
+
+class SaveRunner:
+    """The saves of one engine, on its loop. Owns nothing but the last compiled plan."""
+
+    def __init__(
+        self,
+        life: Lifetime,
+        planning: PlanningOptions,
+        observer: Observer | None,
+        metadata_of: Callable[[str], Awaitable[Metadata]],
+    ) -> None:
+        self.plan: CompiledPlan | None = None
+        """For saves whose structure is the same."""
+        self._life = life
+        self._observer = observer
+        self._metadata_of = metadata_of
+        self._services = SaveServices(
+            owner=life,
+            stager=life.stager,
+            storage=life.storage,
+            coordinator=life.coordinator,
+            threads=life.threads,
+            planning=planning,
+            io_concurrency=life.limits.io_concurrency,
+            pending_saves=life.limits.pending_saves,
+            timeout=life.timeouts.storage,
+            on_plan=self._keep_plan,
+            observe=self._observe,
+        )
+
+    def start(self, request: SaveRequest) -> None:
+        """Run ``request``; from here on its handles tell the rest. Raises EngineStateError if the engine
+        ended."""
+        response = request.response
+        self._life.book.started(response)
+        try:
+            job = self._life.submit(self._run(request))
+        except BaseException as error:
+            response._settle_failed(save_error(error, "capture", response))
+            self._life.book.ended(response)
+            response.upload_completion.observed = True  # the caller is told right here
+            raise
+        job.future.add_done_callback(lambda done: self._report_crash(response, done))
+
+    def cancel(self, request: SaveRequest) -> None:
+        """Stop ``request`` unless its commit has begun; callable from every thread."""
+
+        def cancel() -> None:
+            request.cancelled = True
+            if request.scope is not None and not request.committing:
+                request.scope.cancel()
+
+        self._life.loop.call_soon(cancel)
+
+    async def _run(self, request: SaveRequest) -> None:
+        response = request.response
+        if self._observer is not None:  # adding up the bytes of many tensors takes milliseconds
+            nbytes = request.captured.nbytes
+            self._observe(
+                SaveStarted(checkpoint_id=response.checkpoint_id, step=response.step, nbytes=nbytes)
+            )
+        try:
+            with anyio.CancelScope() as request.scope:
+                if request.cancelled:
+                    request.scope.cancel()
+                outcome = await SavePipeline(request, self._services).run()
+        except Exception as error:
+            forget_locals(error)
+            self._fail(response, save_error(error, "plan", response))
+        else:
+            if request.scope.cancelled_caught:
+                self._fail(response, cancelled_error(response))
+            else:
+                self._succeed(request, outcome)
+
+    def _succeed(self, request: SaveRequest, outcome: CommitOutcome) -> None:
+        response = request.response
+        info = CheckpointInfo(
+            checkpoint_id=response.checkpoint_id,
+            step=response.step,
+            time=outcome.time,
+            nbytes=sum(file.nbytes for file in outcome.files),
+            num_files=len(outcome.files),
+            world_size=self._life.coordinator.world_size,
+            torch_version=torch.__version__,
+            producer="dcp_async",
+            notes=request.notes,
+            _metadata=self._metadata_of,
+        )
+        seconds = time.monotonic() - request.started
+        logger.info(
+            "saved %s: %d bytes, staged in %.3f s, durable in %.3f s (%.2f GB/s)",
+            *(info.checkpoint_id, info.nbytes, request.staged_seconds, seconds, info.nbytes / seconds / 1e9),
+        )
+        self._life.book.ended(response)
+        response.upload_completion._settle(info)
+        self._observe(
+            SaveCommitted(checkpoint_id=info.checkpoint_id, step=info.step, info=info, seconds=seconds)
+        )
+
+    def _fail(self, response: AsyncSaveResponse, error: SaveError) -> None:
+        logger.log(logging.INFO if isinstance(error, SaveCancelled) else logging.ERROR, "%s", error)
+        response._settle_failed(error)
+        self._life.book.ended(response)
+        self._observe(SaveFailed(checkpoint_id=response.checkpoint_id, step=response.step, error=error))
+
+    def _report_crash(self, response: AsyncSaveResponse, done: concurrent.futures.Future[None]) -> None:
+        """Handles must end even where a bug of ours ended the task."""
+        error = done.exception()
+        if error is not None and not response.upload_completion.done():
+            self._fail(response, save_error(error, "plan", response))
+
+    def _keep_plan(self, plan: CompiledPlan) -> None:
+        self.plan = plan
+
+    def _observe(self, event: Event) -> None:
+        if self._observer is not None:
+            try:
+                self._observer.on_event(event)
+            except Exception:  # formatted here: a record that kept the frames would keep what they refer to
+                logger.error("the observer failed on %s\n%s", type(event).__name__, traceback.format_exc())
