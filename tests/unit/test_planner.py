@@ -1,0 +1,115 @@
+"""The direct plan equals what DCP's default planner plans, and paths equal DCP's."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from dcp_async.planner import CompiledPlan, PlanningOptions, draft_plan, is_dense, planner_paths
+from dcp_async.state import CaptureError, capture
+
+
+class OwnPlanner(DefaultSavePlanner):
+    """Goes through the protocol because it is another class."""
+
+
+def _compile(state: dict[str, Any], planner: type[DefaultSavePlanner]) -> CompiledPlan:
+    captured = capture(state, None)
+    draft = draft_plan(captured, PlanningOptions(save=planner), rank=0, is_coordinator=True)
+    (answer,) = draft.merge([draft.message])
+    return draft.compile(answer)
+
+
+def _decoded(plan: CompiledPlan) -> Metadata:
+    metadata = pickle.loads(plan.metadata.render("0123456789abcdef"))
+    assert isinstance(metadata, Metadata)
+    return metadata
+
+
+def _state() -> dict[str, Any]:
+    tied = torch.ones(3)
+    return {
+        "model": torch.nn.BatchNorm1d(4).state_dict(),
+        "tied": {"a": tied, "b": tied},
+        "param": torch.nn.Parameter(torch.ones(2, 3)),
+        "list": [torch.zeros(2), {"x.y": 1, "e": {}}],
+        "sparse": torch.eye(3).to_sparse(),
+        "half": torch.ones(2, 3, dtype=torch.bfloat16).t(),
+        7: None,
+    } | {"n": {1: "int key"}}
+
+
+def test_direct_plan_equals_dcps() -> None:
+    state = {str(key): value for key, value in _state().items()}
+    ours, theirs = _decoded(_compile(state, DefaultSavePlanner)), _decoded(_compile(state, OwnPlanner))
+    assert ours.planner_data == theirs.planner_data
+    assert ours.storage_data == theirs.storage_data
+    assert ours.state_dict_metadata.keys() == theirs.state_dict_metadata.keys()
+    for name, entry in theirs.state_dict_metadata.items():
+        mine = ours.state_dict_metadata[name]
+        assert type(mine) is type(entry)
+        if isinstance(entry, TensorStorageMetadata):
+            assert isinstance(mine, TensorStorageMetadata)
+            assert (mine.properties, mine.size, mine.chunks) == (entry.properties, entry.size, entry.chunks)
+    assert {index: index.index for index in ours.storage_data} == {
+        index: index.index for index in theirs.storage_data
+    }
+
+
+def test_tied_tensors_share_one_item() -> None:
+    metadata = _decoded(_compile({"a": (t := torch.ones(3)), "b": t}, DefaultSavePlanner))
+    first, second = metadata.storage_data.values()
+    assert (first.offset, first.length) == (second.offset, second.length)
+
+
+def test_uid_is_all_that_changes_between_renders() -> None:
+    template = _compile({"a": torch.ones(3), "n": 1}, DefaultSavePlanner).metadata
+    one, other = template.render("0" * 16), template.render("f" * 16)
+    assert one.replace(b"0" * 16, b"f" * 16) == other
+    assert len(template.pieces) == 2, "the file's name is stored once"
+
+
+NESTED = st.recursive(
+    st.sampled_from([torch.zeros(1), 1, "x", None, (1, torch.ones(1))]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["a", "b", "a.b", "0"]) | st.integers(0, 2), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["s", "t", "s.t"]), NESTED, max_size=3))
+def test_names_and_paths_equal_dcps(state: dict[str, Any]) -> None:
+    try:
+        flat, paths = flatten_state_dict(state)
+    except ValueError:  # DCP found a name twice
+        with pytest.raises(CaptureError, match="two leaves"):
+            capture(state, None)
+        return
+    structure = capture(state, None).structure
+    assert set(structure.names) == set(flat)
+    assert planner_paths(structure) == paths
+
+
+@given(st.permutations([0, 1, 2]), st.lists(st.integers(1, 4), min_size=3, max_size=3))
+def test_permuted_tensors_are_dense_and_others_are_not(order: list[int], shape: list[int]) -> None:
+    tensor = torch.zeros(shape).permute(order)
+    assert is_dense(tensor.shape, tensor.stride())
+    sliced = torch.zeros([*shape, 2])[..., 0]
+    assert is_dense(sliced.shape, sliced.stride()) == (sliced.numel() == 1)
+
+
+def test_planner_that_replaces_data_is_refused_by_name() -> None:
+    class Doubling(DefaultSavePlanner):
+        def transform_object(self, write_item: Any, object: Any) -> Any:
+            return super().transform_object(write_item, object)  # type: ignore[no-untyped-call]  # torch's
+
+    with pytest.raises(CaptureError, match=r"Doubling overrides transform_object"):
+        draft_plan(capture({"a": torch.ones(1)}, None), PlanningOptions(save=Doubling), rank=0, is_coordinator=True)
