@@ -20,6 +20,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import anyio
 import torch
 
+from .errors import EngineStateError
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -34,6 +36,10 @@ def default_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     except ImportError:  # Windows, PyPy: it is not a requirement there
         return asyncio.new_event_loop
     return uvloop.new_event_loop
+
+
+class NotStartedError(TimeoutError):
+    """A blocking call waited too long for a thread; it will never run."""
 
 
 class Job(Generic[T]):
@@ -52,7 +58,8 @@ class Job(Generic[T]):
 
     def _finish(self, task: asyncio.Task[T]) -> None:
         if task.cancelled():
-            self.future.set_exception(concurrent.futures.CancelledError())
+            # no CancelledError: a waiter would take it for a cancellation of its own
+            self.future.set_exception(EngineStateError("the engine ended while this ran"))
         elif (error := task.exception()) is not None:
             self.future.set_exception(error)
         else:
@@ -74,7 +81,11 @@ class Job(Generic[T]):
         except asyncio.CancelledError:
             self.cancel()
             with anyio.CancelScope(shield=True):
-                await asyncio.wait({waiter})
+                while not waiter.done():
+                    # a native cancellation pierces the shield; what the job writes to must not be touched
+                    # before
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait({waiter})
             waiter.exception()  # looked at: the cancellation is what the caller sees
             raise
         return waiter.result()
@@ -86,7 +97,9 @@ class Job(Generic[T]):
             return self.future.result()
         except KeyboardInterrupt:
             self.cancel()
-            concurrent.futures.wait({self.future})
+            while not self.future.done():
+                with contextlib.suppress(KeyboardInterrupt):
+                    concurrent.futures.wait({self.future})
             raise
 
 
@@ -174,7 +187,7 @@ class BlockingThreads(concurrent.futures.Executor):
             queue.SimpleQueue()
         )
         self._lock = threading.Lock()
-        self._surplus = 0
+        self._stuck: set[concurrent.futures.Future[Any]] = set()
         self._threads: list[threading.Thread] = []
         self._closed = False
         self._abandoned = False
@@ -202,11 +215,11 @@ class BlockingThreads(concurrent.futures.Executor):
                     else:
                         future.set_result(result)
                         del result
-                del call, future, fn
                 with self._lock:
-                    if self._surplus:
-                        self._surplus -= 1
+                    if future in self._stuck:  # it came back after all; another thread has its place
+                        self._stuck.discard(future)
                         return
+                del call, future, fn
 
     def submit(
         self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
@@ -219,11 +232,13 @@ class BlockingThreads(concurrent.futures.Executor):
             self._calls.put((future, functools.partial(fn, *args, **kwargs)))
         return future
 
-    def replace_stuck(self) -> None:
-        """Start one more thread for one that hangs; whichever comes back first ends itself."""
+    def replace_stuck(self, call: concurrent.futures.Future[Any]) -> None:
+        """Start a thread in place of the one that hangs in ``call``, which ends itself should it come
+        back."""
         with self._lock:
-            self._surplus += 1
-            self._start_one()
+            if not call.done():
+                self._stuck.add(call)
+                self._start_one()
 
     def abandon(self) -> None:
         """Stop waiting for calls that hang: their waiters get StuckThreadError; ``shutdown`` joins nobody."""
@@ -252,7 +267,7 @@ class BlockingThreads(concurrent.futures.Executor):
             if self._closed:
                 return
             self._closed = True
-            stuck = self._surplus
+            stuck = bool(self._stuck)
             for _ in self._threads:
                 self._calls.put(None)
         if wait and not stuck and not self._abandoned:
@@ -278,18 +293,21 @@ async def run_blocking(
     Raises: what ``fn`` raises; StuckThreadError after ``timeout`` seconds, when the thread has been replaced.
     """
     loop = asyncio.get_running_loop()
-    waiter = asyncio.wrap_future(threads.submit(fn, *args, **kwargs))
+    call = threads.submit(fn, *args, **kwargs)
+    waiter = asyncio.wrap_future(call)
     deadline = None if timeout is None else loop.time() + timeout
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True), threads.abandonment() as given_up:
         while not waiter.done():
             left = None if deadline is None else deadline - loop.time()
             if given_up.done() or (left is not None and left <= 0):
-                threads.replace_stuck()
-                # nobody will look at what the abandoned call returns
-                waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
                 name = getattr(fn, "__qualname__", repr(fn))
                 limit = "in time" if given_up.done() or timeout is None else f"within {timeout:g} s"
+                if call.cancel():
+                    raise NotStartedError(f"{name} could not start {limit}: the calls before it hang")
+                threads.replace_stuck(call)
+                # nobody will look at what the abandoned call returns
+                waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
                 raise StuckThreadError(f"{name} did not return {limit}")
             pending: set[asyncio.Future[Any]] = {waiter, given_up}
             try:
@@ -299,6 +317,7 @@ async def run_blocking(
     if cancelled is not None:
         waiter.exception()
         raise cancelled
+    waiter.exception()  # looked at, even if a cancellation comes first
     await anyio.lowlevel.checkpoint_if_cancelled()
     return waiter.result()
 

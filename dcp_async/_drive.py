@@ -59,6 +59,21 @@ class Persisting:
         return self._job.future.result()
 
 
+class Watched:
+    """Waits for a job that goes on if its waiter is cancelled; the cancellation reaches the waiter."""
+
+    def __init__(self, job: Job[Any]) -> None:
+        self._job = job
+
+    async def wait(self) -> Any:
+        waiter = asyncio.wrap_future(self._job.future)
+        await asyncio.wait({waiter})
+        return waiter.result()
+
+    def result(self) -> Any:
+        return self._job.future.result()
+
+
 async def drive(verb: Verb[T]) -> T:
     """Run ``verb`` from a coroutine."""
     try:

@@ -6,6 +6,7 @@ rank computes them alone.
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 from collections.abc import Iterable
 
@@ -20,6 +21,8 @@ def checkpoint_name(step: int | None, checkpoint_id: str | None) -> str:
     if checkpoint_id is None:
         assert step is not None
         return f"step-{step:08d}"
+    if checkpoint_id == "latest":
+        raise ValueError("checkpoint_id='latest' would hide the newest checkpoint from load('latest')")
     if not checkpoint_id or checkpoint_id.startswith(".") or set(checkpoint_id) & set("/\\\0"):
         raise ValueError(
             f"checkpoint_id={checkpoint_id!r} must be a plain name (it becomes a directory): "
@@ -36,6 +39,9 @@ class SaveBook:
         self._lock = threading.Lock()
         self._pending: list[AsyncSaveResponse] = []
         self._failed: list[AsyncSaveResponse] = []
+        self._taken = 0
+        """Places taken by saves that are being captured."""
+        self._room: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._next_step = 0
         self._ordinal = 0
 
@@ -44,10 +50,23 @@ class SaveBook:
         with self._lock:
             self._next_step = max([self._next_step, *(step + 1 for step in steps)])
 
-    def must_wait_for(self) -> AsyncSaveResponse | None:
-        """The oldest save in flight if there is no room for another."""
+    def take_place(self) -> concurrent.futures.Future[None] | None:
+        """Take a place for a new save; if there is none, a future that is done when to try again."""
         with self._lock:
-            return self._pending[0] if len(self._pending) >= self._limit else None
+            if len(self._pending) + self._taken < self._limit:
+                self._taken += 1
+                return None
+            return self._room
+
+    def give_back(self) -> None:
+        """The place is not needed: the save did not start."""
+        with self._lock:
+            self._taken -= 1
+            self._make_room()
+
+    def _make_room(self) -> None:
+        room, self._room = self._room, concurrent.futures.Future()
+        room.set_result(None)
 
     def admit(self, step: int | None, checkpoint_id: str | None) -> tuple[int, int | None]:
         """(ordinal, step) of a new save. A step is used up even if the save fails."""
@@ -59,14 +78,15 @@ class SaveBook:
             self._ordinal += 1
             return self._ordinal, step
 
-    def is_in_flight(self, name: str) -> bool:
-        """Whether a save under this name has not ended yet."""
+    def in_flight(self, name: str) -> AsyncSaveResponse | None:
+        """The save under this name that has not ended yet, if there is one."""
         with self._lock:
-            return any(response.checkpoint_id == name for response in self._pending)
+            return next((other for other in self._pending if other.checkpoint_id == name), None)
 
     def started(self, response: AsyncSaveResponse) -> None:
-        """``response`` is in flight."""
+        """``response`` is in flight, in a place that was taken before."""
         with self._lock:
+            self._taken -= 1
             self._pending.append(response)
 
     def ended(self, response: AsyncSaveResponse) -> None:
@@ -74,8 +94,10 @@ class SaveBook:
         with self._lock:
             if response in self._pending:
                 self._pending.remove(response)
-            if response.upload_completion._failure() is not None:
+            self._failed = [other for other in self._failed if other._unobserved_failure() is not None]
+            if response._unobserved_failure() is not None:
                 self._failed.append(response)
+            self._make_room()
 
     def pending(self) -> list[AsyncSaveResponse]:
         """Saves in flight, oldest first."""

@@ -11,6 +11,7 @@ import re
 from array import array
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import xxhash
 from torch.distributed.checkpoint.metadata import (
@@ -35,6 +36,7 @@ from .response import CheckpointInfo, CheckpointRef
 from .storage.base import Reader, Storage, StoredCheckpoint
 from .trust import UntrustedGlobal, decode_metadata
 
+_OUR_NAME = re.compile(r"step-\d{8,}")
 _OUR_FILE = re.compile(rb"__\d+_\d+-[0-9a-f]{16}\.distcp")
 
 
@@ -101,7 +103,8 @@ class Catalog:
             manifest = await self._any_manifest(stored.name)
             if manifest is not None:
                 return manifest.step is not None, manifest.step, stored.modified
-        step = _digits(stored.name)
+        # a foreign directory with digits in its name is no step: only ours count before they are committed
+        step = _digits(stored.name) if stored.committed or _OUR_NAME.fullmatch(stored.name) else None
         return step is not None, step, stored.modified
 
     async def _any_manifest(self, name: str) -> Manifest | None:
@@ -109,6 +112,11 @@ class Catalog:
             reader = await self._storage.open(name)
             try:
                 found = [decode_manifest(raw) for raw in await reader.manifest()]
+                if (
+                    len(found) > 1
+                ):  # a replace was killed or is under way: the one that belongs to .metadata counts
+                    digest = xxhash.xxh3_64_hexdigest(await reader.metadata())
+                    found = [manifest for manifest in found if manifest.metadata_digest == digest]
             finally:
                 await reader.close()
         except (FileNotFoundError, ManifestError):
@@ -132,12 +140,18 @@ class Catalog:
         except FileNotFoundError:
             return None  # removed meanwhile
         try:
-            raw = await reader.metadata()
-            manifest = await self._manifest_of(name, reader, raw)
+            raw, manifest = await self._consistent(name, reader)
             if manifest is None:
                 await self._decode(name, raw)  # stock's: nothing else tells whether it is whole
+            for file in manifest.files if manifest else ():
+                if await reader.size(file.name) != file.nbytes:
+                    return None
             return await self._info(name, reader, raw, manifest)
         except LoadError:
+            return None
+        except StorageError as error:
+            if error.errno != errno.ENOENT:
+                raise
             return None
         finally:
             await reader.close()
@@ -166,8 +180,8 @@ class Catalog:
         """The names to try, best first. Raises CheckpointNotFoundError."""
         names = await self.names()
         if isinstance(ref, CheckpointInfo):
-            ref = ref.checkpoint_id
-        if ref == "latest":
+            chosen = [ref.checkpoint_id] if ref.checkpoint_id in names else []
+        elif ref == "latest":
             chosen = names[::-1]
         elif isinstance(ref, int):
             keyed = {
@@ -196,8 +210,7 @@ class Catalog:
                 f"checkpoint {name!r} is not committed", checkpoint_id=name
             ) from error
         try:
-            raw = await reader.metadata()
-            manifest = await self._manifest_of(name, reader, raw)
+            raw, manifest = await self._consistent(name, reader)
             metadata = await self._decode(name, raw)
             contents = Contents(
                 info=await self._info(name, reader, raw, manifest),
@@ -220,6 +233,18 @@ class Catalog:
             raise
         return contents
 
+    async def _consistent(self, name: str, reader: Reader) -> tuple[bytes, Manifest | None]:
+        """`.metadata` and its manifest; read again if a replace came in between."""
+        raw = await reader.metadata()
+        while True:
+            try:
+                return raw, await self._manifest_of(name, reader, raw)
+            except CorruptCheckpointError:
+                again = await reader.metadata()
+                if again == raw:
+                    raise
+                raw = again
+
     async def _manifest_of(self, name: str, reader: Reader, raw: bytes) -> Manifest | None:
         digest = xxhash.xxh3_64_hexdigest(raw)
         problems: list[str] = []
@@ -237,7 +262,7 @@ class Catalog:
             if manifest.metadata_digest == digest:
                 return manifest
             problems.append("the manifest belongs to another .metadata")
-        if problems or _OUR_FILE.search(raw):
+        if _OUR_FILE.search(raw):
             raise CorruptCheckpointError(
                 f"checkpoint {name!r}: .metadata and manifest do not belong together "
                 f"({'; '.join(problems) or 'there is no manifest'}); load an older checkpoint",
@@ -313,6 +338,12 @@ class Catalog:
                     checkpoint_id=name,
                 )
             contents.image_bytes[file] = nbytes
+            if entry is None and contents.manifest is not None and "/" not in file:
+                raise CorruptCheckpointError(
+                    f"checkpoint {name!r}: .metadata names {file}, the manifest does not; "
+                    "load an older checkpoint",
+                    checkpoint_id=name,
+                )
             if entry is None:
                 continue
             raw = bytearray(footer_span(nbytes))
@@ -335,12 +366,14 @@ def _places(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, int
         raise CorruptCheckpointError(
             f"checkpoint {name!r}: .metadata does not say where its items lie", checkpoint_id=name
         )
-    try:
-        return {
-            index: (place.relative_path, place.offset, place.length) for index, place in storage_data.items()
-        }
-    except AttributeError as error:
-        raise CorruptCheckpointError(
-            f"checkpoint {name!r}: .metadata describes its items in a way that is not DCP's ({error})",
-            checkpoint_id=name,
-        ) from error
+    places: dict[MetadataIndex, tuple[str, int, int]] = {}
+    for index, place in storage_data.items():
+        path, offset, length = (getattr(place, part, None) for part in ("relative_path", "offset", "length"))
+        numbers = isinstance(offset, int) and isinstance(length, int) and offset >= 0 and length >= 0
+        if not isinstance(index, MetadataIndex) or not isinstance(path, str) or "\0" in path or not numbers:
+            raise CorruptCheckpointError(
+                f"checkpoint {name!r}: .metadata does not say properly where {index!r} lies",
+                checkpoint_id=name,
+            )
+        places[index] = (path, cast(int, offset), cast(int, length))
+    return places

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ._drive import Ended, Verb, drive
@@ -214,17 +215,23 @@ class CheckpointEngine:
     ) -> Verb[AsyncSaveResponse]:
         self._life.check_open()
         if step is not None or checkpoint_id is not None:
-            checkpoint_name(step, checkpoint_id)
+            name = checkpoint_name(step, checkpoint_id)
+            while replace and (earlier := self._life.book.in_flight(name)) is not None:
+                yield Ended(earlier.upload_completion._future)  # two of one name must land in order
         encoded_notes = _plain_json(notes)
-        while (oldest := self._life.book.must_wait_for()) is not None:
-            yield Ended(oldest.upload_completion._future)
+        book = self._life.book
+        while (room := book.take_place()) is not None:
+            yield Ended(room)
             self._life.check_open()
-        request = self._capture(state, step, checkpoint_id, encoded_notes, replace)
-        response = request.response
         overlap = self._life.stager.options.overlap
+        try:
+            request = self._capture(state, step, checkpoint_id, encoded_notes, replace)
+        except BaseException:
+            book.give_back()
+            raise
+        response = request.response
         if overlap:
             request.has_returned.set_result(None)
-            self._life.hooks.watch(request.captured.optimizers, response.staging_completion)
         self._runner.start(request)
         if not overlap:
             try:
@@ -255,11 +262,13 @@ class CheckpointEngine:
         )
         plan = self._runner.plan if self._planning.cache else None
         try:
-            if not replace and self._life.book.is_in_flight(name):
+            if not replace and self._life.book.in_flight(name) is not None:
                 raise FileExistsError(name)
             captured = capture(state, plan.structure if plan else None)
             events = self._life.stager.prepare(captured)
-        except Exception as error:
+            if self._life.stager.options.overlap:
+                self._life.hooks.watch(captured.optimizers, response.staging_completion)
+        except (Exception, CheckpointException) as error:
             raise save_error(error, "capture", response) from error
         request = SaveRequest(
             response=response,
@@ -305,14 +314,14 @@ class CheckpointEngine:
         started = time.monotonic()
         try:
             targets = capture_targets(state)
-        except CaptureError as error:
+        except (CaptureError, CheckpointException) as error:
             raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
         (info, loaded), skipped = yield from self._try_each(
             source, lambda name: self._load_one(name, targets, strict=strict, atomic=atomic)
         )
         try:
             restore(state, targets, loaded.values, loaded.extra)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise LoadError(
                 f"checkpoint {info.checkpoint_id!r} was read, but the state refused it: "
                 f"{type(error).__name__}: {error}",
@@ -347,6 +356,7 @@ class CheckpointEngine:
         self._life.check_open()
         names = yield from self._ask(self._catalog.resolve(source))
         first: CorruptCheckpointError | None = None
+        touched = False
         skipped: list[str] = []
         for name in names:
             try:
@@ -355,8 +365,17 @@ class CheckpointEngine:
                 if source != "latest":
                     raise
                 first = first or error
+                touched = touched or error.partially_loaded
                 skipped.append(name)
                 logger.warning("%s; trying the next older one", error)
+            except IncompatibleStateError as error:
+                if not touched:
+                    raise
+                raise CorruptCheckpointError(
+                    f"{first}; and the next older checkpoint does not fit ({error})",
+                    checkpoint_id=skipped[0],
+                    partially_loaded=True,
+                ) from error
             else:
                 return value, tuple(skipped)
         assert first is not None

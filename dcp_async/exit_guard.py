@@ -19,22 +19,21 @@ from collections.abc import Awaitable, Callable
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
-_ABORT_SECONDS = 5.0
 
 
 class ExitGuard:
     """Watches the main thread for one engine."""
 
-    def __init__(self, shut_down: Callable[[], Awaitable[None]], grace: float) -> None:
+    def __init__(self, shut_down: Callable[[], Awaitable[None]], limit: float) -> None:
         """
         Args:
             shut_down: drains, aborts what could not be drained, releases; sets ``lost`` if anything was.
-            grace: seconds that the drain may take.
+            limit: seconds after which it is taken for hanging.
         """
         self.lost = False
         """Whether a save was lost, so that the process must not end with status 0."""
         self._shut_down = shut_down
-        self._grace = grace
+        self._limit = limit
         self._pid = os.getpid()
         atexit.register(self._fail)
 
@@ -43,7 +42,7 @@ class ExitGuard:
         while threading.main_thread().is_alive():  # noqa: ASYNC110  # a thread's end sets no event
             await asyncio.sleep(_POLL_SECONDS)
         try:
-            await asyncio.wait_for(self._shut_down(), self._grace + _ABORT_SECONDS)
+            await asyncio.wait_for(self._shut_down(), self._limit)
         except TimeoutError:
             logger.critical("a storage call hangs; the process ends without waiting for it")
             self._end()

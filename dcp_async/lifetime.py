@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import anyio
 
 from ._concurrency import BlockingThreads, Job, LoopThread
-from ._drive import Persisting, Verb
+from ._drive import Persisting, Verb, Watched
 from .admission import SaveBook
 from .coordinator import Coordination, Coordinator, make_coordinator
 from .errors import EngineStateError
@@ -65,7 +65,9 @@ class Lifetime:
         self._owns_stager = owns_stager
         self._coordination = coordination
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._jobs: set[Job[Any]] = set()
+        """Live jobs but for those that end the engine."""
 
     def opening(self, connected: Callable[[], Awaitable[None]]) -> Verb[None]:
         """Start threads, connect the parts, then run ``connected`` on the loop; a failure releases
@@ -84,7 +86,8 @@ class Lifetime:
     async def _open(self, connected: Callable[[], Awaitable[None]]) -> None:
         self._release_lock = asyncio.Lock()
         grace = self.timeouts.exit_grace
-        self._exit_guard = ExitGuard(lambda: self._shut_down(grace, at_exit=True), grace)
+        limit = grace + 4 * _ABORT_SECONDS
+        self._exit_guard = ExitGuard(lambda: self._shut_down(grace, at_exit=True), limit)
         try:
             await self.coordinator.open()
             await self.storage.connect()
@@ -101,7 +104,10 @@ class Lifetime:
         if exc_type is None:
             yield from self.closing()
         elif not self._is_ended():
-            yield from self._ending(None if issubclass(exc_type, Exception) else self.timeouts.exit_grace)
+            if issubclass(exc_type, Exception):
+                yield from self._draining()
+            else:
+                yield from self._ending(self.timeouts.exit_grace)
             for error in self.book.take_unobserved():
                 logger.error("the block ended by %s; besides, %s", exc_type.__name__, error)
 
@@ -112,15 +118,17 @@ class Lifetime:
 
     def closing(self) -> Verb[None]:
         """Drain and release; an interrupt shortens the drain. Raises what nobody has looked at."""
-        if self._is_ended():
-            return
+        if not self._is_ended():
+            yield from self._draining()
+            self._raise_unobserved()
+
+    def _draining(self) -> Verb[None]:
         try:
-            yield Persisting(self._begin_end(None))
+            yield Watched(self._begin_end(None))
         except (asyncio.CancelledError, KeyboardInterrupt):
             yield from self._ending(self.timeouts.exit_grace)
             raise
         self.hooks.remove()
-        self._raise_unobserved()
 
     def aborting(self) -> Verb[None]:
         """Cancel what is in flight and release."""
@@ -174,8 +182,13 @@ class Lifetime:
     def submit(self, coro: Coroutine[Any, Any, T], *, closing: bool = False) -> Job[T]:
         """Run ``coro`` on the loop. Raises EngineStateError."""
         try:
-            self.check_open(closing=closing)
-            return self.loop.submit(coro)
+            with self._lock:
+                self.check_open(closing=closing)
+                job = self.loop.submit(coro)
+                if not closing:
+                    self._jobs.add(job)
+            job.future.add_done_callback(lambda _: self._jobs.discard(job))
+            return job
         except BaseException as error:
             coro.close()
             if isinstance(error, RuntimeError) and not isinstance(error, EngineStateError):
@@ -197,7 +210,8 @@ class Lifetime:
         with self._lock:
             if self.state == "open":
                 self.state = "closing"
-        if not await self._drain(patience):
+        late = not await self._drain(patience)
+        if late:
             for response in self.book.pending():
                 if patience:
                     logger.critical(
@@ -208,15 +222,30 @@ class Lifetime:
                 logger.critical("the storage does not answer; its calls are abandoned")
                 self._abandon()
                 await self._drain(_ABORT_SECONDS)
-        if at_exit and self.book.has_unobserved():
+        if at_exit and (late or self.book.has_unobserved()):
             self._exit_guard.lost = True
+        await self._end_jobs(patience)
         async with self._release_lock:
             if self.state != "closed":
                 with anyio.CancelScope(shield=True):
                     await self._release()
 
+    async def _end_jobs(self, patience: float | None) -> None:
+        """Loads in flight: waited for as long as saves were, then cancelled."""
+        waiting = [asyncio.wrap_future(job.future) for job in self._jobs]
+        if waiting:
+            _, late = await asyncio.wait(waiting, timeout=patience)
+            for job in list(self._jobs) if late else ():
+                job.cancel()
+            if late:
+                await asyncio.wait(late, timeout=_ABORT_SECONDS)
+            for waiter in waiting:
+                if waiter.done() and not waiter.cancelled():
+                    waiter.exception()  # its own caller is told
+
     def _abandon(self) -> None:
-        self.storage.abandon()
+        if self._owns_storage:  # others may use one that was given: their calls may be fine
+            self.storage.abandon()
         self.threads.abandon()
         if self._owns_stager:
             self.stager.abandon()

@@ -89,6 +89,12 @@ def _is_plain(meta: TensorStorageMetadata) -> bool:
     return meta.properties.dtype in PLAIN_DTYPES and meta.properties.layout is torch.strided
 
 
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return False
+    return any(step == 0 and extent > 1 for step, extent in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def match_state(targets: Targets, contents: Contents) -> Match:
     """Compare names, kinds, shapes and dtypes. Touches nothing."""
     names = contents.names
@@ -106,6 +112,9 @@ def match_state(targets: Targets, contents: Contents) -> Match:
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype} in the state, "
                 f"{tuple(meta.size)} {meta.properties.dtype} in the checkpoint"
             )
+        elif _is_expanded(tensor):
+            match.mismatched.append(name)
+            match.reasons.append(f"{name} is expanded: its elements share one place; clone() it first")
         elif tensor.is_meta:
             match.mismatched.append(name)
             match.reasons.append(f"{name} is on the meta device; materialise it first, e.g. with to_empty()")
@@ -137,6 +146,7 @@ def _match_open(targets: Targets, contents: Contents, match: Match) -> None:
     """Open mappings take each child that they lack, whole."""
     known = targets.tensors.keys() | targets.leaves
     strides = contents.manifest.strides if contents.manifest else {}
+    exotic = set(contents.manifest.exotic) if contents.manifest else set()
     for prefix in targets.open_mappings:
         node = subtree(contents.structure, prefix)
         kind = kind_of(node)
@@ -152,7 +162,7 @@ def _match_open(targets: Targets, contents: Contents, match: Match) -> None:
         inside = tuple(f"{head}." for head in heads)
         for name, meta in contents.names.items():
             if name.startswith(inside) or name in heads:
-                if isinstance(meta, TensorStorageMetadata):
+                if isinstance(meta, TensorStorageMetadata) and _is_plain(meta) and name not in exotic:
                     match.open_tensors[name] = _fresh(meta, strides.get(name), "cpu")
                 else:
                     match.leaves.append(name)
@@ -277,7 +287,7 @@ class LoadPipeline:
         async for buffers in fetched:
             try:
                 await self._blocking(buffers.scatter)
-            except ValueError as error:
+            except (ValueError, RuntimeError, TypeError) as error:
                 if isinstance(error, DamagedError):
                     raise
                 raise DamagedError(str(error), [piece.name for piece in buffers.span.pieces]) from error
@@ -298,7 +308,7 @@ async def load_into(
         into = {name: torch.empty_like(tensor) for name, tensor in into.items()}
     pipeline = LoadPipeline(contents, services)
     values, nbytes = await pipeline.read({**into, **match.open_tensors}, match.leaves, fresh=atomic)
-    if atomic:
+    if atomic and into:
         await services.threads.run(torch._foreach_copy_, list(match.tensors.values()), list(into.values()))
     fresh: dict[str, Any] = {**values, **match.open_tensors}
     extra: dict[str, dict[Any, Any]] = {}

@@ -23,6 +23,7 @@ from typing import Any
 
 import anyio
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ._concurrency import BlockingThreads, Pipe, StuckThreadError, run_blocking
 from .coordinator import Coordinator
@@ -50,7 +51,7 @@ few calls and an early start."""
 class PhaseFailure(Exception):
     """Says in which phase its cause was raised; the engine turns it into a SaveError."""
 
-    def __init__(self, phase: Phase, cause: Exception) -> None:
+    def __init__(self, phase: Phase, cause: BaseException) -> None:
         super().__init__(phase)
         self.phase: Phase = phase
         self.cause = cause
@@ -63,7 +64,7 @@ def in_phase(phase: Phase) -> Iterator[None]:
         yield
     except PhaseFailure:
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise PhaseFailure(phase, error) from error
 
 
@@ -243,9 +244,10 @@ class SavePipeline:
         """Remove what dead saves left, and finish what could not be undone before. Failing at it loses
         nothing."""
         try:
-            while self._services.unfinished:
-                await self._services.unfinished[0].abort()
-                self._services.unfinished.pop(0)
+            for transaction in list(self._services.unfinished):
+                await transaction.abort()
+                if transaction in self._services.unfinished:
+                    self._services.unfinished.remove(transaction)
             if self._services.coordinator.is_coordinator:
                 await self._services.storage.sweep()
         except Exception as error:

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from .formats.distcp import FileLayout, plan_file
 from .formats.manifest import structure_json
 from .formats.metadata import MetadataTemplate, metadata_template
+from .formats.structure import JSON, children_of, kind_of
 from .state import Captured, CaptureError, Structure
 
 _RESOLVERS = ("resolve_data", "lookup_object", "transform_object")
@@ -182,8 +183,8 @@ def _compile(
         )
         if stride is not None and is_dense(shape, stride)
     }
-    exotic = tuple(structure.leaf_names[index] for index in structure.exotic)
-    paths = planner_paths(structure)
+    exotic = tuple(structure.leaf_names[index] for index, _ in structure.exotic)
+    paths = planner_paths(captured.tree)
     return CompiledPlan(
         structure=structure,
         digest=structure_digest(structure),
@@ -213,38 +214,27 @@ def _check_items(structure: Structure, items: Mapping[str, WriteItem]) -> None:
             f"the planner left out {lost} and added {added}; this release writes what the state holds"
         )
     tensors = len(structure.tensor_names) + len(structure.ties)
-    exotic = {tensors + index for index in structure.exotic}
+    exotic = {tensors + index for index, _ in structure.exotic}
     for index, name in enumerate(names):
         is_tensor = items[name].type is not WriteItemType.BYTE_IO
         if is_tensor != (index < tensors or index in exotic):
             raise CaptureError(f"{name}: the planner and the state disagree on whether it is a tensor")
 
 
-def planner_paths(structure: Structure) -> dict[str, tuple[str | int, ...]]:
-    """DCP's ``planner_data``: name -> path, as its ``flatten_state_dict`` gives it (str for keys, int for
-    list indices)."""
-    kinds = {prefix: kind for prefix, kind, _, _ in structure.containers}
-    keys = {below: str(key) for below, key in structure.odd_keys}
+def planner_paths(tree: JSON) -> dict[str, tuple[str | int, ...]]:
+    """DCP's ``planner_data``: name -> path, as its ``flatten_state_dict`` gives it (str for keys, int in
+    lists)."""
     paths: dict[str, tuple[str | int, ...]] = {}
-    known: dict[str, tuple[str | int, ...]] = {"": ()}
 
-    def path_of(name: str) -> tuple[str | int, ...]:
-        if name in known:
-            return known[name]
-        # the container that holds the name is the longest prefix that is one: keys may have dots of their own
-        cut = name.rfind(".")
-        while cut >= 0 and name[:cut] not in kinds:
-            cut = name.rfind(".", 0, cut)
-        if cut < 0:
-            return (name,)
-        prefix, key = name[:cut], keys.get(name, name[cut + 1 :])
-        path = (*path_of(prefix), int(key) if kinds[prefix] == "list" else key)
-        if name in kinds:
-            known[name] = path
-        return path
+    def visit(node: JSON, name: str, path: tuple[str | int, ...]) -> None:
+        kind = kind_of(node)
+        if kind is None:
+            paths[name] = path
+        for key, child in children_of(node):
+            part = key if kind == "list" else str(key)
+            visit(child, f"{name}.{part}" if path else part, (*path, part))
 
-    for name in structure.names:
-        paths[name] = path_of(name)
+    visit(tree, "", ())
     return paths
 
 

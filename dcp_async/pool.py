@@ -218,7 +218,9 @@ class BufferPool:
 
     def _wake(self) -> None:
         with self._lock:
-            if not self._waiters or all(0 not in arena.taken for arena in self._arenas):
+            free = any(0 in arena.taken for arena in self._arenas)
+            lost = all(1 not in arena.taken for arena in self._arenas)
+            if not self._waiters or not (free or lost):
                 return
             loop, future = self._waiters.popleft()
         loop.call_soon_threadsafe(_settle, future)

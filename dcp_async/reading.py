@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from .formats.distcp import BLOCK_BYTES
 from .formats.zip_item import PLAIN_DTYPES, tensor_frame
+from .state import PLAIN_TENSORS
 from .trust import Trust, load_item
 
 _SMALL_BYTES = BLOCK_BYTES
@@ -283,6 +284,12 @@ class Source:
     trust: Trust
 
 
+def _is_inside(box: Box, shape: Sequence[int]) -> bool:
+    return len(box) == len(shape) and all(
+        0 <= low <= high <= extent for (low, high), extent in zip(box, shape, strict=True)
+    )
+
+
 class Collector:
     """Gathers the pieces of one load, file by file."""
 
@@ -307,6 +314,8 @@ class Collector:
     def want_leaf(self, name: str, receive: Callable[[str, Any], None]) -> None:
         """Read the item ``name``, a pickled leaf or a whole tensor stored as one, and hand its value over."""
         meta = self._source.tensors.get(name)
+        if meta is not None and len(meta.chunks) != 1:
+            raise DamagedError(f"{name}: a tensor of this kind can't be put together from chunks", [name])
         file, offset, length = self._place(
             name, MetadataIndex(name, meta.chunks[0].offsets if meta else None)
         )
@@ -327,6 +336,10 @@ class Collector:
             tuple((low, low + extent) for low, extent in zip(chunk.offsets, chunk.sizes, strict=True))
             for chunk in chunks
         ]
+        if not all(_is_inside(box, target.shape) for box in boxes):
+            raise DamagedError(f"{name}: a chunk lies outside of the tensor", [name])
+        if sum(torch.Size(chunk.sizes).numel() for chunk in chunks) > target.numel():
+            raise DamagedError(f"{name}: its chunks overlap", [name])
         if len(chunks) != 1 or chunks[0].sizes != target.shape:
             try:
                 check_coverage(target.shape, boxes)
@@ -357,7 +370,8 @@ class Collector:
             )
         payload = offset + len(head)
         run = contiguous_run(box, target.shape)
-        if run is not None and target.is_cpu and target.is_contiguous() and target.dtype == dtype:
+        raw = type(target) in PLAIN_TENSORS and not target.is_conj() and not target.is_neg()
+        if run is not None and raw and target.is_cpu and target.is_contiguous() and target.dtype == dtype:
             self._keep.append(target)
             at = run[0] * dtype.itemsize
             self._add(file, Piece(payload, nbytes, host_memory(target.detach()), at, name))
@@ -370,10 +384,11 @@ class Collector:
         self, name: str, target: torch.Tensor, shape: tuple[int, ...]
     ) -> Callable[[bytearray], None]:
         trust = self._source.trust
+        dtype = self._source.tensors[name].properties.dtype
 
         def finish(buffer: bytearray) -> None:
             value = load_item(io.BytesIO(buffer), trust)
-            if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
+            if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
                 raise DamagedError(
                     f"{name}: its item is not the tensor of {shape} that .metadata names", [name]
                 )

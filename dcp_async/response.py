@@ -93,6 +93,10 @@ class LoadReport:
         return self.step + 1
 
 
+def _nothing() -> None:
+    """What cancelling an ended save does."""
+
+
 class CheckpointHandle(Generic[T]):
     """Something that will be done: await it from any loop, any number of times, or wait for it in a thread.
 
@@ -214,6 +218,10 @@ class AsyncSaveResponse:
         """Stop the save: both handles raise SaveCancelled and its files go. Too late once the commit has
         begun."""
         self._cancel()
+
+    def _forget_cancel(self) -> None:
+        """There is nothing left to cancel; the request behind it may go."""
+        self._cancel = _nothing
 
     def _settle_staged(self) -> None:
         if not self.staging_completion.done():

@@ -122,6 +122,7 @@ class SaveRunner:
             *(info.checkpoint_id, info.nbytes, request.staged_seconds, seconds, info.nbytes / seconds / 1e9),
         )
         self._life.book.ended(response)
+        response._forget_cancel()
         response.upload_completion._settle(info)
         self._observe(
             SaveCommitted(checkpoint_id=info.checkpoint_id, step=info.step, info=info, seconds=seconds)
@@ -130,6 +131,7 @@ class SaveRunner:
     def _fail(self, response: AsyncSaveResponse, error: SaveError) -> None:
         logger.log(logging.INFO if isinstance(error, SaveCancelled) else logging.ERROR, "%s", error)
         response._settle_failed(error)
+        response._forget_cancel()
         self._life.book.ended(response)
         self._observe(SaveFailed(checkpoint_id=response.checkpoint_id, step=response.step, error=error))
 

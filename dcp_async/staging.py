@@ -8,6 +8,7 @@ trainer's tensors any more. Few, large calls: beside a busy Python thread each r
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -15,7 +16,7 @@ from typing import Self
 
 import torch
 
-from ._concurrency import BlockingThreads, run_blocking
+from ._concurrency import BlockingThreads, StuckThreadError, run_blocking
 from .device import Backend, Event, TorchBackend
 from .errors import EngineStateError
 from .formats.distcp import BLOCK_BYTES
@@ -27,6 +28,8 @@ from .state import Captured, meta_error, padded_items
 MiB = 1 << 20
 _ASIDE_TENSOR_BYTES = 64 * 1024
 _ASIDE_BYTES = 8 * MiB
+_KEPT_PLANS = 4
+"""For how many plans views are kept: several engines may share a stager."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +96,15 @@ class _BatchViews:
     """Tensors that reach over the run's ends."""
 
 
+@dataclass(slots=True)
+class _PlanViews:
+    """The views of one plan, by run and place; holding plan and arena keeps their ids from being used
+    again."""
+
+    plan: CompiledPlan
+    batches: dict[tuple[int, int, int, int], tuple[Arena, _BatchViews]] = field(default_factory=dict)
+
+
 def flat_slices(
     shape: Sequence[int], start: int, stop: int
 ) -> Iterator[tuple[tuple[int | slice, ...], int, int]]:
@@ -157,7 +169,7 @@ class Stager:
         self.backend: Backend = backend or TorchBackend()
         self.pool = BufferPool(slot_bytes=options.part_bytes, budget_bytes=options.pool_bytes)
         self._threads: BlockingThreads | None = None
-        self._views: dict[tuple[int, int, int, int], tuple[CompiledPlan, Arena, _BatchViews]] = {}
+        self._views: OrderedDict[int, _PlanViews] = OrderedDict()
         self._pinned: Arena | None = None
 
     def __repr__(self) -> str:
@@ -217,7 +229,7 @@ class Stager:
         lease = await self.pool.lease(count)
         try:
             await run_blocking(self._threads, patience, self._copy, job, first, lease)
-        except TimeoutError:
+        except StuckThreadError:
             for index in range(lease.count):
                 self.pool.release(lease, index, lost=True)
             raise
@@ -257,10 +269,11 @@ class Stager:
     def _batch_views(
         self, plan: CompiledPlan, first: int, start: int, stop: int, lease: Lease
     ) -> _BatchViews:
+        kept = self._views.get(id(plan))
         key = (first, id(lease.arena), lease.first, lease.count)
-        known = self._views.get(key)
-        if known is not None and known[0] is plan and known[1] is lease.arena:
-            return known[2]
+        if kept is not None and key in kept.batches:
+            self._views.move_to_end(id(plan))
+            return kept.batches[key][1]
         layout = plan.layout
         views = _BatchViews([], [], [])
         for index in layout.tensors_between(start, stop):
@@ -277,8 +290,10 @@ class Stager:
             views.targets.append(flat.as_strided(shape, contiguous_strides(shape), at))
         # a small budget deals slots out in ever new combinations; views of those would only pile up
         if self.options.budget_bytes is None:
-            self._views = {other: entry for other, entry in self._views.items() if entry[0] is plan}
-            self._views[key] = (plan, lease.arena, views)
+            kept = self._views.setdefault(id(plan), _PlanViews(plan))
+            kept.batches[key] = (lease.arena, views)
+            if len(self._views) > _KEPT_PLANS:
+                self._views.popitem(last=False)
         return views
 
     def _cut(

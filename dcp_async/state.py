@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
@@ -28,7 +29,7 @@ from .formats.distcp import SECTOR_BYTES
 from .formats.structure import JSON, MAPPING_KINDS, list_node, mapping_node
 from .formats.zip_item import PLAIN_DTYPES, object_item, pad_item, slot_bytes
 
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 class CaptureError(ValueError):
@@ -78,7 +79,7 @@ def _is_terminal(values: list[Any]) -> bool:
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether its bytes can be copied raw; others go through ``torch.save``. A conjugate or negative view is
     resolved by the copy itself. Nested tensors are told apart later: asking each tensor would be felt."""
-    return type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided and tensor.dtype in PLAIN_DTYPES
+    return type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided and tensor.dtype in PLAIN_DTYPES
 
 
 @dataclass(slots=True)
@@ -156,7 +157,7 @@ class Walk:
             self.optimizers.append(stateful)
         try:
             inner = stateful.state_dict()
-        except Exception as error:  # the trainer's own code, which may raise anything
+        except (Exception, CheckpointException) as error:  # the trainer's own code, which may raise anything
             kind = type(error).__name__
             raise CaptureError(
                 f"{name}: {type(stateful).__name__}.state_dict() failed ({kind}: {error})"
@@ -254,8 +255,8 @@ class Structure:
     strides: list[tuple[int, ...] | None]
     """None where the tensor is row-major."""
     leaf_names: list[str]
-    exotic: list[int]
-    """Which leaves are tensors that go through ``torch.save``."""
+    exotic: list[tuple[int, str]]
+    """Which leaves are tensors that go through ``torch.save``, and what `.metadata` says of each."""
     slots: list[int]
     """Length of each leaf's slot."""
     containers: list[tuple[str, str, int, int]]
@@ -294,6 +295,8 @@ class Captured:
         self.tensors = []
         self.flat = None
         self.optimizers = []
+        self.leaf_items = []
+        self.tree = None
 
 
 def meta_error(name: str) -> CaptureError:
@@ -333,7 +336,11 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
         shapes=shapes,
         strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in tensors],
         leaf_names=walk.leaf_names,
-        exotic=[index for index, leaf in enumerate(walk.leaves) if isinstance(leaf, torch.Tensor)],
+        exotic=[
+            (index, f"{leaf.dtype} {leaf.layout} {leaf.size() if not leaf.is_nested else 'nested'}")
+            for index, leaf in enumerate(walk.leaves)
+            if isinstance(leaf, torch.Tensor)
+        ],
         slots=slots,
         containers=walk.containers,
         odd_keys=walk.odd_keys,

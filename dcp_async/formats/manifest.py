@@ -114,6 +114,9 @@ def decode_manifest(raw: bytes) -> Manifest:
             raise NewerVersionError(
                 f"it has format version {parts['version']}; this release reads up to {MANIFEST_VERSION}"
             )
+        step = parts["step"]
+        if not (step is None or type(step) is int) or not isinstance(parts["time"], (int, float)):
+            raise ManifestError(f"its step is {step!r}")
         return Manifest(
             checkpoint_id=parts["checkpoint_id"],
             uid=parts["uid"],
@@ -128,5 +131,5 @@ def decode_manifest(raw: bytes) -> Manifest:
             exotic=tuple(parts["exotic"]),
             notes=parts["notes"],
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
         raise ManifestError(f"it lacks what a manifest holds: {error}") from error

@@ -100,19 +100,25 @@ def is_remote(directory: Path) -> bool:
     return kind.startswith(_REMOTE)
 
 
-def _is_free(directory: Path, uid: str, max_age: float) -> bool:
+def _lock_if_free(directory: Path, uid: str, max_age: float) -> int | None:
+    """The lease's descriptor, locked, if nobody holds it; -1 if there is none; None if its save lives.
+
+    Locked until the leftovers are gone: a save that takes the lease meanwhile finds its file removed and
+    makes it anew.
+    """
     path = directory / f".lease-{uid}"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return True  # taken before the first file and released after publishing
+        return -1  # taken before the first file and released after publishing
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return not is_remote(directory) or time.time() - os.fstat(fd).st_mtime > max_age
+        if not is_remote(directory) or time.time() - os.fstat(fd).st_mtime > max_age:
+            return fd
     except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
+        logger.debug("%s belongs to a live save", path)
+    os.close(fd)
+    return None
 
 
 def _named_in(metadata: bytes, uids: set[str]) -> set[str] | None:
@@ -149,32 +155,45 @@ def sweep_directory(directory: Path, *, max_age: float) -> bool:
         and any(name.startswith("manifest-") for name in next(iter(by_uid.values())))
     ):
         return True  # the usual case: one checkpoint and its manifest
-    free = {uid for uid in by_uid if _is_free(directory, uid, max_age)}
-    if free:
-        try:
-            metadata = (directory / ".metadata").read_bytes()
-        except FileNotFoundError:
-            named: set[str] | None = set()
-        else:
-            candidates = {uid for uid in free if uid.encode() not in metadata}
-            # every candidate unnamed is the usual case only after a crash, so decoding is not on the usual
-            # path
-            named = _named_in(metadata, free) if candidates else free
-        if named is None:
+    locks: dict[str, int] = {}
+    try:
+        for uid in by_uid:
+            if (lock := _lock_if_free(directory, uid, max_age)) is not None:
+                locks[uid] = lock
+        if locks and not _sweep_free(directory, by_uid, set(locks)):
             logger.warning("%s: .metadata can't be read, so nothing is swept there", directory)
-            return False
-        for uid in free - named:
-            # the lease goes last: until then the leftovers stay recognisable as free
-            for name in sorted(by_uid[uid], key=lambda file: file.startswith(".lease-")):
-                (directory / name).unlink(missing_ok=True)
-            logger.info("swept %d files of the unfinished save %s from %s", len(by_uid[uid]), uid, directory)
-        for uid in free & named:  # published by a process that died before it had tidied up
-            for name in by_uid[uid]:
-                if name.startswith((".lease-", ".metadata-")):
-                    (directory / name).unlink(missing_ok=True)
-        if not committed and free - named:
-            remove_if_empty(directory)
+    finally:
+        for lock in locks.values():
+            if lock >= 0:
+                os.close(lock)
     return False
+
+
+def _sweep_free(directory: Path, by_uid: dict[str, list[str]], free: set[str]) -> bool:
+    """Delete what free leases leave behind; False if an unreadable `.metadata` protects the directory."""
+    committed = True
+    try:
+        metadata = (directory / ".metadata").read_bytes()
+    except FileNotFoundError:
+        named: set[str] | None = set()
+        committed = False
+    else:
+        # decoding is slow, and all are named but after a crash
+        named = free if all(uid.encode() in metadata for uid in free) else _named_in(metadata, free)
+    if named is None:
+        return False
+    for uid in free - named:
+        # the lease goes last: until then the leftovers stay recognisable as free
+        for name in sorted(by_uid[uid], key=lambda file: file.startswith(".lease-")):
+            (directory / name).unlink(missing_ok=True)
+        logger.info("swept %d files of the unfinished save %s from %s", len(by_uid[uid]), uid, directory)
+    for uid in free & named:  # published by a process that died before it had tidied up
+        for name in by_uid[uid]:
+            if name.startswith((".lease-", ".metadata-")):
+                (directory / name).unlink(missing_ok=True)
+    if not committed and free - named:
+        remove_if_empty(directory)
+    return True
 
 
 def remove_if_empty(directory: Path) -> None:

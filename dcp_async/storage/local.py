@@ -50,6 +50,15 @@ def _sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def _make_directory(path: Path) -> None:
+    """``mkdir -p`` that lasts: a directory whose own entry was not synced goes with a power cut."""
+    if not path.is_dir():
+        if not path.parent.is_dir():
+            _make_directory(path.parent)
+            _sync_directory(path.parent.parent)
+        path.mkdir(exist_ok=True)
+
+
 def _address(buffer: memoryview) -> int:
     if buffer.readonly or len(buffer) == 0:
         return 1  # ctypes can't look into it; an odd address says "not aligned"
@@ -217,7 +226,15 @@ class LocalStorage:
                     try:
                         status, committed = os.stat(os.path.join(entry.path, ".metadata")), True
                     except FileNotFoundError:
-                        status, committed = entry.stat(), False
+                        try:
+                            status, committed = entry.stat(), False
+                        except FileNotFoundError:  # removed meanwhile
+                            continue
+                    except (
+                        PermissionError,
+                        NotADirectoryError,
+                    ):  # lost+found and the like: whatever it is, it is not ours
+                        continue
                     found.append(
                         StoredCheckpoint(name=entry.name, committed=committed, modified=status.st_mtime)
                     )
@@ -286,7 +303,7 @@ class LocalTransaction:
     def _begin(
         cls, storage: LocalStorage, directory: Path, files: Mapping[str, int | None], uid: str, replace: bool
     ) -> LocalTransaction:
-        directory.mkdir(parents=True, exist_ok=True)
+        _make_directory(directory)
         if not replace and (directory / ".metadata").exists():
             raise FileExistsError(
                 errno.EEXIST, "a checkpoint of this name is committed", os.fspath(directory)
@@ -351,7 +368,8 @@ class LocalTransaction:
                 _sync_directory(self._directory)
                 _sync_directory(self._storage.root)
             except OSError:
-                if not replace:  # a save that fails must not appear; what replace overwrote can't come back
+                # a save that fails must not appear; what replace overwrote can't come back
+                if not replace and os.path.samefile(final, temporary):
                     final.unlink()
                     self._published = False
                 raise
@@ -428,7 +446,14 @@ class LocalReader:
         paths = await self._storage.run(
             "list", self._directory, lambda: sorted(self._directory.glob("manifest-*.json"))
         )
-        return [await self._read_small(path) for path in paths]
+        found = []
+        for path in paths:
+            try:
+                found.append(await self._read_small(path))
+            except StorageError as error:
+                if error.errno != errno.ENOENT:  # removed by a replace since it was listed
+                    raise
+        return found
 
     def _descriptor(self, file: str) -> int:
         if file not in self._fds:

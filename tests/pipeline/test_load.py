@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,32 @@ async def test_foreign_things_in_the_root_are_ignored(root: Path) -> None:
     assert (root / "notes.txt").read_text() == "hello"
     assert (root / "logs" / "x.log").read_text() == "hello"
     assert (root / "dangling").is_symlink()
+
+
+async def test_listing_survives_directories_that_vanish_meanwhile(root: Path) -> None:
+    """Another save is aborted, or another process sweeps, between the listing of a name and a look at it."""
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        names = [root / f"step-{n:08d}" for n in range(100, 140)]
+        while not stop.is_set():
+            for name in names:
+                name.mkdir()
+            for name in names:
+                name.rmdir()
+
+    async with CheckpointEngine(root) as engine:
+        await saved(engine, {"n": 1}, step=1)
+        thread = threading.Thread(target=come_and_go)
+        thread.start()
+        try:
+            for _ in range(200):
+                latest = await engine.latest()
+                assert latest is not None
+                assert latest.step == 1
+        finally:
+            stop.set()
+            thread.join()
 
 
 async def test_reading_makes_no_directory(root: Path) -> None:

@@ -10,6 +10,7 @@ import anyio
 import pytest
 import torch
 
+from dcp_async import EngineStateError
 from dcp_async._concurrency import BlockingThreads, LoopThread, Pipe, StuckThreadError, run_blocking
 
 
@@ -145,7 +146,7 @@ def test_loop_thread_runs_jobs_and_cancels_them_to_their_end() -> None:
     job = thread.submit(hang())
     assert started.wait(30)
     job.cancel()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(EngineStateError):
         asyncio.run(job.wait())
     assert ended.is_set()
     thread.stop()

@@ -32,7 +32,7 @@ class FakeAccelerator:
         self.pinned: dict[int, int] = {}
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.resident.add(tensor.data_ptr())
+        self.resident.add(tensor.untyped_storage().data_ptr())
         return tensor
 
     def launch(self, work: Any) -> None:
@@ -48,7 +48,7 @@ class FakeAccelerator:
         return {DEVICE for tensor in tensors if not self.is_on_host(tensor)}
 
     def is_on_host(self, tensor: torch.Tensor) -> bool:
-        return tensor.data_ptr() not in self.resident
+        return tensor.untyped_storage().data_ptr() not in self.resident
 
     def record(self, device: torch.device) -> FakeEvent:
         self.log.append("record")

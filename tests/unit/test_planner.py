@@ -93,9 +93,9 @@ def test_names_and_paths_equal_dcps(state: dict[str, Any]) -> None:
         with pytest.raises(CaptureError, match="two leaves"):
             capture(state, None)
         return
-    structure = capture(state, None).structure
-    assert set(structure.names) == set(flat)
-    assert planner_paths(structure) == paths
+    captured = capture(state, None)
+    assert set(captured.structure.names) == set(flat)
+    assert planner_paths(captured.tree) == paths
 
 
 @given(st.permutations([0, 1, 2]), st.lists(st.integers(1, 4), min_size=3, max_size=3))
