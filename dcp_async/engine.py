@@ -316,6 +316,8 @@ class CheckpointEngine:
             targets = capture_targets(state)
         except (CaptureError, CheckpointException) as error:
             raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
+        for response in self.pending:  # what is being staged must not change under the copy
+            yield Ended(response.staging_completion._future)
         (info, loaded), skipped = yield from self._try_each(
             source, lambda name: self._load_one(name, targets, strict=strict, atomic=atomic)
         )

@@ -308,6 +308,8 @@ async def load_into(
         into = {name: torch.empty_like(tensor) for name, tensor in into.items()}
     pipeline = LoadPipeline(contents, services)
     values, nbytes = await pipeline.read({**into, **match.open_tensors}, match.leaves, fresh=atomic)
+    # bytes were written past autograd: whoever saved one of these for backward must notice
+    torch.autograd.graph.increment_version([t for t in match.tensors.values() if not t.is_inference()])
     if atomic and into:
         await services.threads.run(torch._foreach_copy_, list(match.tensors.values()), list(into.values()))
     fresh: dict[str, Any] = {**values, **match.open_tensors}

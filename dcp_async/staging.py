@@ -319,16 +319,11 @@ class Stager:
     ) -> None:
         if events:
             pairs = list(zip(targets, sources, strict=True))
+            away = [pair for pair in pairs if not self.backend.is_on_host(pair[1])]
             for device, event in events.items():
-                there = [
-                    pair
-                    for pair in pairs
-                    if not self.backend.is_on_host(pair[1]) and pair[1].device == device
-                ]
+                there = away if len(events) == 1 else [pair for pair in away if pair[1].device == device]
                 if there:
-                    self.backend.copy_to_host(
-                        device, event, [pair[0] for pair in there], [pair[1] for pair in there]
-                    )
+                    self.backend.copy_to_host(device, event, *map(list, zip(*there, strict=True)))
             pairs = [pair for pair in pairs if self.backend.is_on_host(pair[1])]
             targets, sources = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         if sources:

@@ -181,6 +181,10 @@ class Walk:
         for key, value in mapping.items():
             below = f"{name}.{key}"
             if type(key) is not str:
+                if not isinstance(key, (str, int, float, bool, type(None))):
+                    raise CaptureError(
+                        f"{below}: a key of type {type(key).__name__} has no place here; use str or int"
+                    )
                 self.odd_keys.append((below, key))
             if isinstance(value, torch.Tensor) and _is_plain(
                 value

@@ -1,4 +1,5 @@
-"""Hypothesis for pure code: seeded, so that a red run can be repeated; no deadline, because machines are noisy."""
+"""Hypothesis for pure code: seeded, so that a red run can be repeated; no deadline, because machines are
+noisy."""
 
 from __future__ import annotations
 

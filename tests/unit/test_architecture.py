@@ -1,4 +1,5 @@
-"""Imports point one way, modules stay small, and torch's private names are imported where docs/architecture.md says."""
+"""Imports point one way, modules stay small, and torch's private names are imported where
+docs/architecture.md says."""
 
 from __future__ import annotations
 
@@ -94,7 +95,9 @@ def test_imports_have_no_circle() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_module_is_of_one_size_with_one_subject(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 520, "past about 500 lines a module holds two subjects: split it"
+    assert len(path.read_text().splitlines()) <= 520, (
+        "past about 500 lines a module holds two subjects: split it"
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)

@@ -94,8 +94,7 @@ async def test_pipe_ends_for_all_consumers_after_its_last_producer() -> None:
         await pipe.close()
 
     async def consume() -> None:
-        async for item in pipe:
-            seen.append(item)
+        seen.extend([item async for item in pipe])
 
     async with anyio.create_task_group() as group:
         for first in (0, 10, 20):

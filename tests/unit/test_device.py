@@ -23,7 +23,8 @@ class FakeEvent:
 
 
 class FakeAccelerator:
-    """Tensors it was told of lie on a device with one queue: work that was queued has not happened until it is run."""
+    """Tensors it was told of lie on a device with one queue: work that was queued has not happened until it
+    is run."""
 
     def __init__(self) -> None:
         self.resident: set[int] = set()
@@ -55,7 +56,11 @@ class FakeAccelerator:
         return FakeEvent(len(self.queue))
 
     def copy_to_host(
-        self, device: torch.device, event: Event, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+        self,
+        device: torch.device,
+        event: Event,
+        targets: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
     ) -> None:
         assert device == DEVICE
         assert isinstance(event, FakeEvent)
@@ -77,13 +82,15 @@ async def test_copies_follow_the_event_of_the_capture(root: Path) -> None:
     fake = FakeAccelerator()
     weights = fake.put(torch.zeros(100_000))
     on_host = torch.full((7,), 3.0)
-    async with Stager(StagingOptions(part_bytes=64 * 1024), backend=fake) as stager:
-        async with CheckpointEngine(root, staging=stager) as engine:
-            fake.launch(lambda: weights.fill_(1.0))  # queued before the capture: must be in the checkpoint
-            response = await engine.save({"w": weights, "h": on_host})
-            fake.launch(lambda: weights.fill_(2.0))
-            await response.upload_completion
-            saved = await engine.read()
+    async with (
+        Stager(StagingOptions(part_bytes=64 * 1024), backend=fake) as stager,
+        CheckpointEngine(root, staging=stager) as engine,
+    ):
+        fake.launch(lambda: weights.fill_(1.0))  # queued before the capture: must be in the checkpoint
+        response = await engine.save({"w": weights, "h": on_host})
+        fake.launch(lambda: weights.fill_(2.0))
+        await response.upload_completion
+        saved = await engine.read()
     assert torch.equal(saved["w"], torch.ones(100_000))
     assert torch.equal(saved["h"], on_host)
     assert fake.log[0] == "record"

@@ -60,7 +60,7 @@ def test_constants_do_not_depend_on_where_regions_are_cut(
     layout = distcp.plan_file(tensors, slots)
     image = _image(layout, cut)
     assert image == _image(layout, layout.image_bytes or 1)
-    inside = set()
+    inside: set[int] = set()
     for offset, nbytes in zip(layout.item_offsets, layout.item_bytes, strict=True):
         inside.update(range(offset, offset + nbytes))
     assert all(image[at] == 0 for at in range(layout.image_bytes) if at not in inside), "old bytes in a gap"
@@ -88,14 +88,12 @@ def test_tensors_between_finds_exactly_the_overlapping(
 ) -> None:
     layout = distcp.plan_file(tensors, [])
     start, stop = sorted((one, other))
-    found = [
-        index
-        for index in layout.tensors_between(start, stop)
-        if layout.payload_bytes[index]
-    ]
+    found = [index for index in layout.tensors_between(start, stop) if layout.payload_bytes[index]]
     assert found == [
         index
-        for index, (offset, nbytes) in enumerate(zip(layout.payload_offsets, layout.payload_bytes, strict=True))
+        for index, (offset, nbytes) in enumerate(
+            zip(layout.payload_offsets, layout.payload_bytes, strict=True)
+        )
         if nbytes and offset < stop and start < offset + nbytes
     ]
 

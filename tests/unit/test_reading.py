@@ -76,7 +76,9 @@ def test_spans_deliver_every_byte_once_and_verify_it(data: st.DataObject) -> Non
     nbytes = data.draw(st.integers(1, 6 * BLOCK_BYTES))
     content = bytearray((index * 2654435761) >> 13 & 0xFF for index in range(nbytes))
     digests = block_digests(memoryview(content))
-    pieces, targets, at = [], [], 0
+    pieces: list[reading.Piece] = []
+    targets: list[tuple[int, bytearray]] = []
+    at = 0
     while at < nbytes:
         at += data.draw(st.integers(0, BLOCK_BYTES + 7))
         size = min(data.draw(st.sampled_from([1, 100, 5000, BLOCK_BYTES, 3 * BLOCK_BYTES])), nbytes - at)
@@ -94,6 +96,7 @@ def test_spans_deliver_every_byte_once_and_verify_it(data: st.DataObject) -> Non
     if bad is not None:
         content[bad] ^= 1
     complained = False
+    named: set[str] = set()
     for span in spans:
         assert span.stop - span.start <= part
         buffers = reading.FetchBuffers(span)
@@ -107,14 +110,14 @@ def test_spans_deliver_every_byte_once_and_verify_it(data: st.DataObject) -> Non
             buffers.verify()
         except reading.DamagedError as error:
             complained = True
-            block = (bad or 0) // BLOCK_BYTES * BLOCK_BYTES
-            hit = {
-                f"t{index}"
-                for index, (start, target) in enumerate(targets)
-                if start < block + BLOCK_BYTES and block < start + len(target)
-            }
-            assert set(error.names) <= hit
+            named = set(error.names)
         buffers.scatter()
+    block = (bad or 0) // BLOCK_BYTES * BLOCK_BYTES
+    assert named <= {
+        f"t{index}"
+        for index, (start, target) in enumerate(targets)
+        if start < block + BLOCK_BYTES and block < start + len(target)
+    }
     read_at_all = bad is not None and any(span.start <= bad < span.stop for span in spans)
     assert complained == read_at_all
     for start, target in targets:
