@@ -371,7 +371,7 @@ def load_item(item: IO[bytes], trust: Trust) -> Any:
         module = pickle if trust.unsafe else _pickle_module(trust)
         options: dict[str, Any] = {"weights_only": False, "pickle_module": module, "mmap": False}
         return torch.load(item, map_location="cpu", **options)
-    except UntrustedGlobal:
+    except (UntrustedGlobal, MemoryError, NameError):  # no damage of the item's
         raise
     except Exception as error:  # torch and pickle raise nearly anything on damaged input
         raise ValueError(f"not a readable item: {error}") from error
