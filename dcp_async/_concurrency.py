@@ -168,7 +168,8 @@ class StuckThreadError(TimeoutError):
     reused."""
 
 
-def _settle(future: asyncio.Future[None]) -> None:
+def settle(future: asyncio.Future[None]) -> None:
+    """Mark ``future`` done unless it is; to be called on its loop."""
     if not future.done():
         future.set_result(None)
 
@@ -246,7 +247,7 @@ class BlockingThreads(concurrent.futures.Executor):
             self._abandoned = True
             waiters = list(self._waiters)
         for waiter in waiters:
-            waiter.get_loop().call_soon_threadsafe(_settle, waiter)
+            waiter.get_loop().call_soon_threadsafe(settle, waiter)
 
     @contextlib.contextmanager
     def abandonment(self) -> Iterator[asyncio.Future[None]]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ._concurrency import settle
 from .errors import StorageError
 
 
@@ -100,11 +101,6 @@ class Lease:
     def memory(self, start: int, stop: int) -> memoryview:
         """The lease's bytes [start, stop)."""
         return self.arena.memory[self.offset + start : self.offset + stop]
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class BufferPool:
@@ -223,7 +219,7 @@ class BufferPool:
             if not self._waiters or not (free or lost):
                 return
             loop, future = self._waiters.popleft()
-        loop.call_soon_threadsafe(_settle, future)
+        loop.call_soon_threadsafe(settle, future)
 
     def release(self, lease: Lease, index: int, *, lost: bool = False) -> None:
         """Give back slot ``index`` of ``lease``; ``lost`` if a hanging thread may still touch it."""

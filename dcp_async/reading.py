@@ -113,9 +113,6 @@ class Span:
     digests: array[int] | None
     """Checksums of the file's blocks; None if its writer recorded none."""
 
-    def buffers(self) -> FetchBuffers:
-        return FetchBuffers(self)
-
 
 class FetchBuffers:
     """The memory that one span is read into: large pieces directly, everything else through scratch."""
