@@ -35,7 +35,7 @@ from .options import Limits, Timeouts
 from .planner import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointHandle, CheckpointInfo, CheckpointRef, LoadReport
 from .staging import Stager, StagingOptions
-from .state import RNGState
+from .stateful import RNGState
 from .trust import Trust
 
 __version__ = "0.1.0.dev0"

@@ -41,12 +41,14 @@ from .outcome import save_error
 from .pipeline import SaveRequest
 from .planner import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
+from .restore import restore
 from .save_runner import SaveRunner
 from .staging import Stager, StagingOptions
-from .state import CaptureError, Targets, capture, capture_targets, restore
+from .state import Targets, capture, capture_targets
 from .storage.base import Storage
 from .storage.local import LocalStorage
 from .trust import Trust
+from .walk import CaptureError
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ tensor is written to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ._concurrency import BlockingThreads, Pipe, run_blocking
 from .catalog import Contents
@@ -25,8 +25,8 @@ from .errors import (
     LoadError,
     UntrustedCheckpointError,
 )
-from .formats.structure import JSON, build, children_of, kind_of, mapping_node, subtree
-from .formats.zip_item import PLAIN_DTYPES
+from .formats.structure import build
+from .matching import Match, check_strict, fresh_tensor, is_plain_meta, match_state
 from .pipeline import first_failure
 from .reading import Collector, CoverageError, DamagedError, FetchBuffers, Source, Span, make_spans
 from .state import Targets
@@ -47,25 +47,6 @@ class LoadServices:
 
 
 @dataclass(slots=True, kw_only=True)
-class Match:
-    """How a state and a checkpoint fit."""
-
-    tensors: dict[str, torch.Tensor]
-    """To be filled in place."""
-    leaves: list[str]
-    """To be replaced."""
-    open_tensors: dict[str, torch.Tensor]
-    """Fresh tensors for mappings that take whatever was saved below them."""
-    open_nodes: dict[str, JSON]
-    """The trees of those mappings."""
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
-    """Why names mismatch, in words."""
-
-
-@dataclass(slots=True, kw_only=True)
 class Loaded:
     """What a load gives to ``restore``."""
 
@@ -73,117 +54,6 @@ class Loaded:
     extra: dict[str, dict[Any, Any]]
     match: Match
     nbytes: int
-
-
-def _fresh(
-    meta: TensorStorageMetadata, strides: tuple[int, ...] | None, device: torch.device | str
-) -> torch.Tensor:
-    dtype = meta.properties.dtype
-    if strides is None:
-        return torch.empty(meta.size, dtype=dtype, device=device)
-    return torch.empty_strided(tuple(meta.size), strides, dtype=dtype, device=device)
-
-
-def _is_plain(meta: TensorStorageMetadata) -> bool:
-    """Whether an empty tensor of its kind can be made and filled."""
-    return meta.properties.dtype in PLAIN_DTYPES and meta.properties.layout is torch.strided
-
-
-def _is_expanded(tensor: torch.Tensor) -> bool:
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        return False
-    return any(step == 0 and extent > 1 for step, extent in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-def match_state(targets: Targets, contents: Contents) -> Match:
-    """Compare names, kinds, shapes and dtypes. Touches nothing."""
-    names = contents.names
-    match = Match(tensors={}, leaves=[], open_tensors={}, open_nodes={})
-    for name, tensor in targets.tensors.items():
-        meta = names.get(name)
-        if meta is None:
-            match.missing.append(name)
-        elif not isinstance(meta, TensorStorageMetadata):
-            match.mismatched.append(name)
-            match.reasons.append(f"{name} is a tensor in the state, but not in the checkpoint")
-        elif meta.size != tensor.shape or meta.properties.dtype != tensor.dtype:
-            match.mismatched.append(name)
-            match.reasons.append(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype} in the state, "
-                f"{tuple(meta.size)} {meta.properties.dtype} in the checkpoint"
-            )
-        elif _is_expanded(tensor):
-            match.mismatched.append(name)
-            match.reasons.append(f"{name} is expanded: its elements share one place; clone() it first")
-        elif tensor.is_meta:
-            match.mismatched.append(name)
-            match.reasons.append(f"{name} is on the meta device; materialise it first, e.g. with to_empty()")
-        else:
-            match.tensors[name] = tensor
-    for name in targets.leaves:
-        meta = names.get(name)
-        if meta is None:
-            match.missing.append(name)
-        elif isinstance(meta, BytesStorageMetadata):
-            match.leaves.append(name)
-        else:
-            match.mismatched.append(name)
-            match.reasons.append(f"{name} is a tensor in the checkpoint, but not in the state")
-    _match_open(targets, contents, match)
-    known = targets.tensors.keys() | targets.leaves
-    inside = tuple(f"{prefix}." for prefix in targets.prefixes)
-    taken = match.open_tensors.keys() | set(match.leaves)
-    match.unexpected = [
-        name
-        for name in names
-        if name not in known and name not in taken and (name in targets.prefixes or name.startswith(inside))
-    ]
-    # a container that was saved empty has no leaf, so an open mapping that stays empty misses nothing
-    return match
-
-
-def _match_open(targets: Targets, contents: Contents, match: Match) -> None:
-    """Open mappings take each child that they lack, whole."""
-    known = targets.tensors.keys() | targets.leaves
-    strides = contents.manifest.strides if contents.manifest else {}
-    exotic = set(contents.manifest.exotic) if contents.manifest else set()
-    for prefix in targets.open_mappings:
-        node = subtree(contents.structure, prefix)
-        kind = kind_of(node)
-        if kind is None or kind == "list":
-            continue
-        lacking = {
-            key: child
-            for key, child in children_of(node)
-            if not any(name == f"{prefix}.{key}" or name.startswith(f"{prefix}.{key}.") for name in known)
-        }
-        match.open_nodes[prefix] = mapping_node(kind, lacking)
-        heads = tuple(f"{prefix}.{key}" for key in lacking)
-        inside = tuple(f"{head}." for head in heads)
-        for name, meta in contents.names.items():
-            if name.startswith(inside) or name in heads:
-                if isinstance(meta, TensorStorageMetadata) and _is_plain(meta) and name not in exotic:
-                    match.open_tensors[name] = _fresh(meta, strides.get(name), "cpu")
-                else:
-                    match.leaves.append(name)
-
-
-def check_strict(match: Match, checkpoint_id: str) -> None:
-    """Raises IncompatibleStateError unless everything fits."""
-    parts = []
-    for what, names in (("missing in the checkpoint", match.missing), ("not in the state", match.unexpected)):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            parts.append(f"{what}: {', '.join(names[:5])}{more}")
-    if match.mismatched:
-        more = f" and {len(match.reasons) - 5} more" if len(match.reasons) > 5 else ""
-        parts.append("; ".join(match.reasons[:5]) + more)
-    if parts:
-        raise IncompatibleStateError(
-            f"checkpoint {checkpoint_id!r} does not fit the state ({'; '.join(parts)}); nothing was loaded. "
-            "Fix the state, or pass strict=False to load what fits",
-            checkpoint_id=checkpoint_id,
-        )
 
 
 class LoadPipeline:
@@ -362,13 +232,13 @@ async def read_fresh(
     exotic = set(contents.manifest.exotic) if contents.manifest else set()
     for name in wanted:
         meta = contents.names[name]
-        if isinstance(meta, TensorStorageMetadata) and name not in exotic and _is_plain(meta):
+        if isinstance(meta, TensorStorageMetadata) and name not in exotic and is_plain_meta(meta):
             # names that share their bytes come back as one tensor
             place = contents.places.get(MetadataIndex(name, meta.chunks[0].offsets)) if meta.chunks else None
             if place is not None and len(meta.chunks) == 1 and stored.setdefault(place, name) != name:
                 tied[name] = stored[place]
             else:
-                tensors[name] = _fresh(meta, strides.get(name), device)
+                tensors[name] = fresh_tensor(meta, strides.get(name), device)
         else:
             leaves.append(name)
     pipeline = LoadPipeline(contents, services)

@@ -30,7 +30,8 @@ from .formats.distcp import FileLayout, plan_file
 from .formats.manifest import structure_json
 from .formats.metadata import MetadataTemplate, metadata_template
 from .formats.structure import JSON, children_of, kind_of
-from .state import Captured, CaptureError, Structure
+from .state import Captured, Structure
+from .walk import CaptureError
 
 _RESOLVERS = ("resolve_data", "lookup_object", "transform_object")
 

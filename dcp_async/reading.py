@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from .formats.distcp import BLOCK_BYTES
 from .formats.zip_item import PLAIN_DTYPES, tensor_frame
-from .state import PLAIN_TENSORS
 from .trust import Trust, load_item
+from .walk import PLAIN_TENSORS
 
 _SMALL_BYTES = BLOCK_BYTES
 """Pieces below this are read through a scratch buffer and copied: a buffer of their own in the call would

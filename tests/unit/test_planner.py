@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dcp_async.planner import CompiledPlan, PlanningOptions, draft_plan, is_dense, planner_paths
-from dcp_async.state import CaptureError, capture
+from dcp_async.state import capture
+from dcp_async.walk import CaptureError
 
 
 class OwnPlanner(DefaultSavePlanner):

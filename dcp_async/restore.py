@@ -1,0 +1,69 @@
+"""restore(): hands what was read back to the trainer's objects.
+
+Enters: the caller's state, its Targets, values of leaves. Leaves: nothing; Statefuls got ``load_state_dict``,
+other leaves were replaced in the mapping that the caller passed. Runs in the caller's thread and in one
+piece.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, MutableMapping
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint.stateful import Stateful
+
+from .state import Targets
+
+
+def restore(
+    state: Mapping[str, Any], targets: Targets, values: Mapping[str, Any], extra: Mapping[str, Any]
+) -> None:
+    """Hand what was read back to ``state``; runs in the caller's thread.
+
+    Args:
+        values: name -> new value of a leaf (tensors were filled in place).
+        extra: name of an open mapping -> what it takes in addition.
+    """
+    walk = targets.walk
+    captured = {id(stateful): inner for _, stateful, inner in walk.statefuls}
+
+    def merged(name: str, value: Any) -> Any:
+        """``value`` with its leaves replaced; containers that change are copied, the trainer's own stay as
+        they are."""
+        if name in values:
+            return values[name]
+        if isinstance(value, Mapping):
+            updates = {key: merged(f"{name}.{key}", entry) for key, entry in value.items()}
+            changed = {key: entry for key, entry in updates.items() if entry is not value[key]} | extra.get(
+                name, {}
+            )
+            if not changed:
+                return value
+            made = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
+            for key, entry in changed.items():  # not update(): a Counter would add
+                made[key] = entry
+            return made
+        if isinstance(value, list):
+            entries = [merged(f"{name}.{index}", entry) for index, entry in enumerate(value)]
+            return entries if any(new is not old for new, old in zip(entries, value, strict=True)) else value
+        return value
+
+    def hand_back(container: Any, key: Any, name: str) -> None:
+        value = container[key]
+        if name in values:
+            container[key] = values[name]
+        elif isinstance(value, torch.Tensor):
+            return
+        elif id(value) in captured:
+            cast(Stateful, value).load_state_dict(merged(name, captured[id(value)]))
+        elif isinstance(value, Mapping):
+            for inner_key in list(value):
+                hand_back(value, inner_key, f"{name}.{inner_key}")
+        elif isinstance(value, list):
+            for index in range(len(value)):
+                hand_back(value, index, f"{name}.{index}")
+
+    for key in state:
+        hand_back(state, key, key)

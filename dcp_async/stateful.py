@@ -1,0 +1,44 @@
+"""Statefuls that we offer, and what counts as one.
+
+Enters: live objects of a trainer. Leaves: plain dicts of tensors and leaves by ``state_dict()``, and what
+``load_state_dict()`` puts back. Each is an ordinary DCP Stateful: stock's save and load take them too.
+Source: torch/distributed/checkpoint/stateful.py, state_dict.py.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+
+def is_stateful(value: object) -> bool:
+    """DCP's ``Stateful``, looked up on the type: the protocol's own isinstance costs microseconds per
+    leaf."""
+    cls = type(value)
+    return hasattr(cls, "state_dict") and hasattr(cls, "load_state_dict") and not isinstance(value, type)
+
+
+class RNGState:
+    """A Stateful that brings the random number generators back to where they were: torch's, Python's, and
+    numpy's if it is used."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        if "numpy" in sys.modules:
+            state["numpy"] = sys.modules["numpy"].random.get_state()
+        if torch.accelerator.is_available():
+            device = torch.accelerator.current_device_index()
+            state["accelerator"] = torch.get_device_module().get_rng_state(device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["torch"].cpu())
+        random.setstate(state["python"])
+        if "numpy" in state and "numpy" in sys.modules:
+            sys.modules["numpy"].random.set_state(state["numpy"])
+        if "accelerator" in state and torch.accelerator.is_available():
+            device = torch.accelerator.current_device_index()
+            torch.get_device_module().set_rng_state(state["accelerator"].cpu(), device)

@@ -1,0 +1,197 @@
+"""The walk over a state: its leaves as flat lists in one order, named as DCP's ``flatten_state_dict`` names
+them.
+
+Enters: a mapping of Statefuls, tensors, containers and picklable leaves. Leaves: a Walk, which refers to the
+live objects. Invariant: each ``state_dict()`` is called exactly once, in the order of the mapping, which is
+the same on all ranks.
+Source: torch/distributed/checkpoint/_traverse.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
+
+from .formats.structure import JSON, MAPPING_KINDS, list_node, mapping_node
+from .formats.zip_item import PLAIN_DTYPES
+from .stateful import is_stateful
+
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class CaptureError(ValueError):
+    """The state can't be saved as it is; the message names the leaf."""
+
+
+def _is_terminal(values: list[Any]) -> bool:
+    """Whether DCP pickles this list whole: it does unless a tensor or a mapping is in it."""
+    for entry in values:
+        if isinstance(entry, (torch.Tensor, Mapping)) or is_stateful(entry):
+            return False
+        if isinstance(entry, list) and not _is_terminal(entry):
+            return False
+    return True
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its bytes can be copied raw; others go through ``torch.save``. A conjugate or negative view is
+    resolved by the copy itself. Nested tensors are told apart later: asking each tensor would be felt."""
+    return type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided and tensor.dtype in PLAIN_DTYPES
+
+
+@dataclass(slots=True)
+class Walk:
+    """The leaves of a state, in DCP's order and by DCP's names."""
+
+    tensor_names: list[str] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    ties: list[tuple[str, int]] = field(default_factory=list)
+    """(name, index of the tensor that has the same bytes) of tensors that occur again; filled by
+    ``separate_ties``."""
+    leaf_names: list[str] = field(default_factory=list)
+    leaves: list[Any] = field(default_factory=list)
+    """Everything that is no plain tensor: pickled."""
+    containers: list[tuple[str, str, int, int]] = field(default_factory=list)
+    """(prefix, kind, size, leaves before it) of each container: with the names this is the whole
+    structure."""
+    odd_keys: list[tuple[str, object]] = field(default_factory=list)
+    """Mapping keys that are no str: (name below the key, key)."""
+    optimizers: list[Optimizer] = field(default_factory=list)
+    statefuls: list[tuple[str, Any, Any]] = field(default_factory=list)
+    """(prefix, the Stateful, what its state_dict() gave)."""
+
+    def visit(self, name: str, value: Any) -> None:
+        """Walk ``value``, which lies at ``name``."""
+        if isinstance(value, torch.Tensor):
+            if _is_plain(value):
+                self.tensor_names.append(name)
+                self.tensors.append(value)
+            else:
+                self.leaf_names.append(name)
+                self.leaves.append(value)
+        elif is_stateful(value):
+            self._visit_stateful(name, value)
+        elif isinstance(value, Mapping):
+            self._visit_mapping(name, value)
+        elif isinstance(value, list) and not _is_terminal(value):
+            self._enter(name, "list", len(value))
+            for index, entry in enumerate(value):
+                self.visit(f"{name}.{index}", entry)
+        else:
+            self.leaf_names.append(name)
+            self.leaves.append(value)
+
+    def demote_nested(self) -> None:
+        """Move tensors without a shape of their own to the leaves."""
+        nested = {id(tensor) for tensor in self.tensors if tensor.is_nested}
+        pairs = list(zip(self.tensor_names, self.tensors, strict=True))
+        self.leaf_names += [name for name, tensor in pairs if id(tensor) in nested]
+        self.leaves += [tensor for tensor in self.tensors if id(tensor) in nested]
+        self.tensor_names = [name for name, tensor in pairs if id(tensor) not in nested]
+        self.tensors = [tensor for tensor in self.tensors if id(tensor) not in nested]
+
+    def separate_ties(self) -> None:
+        """Keep one of each group of tensors that are the same view of the same memory: it is stored once."""
+        if len({tensor.data_ptr() for tensor in self.tensors}) == len(self.tensors):
+            return
+        first: dict[tuple[Any, ...], int] = {}
+        names, tensors = self.tensor_names, self.tensors
+        self.tensor_names, self.tensors = [], []
+        for name, tensor in zip(names, tensors, strict=True):
+            # an empty tensor has no memory to share
+            memory = tensor.data_ptr() if tensor.numel() else id(tensor)
+            lazy = (tensor.is_conj(), tensor.is_neg())
+            key = (tensor.device, memory, tensor.dtype, tensor.shape, tensor.stride(), lazy)
+            index = first.setdefault(key, len(self.tensors))
+            if index == len(self.tensors):
+                self.tensor_names.append(name)
+                self.tensors.append(tensor)
+            else:
+                self.ties.append((name, index))
+
+    def _visit_stateful(self, name: str, stateful: Any) -> None:
+        if isinstance(stateful, Optimizer):
+            self.optimizers.append(stateful)
+        try:
+            inner = stateful.state_dict()
+        except (Exception, CheckpointException) as error:  # the trainer's own code, which may raise anything
+            kind = type(error).__name__
+            raise CaptureError(
+                f"{name}: {type(stateful).__name__}.state_dict() failed ({kind}: {error})"
+            ) from error
+        if inspect.isawaitable(inner):
+            if inspect.iscoroutine(inner):
+                inner.close()
+            raise CaptureError(
+                f"{name}: {type(stateful).__name__}.state_dict() is asynchronous; a snapshot must be taken "
+                "in one piece, so give the state an object whose state_dict() returns a plain dict"
+            )
+        self.statefuls.append((name, stateful, inner))
+        self.visit(name, inner)
+
+    def _enter(self, name: str, kind: str, size: int) -> None:
+        self.containers.append((name, kind, size, len(self.tensor_names) + len(self.leaf_names)))
+
+    def _visit_mapping(self, name: str, mapping: Mapping[Any, Any]) -> None:
+        self._enter(name, MAPPING_KINDS.get(type(mapping), "dict"), len(mapping))
+        tensor_names, tensors = self.tensor_names, self.tensors
+        for key, value in mapping.items():
+            below = f"{name}.{key}"
+            if type(key) is not str:
+                if not isinstance(key, (str, int, float, bool, type(None))):
+                    raise CaptureError(
+                        f"{below}: a key of type {type(key).__name__} has no place here; use str or int"
+                    )
+                self.odd_keys.append((below, key))
+            if isinstance(value, torch.Tensor) and _is_plain(
+                value
+            ):  # inlined: the common case of a large state
+                tensor_names.append(below)
+                tensors.append(value)
+            else:
+                self.visit(below, value)
+
+
+def walk_state(state: Mapping[str, Any]) -> Walk:
+    """Visit every leaf of ``state``; calls each Stateful's ``state_dict()`` once, in the mapping's order."""
+    walk = Walk()
+    walk.containers.append(("", "root", len(state), 0))
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise CaptureError(f"the state's keys must be str; {key!r} is a {type(key).__name__}")
+        walk.visit(key, value)
+    return walk
+
+
+def duplicate_name(names: list[str]) -> str | None:
+    """A name that occurs twice, if one does: DCP's dotted names do not tell {"a.b": x} from {"a": {"b":
+    x}}."""
+    if len(set(names)) == len(names):
+        return None
+    return next(name for name, count in Counter(names).items() if count > 1)
+
+
+def structure_of(state: Mapping[str, Any], walk: Walk) -> JSON:
+    """The tree of containers, for the manifest."""
+    inner = {id(stateful): captured for _, stateful, captured in walk.statefuls}
+
+    def node(value: Any) -> JSON:
+        if isinstance(value, torch.Tensor):
+            return None
+        if is_stateful(value):
+            return node(inner[id(value)])
+        if isinstance(value, Mapping):
+            kind = MAPPING_KINDS.get(type(value), "dict")
+            return mapping_node(kind, {key: node(entry) for key, entry in value.items()})
+        if isinstance(value, list) and not _is_terminal(value):
+            return list_node([node(entry) for entry in value])
+        return None
+
+    return mapping_node("dict", {key: node(value) for key, value in state.items()})
