@@ -35,12 +35,13 @@ from .options import Limits, Timeouts
 from .planner import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointHandle, CheckpointInfo, CheckpointRef, LoadReport
 from .staging import Stager, StagingOptions
-from .stateful import RNGState
+from .stateful import AppState, RNGState
 from .trust import Trust
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AppState",
     "AsyncSaveResponse",
     "CheckpointEngine",
     "CheckpointError",

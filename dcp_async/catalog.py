@@ -31,7 +31,7 @@ from .errors import (
 )
 from .formats.distcp import Footer, FooterError, footer_span
 from .formats.manifest import Manifest, ManifestError, NewerVersionError, decode_manifest
-from .formats.structure import JSON, structure_from_paths
+from .formats.structure import Tree, leaf_names, structure_from_paths, tree_from_json
 from .response import CheckpointInfo, CheckpointRef
 from .storage.base import Reader, Storage, StoredCheckpoint
 from .trust import UntrustedGlobal, decode_metadata
@@ -61,11 +61,21 @@ class Contents:
         return self.metadata.state_dict_metadata
 
     @property
-    def structure(self) -> JSON:
+    def structure(self) -> Tree:
         """The tree that was saved; of stock's checkpoints, as far as ``planner_data`` tells (its keys are all
         str)."""
         if self.manifest is not None:
-            return self.manifest.structure
+            try:
+                tree = tree_from_json(self.manifest.structure)
+                if set(leaf_names(tree, "")) != self.names.keys():
+                    raise ValueError("its leaves are not the names in .metadata")
+                return tree
+            except ValueError as error:
+                name = self.info.checkpoint_id
+                raise CorruptCheckpointError(
+                    f"checkpoint {name!r}: its manifest has a tree that makes no sense: {error}",
+                    checkpoint_id=name,
+                ) from error
         return structure_from_paths(self.metadata.planner_data, list(self.names))
 
     async def close(self) -> None:

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -35,6 +35,7 @@ from .errors import (
 from .formats.structure import JSON
 from .lifetime import Lifetime
 from .load_pipeline import Loaded, LoadServices, load_into, read_fresh
+from .matching import Dtypes
 from .observer import Observer
 from .options import Limits, Timeouts
 from .outcome import save_error
@@ -293,6 +294,7 @@ class CheckpointEngine:
         *,
         strict: bool = True,
         atomic: bool = False,
+        dtypes: Dtypes = "exact",
     ) -> LoadReport:
         """Fill ``state`` from a checkpoint, verified; a failure before the first byte leaves it as it was.
 
@@ -303,16 +305,20 @@ class CheckpointEngine:
             strict: whether every name must fit. If not, what fits is loaded and the report lists the rest.
             atomic: read and verify everything before the first target is touched; costs the state's memory
                 once more.
+            dtypes: "exact" refuses a tensor that was saved with another dtype; "convert" converts it as
+                ``Tensor.copy_`` does, where torch can (not from complex to real, nor from float to int).
         Raises: CheckpointNotFoundError, CorruptCheckpointError, IncompatibleStateError,
         UntrustedCheckpointError, EngineStateError.
         Cancellation: waits for the reads in progress; targets may be partly filled.
         """
-        return await drive(self._loading(state, source, strict, atomic))
+        return await drive(self._loading(state, source, strict, atomic, dtypes))
 
     def _loading(
-        self, state: Mapping[str, Any], source: CheckpointRef, strict: bool, atomic: bool
+        self, state: Mapping[str, Any], source: CheckpointRef, strict: bool, atomic: bool, dtypes: Dtypes
     ) -> Verb[LoadReport]:
         self._life.check_open()
+        if dtypes not in get_args(Dtypes):
+            raise ValueError(f"dtypes is 'exact' or 'convert', not {dtypes!r}")
         started = time.monotonic()
         try:
             targets = capture_targets(state)
@@ -321,7 +327,7 @@ class CheckpointEngine:
         for response in self.pending:  # what is being staged must not change under the copy
             yield Ended(response.staging_completion._future)
         (info, loaded), skipped = yield from self._try_each(
-            source, lambda name: self._load_one(name, targets, strict=strict, atomic=atomic)
+            source, lambda name: self._load_one(name, targets, strict=strict, atomic=atomic, dtypes=dtypes)
         )
         try:
             restore(state, targets, loaded.values, loaded.extra)
@@ -386,12 +392,12 @@ class CheckpointEngine:
         raise first
 
     async def _load_one(
-        self, name: str, targets: Targets, *, strict: bool, atomic: bool
+        self, name: str, targets: Targets, *, strict: bool, atomic: bool, dtypes: Dtypes
     ) -> tuple[CheckpointInfo, Loaded]:
         contents = await self._catalog.open(name)
         try:
             return contents.info, await load_into(
-                contents, targets, self._load_services, strict=strict, atomic=atomic
+                contents, targets, self._load_services, strict=strict, atomic=atomic, dtypes=dtypes
             )
         finally:
             await contents.close()

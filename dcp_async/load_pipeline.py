@@ -9,7 +9,7 @@ tensor is written to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,12 @@ from .errors import (
     LoadError,
     UntrustedCheckpointError,
 )
-from .formats.structure import build
-from .matching import Match, check_strict, fresh_tensor, is_plain_meta, match_state
+from .formats.structure import Tree, build, children_of, leaf_names, pruned
+from .matching import Dtypes, Match, check_strict, fresh_tensor, is_plain_meta, match_state
 from .pipeline import first_failure
 from .reading import Collector, CoverageError, DamagedError, FetchBuffers, Source, Span, make_spans
 from .state import Targets
-from .trust import Trust, UntrustedGlobal
+from .trust import Trust, UntrustedGlobal, load_pickle
 
 _QUEUE_SPANS = 2
 
@@ -103,6 +103,14 @@ class LoadPipeline:
             raise explained from cause
         return values, small.nbytes + large.nbytes
 
+    def unpickle(self, raw: bytes) -> Any:
+        """A key of a mapping. Raises UntrustedCheckpointError."""
+        try:
+            return load_pickle(raw, self._services.trust)
+        except (UntrustedGlobal, ValueError) as error:
+            explained = self._explain(error, self._contents.info.checkpoint_id)
+            raise explained from error
+
     def _explain(self, error: BaseException, name: str) -> BaseException:
         state = "targets are partly overwritten" if self._touched else "nothing was loaded"
         if isinstance(error, UntrustedGlobal):
@@ -167,41 +175,40 @@ class LoadPipeline:
 
 
 async def load_into(
-    contents: Contents, targets: Targets, services: LoadServices, *, strict: bool, atomic: bool
+    contents: Contents,
+    targets: Targets,
+    services: LoadServices,
+    *,
+    strict: bool,
+    atomic: bool,
+    dtypes: Dtypes,
 ) -> Loaded:
     """Fill the targets' tensors and gather everything else that ``restore`` hands back."""
-    match = match_state(targets, contents)
+    match = match_state(targets, contents, dtypes=dtypes)
     if strict:
         check_strict(match, contents.info.checkpoint_id)
     into = match.tensors
     if atomic:
         into = {name: torch.empty_like(tensor) for name, tensor in into.items()}
     pipeline = LoadPipeline(contents, services)
-    values, nbytes = await pipeline.read({**into, **match.open_tensors}, match.leaves, fresh=atomic)
+    values, nbytes = await pipeline.read({**into, **match.fresh}, match.leaves, fresh=atomic)
     # bytes were written past autograd: whoever saved one of these for backward must notice
     torch.autograd.graph.increment_version([t for t in match.tensors.values() if not t.is_inference()])
     if atomic and into:
         await services.threads.run(torch._foreach_copy_, list(match.tensors.values()), list(into.values()))
-    fresh: dict[str, Any] = {**values, **match.open_tensors}
+    values |= match.fresh
     extra: dict[str, dict[Any, Any]] = {}
     for prefix, node in match.open_nodes.items():
-        taken = build(node, fresh.__getitem__, prefix)
-        owner = targets.open_mappings[prefix]
+        taken = build(node, values.__getitem__, pipeline.unpickle, prefix)
+        owner = targets.open_mappings[prefix].owner
         extra[prefix] = {_optimizer_key(owner, key): entry for key, entry in taken.items()}
     return Loaded(values=values, extra=extra, match=match, nbytes=nbytes)
 
 
-_ABSENT = object()
-"""Stands for leaves that were not asked for."""
-
-
 def _optimizer_key(owner: type, key: Any) -> Any:
     """Stock turns an optimizer's parameter numbers into text."""
-    return (
-        int(key)
-        if issubclass(owner, torch.optim.Optimizer) and isinstance(key, str) and key.isdigit()
-        else key
-    )
+    is_number = issubclass(owner, torch.optim.Optimizer) and isinstance(key, str) and key.isdigit()
+    return int(key) if is_number else key
 
 
 async def read_fresh(
@@ -211,26 +218,16 @@ async def read_fresh(
 
     Raises: LoadError for a key that is no name and no prefix of one.
     """
-    strides = contents.manifest.strides if contents.manifest else {}
-    wanted = list(contents.names)
+    structure = contents.structure
     if keys is not None:
-        wanted = []
-        for key in dict.fromkeys(keys):
-            below = [name for name in contents.names if name == key or name.startswith(f"{key}.")]
-            if not below:
-                heads = sorted({name.partition(".")[0] for name in contents.names})
-                raise LoadError(
-                    f"checkpoint {contents.info.checkpoint_id!r} holds nothing named {key!r}; "
-                    f"its names begin with {', '.join(heads[:10])}",
-                    checkpoint_id=contents.info.checkpoint_id,
-                )
-            wanted += below
+        structure = _chosen(structure, dict.fromkeys(keys), contents)
+    strides = contents.manifest.strides if contents.manifest else {}
     tensors: dict[str, torch.Tensor] = {}
     stored: dict[tuple[str, int, int], str] = {}
     tied: dict[str, str] = {}
     leaves: list[str] = []
     exotic = set(contents.manifest.exotic) if contents.manifest else set()
-    for name in wanted:
+    for name in leaf_names(structure, ""):
         meta = contents.names[name]
         if isinstance(meta, TensorStorageMetadata) and name not in exotic and is_plain_meta(meta):
             # names that share their bytes come back as one tensor
@@ -245,22 +242,18 @@ async def read_fresh(
     values, _ = await pipeline.read(tensors, leaves, fresh=True)
     found: dict[str, Any] = {**values, **tensors}
     found |= {name: tensors[first] for name, first in tied.items()}
-    tree = build(contents.structure, lambda name: found.get(name, _ABSENT))
-    return _without_absent(tree) if keys is not None else tree
+    whole: dict[str, Any] = build(structure, found.__getitem__, pipeline.unpickle)
+    return whole
 
 
-def _without_absent(tree: dict[Any, Any]) -> dict[Any, Any]:
-    """What ``keys`` asked for, in its place; containers without any of it go."""
-    kept: dict[Any, Any] = {}
-    for key, node in tree.items():
-        if isinstance(node, dict):
-            inner = _without_absent(node)
-            if inner:
-                kept[key] = inner
-        elif isinstance(node, list):
-            pruned = _without_absent(dict(enumerate(node)))
-            if pruned:
-                kept[key] = list(pruned.values())
-        elif node is not _ABSENT:
-            kept[key] = node
-    return kept
+def _chosen(structure: Tree, keys: Collection[str], contents: Contents) -> Tree:
+    """What of ``structure`` lies at or below ``keys``."""
+    for key in keys:
+        if not children_of(pruned(structure, (key,))):
+            heads = [str(head) for head, _ in children_of(structure)]
+            raise LoadError(
+                f"checkpoint {contents.info.checkpoint_id!r} holds nothing named {key!r}; "
+                f"its names begin with {', '.join(heads[:10])}",
+                checkpoint_id=contents.info.checkpoint_id,
+            )
+    return pruned(structure, keys)

@@ -6,41 +6,58 @@ is touched.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from .catalog import Contents
 from .errors import IncompatibleStateError
-from .formats.structure import JSON, children_of, kind_of, mapping_node, subtree
+from .formats.structure import Tree, children_of, kind_of, leaf_names, mapping_node, subtree
 from .formats.zip_item import PLAIN_DTYPES
 from .state import Targets
+
+Dtypes = Literal["exact", "convert"]
 
 
 @dataclass(slots=True, kw_only=True)
 class Match:
     """How a state and a checkpoint fit."""
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     """To be filled in place."""
-    leaves: list[str]
+    leaves: list[str] = field(default_factory=list)
     """To be replaced."""
-    open_tensors: dict[str, torch.Tensor]
-    """Fresh tensors for mappings that take whatever was saved below them."""
-    open_nodes: dict[str, JSON]
+    fresh: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors made by us, for mappings that take whatever was saved below them and in place of meta
+    tensors."""
+    open_nodes: dict[str, Tree] = field(default_factory=dict)
     """The trees of those mappings."""
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     """Why names mismatch, in words."""
+    convertible: bool = False
+    """Whether dtypes="convert" would help some of them."""
+
+    def mismatch(self, name: str, reason: str) -> None:
+        """``name`` does not fit because it ``reason``."""
+        self.mismatched.append(name)
+        self.reasons.append(f"{name} {reason}")
 
 
 def fresh_tensor(
-    meta: TensorStorageMetadata, strides: tuple[int, ...] | None, device: torch.device | str
+    meta: TensorStorageMetadata,
+    strides: tuple[int, ...] | None,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    dtype = meta.properties.dtype
+    """An empty tensor for what ``meta`` describes."""
+    dtype = dtype or meta.properties.dtype
     if strides is None:
         return torch.empty(meta.size, dtype=dtype, device=device)
     return torch.empty_strided(tuple(meta.size), strides, dtype=dtype, device=device)
@@ -57,44 +74,26 @@ def _is_expanded(tensor: torch.Tensor) -> bool:
     return any(step == 0 and extent > 1 for step, extent in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-def match_state(targets: Targets, contents: Contents) -> Match:
+def match_state(targets: Targets, contents: Contents, *, dtypes: Dtypes) -> Match:
     """Compare names, kinds, shapes and dtypes. Touches nothing."""
     names = contents.names
-    match = Match(tensors={}, leaves=[], open_tensors={}, open_nodes={})
+    match = Match()
+    given_up = _match_open(targets, contents, match)
+    exotic = _exotic(contents)
     for name, tensor in targets.tensors.items():
-        meta = names.get(name)
-        if meta is None:
-            match.missing.append(name)
-        elif not isinstance(meta, TensorStorageMetadata):
-            match.mismatched.append(name)
-            match.reasons.append(f"{name} is a tensor in the state, but not in the checkpoint")
-        elif meta.size != tensor.shape or meta.properties.dtype != tensor.dtype:
-            match.mismatched.append(name)
-            match.reasons.append(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype} in the state, "
-                f"{tuple(meta.size)} {meta.properties.dtype} in the checkpoint"
-            )
-        elif _is_expanded(tensor):
-            match.mismatched.append(name)
-            match.reasons.append(f"{name} is expanded: its elements share one place; clone() it first")
-        elif tensor.is_meta:
-            match.mismatched.append(name)
-            match.reasons.append(f"{name} is on the meta device; materialise it first, e.g. with to_empty()")
-        else:
-            match.tensors[name] = tensor
-    for name in targets.leaves:
+        if name not in given_up:
+            _match_tensor(name, tensor, contents, match, dtypes=dtypes, exotic=exotic, device=targets.device)
+    for name in targets.leaves - given_up:
         meta = names.get(name)
         if meta is None:
             match.missing.append(name)
         elif isinstance(meta, BytesStorageMetadata):
             match.leaves.append(name)
         else:
-            match.mismatched.append(name)
-            match.reasons.append(f"{name} is a tensor in the checkpoint, but not in the state")
-    _match_open(targets, contents, match)
+            match.mismatch(name, "is a tensor in the checkpoint, but not in the state")
     known = targets.tensors.keys() | targets.leaves
     inside = tuple(f"{prefix}." for prefix in targets.prefixes)
-    taken = match.open_tensors.keys() | set(match.leaves)
+    taken = match.fresh.keys() | set(match.leaves)
     match.unexpected = [
         name
         for name in names
@@ -104,30 +103,91 @@ def match_state(targets: Targets, contents: Contents) -> Match:
     return match
 
 
-def _match_open(targets: Targets, contents: Contents, match: Match) -> None:
-    """Open mappings take each child that they lack, whole."""
-    known = targets.tensors.keys() | targets.leaves
+def _exotic(contents: Contents) -> frozenset[str]:
+    return frozenset(contents.manifest.exotic) if contents.manifest else frozenset()
+
+
+def _match_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    contents: Contents,
+    match: Match,
+    *,
+    dtypes: Dtypes,
+    exotic: frozenset[str],
+    device: torch.device,
+) -> None:
+    meta = contents.names.get(name)
+    if meta is None:
+        match.missing.append(name)
+        return
+    if not isinstance(meta, TensorStorageMetadata):
+        match.mismatch(name, "is a tensor in the state, but not in the checkpoint")
+        return
+    saved = meta.properties.dtype
+    here, there = f"{tuple(tensor.shape)} {tensor.dtype}", f"{tuple(meta.size)} {saved}"
+    if meta.size != tensor.shape:
+        match.mismatch(name, f"is {here} in the state, {there} in the checkpoint")
+    elif saved != tensor.dtype and dtypes == "exact":
+        match.mismatch(name, f"is {here} in the state, {there} in the checkpoint")
+        match.convertible = match.convertible or torch.can_cast(saved, tensor.dtype)
+    elif saved != tensor.dtype and not torch.can_cast(saved, tensor.dtype):
+        match.mismatch(name, f"is {here} in the state; {saved}, as in the checkpoint, can't become that")
+    elif _is_expanded(tensor):
+        match.mismatch(name, "is expanded: its elements share one place; clone() it first")
+    elif not tensor.is_meta:
+        match.tensors[name] = tensor
+    elif is_plain_meta(meta) and name not in exotic:
+        match.fresh[name] = fresh_tensor(meta, None, device, tensor.dtype)
+    else:
+        match.leaves.append(name)
+
+
+def _match_open(targets: Targets, contents: Contents, match: Match) -> set[str]:
+    """Open mappings take each child that they lack, whole. Gives names of the state that a child replaces."""
+    if not targets.open_mappings:
+        return set()
+    known = sorted(targets.tensors.keys() | targets.leaves)
     strides = contents.manifest.strides if contents.manifest else {}
-    exotic = set(contents.manifest.exotic) if contents.manifest else set()
-    for prefix in targets.open_mappings:
-        node = subtree(contents.structure, prefix)
+    exotic = _exotic(contents)
+    structure = contents.structure
+    given_up: set[str] = set()
+    for prefix, mapping in targets.open_mappings.items():
+        node = subtree(structure, prefix)
         kind = kind_of(node)
         if kind is None or kind == "list":
             continue
-        lacking = {
-            key: child
-            for key, child in children_of(node)
-            if not any(name == f"{prefix}.{key}" or name.startswith(f"{prefix}.{key}.") for name in known)
-        }
-        match.open_nodes[prefix] = mapping_node(kind, lacking)
-        heads = tuple(f"{prefix}.{key}" for key in lacking)
-        inside = tuple(f"{head}." for head in heads)
-        for name, meta in contents.names.items():
-            if name.startswith(inside) or name in heads:
+        lacking = []
+        for key, child in children_of(node):
+            head = f"{prefix}.{key}"
+            here = _at_or_below(head, known)
+            there = leaf_names(child, head)
+            # an optimizer grows with its history: what does not have the saved form gives way to it
+            if here and not (mapping.is_optimizer_state and set(here) != set(there)):
+                continue
+            given_up.update(here)
+            lacking.append((key, child))
+            for name in there:
+                meta = contents.names[name]
                 if isinstance(meta, TensorStorageMetadata) and is_plain_meta(meta) and name not in exotic:
-                    match.open_tensors[name] = fresh_tensor(meta, strides.get(name), "cpu")
+                    match.fresh[name] = fresh_tensor(meta, strides.get(name), "cpu")
                 else:
                     match.leaves.append(name)
+        match.open_nodes[prefix] = mapping_node(kind, lacking)
+    return given_up
+
+
+def _at_or_below(head: str, names: Sequence[str]) -> list[str]:
+    """Those of ``names``, which are sorted, that are ``head`` or lie below it."""
+    found = []
+    at = bisect_left(names, head)
+    if at < len(names) and names[at] == head:
+        found.append(head)
+    at = bisect_left(names, f"{head}.")
+    while at < len(names) and names[at].startswith(f"{head}."):
+        found.append(names[at])
+        at += 1
+    return found
 
 
 def check_strict(match: Match, checkpoint_id: str) -> None:
@@ -141,8 +201,11 @@ def check_strict(match: Match, checkpoint_id: str) -> None:
         more = f" and {len(match.reasons) - 5} more" if len(match.reasons) > 5 else ""
         parts.append("; ".join(match.reasons[:5]) + more)
     if parts:
+        convert = (
+            "pass dtypes='convert' to convert where only the dtype differs, " if match.convertible else ""
+        )
         raise IncompatibleStateError(
             f"checkpoint {checkpoint_id!r} does not fit the state ({'; '.join(parts)}); nothing was loaded. "
-            "Fix the state, or pass strict=False to load what fits",
+            f"Fix the state, {convert}or pass strict=False to load what fits",
             checkpoint_id=checkpoint_id,
         )

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from .formats.distcp import FileLayout, plan_file
 from .formats.manifest import structure_json
 from .formats.metadata import MetadataTemplate, metadata_template
-from .formats.structure import JSON, children_of, kind_of
+from .formats.structure import Tree, children_of, kind_of
 from .state import Captured, Structure
 from .walk import CaptureError
 
@@ -222,12 +222,12 @@ def _check_items(structure: Structure, items: Mapping[str, WriteItem]) -> None:
             raise CaptureError(f"{name}: the planner and the state disagree on whether it is a tensor")
 
 
-def planner_paths(tree: JSON) -> dict[str, tuple[str | int, ...]]:
+def planner_paths(tree: Tree) -> dict[str, tuple[str | int, ...]]:
     """DCP's ``planner_data``: name -> path, as its ``flatten_state_dict`` gives it (str for keys, int in
     lists)."""
     paths: dict[str, tuple[str | int, ...]] = {}
 
-    def visit(node: JSON, name: str, path: tuple[str | int, ...]) -> None:
+    def visit(node: Tree, name: str, path: tuple[str | int, ...]) -> None:
         kind = kind_of(node)
         if kind is None:
             paths[name] = path

@@ -14,7 +14,9 @@ from typing import Any, cast
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
+from .materialise import below, materialise
 from .state import Targets
+from .stateful import AppState
 
 
 def restore(
@@ -23,11 +25,16 @@ def restore(
     """Hand what was read back to ``state``; runs in the caller's thread.
 
     Args:
-        values: name -> new value of a leaf (tensors were filled in place).
+        values: name -> new value of a leaf or of a tensor on the meta device (others were filled in place).
         extra: name of an open mapping -> what it takes in addition.
     """
-    walk = targets.walk
-    captured = {id(stateful): inner for _, stateful, inner in walk.statefuls}
+    # first of all: an optimizer casts its state to the device that it finds its parameters on
+    for prefix, stateful, _ in targets.walk.statefuls:
+        if isinstance(stateful, AppState):
+            materialise(stateful.model, below(f"{prefix}.model", values))
+        elif isinstance(stateful, torch.nn.Module):
+            materialise(stateful, below(prefix, values))
+    captured = {id(stateful): inner for _, stateful, inner in targets.walk.statefuls}
 
     def merged(name: str, value: Any) -> Any:
         """``value`` with its leaves replaced; containers that change are copied, the trainer's own stay as

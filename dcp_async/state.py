@@ -18,8 +18,9 @@ import torch
 from torch.optim import Optimizer
 
 from .formats.distcp import SECTOR_BYTES
-from .formats.structure import JSON
+from .formats.structure import Tree
 from .formats.zip_item import object_item, pad_item, slot_bytes
+from .stateful import AppState
 from .walk import CaptureError, Walk, duplicate_name, structure_of, walk_state
 
 
@@ -54,7 +55,7 @@ class Structure:
     slots: list[int]
     """Length of each leaf's slot."""
     containers: list[tuple[str, str, int, int]]
-    odd_keys: list[tuple[str, object]]
+    odd_keys: list[tuple[str, type, object]]
     ties: list[tuple[str, int]]
     """Names that share the bytes of an earlier tensor."""
 
@@ -69,7 +70,7 @@ class Captured:
     """A state at one moment: tensors by reference, everything else by value."""
 
     structure: Structure
-    tree: JSON
+    tree: Tree
     """None if the structure equals the one that was given to ``capture``."""
     flat: dict[str, Any] | None
     """Name -> leaf for DCP's planner; None likewise."""
@@ -143,7 +144,7 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
     for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
         if isinstance(leaf, torch.Tensor) and leaf.is_meta:
             raise meta_error(name)
-    tree: JSON = None
+    tree: Tree = None
     flat: dict[str, Any] | None = None
     if structure != previous:
         if twice := duplicate_name(names + walk.leaf_names):
@@ -168,6 +169,16 @@ def padded_items(captured: Captured) -> Iterator[bytes]:
         yield pad_item(item, slot)
 
 
+@dataclass(frozen=True, slots=True)
+class OpenMapping:
+    """A mapping of a Stateful that takes what was saved below it and is not there."""
+
+    owner: type
+    """The Stateful's."""
+    is_optimizer_state: bool
+    """Whether it also takes what was saved in another form than is there."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Targets:
     """Where a load puts what it reads."""
@@ -177,10 +188,12 @@ class Targets:
     """Name -> tensor to fill in place, plain or not."""
     leaves: set[str]
     """Names of other leaves: replaced."""
-    open_mappings: dict[str, type]
-    """Mappings that take what was saved below them: name -> type of the Stateful that they belong to."""
+    open_mappings: dict[str, OpenMapping]
+    """Mappings that take what was saved below them, by name."""
     prefixes: set[str]
     """Top-level names of the state."""
+    device: torch.device
+    """Where tensors are made that take the place of those on the meta device."""
 
 
 def capture_targets(state: Mapping[str, Any]) -> Targets:
@@ -197,17 +210,21 @@ def capture_targets(state: Mapping[str, Any]) -> Targets:
             tensors[name] = leaf
         else:
             leaves.add(name)
-    open_mappings: dict[str, type] = {}
+    open_mappings: dict[str, OpenMapping] = {}
     for prefix, stateful, _ in walk.statefuls:
         for name, kind, size, _ in walk.containers:
-            if (
-                kind in ("dict", "odict", "counter")
-                and size == 0
-                and (name == prefix or name.startswith(f"{prefix}."))
-            ):
-                open_mappings[name] = type(stateful)
+            if kind != "list" and size == 0 and (name == prefix or name.startswith(f"{prefix}.")):
+                open_mappings[name] = OpenMapping(type(stateful), False)
         if isinstance(stateful, Optimizer):
-            open_mappings[f"{prefix}.state"] = type(stateful)
+            open_mappings[f"{prefix}.state"] = OpenMapping(type(stateful), True)
+        elif isinstance(stateful, AppState):
+            open_mappings[f"{prefix}.optim.state"] = OpenMapping(type(stateful), True)
+    device = torch.get_default_device()
     return Targets(
-        walk=walk, tensors=tensors, leaves=leaves, open_mappings=open_mappings, prefixes=set(state)
+        walk=walk,
+        tensors=tensors,
+        leaves=leaves,
+        open_mappings=open_mappings,
+        prefixes=set(state),
+        device=torch.device("cpu") if device.type == "meta" else device,
     )

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import Optimizer
 
 
 def is_stateful(value: object) -> bool:
@@ -42,3 +45,58 @@ class RNGState:
         if "accelerator" in state and torch.accelerator.is_available():
             device = torch.accelerator.current_device_index()
             torch.get_device_module().set_rng_state(state["accelerator"].cpu(), device)
+
+
+class AppState:
+    """A Stateful of a model and its optimizers by canonical names, so that a checkpoint does not depend on
+    how the model is wrapped: compiled, DDP, FSDP and activation-checkpointed models share it with the plain
+    one.
+
+    torch's ``get_state_dict`` and ``set_state_dict`` do the work. They need the state of an optimizer that
+    has not stepped yet, and make it by a step with a learning rate of 0. The same for each of ``optimizers``
+    goes into one mapping, so a parameter may be in one of them only.
+
+    Args:
+        model: the module, wrapped or not.
+        optimizers: one or several over its parameters.
+        options: torch's ``StateDictOptions``, for both directions.
+    Raises: TypeError for arguments of other types.
+    Source: torch/distributed/checkpoint/state_dict.py.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizers: Optimizer | Iterable[Optimizer] = (),
+        *,
+        options: StateDictOptions | None = None,
+    ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"AppState(model) takes a torch.nn.Module, not a {type(model).__name__}")
+        self.model = model
+        self.optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+        for optimizer in self.optimizers:
+            if not isinstance(optimizer, Optimizer):
+                raise TypeError(
+                    "AppState(optimizers) takes torch.optim.Optimizer objects, "
+                    f"not a {type(optimizer).__name__}"
+                )
+        self.options = options
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+        return f"<AppState {type(self.model).__name__} with {kinds or 'no optimizer'}>"
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"model": {name: tensor}, "optim": {"state": ..., "param_groups": ...}}``."""
+        model, optim = get_state_dict(self.model, self.optimizers, options=self.options)
+        return {"model": model, "optim": optim} if self.optimizers else {"model": model}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_state_dict(
+            self.model,
+            self.optimizers,
+            model_state_dict=state["model"],
+            optim_state_dict=state.get("optim", {}),
+            options=self.options,
+        )

@@ -17,6 +17,7 @@ from . import engine
 from ._drive import drive_blocking
 from .coordinator import Coordination
 from .formats.structure import JSON
+from .matching import Dtypes
 from .observer import Observer
 from .options import Limits, Timeouts
 from .planner import PlanningOptions
@@ -92,9 +93,10 @@ class CheckpointEngine:
         *,
         strict: bool = True,
         atomic: bool = False,
+        dtypes: Dtypes = "exact",
     ) -> LoadReport:
         """Fill ``state`` from a checkpoint, verified."""
-        return drive_blocking(self._engine._loading(state, source, strict, atomic))
+        return drive_blocking(self._engine._loading(state, source, strict, atomic, dtypes))
 
     def read(
         self,

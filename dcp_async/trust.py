@@ -359,6 +359,17 @@ def _check_archive(item: IO[bytes]) -> None:
         raise UntrustedGlobal("a TorchScript archive")
 
 
+def load_pickle(raw: bytes, trust: Trust) -> Any:
+    """The object of a plain pickle. Raises: UntrustedGlobal; ValueError if it is damaged."""
+    module: Any = pickle if trust.unsafe else _pickle_module(trust)
+    try:
+        return module.load(io.BytesIO(raw))
+    except (UntrustedGlobal, MemoryError, NameError):  # no damage of the pickle's
+        raise
+    except Exception as error:  # pickle raises nearly anything on damaged input
+        raise ValueError(f"not a readable pickle: {error}") from error
+
+
 def load_item(item: IO[bytes], trust: Trust) -> Any:
     """The object or tensor of one DCP item, on the CPU.
 

@@ -19,9 +19,9 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from .formats.structure import JSON, MAPPING_KINDS, list_node, mapping_node
+from .formats.structure import Tree, list_node, mapping_kind, mapping_node, pickled_key
 from .formats.zip_item import PLAIN_DTYPES
-from .stateful import is_stateful
+from .stateful import AppState, is_stateful
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -61,8 +61,8 @@ class Walk:
     containers: list[tuple[str, str, int, int]] = field(default_factory=list)
     """(prefix, kind, size, leaves before it) of each container: with the names this is the whole
     structure."""
-    odd_keys: list[tuple[str, object]] = field(default_factory=list)
-    """Mapping keys that are no str: (name below the key, key)."""
+    odd_keys: list[tuple[str, type, object]] = field(default_factory=list)
+    """Mapping keys that are no str: (name below the key, its type, key)."""
     optimizers: list[Optimizer] = field(default_factory=list)
     statefuls: list[tuple[str, Any, Any]] = field(default_factory=list)
     """(prefix, the Stateful, what its state_dict() gave)."""
@@ -119,6 +119,8 @@ class Walk:
     def _visit_stateful(self, name: str, stateful: Any) -> None:
         if isinstance(stateful, Optimizer):
             self.optimizers.append(stateful)
+        elif isinstance(stateful, AppState):
+            self.optimizers.extend(stateful.optimizers)
         try:
             inner = stateful.state_dict()
         except (Exception, CheckpointException) as error:  # the trainer's own code, which may raise anything
@@ -139,17 +141,22 @@ class Walk:
     def _enter(self, name: str, kind: str, size: int) -> None:
         self.containers.append((name, kind, size, len(self.tensor_names) + len(self.leaf_names)))
 
+    def _visit_odd_key(self, below: str, key: object) -> None:
+        try:
+            pickled_key(key)
+        except Exception as error:  # pickling runs the key's own code, which may raise anything
+            raise CaptureError(
+                f"{below}: a key of type {type(key).__name__} can't be pickled ({error}); use a str or an int"
+            ) from error
+        self.odd_keys.append((below, type(key), key))
+
     def _visit_mapping(self, name: str, mapping: Mapping[Any, Any]) -> None:
-        self._enter(name, MAPPING_KINDS.get(type(mapping), "dict"), len(mapping))
+        self._enter(name, mapping_kind(mapping), len(mapping))
         tensor_names, tensors = self.tensor_names, self.tensors
         for key, value in mapping.items():
             below = f"{name}.{key}"
             if type(key) is not str:
-                if not isinstance(key, (str, int, float, bool, type(None))):
-                    raise CaptureError(
-                        f"{below}: a key of type {type(key).__name__} has no place here; use str or int"
-                    )
-                self.odd_keys.append((below, key))
+                self._visit_odd_key(below, key)
             if isinstance(value, torch.Tensor) and _is_plain(
                 value
             ):  # inlined: the common case of a large state
@@ -178,20 +185,19 @@ def duplicate_name(names: list[str]) -> str | None:
     return next(name for name, count in Counter(names).items() if count > 1)
 
 
-def structure_of(state: Mapping[str, Any], walk: Walk) -> JSON:
+def structure_of(state: Mapping[str, Any], walk: Walk) -> Tree:
     """The tree of containers, for the manifest."""
     inner = {id(stateful): captured for _, stateful, captured in walk.statefuls}
 
-    def node(value: Any) -> JSON:
+    def node(value: Any) -> Tree:
         if isinstance(value, torch.Tensor):
             return None
         if is_stateful(value):
             return node(inner[id(value)])
         if isinstance(value, Mapping):
-            kind = MAPPING_KINDS.get(type(value), "dict")
-            return mapping_node(kind, {key: node(entry) for key, entry in value.items()})
+            return mapping_node(mapping_kind(value), ((key, node(entry)) for key, entry in value.items()))
         if isinstance(value, list) and not _is_terminal(value):
             return list_node([node(entry) for entry in value])
         return None
 
-    return mapping_node("dict", {key: node(value) for key, value in state.items()})
+    return mapping_node("dict", ((key, node(value)) for key, value in state.items()))

@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from .structure import JSON
+from .structure import JSON, Tree, tree_to_json
 
 MANIFEST_VERSION = 1
 
@@ -53,7 +53,7 @@ class Manifest:
     """xxh3_64 of the bytes of `.metadata`."""
     files: tuple[FileEntry, ...]
     structure: JSON
-    """The tree that was saved; see state.py."""
+    """The tree that was saved, as ``tree_to_json`` encodes it."""
     strides: Mapping[str, tuple[int, ...]]
     """Original strides, in elements, of tensors that were not row-major."""
     exotic: tuple[str, ...]
@@ -61,9 +61,9 @@ class Manifest:
     notes: Mapping[str, JSON] = field(default_factory=dict)
 
 
-def structure_json(structure: JSON, strides: Mapping[str, tuple[int, ...]], exotic: tuple[str, ...]) -> str:
+def structure_json(structure: Tree, strides: Mapping[str, tuple[int, ...]], exotic: tuple[str, ...]) -> str:
     """The part of a manifest that stays the same from save to save, encoded once per plan."""
-    parts = {"structure": structure, "strides": strides, "exotic": exotic}
+    parts = {"structure": tree_to_json(structure), "strides": strides, "exotic": exotic}
     return json.dumps(parts, separators=(",", ":"))[1:-1]
 
 
@@ -131,5 +131,7 @@ def decode_manifest(raw: bytes) -> Manifest:
             exotic=tuple(parts["exotic"]),
             notes=parts["notes"],
         )
-    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+    except ManifestError:
+        raise
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ManifestError(f"it lacks what a manifest holds: {error}") from error

@@ -1,69 +1,193 @@
-"""The tree of containers that was saved, as JSON in the manifest: keys and kinds that DCP's dotted names
-lose.
+"""The tree of containers that was saved: keys and kinds that DCP's dotted names lose.
 
-A leaf is null; a mapping is [kind, {key: node}], or [kind, [[key, node], ...]] if a key is no str; a list is
-["list", [node, ...]]. Leaves have no name of their own: it follows from the path. Enters and leaves: such
-trees.
+A leaf is None; a mapping is [kind, [[key, node], ...]], a list ["list", [node, ...]]. Leaves have no name of
+their own: it follows from the path. The manifest holds the tree as JSON: there a mapping whose keys are all
+str is [kind, {key: node}], and a key that JSON has no word for is {"text": str(key), "pickle": base64}; such
+a key stays a PickledKey until ``build`` needs it, so that nothing is unpickled to look at a tree.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+import base64
+import pickle
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
+Tree: TypeAlias = "list[Any] | None"
 
-MAPPING_KINDS: dict[type, str] = {dict: "dict", OrderedDict: "odict", Counter: "counter"}
-"""Exact types that come back as themselves; any other mapping comes back as a dict."""
+_KINDS: dict[type, str] = {dict: "dict", OrderedDict: "odict", Counter: "counter"}
+_FACTORIES: dict[str, Callable[[], Any]] = {
+    factory.__name__: factory for factory in (bool, bytes, dict, float, int, list, set, str, tuple)
+}
+_PLAIN_KEYS = (str, bool, int, float, type(None))
 
 
-def mapping_node(kind: str, children: Mapping[Any, JSON]) -> JSON:
+@dataclass(frozen=True, slots=True)
+class PickledKey:
+    """A mapping's key that is still pickled."""
+
+    text: str
+    """Its ``str()``, which names are made of."""
+    raw: bytes
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def mapping_kind(mapping: Mapping[Any, Any]) -> str:
+    """What ``mapping`` comes back as: a dict, if it is of no kind that is known here."""
+    kind = _KINDS.get(type(mapping))
+    if kind is not None:
+        return kind
+    if type(mapping) is defaultdict:
+        factory = mapping.default_factory
+        name = "" if factory is None else getattr(factory, "__name__", "?")
+        if factory is None or _FACTORIES.get(name) is factory:
+            return f"defaultdict:{name}"
+    return "dict"
+
+
+def make_mapping(kind: str, entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping of ``kind`` with ``entries``."""
+    made = dict(entries)
+    if kind == "odict":
+        return OrderedDict(made)
+    if kind == "counter":
+        return Counter(made)
+    if kind.startswith("defaultdict:"):
+        return defaultdict(_FACTORIES.get(kind.partition(":")[2]), made)
+    return made
+
+
+def mapping_node(kind: str, children: Iterable[tuple[Any, Tree]]) -> Tree:
     """The node of a mapping."""
-    if all(type(key) is str for key in children):
-        return [kind, dict(children)]
-    return [kind, [[_json_key(key), child] for key, child in children.items()]]
+    return [kind, [[key, child] for key, child in children]]
 
 
-def list_node(children: list[JSON]) -> JSON:
+def list_node(children: list[Tree]) -> Tree:
     """The node of a list."""
     return ["list", children]
 
 
-def _json_key(key: object) -> JSON:
-    return key if isinstance(key, (str, bool, int, float)) or key is None else str(key)
+def pickled_key(key: object) -> bytes | None:
+    """The pickle of a key that JSON has no word for, None of any other. Raises what pickling it raises."""
+    return None if type(key) in _PLAIN_KEYS else pickle.dumps(key, protocol=2)
 
 
-def kind_of(node: JSON) -> str | None:
-    """The kind of a container, None for a leaf."""
-    return cast("str", node[0]) if isinstance(node, list) else None
-
-
-def children_of(node: JSON) -> list[tuple[Any, JSON]]:
-    """(key or index, node) of each child; none of a leaf."""
-    if not isinstance(node, list):
-        return []
-    kind, entries = cast("tuple[str, Any]", tuple(node))
+def tree_to_json(node: Tree) -> JSON:
+    """``node`` as the manifest holds it."""
+    if node is None:
+        return None
+    kind, entries = node
     if kind == "list":
-        return list(enumerate(entries))
-    return list(entries.items()) if isinstance(entries, dict) else [(key, child) for key, child in entries]
+        return [kind, [tree_to_json(child) for child in entries]]
+    if all(type(key) is str for key, _ in entries):
+        return [kind, {key: tree_to_json(child) for key, child in entries}]
+    return [kind, [[_key_to_json(key), tree_to_json(child)] for key, child in entries]]
 
 
-def build(node: JSON, leaf: Callable[[str], Any], name: str = "") -> Any:
+def _key_to_json(key: Any) -> JSON:
+    raw = pickled_key(key)
+    return (
+        cast(JSON, key)
+        if raw is None
+        else {
+            "text": str(key),
+            "pickle": base64.b64encode(raw).decode(),
+        }
+    )
+
+
+def tree_from_json(node: JSON) -> Tree:
+    """The inverse of ``tree_to_json``, but for keys that were pickled. Raises ValueError for what is no
+    tree."""
+    if node is None:
+        return None
+    if not isinstance(node, list) or len(node) != 2:
+        raise ValueError(f"{str(node)[:50]!r} is no node of a tree")
+    kind, entries = node
+    if kind == "list" and isinstance(entries, list):
+        return list_node([tree_from_json(child) for child in entries])
+    if isinstance(kind, str) and isinstance(entries, dict):
+        return mapping_node(kind, ((key, tree_from_json(child)) for key, child in entries.items()))
+    if not isinstance(kind, str) or not isinstance(entries, list):
+        raise ValueError(f"{str(kind)[:50]!r} is no kind of container")
+    children = []
+    for entry in entries:
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise ValueError(f"{str(entry)[:50]!r} is no entry of a mapping")
+        children.append((_key_from_json(entry[0]), tree_from_json(entry[1])))
+    return mapping_node(kind, children)
+
+
+def _key_from_json(key: JSON) -> Any:
+    if isinstance(key, dict) and isinstance(key.get("pickle"), str):
+        return PickledKey(str(key.get("text")), base64.b64decode(str(key["pickle"])))
+    if not isinstance(key, _PLAIN_KEYS):
+        raise ValueError(f"{str(key)[:50]!r} is no key")
+    return key
+
+
+def kind_of(node: Tree) -> str | None:
+    """The kind of a container, None for a leaf."""
+    return cast("str", node[0]) if node is not None else None
+
+
+def children_of(node: Tree) -> list[tuple[Any, Tree]]:
+    """(key or index, node) of each child; none of a leaf."""
+    if node is None:
+        return []
+    kind, entries = node
+    return list(enumerate(entries)) if kind == "list" else [(key, child) for key, child in entries]
+
+
+def build(node: Tree, leaf: Callable[[str], Any], unpickle: Callable[[bytes], Any], name: str = "") -> Any:
     """Containers as they were, with ``leaf(name)`` at the leaves. ``name`` is where ``node`` lies."""
     kind = kind_of(node)
     if kind is None:
         return leaf(name)
+    made = [
+        (
+            unpickle(key.raw) if isinstance(key, PickledKey) else key,
+            build(child, leaf, unpickle, f"{name}.{key}" if name else str(key)),
+        )
+        for key, child in children_of(node)
+    ]
+    return [value for _, value in made] if kind == "list" else make_mapping(kind, made)
+
+
+def leaf_names(node: Tree, name: str) -> list[str]:
+    """The names of a node's leaves; ``name`` is where it lies."""
+    if node is None:
+        return [name]
     prefix = f"{name}." if name else ""
-    made = [(key, build(child, leaf, f"{prefix}{key}")) for key, child in children_of(node)]
-    if kind == "list":
-        return [value for _, value in made]
-    if kind == "odict":
-        return OrderedDict(made)
-    return Counter(dict(made)) if kind == "counter" else dict(made)
+    return [leaf for key, child in children_of(node) for leaf in leaf_names(child, f"{prefix}{key}")]
 
 
-def subtree(node: JSON, name: str, prefix: str = "") -> JSON:
+def is_at_or_below(name: str, keys: Collection[str]) -> bool:
+    """Whether ``name`` is one of ``keys`` or lies below one."""
+    return name in keys or any(name.startswith(f"{key}.") for key in keys)
+
+
+def pruned(node: Tree, keys: Collection[str], name: str = "") -> Tree:
+    """What of a container lies at or below ``keys``, whole, and the containers on the way there."""
+    kept: list[tuple[Any, Tree]] = []
+    for key, child in children_of(node):
+        below = f"{name}.{key}" if name else str(key)
+        if is_at_or_below(below, keys):
+            kept.append((key, child))
+        elif child is not None and any(wanted.startswith(f"{below}.") for wanted in keys):
+            inner = pruned(child, keys, below)
+            if children_of(inner):
+                kept.append((key, inner))
+    kind = kind_of(node) or "dict"
+    return list_node([child for _, child in kept]) if kind == "list" else mapping_node(kind, kept)
+
+
+def subtree(node: Tree, name: str, prefix: str = "") -> Tree:
     """The node at ``name``, None if there is none (or a leaf). Keys may have dots, so every fitting child is
     tried."""
     if name == prefix:
@@ -77,7 +201,7 @@ def subtree(node: JSON, name: str, prefix: str = "") -> JSON:
     return None
 
 
-def structure_from_paths(planner_data: object, names: list[str]) -> JSON:
+def structure_from_paths(planner_data: object, names: list[str]) -> Tree:
     """The tree that DCP's name -> path mapping describes (all its keys are str); a flat one where there is
     none."""
     paths = planner_data if isinstance(planner_data, dict) else {}
@@ -89,13 +213,13 @@ def structure_from_paths(planner_data: object, names: list[str]) -> JSON:
             node = node.setdefault(key, {})
         node[path[-1]] = None
 
-    def encode(node: dict[str | int, Any] | None) -> JSON:
+    def encode(node: dict[str | int, Any] | None) -> Tree:
         if node is None:
             return None
         if node and all(isinstance(key, int) for key in node):
             # a list; stock drops empty containers, which leave holes in it
             last = max(cast("dict[int, Any]", node))
             return list_node([encode(node.get(index, {})) for index in range(last + 1)])
-        return mapping_node("dict", {str(key): encode(child) for key, child in node.items()})
+        return mapping_node("dict", ((str(key), encode(child)) for key, child in node.items()))
 
     return encode(root)
