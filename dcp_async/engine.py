@@ -13,7 +13,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, get_args
 
@@ -151,12 +152,18 @@ class CheckpointEngine:
         await drive(self._life.aborting())
 
     def _opening(self) -> Verb[None]:
-        try:
+        with self._storage_errors("open"):
             yield from self._life.opening(self._connected)
+
+    @contextmanager
+    def _storage_errors(self, verb: str) -> Iterator[None]:
+        """What a storage of the user's raises becomes an error of the tree."""
+        try:
+            yield
         except OSError as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise StorageError.of("open", repr(self._life.storage), error) from error
+            raise StorageError.of(verb, repr(self._life.storage), error) from error
 
     async def _connected(self) -> None:
         life = self._life
@@ -327,7 +334,10 @@ class CheckpointEngine:
         for response in self.pending:  # what is being staged must not change under the copy
             yield Ended(response.staging_completion._future)
         (info, loaded), skipped = yield from self._try_each(
-            source, lambda name: self._load_one(name, targets, strict=strict, atomic=atomic, dtypes=dtypes)
+            source,
+            lambda name, touched: self._load_one(
+                name, targets, strict=strict, atomic=atomic, dtypes=dtypes, refill=touched
+            ),
         )
         try:
             restore(state, targets, loaded.values, loaded.extra)
@@ -349,20 +359,18 @@ class CheckpointEngine:
         )
 
     def _ask(self, coro: Coroutine[Any, Any, T]) -> Verb[T]:
-        """Run ``coro`` on the engine's loop; what a storage of the user's raises becomes an error of the
-        tree."""
-        try:
+        """Run ``coro`` on the engine's loop."""
+        with self._storage_errors("read"):
             value: T = yield self._life.submit(coro)
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise StorageError.of("read", repr(self._life.storage), error) from error
         return value
 
     def _try_each(
-        self, source: CheckpointRef, attempt: Callable[[str], Coroutine[Any, Any, T]]
+        self, source: CheckpointRef, attempt: Callable[[str, bool], Coroutine[Any, Any, T]]
     ) -> Verb[tuple[T, tuple[str, ...]]]:
-        """The first checkpoint that is whole, and the names of newer ones that are not ("latest" only)."""
+        """The first checkpoint that is whole, and the names of newer ones that are not ("latest" only).
+
+        ``attempt`` gets a name and whether an earlier attempt touched the targets.
+        """
         self._life.check_open()
         names = yield from self._ask(self._catalog.resolve(source))
         first: CorruptCheckpointError | None = None
@@ -370,7 +378,7 @@ class CheckpointEngine:
         skipped: list[str] = []
         for name in names:
             try:
-                value = yield from self._ask(attempt(name))
+                value = yield from self._ask(attempt(name, touched))
             except CorruptCheckpointError as error:
                 if source != "latest":
                     raise
@@ -392,12 +400,25 @@ class CheckpointEngine:
         raise first
 
     async def _load_one(
-        self, name: str, targets: Targets, *, strict: bool, atomic: bool, dtypes: Dtypes
+        self,
+        name: str,
+        targets: Targets,
+        *,
+        strict: bool,
+        atomic: bool,
+        dtypes: Dtypes,
+        refill: bool,
     ) -> tuple[CheckpointInfo, Loaded]:
         contents = await self._catalog.open(name)
         try:
             return contents.info, await load_into(
-                contents, targets, self._load_services, strict=strict, atomic=atomic, dtypes=dtypes
+                contents,
+                targets,
+                self._load_services,
+                strict=strict,
+                atomic=atomic,
+                dtypes=dtypes,
+                refill=refill,
             )
         finally:
             await contents.close()
@@ -425,7 +446,7 @@ class CheckpointEngine:
     ) -> Verb[dict[str, Any]]:
         if isinstance(keys, str):
             keys = [keys]
-        value, _ = yield from self._try_each(source, lambda name: self._read_one(name, keys, device))
+        value, _ = yield from self._try_each(source, lambda name, _: self._read_one(name, keys, device))
         return value
 
     async def _read_one(

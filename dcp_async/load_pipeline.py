@@ -26,7 +26,7 @@ from .errors import (
     UntrustedCheckpointError,
 )
 from .formats.structure import Tree, build, children_of, leaf_names, pruned
-from .matching import Dtypes, Match, check_strict, fresh_tensor, is_plain_meta, match_state
+from .matching import Dtypes, Match, check_fit, fresh_tensor, is_plain_meta, match_state
 from .pipeline import first_failure
 from .reading import Collector, CoverageError, DamagedError, FetchBuffers, Source, Span, make_spans
 from .state import Targets
@@ -182,11 +182,15 @@ async def load_into(
     strict: bool,
     atomic: bool,
     dtypes: Dtypes,
+    refill: bool,
 ) -> Loaded:
-    """Fill the targets' tensors and gather everything else that ``restore`` hands back."""
+    """Fill the targets' tensors and gather everything else that ``restore`` hands back.
+
+    Args: ``refill`` says that targets hold bytes of a corrupt checkpoint, so that each must be filled.
+    """
     match = match_state(targets, contents, dtypes=dtypes)
-    if strict:
-        check_strict(match, contents.info.checkpoint_id)
+    if strict or refill:
+        check_fit(match, contents.info.checkpoint_id, unexpected=strict)
     into = match.tensors
     if atomic:
         into = {name: torch.empty_like(tensor) for name, tensor in into.items()}

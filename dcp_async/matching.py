@@ -190,10 +190,12 @@ def _at_or_below(head: str, names: Sequence[str]) -> list[str]:
     return found
 
 
-def check_strict(match: Match, checkpoint_id: str) -> None:
-    """Raises IncompatibleStateError unless everything fits."""
+def check_fit(match: Match, checkpoint_id: str, *, unexpected: bool) -> None:
+    """Raises IncompatibleStateError unless everything fits; ``unexpected`` says whether what is only in the
+    checkpoint counts."""
     parts = []
-    for what, names in (("missing in the checkpoint", match.missing), ("not in the state", match.unexpected)):
+    surplus = match.unexpected if unexpected else []
+    for what, names in (("missing in the checkpoint", match.missing), ("not in the state", surplus)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             parts.append(f"{what}: {', '.join(names[:5])}{more}")

@@ -8,9 +8,10 @@ a Captured refers to live tensors only until its save has staged them.
 
 from __future__ import annotations
 
+import inspect
 import io
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,61 +106,69 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
     Args: ``previous`` is the structure that the compiled plan belongs to.
     Raises: CaptureError; whatever a ``state_dict()`` raises.
     """
-    if not isinstance(state, Mapping):
-        raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
-    walk = walk_state(state)
-    try:
-        shapes = [tensor.shape for tensor in walk.tensors]
-    except RuntimeError:  # a nested tensor has none
-        walk.demote_nested()
-        shapes = [tensor.shape for tensor in walk.tensors]
-    # a slot only grows: a counter that shrinks by a digit must not move every offset behind it
-    floor = dict(zip(previous.leaf_names, previous.slots, strict=True)) if previous else {}
-    items = [pickle_leaf(name, value) for name, value in zip(walk.leaf_names, walk.leaves, strict=True)]
-    slots = [
-        max(slot_bytes(len(item), SECTOR_BYTES), floor.get(name, 0))
-        for name, item in zip(walk.leaf_names, items, strict=True)
-    ]
+    walk = _walk(state)
     names = walk.tensor_names
-    walk.separate_ties()
-    if walk.ties:
-        shapes = [tensor.shape for tensor in walk.tensors]
-    tensors = walk.tensors
-    structure = Structure(
-        tensor_names=walk.tensor_names,
-        dtypes=[tensor.dtype for tensor in tensors],
-        shapes=shapes,
-        strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in tensors],
-        leaf_names=walk.leaf_names,
-        exotic=[
-            (index, f"{leaf.dtype} {leaf.layout} {leaf.size() if not leaf.is_nested else 'nested'}")
-            for index, leaf in enumerate(walk.leaves)
-            if isinstance(leaf, torch.Tensor)
-        ],
-        slots=slots,
-        containers=walk.containers,
-        odd_keys=walk.odd_keys,
-        ties=walk.ties,
-    )
-    for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
-        if isinstance(leaf, torch.Tensor) and leaf.is_meta:
-            raise meta_error(name)
+    shapes = walk.shapes()
+    if walk.separate_ties():
+        shapes = walk.shapes()
+    items = [pickle_leaf(name, value) for name, value in zip(walk.leaf_names, walk.leaves, strict=True)]
+    structure = _structure(walk, shapes, items, previous)
     tree: Tree = None
     flat: dict[str, Any] | None = None
     if structure != previous:
-        if twice := duplicate_name(names + walk.leaf_names):
-            raise CaptureError(f"two leaves have the name {twice!r}; rename one of their keys")
+        _check_unique(names + walk.leaf_names)
         tree = structure_of(state, walk)
-        flat = dict(zip(walk.tensor_names, tensors, strict=True))
-        flat |= {name: tensors[index] for name, index in walk.ties}
+        flat = dict(zip(walk.tensor_names, walk.tensors, strict=True))
+        flat |= {name: walk.tensors[index] for name, index in walk.ties}
         flat |= zip(walk.leaf_names, walk.leaves, strict=True)
     return Captured(
         structure=structure,
         tree=tree,
         flat=flat,
-        tensors=tensors,
+        tensors=walk.tensors,
         leaf_items=items,
         optimizers=walk.optimizers,
+    )
+
+
+def _walk(state: Mapping[str, Any]) -> Walk:
+    if not isinstance(state, Mapping):
+        raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
+    return walk_state(state)
+
+
+def _check_unique(names: list[str]) -> None:
+    if twice := duplicate_name(names):
+        raise CaptureError(f"two leaves have the name {twice!r}; rename one of their keys")
+
+
+def _structure(
+    walk: Walk, shapes: list[torch.Size], items: Sequence[bytes], previous: Structure | None
+) -> Structure:
+    """What the layout of ``walk``'s tensors and its leaves' ``items`` depends on."""
+    # a slot only grows: a counter that shrinks by a digit must not move every offset behind it
+    floor = dict(zip(previous.leaf_names, previous.slots, strict=True)) if previous else {}
+    exotic = [(index, leaf) for index, leaf in enumerate(walk.leaves) if isinstance(leaf, torch.Tensor)]
+    for index, leaf in exotic:
+        if leaf.is_meta:
+            raise meta_error(walk.leaf_names[index])
+    return Structure(
+        tensor_names=walk.tensor_names,
+        dtypes=[tensor.dtype for tensor in walk.tensors],
+        shapes=shapes,
+        strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in walk.tensors],
+        leaf_names=walk.leaf_names,
+        exotic=[
+            (index, f"{leaf.dtype} {leaf.layout} {leaf.size() if not leaf.is_nested else 'nested'}")
+            for index, leaf in exotic
+        ],
+        slots=[
+            max(slot_bytes(len(item), SECTOR_BYTES), floor.get(name, 0))
+            for name, item in zip(walk.leaf_names, items, strict=True)
+        ],
+        containers=walk.containers,
+        odd_keys=walk.odd_keys,
+        ties=walk.ties,
     )
 
 
@@ -198,11 +207,8 @@ class Targets:
 
 def capture_targets(state: Mapping[str, Any]) -> Targets:
     """Find out what ``state`` can take. Calls each ``state_dict()`` once. Raises CaptureError."""
-    if not isinstance(state, Mapping):
-        raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
-    walk = walk_state(state)
-    if twice := duplicate_name(walk.tensor_names + walk.leaf_names):
-        raise CaptureError(f"two leaves have the name {twice!r}; rename one of their keys")
+    walk = _walk(state)
+    _check_unique(walk.tensor_names + walk.leaf_names)
     tensors = dict(zip(walk.tensor_names, walk.tensors, strict=True))
     leaves = set()
     for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
@@ -212,6 +218,11 @@ def capture_targets(state: Mapping[str, Any]) -> Targets:
             leaves.add(name)
     open_mappings: dict[str, OpenMapping] = {}
     for prefix, stateful, _ in walk.statefuls:
+        if inspect.iscoroutinefunction(stateful.load_state_dict):
+            raise CaptureError(
+                f"{prefix}: {type(stateful).__name__}.load_state_dict() is asynchronous and would not be "
+                "awaited; give the state an object that takes its state in one piece"
+            )
         for name, kind, size, _ in walk.containers:
             if kind != "list" and size == 0 and (name == prefix or name.startswith(f"{prefix}.")):
                 open_mappings[name] = OpenMapping(type(stateful), False)

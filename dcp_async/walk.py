@@ -88,8 +88,15 @@ class Walk:
             self.leaf_names.append(name)
             self.leaves.append(value)
 
-    def demote_nested(self) -> None:
-        """Move tensors without a shape of their own to the leaves."""
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of ``tensors``; nested ones, which have none, become leaves."""
+        try:
+            return [tensor.shape for tensor in self.tensors]
+        except RuntimeError:  # asking each tensor before would be felt
+            self._demote_nested()
+            return [tensor.shape for tensor in self.tensors]
+
+    def _demote_nested(self) -> None:
         nested = {id(tensor) for tensor in self.tensors if tensor.is_nested}
         pairs = list(zip(self.tensor_names, self.tensors, strict=True))
         self.leaf_names += [name for name, tensor in pairs if id(tensor) in nested]
@@ -97,10 +104,13 @@ class Walk:
         self.tensor_names = [name for name, tensor in pairs if id(tensor) not in nested]
         self.tensors = [tensor for tensor in self.tensors if id(tensor) not in nested]
 
-    def separate_ties(self) -> None:
-        """Keep one of each group of tensors that are the same view of the same memory: it is stored once."""
+    def separate_ties(self) -> bool:
+        """Keep one of each group of tensors that are the same view of the same memory: it is stored once.
+
+        Says whether there were any.
+        """
         if len({tensor.data_ptr() for tensor in self.tensors}) == len(self.tensors):
-            return
+            return False
         first: dict[tuple[Any, ...], int] = {}
         names, tensors = self.tensor_names, self.tensors
         self.tensor_names, self.tensors = [], []
@@ -115,6 +125,7 @@ class Walk:
                 self.tensors.append(tensor)
             else:
                 self.ties.append((name, index))
+        return bool(self.ties)
 
     def _visit_stateful(self, name: str, stateful: Any) -> None:
         if isinstance(stateful, Optimizer):
