@@ -440,6 +440,21 @@ async def test_latest_does_not_fall_back_for_a_state_that_does_not_fit(root: Pat
 # --- atomic ---------------------------------------------------------------------------------------
 
 
+async def test_no_tensor_keeps_bytes_of_a_corrupt_checkpoint_unreported(root: Path) -> None:
+    """The older checkpoint lacks a tensor that the corrupt one has overwritten: not strict is no excuse."""
+    wide = torch.arange(1 << 16, dtype=torch.float32)
+    async with CheckpointEngine(root) as engine:
+        await saved(engine, {"x": {"old": wide}}, step=1)
+        await saved(engine, {"x": {"old": wide, "young": wide}}, step=2)
+        break_payload(root / "step-00000002")
+        target = {"x": {"old": torch.zeros(1 << 16), "young": torch.zeros(1 << 16)}}
+        with pytest.raises(CorruptCheckpointError) as caught:
+            await engine.load(target, strict=False)
+    assert caught.value.partially_loaded
+    assert "x.young" in str(caught.value)
+
+
+
 async def test_an_atomic_load_of_a_bad_block_touches_nothing(root: Path) -> None:
     run, target = TrainingRun(1, width=64), TrainingRun(2, width=64)
     run.step(2)
