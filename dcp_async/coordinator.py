@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, NoReturn, Protocol, TypeVar
 
+import anyio
 import torch.distributed as dist
 import xxhash
 
@@ -36,6 +37,28 @@ class Coordination:
             raise ValueError(f"Coordination(mode=...) is 'auto' or 'local', not {self.mode!r}")
 
 
+class RemoteError(Exception):
+    """What went wrong on another rank: a message travels, not an object."""
+
+    def __init__(
+        self, *, phase: str, kind: str, message: str, traceback: str = "", cancelled: bool = False
+    ) -> None:
+        super().__init__(f"{kind}: {message}" if message else kind)
+        self.phase = phase
+        self.kind = kind
+        """Name of the exception's type there."""
+        self.traceback = traceback
+        self.cancelled = cancelled
+
+
+class RemoteFailure(Exception):
+    """Other ranks reported that a save (or load) failed; ``failures`` maps rank to RemoteError."""
+
+    def __init__(self, failures: Mapping[int, RemoteError]) -> None:
+        super().__init__("; ".join(f"rank {rank}: {error}" for rank, error in sorted(failures.items())))
+        self.failures = dict(failures)
+
+
 class Coordinator(Protocol):
     """What a save needs of the other ranks."""
 
@@ -53,14 +76,26 @@ class Coordinator(Protocol):
         self, uid: str, phase: str, message: M, decide: Callable[[Sequence[M]], Awaitable[Sequence[A]]]
     ) -> A:
         """Send ``message``; the coordinator calls ``decide`` with all ranks' messages; each rank gets its
-        answer.
+        answer. Both are plain data.
 
         Ranks: all must call it, with the same ``uid`` and ``phase``.
-        Raises: on every rank, what ``decide`` raised.
+        Raises: RemoteFailure; on the coordinator what ``decide`` raised.
         """
+
+    def fail(self, uid: str, phase: str, error: BaseException) -> None:
+        """Tell the other ranks that ``uid`` failed here. A second call changes nothing."""
+
+    async def failed(self, uid: str) -> NoReturn:
+        """Wait until another rank has failed ``uid``. Raises RemoteFailure."""
+
+    def forget(self, uid: str) -> None:
+        """``uid`` is over on this rank."""
 
     async def close(self) -> None:
         """Leave; no exchange may follow."""
+
+    def abandon(self) -> None:
+        """Stop waiting for anybody: the process must end."""
 
 
 class LocalCoordinator:
@@ -82,8 +117,21 @@ class LocalCoordinator:
         (answer,) = await decide([message])
         return answer
 
+    def fail(self, uid: str, phase: str, error: BaseException) -> None:
+        """There is nobody to tell."""
+
+    async def failed(self, uid: str) -> NoReturn:
+        while True:
+            await anyio.sleep_forever()
+
+    def forget(self, uid: str) -> None:
+        """Nothing is remembered."""
+
     async def close(self) -> None:
         """There is nobody to leave."""
+
+    def abandon(self) -> None:
+        """Nobody is waited for."""
 
 
 def make_coordinator(options: Coordination) -> Coordinator:

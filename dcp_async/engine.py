@@ -284,7 +284,7 @@ class CheckpointEngine:
             response=response,
             uid=self._life.coordinator.uid(ordinal, name),
             captured=captured,
-            plan=plan if captured.flat is None else None,
+            plan=None if captured.is_new else plan,
             events=events,
             notes=notes,
             replace=replace,

@@ -33,8 +33,10 @@ from .formats.distcp import BLOCK_BYTES, Footer, block_digests
 from .formats.manifest import FileEntry, encode_manifest
 from .formats.metadata import data_file_name
 from .formats.structure import JSON
+from .global_plan import GlobalPlan, Placement, check_leaves
 from .observer import Event, SaveProgress, SaveStaged
-from .planner import CompiledPlan, PlanningOptions, draft_plan
+from .offer import group_hashes, leaf_hashes
+from .planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
 from .pool import Lease
 from .response import AsyncSaveResponse
 from .staging import StageJob, Stager, num_parts, parts_between
@@ -139,8 +141,9 @@ class StagedPart:
 class CommitOutcome:
     """What was published."""
 
-    files: tuple[FileEntry, ...]
     time: float
+    num_files: int
+    nbytes: int
 
 
 class SavePipeline:
@@ -154,6 +157,7 @@ class SavePipeline:
         self._begun = anyio.Event()
         self._calm = anyio.Event()
         self._written_bytes = 0
+        self._file = data_file_name(services.coordinator.rank, 0, request.uid)
 
     async def run(self) -> CommitOutcome:
         """Plan, stage, write, commit.
@@ -161,22 +165,30 @@ class SavePipeline:
         Raises: PhaseFailure. Cancellation: everything is undone, unless the commit has begun.
         """
         try:
-            with in_phase("plan"):
-                self._plan = await self._make_plan()
-            self._file = data_file_name(self._services.coordinator.rank, 0, self._request.uid)
-            pool = self._services.stager.pool
-            self._num_parts = num_parts(self._plan.layout.image_bytes, pool.slot_bytes)
-            pool.reserve(self._services.owner, self._num_parts * self._services.pending_saves)
-            self._digests: list[array[int]] = [array("Q")] * self._num_parts
-            await self._flow()
-            with in_phase("commit"):
-                return await self._commit()
-        except BaseExceptionGroup as group:
-            raise first_failure(group) from group
+            async with anyio.create_task_group() as group:
+                if self._services.coordinator.world_size > 1:
+                    group.start_soon(self._services.coordinator.failed, self._request.uid)
+                outcome = await self._run()
+                group.cancel_scope.cancel()
+            return outcome
+        except BaseExceptionGroup as group_error:
+            raise first_failure(group_error) from group_error
         finally:
             self._request.captured.release()
             with anyio.CancelScope(shield=True):
                 await self._clean_up()
+
+    async def _run(self) -> CommitOutcome:
+        with in_phase("plan"):
+            self._plan = await self._make_plan()
+            self._request.captured.keep(self._plan.tensors, self._plan.leaves)
+        pool = self._services.stager.pool
+        self._num_parts = num_parts(self._plan.layout.image_bytes, pool.slot_bytes)
+        pool.reserve(self._services.owner, self._num_parts * self._services.pending_saves)
+        self._digests: list[array[int]] = [array("Q")] * self._num_parts
+        await self._flow()
+        with in_phase("commit"):
+            return await self._commit()
 
     async def _flow(self) -> None:
         writers = self._services.io_concurrency
@@ -194,37 +206,82 @@ class SavePipeline:
             group.start_soon(self._digest, written)
 
     async def _make_plan(self) -> CompiledPlan:
-        request, services = self._request, self._services
-        coordinator = services.coordinator
-
-        async def compare(digests: Sequence[str | None]) -> list[bool]:
-            return [None not in digests] * len(digests)
-
-        plan = request.plan
-        reuse = await coordinator.exchange(request.uid, "verdict", plan.digest if plan else None, compare)
-        if plan is None or not reuse:
-            plan = await self._compile()
-            services.on_plan(plan)
+        """The cached plan if all ranks still have theirs, else a new one."""
+        plan, coordinator, uid = self._request.plan, self._services.coordinator, self._request.uid
+        hashes: list[int] = []
+        message: dict[str, Any] = {"generation": None, "groups": [], "shared": []}
+        if plan is not None:
+            if plan.groups:
+                hashes = await self._services.threads.run(leaf_hashes, self._request.captured)
+            message = {
+                "generation": plan.generation,
+                "groups": [group for group, _ in plan.groups],
+                "shared": group_hashes(hashes, [leaves for _, leaves in plan.groups]),
+            }
+        verdict = await coordinator.exchange(uid, "verdict", message, self._judge)
+        if verdict == "compare" and plan is not None:
+            named = dict(zip(plan.structure.leaf_names, hashes, strict=True))
+            shared = {plan.structure.leaf_names[index] for _, leaves in plan.groups for index in leaves}
+            mine = {name: value for name, value in named.items() if name in shared}
+            await coordinator.exchange(uid, "leaves", mine, self._compare)
+        elif verdict != "reuse" or plan is None:
+            plan = await self._compile(plan)
+            self._services.on_plan(plan)
         return plan
 
-    async def _compile(self) -> CompiledPlan:
+    async def _judge(self, messages: Sequence[dict[str, Any]]) -> list[str]:
+        """The coordinator's verdict: whether every rank can use the plan that it has."""
+        plan = self._request.plan
+        generation = plan.generation if plan is not None and plan.shared is not None else None
+        if plan is None or any(message["generation"] != generation for message in messages):
+            return ["replan"] * len(messages)
+        seen: dict[int, str] = {}
+        for message in messages:
+            for group, digest in zip(message["groups"], message["shared"], strict=True):
+                if seen.setdefault(group, digest) != digest:
+                    return ["compare"] * len(messages)
+        await self._lead(plan)
+        return ["reuse"] * len(messages)
+
+    async def _lead(self, plan: CompiledPlan) -> None:
+        """Ranks that are told to go on write at once, and must find the directory leased."""
+        if self._services.coordinator.world_size > 1:
+            with in_phase("write"):
+                await self._open_transaction(plan)
+
+    async def _compare(self, hashes: Sequence[dict[str, int]]) -> list[None]:
+        check_leaves(hashes)
+        return [None] * len(hashes)
+
+    async def _compile(self, previous: CompiledPlan | None) -> CompiledPlan:
         """Planning takes a while for tens of thousands of tensors, so it runs in a thread."""
-        captured, services = self._request.captured, self._services
+        request, services, uid = self._request, self._services, self._request.uid
         coordinator, run = services.coordinator, services.threads.run
+        shared: GlobalPlan | None = None
         draft = await run(
             draft_plan,
-            captured,
+            request.captured,
+            previous,
             services.planning,
-            rank=coordinator.rank,
             is_coordinator=coordinator.is_coordinator,
         )
 
         async def merge(messages: Sequence[Any]) -> list[Any]:
-            return await run(draft.merge, messages)
+            nonlocal shared
+            answers, shared = await run(draft.merge, messages)
+            return answers
 
-        answer = await coordinator.exchange(self._request.uid, "plan", draft.message, merge)
-        plan = await run(draft.compile, answer)
-        captured.flat = None
+        async def place(placements: Sequence[Placement]) -> list[None]:
+            assert shared is not None
+            for rank, each in enumerate(placements):
+                await run(shared.place, rank, each)
+            await self._lead(plan)
+            return [None] * len(placements)
+
+        answer = await coordinator.exchange(uid, "plan", draft.message, merge)
+        structure = request.captured.structure
+        plan, placement = await run(compile_plan, structure, draft.offer, draft.assigned(answer), uid, shared)
+        await coordinator.exchange(uid, "place", placement, place)
         return plan
 
     async def _begin(self) -> None:
@@ -232,13 +289,20 @@ class SavePipeline:
         # shielded: a transaction that was begun must be known to whoever cleans up
         with in_phase("write"), anyio.CancelScope(shield=True):
             await self._sweep()
-            self._transaction = await self._services.storage.begin(
-                self._request.response.checkpoint_id,
-                {self._file: self._plan.layout.file_bytes},
-                uid=self._request.uid,
-                replace=self._request.replace,
-            )
+            await self._open_transaction(self._plan)
         self._begun.set()
+
+    async def _open_transaction(self, plan: CompiledPlan) -> None:
+        """Once: the coordinator needs it before the others are told to write."""
+        if self._transaction is None:
+            with anyio.CancelScope(shield=True):
+                self._transaction = await self._services.storage.begin(
+                    self._request.response.checkpoint_id,
+                    {self._file: plan.layout.file_bytes} if plan.layout.image_bytes else {},
+                    uid=self._request.uid,
+                    replace=self._request.replace,
+                    lead=self._services.coordinator.is_coordinator,
+                )
 
     async def _sweep(self) -> None:
         """Remove what dead saves left, and finish what could not be undone before. Failing at it loses
@@ -332,8 +396,17 @@ class SavePipeline:
             )
 
     async def _commit(self) -> CommitOutcome:
+        entry = await self._finish_file()
+        await asyncio.shield(asyncio.wrap_future(self._request.has_returned))
+        told = await self._services.coordinator.exchange(self._request.uid, "commit", entry, self._publish)
+        return CommitOutcome(*told)
+
+    async def _finish_file(self) -> tuple[str, int, str] | None:
+        """Append the footer and sync: (name, length, digest) of this rank's file, if it has one."""
         assert self._transaction is not None
         layout = self._plan.layout
+        if not layout.image_bytes:
+            return None
         digests = array("Q")
         for part in self._digests:
             digests.extend(part)
@@ -342,15 +415,20 @@ class SavePipeline:
         with in_phase("write"):
             await self._transaction.put(self._file, layout.image_bytes, memoryview(footer.encode()))
             await self._transaction.seal(self._file)
-        entry = FileEntry(name=self._file, nbytes=layout.file_bytes, digest=footer.digest)
-        await asyncio.shield(asyncio.wrap_future(self._request.has_returned))
-        return await self._services.coordinator.exchange(self._request.uid, "commit", entry, self._publish)
+        return self._file, layout.file_bytes, footer.digest
 
-    async def _publish(self, entries: Sequence[FileEntry]) -> list[CommitOutcome]:
+    async def _publish(self, entries: Sequence[tuple[str, int, str] | None]) -> list[tuple[float, int, int]]:
         assert self._transaction is not None
+        assert self._plan.shared is not None
         request, response = self._request, self._request.response
-        metadata = self._plan.metadata.render(request.uid)
+        publication = await self._services.threads.run(self._plan.shared.publication)
+        metadata = publication.metadata.render(request.uid)
         now = time.time()
+        files = tuple(
+            FileEntry(name=entry[0], nbytes=entry[1], digest=entry[2])
+            for entry in entries
+            if entry is not None
+        )
         manifest = encode_manifest(
             checkpoint_id=response.checkpoint_id,
             uid=request.uid,
@@ -359,15 +437,15 @@ class SavePipeline:
             world_size=self._services.coordinator.world_size,
             torch_version=torch.__version__,
             metadata=metadata,
-            files=tuple(entries),
+            files=files,
             notes=request.notes,
-            constant=self._plan.manifest_json,
+            constant=publication.manifest_json,
         )
         await anyio.lowlevel.checkpoint_if_cancelled()
         request.committing = True
         with anyio.CancelScope(shield=True):
             await self._transaction.commit(metadata, manifest, replace=request.replace)
-        return [CommitOutcome(tuple(entries), now)] * len(entries)
+        return [(now, len(files), sum(file.nbytes for file in files))] * len(entries)
 
     async def _clean_up(self) -> None:
         while self._leases:  # emptied, so that an error's frames do not keep the pool's memory

@@ -1,35 +1,27 @@
-"""From a captured structure to a compiled plan: DCP's planners, our layout, the bytes of `.metadata`.
+"""From a captured structure to a compiled plan: DCP's planners, our layout.
 
 Enters: a Captured whose structure is new. Leaves: a CompiledPlan that any number of saves of this structure
-share. Invariant: a plan is a pure function of structure and options and holds arrays and bytes, no tensor and
-no object per item.
+share; on the coordinator also the GlobalPlan that publishes them. A plan is made in three exchanges: each
+rank sends a draft's message, gets an assignment, lays out its file and tells where its items lie. Invariant:
+a plan is a pure function of structures and options and holds arrays and bytes, no tensor and no object per
+item.
 Source: torch/distributed/checkpoint/planner.py (the order of calls), default_planner.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-import xxhash
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 
 from .formats.distcp import FileLayout, plan_file
-from .formats.manifest import structure_json
-from .formats.metadata import MetadataTemplate, metadata_template
-from .formats.structure import Tree, children_of, kind_of
+from .global_plan import Assignment, ConflictError, GlobalPlan, Key, Placement, assign, check_offers
+from .offer import Offer, make_offer
 from .state import Captured, Structure
 from .walk import CaptureError
 
@@ -54,84 +46,83 @@ class PlanningOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledPlan:
-    """Everything about a save that does not change while the structure does not."""
+    """Everything about one rank's part of a save that does not change while the structure does not."""
 
     structure: Structure
-    digest: str
-    """Tells two plans apart; ranks compare it."""
+    """Of the whole captured state."""
+    offer: Offer
+    """What was told to the coordinator of it."""
+    generation: str
+    """The uid of the save that made it: all ranks' plans of one generation belong together."""
     layout: FileLayout
-    """Of this rank's file; item i is tensor i of the structure, then its leaves."""
-    metadata: MetadataTemplate
-    manifest_json: str
-    """The manifest's constant part."""
+    """Of this rank's file; item i is ``tensors[i]``, then come ``leaves``."""
+    tensors: list[int]
+    """What this rank writes, by its place in the structure."""
+    leaves: list[int]
+    groups: list[tuple[int, list[int]]]
+    """(group, leaves) that this rank has in common with the other ranks of the group."""
+    shared: GlobalPlan | None
+    """What is published; the coordinator's alone."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors that this rank writes."""
+        return [self.structure.tensor_names[index] for index in self.tensors]
+
+    @property
+    def slots(self) -> list[int]:
+        """Of the leaves that this rank writes."""
+        return [self.structure.slots[index] for index in self.leaves]
 
 
 class Draft(Protocol):
     """One rank's part of a plan, before the ranks agree."""
 
+    offer: Offer
     message: Any
-    """What the coordinator needs of it."""
+    """What the coordinator needs of it; plain data."""
 
-    def merge(self, messages: Sequence[Any]) -> list[Any]:
-        """All ranks' messages -> each rank's answer. The coordinator's part."""
+    def merge(self, messages: Sequence[Any]) -> tuple[list[Any], GlobalPlan]:
+        """All ranks' messages -> each rank's answer, plain data, and what the coordinator keeps. Its part
+        alone. Raises ConflictError."""
 
-    def compile(self, answer: Any) -> CompiledPlan:
-        """Lay out this rank's file."""
+    def assigned(self, answer: Any) -> Assignment:
+        """What this rank writes."""
 
 
-def draft_plan(captured: Captured, options: PlanningOptions, *, rank: int, is_coordinator: bool) -> Draft:
-    """Begin a plan; ``captured`` holds its leaves by name. Raises CaptureError."""
+def draft_plan(
+    captured: Captured, previous: CompiledPlan | None, options: PlanningOptions, *, is_coordinator: bool
+) -> Draft:
+    """Begin a plan. ``previous`` is the plan of the structure, if that is not new. Raises CaptureError."""
+    offer = make_offer(captured, previous.offer if previous else None)
     if options.save is DefaultSavePlanner:
-        return DefaultDraft(captured, rank)
-    return PlannerDraft(captured, options.save(), rank, is_coordinator)
+        return DefaultDraft(offer)
+    return PlannerDraft(captured, offer, options.save(), is_coordinator)
 
 
 class DefaultDraft:
-    """What DCP's default planner would plan, without its objects per item: ten times faster for many tensors.
+    """What DCP's default planner would plan, without its objects per item: ten times faster for many
+    tensors (docs/adr/0007)."""
 
-    Objects that are equal are shared, so pickle stores each once and `.metadata` is half as long.
-    """
+    def __init__(self, offer: Offer) -> None:
+        self.offer = offer
+        self.message = offer
 
-    def __init__(self, captured: Captured, rank: int) -> None:
-        self._captured = captured
-        self._rank = rank
-        self.message = captured.structure
+    def merge(self, messages: Sequence[Offer]) -> tuple[list[Assignment], GlobalPlan]:
+        return assign(messages), GlobalPlan(messages)
 
-    def merge(self, messages: Sequence[Structure]) -> list[None]:
-        return [None] * len(messages)
-
-    def compile(self, answer: None) -> CompiledPlan:
-        assert self._captured.flat is not None
-        structure, flat = self._captured.structure, self._captured.flat
-        properties: dict[tuple[Any, ...], TensorProperties] = {}
-        chunks: dict[torch.Size, tuple[torch.Size, ChunkStorageMetadata]] = {}
-        entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        indices: list[MetadataIndex] = []
-        opaque = BytesStorageMetadata()
-        for name, leaf in flat.items():
-            if not isinstance(leaf, torch.Tensor):
-                entries[name] = opaque
-                indices.append(MetadataIndex(name))
-                continue
-            size = leaf.size()
-            if size not in chunks:
-                origin = torch.Size([0] * len(size))
-                chunks[size] = (origin, ChunkStorageMetadata(offsets=origin, sizes=size))
-            origin, chunk = chunks[size]
-            kind = (leaf.dtype, leaf.layout, leaf.requires_grad)
-            if kind not in properties:
-                properties[kind] = TensorProperties(dtype=kind[0], layout=kind[1], requires_grad=kind[2])
-            entries[name] = TensorStorageMetadata(properties[kind], chunk.sizes, [chunk])
-            indices.append(MetadataIndex(name, origin, 0))
-        assert list(flat) == structure.names
-        return _compile(self._captured, Metadata(state_dict_metadata=entries), indices, self._rank)
+    def assigned(self, answer: Assignment) -> Assignment:
+        return answer
 
 
 class PlannerDraft:
-    """A plan by DCP's protocol, for planners of the user's."""
+    """A plan by DCP's protocol, for planners of the user's.
 
-    def __init__(self, captured: Captured, planner: SavePlanner, rank: int, is_coordinator: bool) -> None:
-        assert captured.flat is not None
+    Their plans travel as pickles, as they do in stock: whoever writes to the process group's store can run
+    code here.
+    """
+
+    def __init__(self, captured: Captured, offer: Offer, planner: SavePlanner, is_coordinator: bool) -> None:
         for method in _RESOLVERS:
             if getattr(type(planner), method, None) is not getattr(DefaultSavePlanner, method):
                 raise CaptureError(
@@ -139,120 +130,88 @@ class PlannerDraft:
                     "this release copies tensors as they are. Transform the state before save(), "
                     "or use a planner that overrides the plan only"
                 )
-        self._captured = captured
+        self.offer = offer
+        self._structure = captured.structure
         self._planner = planner
-        self._rank = rank
         # flattened already: planner_data comes from our own walk
-        planner.set_up_planner(captured.flat, None, is_coordinator)
-        self.message = planner.create_local_plan()
+        planner.set_up_planner(captured.flat(), None, is_coordinator)
+        self.message = (offer, pickle.dumps(planner.create_local_plan()))
 
-    def merge(self, messages: Sequence[SavePlan]) -> list[tuple[SavePlan, Metadata]]:
-        plans, metadata = self._planner.create_global_plan(list(messages))
-        return [(plan, metadata) for plan in plans]
+    def merge(self, messages: Sequence[tuple[Offer, bytes]]) -> tuple[list[Any], GlobalPlan]:
+        offers = [offer for offer, _ in messages]
+        plans, metadata = self._planner.create_global_plan([pickle.loads(plan) for _, plan in messages])
+        shared = check_offers(offers)
+        held = {name for offer in offers for name in [*offer["names"], *offer["leaves"]]}
+        held |= {name for offer in offers for name, _ in offer["ties"]}
+        if lost := sorted(held - metadata.state_dict_metadata.keys()):
+            raise ConflictError(f"the planner left out {lost[:3]}; this release writes what the state holds")
+        answers = [(pickle.dumps(plan), groups) for plan, groups in zip(plans, shared, strict=True)]
+        return answers, GlobalPlan(offers, metadata)
 
-    def compile(self, answer: tuple[SavePlan, Metadata]) -> CompiledPlan:
-        plan, metadata = answer
-        structure = self._captured.structure
-        items = {item.index.fqn: item for item in self._planner.finish_plan(plan).items}
-        _check_items(structure, items)
-        return _compile(self._captured, metadata, [items[name].index for name in structure.names], self._rank)
+    def assigned(self, answer: tuple[bytes, Any]) -> Assignment:
+        plan, groups = pickle.loads(answer[0]), answer[1]
+        assert isinstance(plan, SavePlan)
+        structure = self._structure
+        keys = _tensor_keys(structure)
+        pieces = {key: index for index, key in enumerate(keys)}
+        pieces |= {(name, keys[index][1]): index for name, index in structure.ties}
+        leaves = {name: index for index, name in enumerate(structure.leaf_names)}
+        exotic = {structure.leaf_names[index] for index, *_ in structure.exotic}
+        mine = Assignment(tensors=[], leaves=[], groups=groups)
+        for item in self._planner.finish_plan(plan).items:
+            name, is_tensor = item.index.fqn, item.type is not WriteItemType.BYTE_IO
+            if name in leaves:
+                found, target = leaves[name], mine["leaves"]
+                fits = is_tensor == (name in exotic)
+            else:
+                found, target = pieces.get((name, tuple(item.index.offset or ())), -1), mine["tensors"]
+                fits = is_tensor
+            if found < 0:
+                raise CaptureError(f"the planner added {item.index}, which the state does not hold")
+            if not fits:
+                raise CaptureError(f"{name}: the planner and the state disagree on whether it is a tensor")
+            target.append(found)
+        for indices in (mine["tensors"], mine["leaves"]):
+            indices[:] = sorted(set(indices))
+        return mine
 
 
-def _compile(
-    captured: Captured, metadata: Metadata, indices: Sequence[MetadataIndex], rank: int
-) -> CompiledPlan:
-    """Lay out the file and encode what stays the same; ``indices`` in the order of ``structure.names``."""
-    structure = captured.structure
-    layout = plan_file(
-        [(dtype, tuple(shape)) for dtype, shape in zip(structure.dtypes, structure.shapes, strict=True)],
-        structure.slots,
-    )
-    stored = len(structure.tensor_names)
-    items = [
-        *range(stored),
-        *(index for _, index in structure.ties),
-        *range(stored, len(layout.item_offsets)),
+def _tensor_keys(structure: Structure) -> list[Key]:
+    """(name, offsets) of each piece."""
+    return [
+        (name, structure.shards[at].offsets if at in structure.shards else (0,) * len(shape))
+        for at, (name, shape) in enumerate(zip(structure.tensor_names, structure.shapes, strict=True))
     ]
-    places = {
-        index: (rank, layout.item_offsets[item], layout.item_bytes[item])
-        for index, item in zip(indices, items, strict=True)
-    }
-    strides = {
-        name: stride
-        for name, stride, shape in zip(
-            structure.tensor_names, structure.strides, structure.shapes, strict=True
-        )
-        if stride is not None and is_dense(shape, stride)
-    }
-    exotic = tuple(structure.leaf_names[index] for index, _ in structure.exotic)
-    paths = planner_paths(captured.tree)
-    return CompiledPlan(
-        structure=structure,
-        digest=structure_digest(structure),
-        layout=layout,
-        metadata=metadata_template(dataclasses.replace(metadata, planner_data=paths), places),
-        manifest_json=structure_json(captured.tree, strides, exotic),
+
+
+def compile_plan(
+    structure: Structure, offer: Offer, mine: Assignment, generation: str, shared: GlobalPlan | None
+) -> tuple[CompiledPlan, Placement]:
+    """Lay out the file of what is assigned to this rank."""
+    tensors, leaves = mine["tensors"], mine["leaves"]
+    layout = plan_file(
+        [(structure.dtypes[index], tuple(structure.shapes[index])) for index in tensors],
+        [structure.slots[index] for index in leaves],
     )
-
-
-def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether a tensor fills its memory once, in whatever order; slices and expanded tensors do not."""
-    expected = 1
-    for stride, extent in sorted(zip(strides, shape, strict=True)):
-        if extent != 1:
-            if stride != expected:
-                return False
-            expected *= extent
-    return True
-
-
-def _check_items(structure: Structure, items: Mapping[str, WriteItem]) -> None:
-    names = structure.names
-    if items.keys() != set(names):
-        lost = sorted(set(names) - items.keys())[:3]
-        added = sorted(items.keys() - set(names))[:3]
-        raise CaptureError(
-            f"the planner left out {lost} and added {added}; this release writes what the state holds"
-        )
-    tensors = len(structure.tensor_names) + len(structure.ties)
-    exotic = {tensors + index for index, _ in structure.exotic}
-    for index, name in enumerate(names):
-        is_tensor = items[name].type is not WriteItemType.BYTE_IO
-        if is_tensor != (index < tensors or index in exotic):
-            raise CaptureError(f"{name}: the planner and the state disagree on whether it is a tensor")
-
-
-def planner_paths(tree: Tree) -> dict[str, tuple[str | int, ...]]:
-    """DCP's ``planner_data``: name -> path, as its ``flatten_state_dict`` gives it (str for keys, int in
-    lists)."""
-    paths: dict[str, tuple[str | int, ...]] = {}
-
-    def visit(node: Tree, name: str, path: tuple[str | int, ...]) -> None:
-        kind = kind_of(node)
-        if kind is None:
-            paths[name] = path
-        for key, child in children_of(node):
-            part = key if kind == "list" else str(key)
-            visit(child, f"{name}.{part}" if path else part, (*path, part))
-
-    visit(tree, "", ())
-    return paths
-
-
-def structure_digest(structure: Structure) -> str:
-    """A digest of everything that a layout depends on, 16 hex digits."""
-    digest = xxhash.xxh3_64()
-    for part in (
-        structure.tensor_names,
-        structure.dtypes,
-        structure.shapes,
-        structure.strides,
-        structure.leaf_names,
-        structure.exotic,
-        structure.slots,
-        structure.containers,
-        structure.odd_keys,
-        structure.ties,
-    ):
-        digest.update(repr(part).encode())
-    return digest.hexdigest()
+    plan = CompiledPlan(
+        structure=structure,
+        offer=offer,
+        generation=generation,
+        layout=layout,
+        tensors=tensors,
+        leaves=leaves,
+        groups=mine["groups"],
+        shared=shared,
+    )
+    keys = _tensor_keys(structure)
+    sizes = {index: size for index, _, size in structure.exotic}
+    named: list[Key] = [keys[index] for index in tensors]
+    for index in leaves:
+        offsets = (0,) * len(sizes[index]) if index in sizes else None
+        named.append((structure.leaf_names[index], offsets))
+    placement = Placement(
+        keys=named,
+        offsets=array("Q", layout.item_offsets).tobytes(),
+        lengths=array("Q", layout.item_bytes).tobytes(),
+    )
+    return plan, placement

@@ -250,7 +250,7 @@ class Stager:
             arena.resident[here] = [None] * lease.count
             layout.fill_constants(memory, start)
         if not job.items:
-            job.items = list(padded_items(job.captured))
+            job.items = list(padded_items(job.captured, job.plan.slots))
         for (offset, length), item in zip(layout.slots(), job.items, strict=True):
             low, high = max(offset, start), min(offset + length, stop)
             if low < high:
@@ -283,7 +283,8 @@ class Stager:
             if low < start or low + nbytes > stop:
                 views.cut.append(index)
                 continue
-            dtype, shape = plan.structure.dtypes[index], plan.structure.shapes[index]
+            piece = plan.tensors[index]
+            dtype, shape = plan.structure.dtypes[piece], plan.structure.shapes[piece]
             flat = lease.arena.typed(dtype)
             at = (lease.offset + low - start) // dtype.itemsize
             views.indices.append(index)
@@ -340,7 +341,7 @@ class Stager:
             if versions[index] is not None and tensors[index]._version != versions[index]
         ]
         if moved:
-            raise MutatedTensors([job.plan.structure.tensor_names[index] for index in moved])
+            raise MutatedTensors([job.plan.names[index] for index in moved])
 
     def _pin(self, arena: Arena) -> None:
         wanted = torch.accelerator.is_available() if self.options.pinned is None else self.options.pinned

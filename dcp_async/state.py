@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import io
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from .formats.distcp import SECTOR_BYTES
 from .formats.structure import Tree
 from .formats.zip_item import object_item, pad_item, slot_bytes
+from .sharding import Offsets, Shard
 from .stateful import AppState
 from .walk import CaptureError, Walk, duplicate_name, structure_of, walk_state
 
@@ -51,19 +52,24 @@ class Structure:
     strides: list[tuple[int, ...] | None]
     """None where the tensor is row-major."""
     leaf_names: list[str]
-    exotic: list[tuple[int, str]]
-    """Which leaves are tensors that go through ``torch.save``, and what `.metadata` says of each."""
+    exotic: list[tuple[int, str, tuple[int, ...]]]
+    """Which leaves are tensors that go through ``torch.save``: (leaf, what `.metadata` says of it, size)."""
     slots: list[int]
     """Length of each leaf's slot."""
     containers: list[tuple[str, str, int, int]]
     odd_keys: list[tuple[str, type, object]]
     ties: list[tuple[str, int]]
     """Names that share the bytes of an earlier tensor."""
+    shards: dict[int, Shard]
+    """Which tensors are pieces of distributed ones, and where they lie in those."""
+    bare: list[tuple[str, torch.dtype, Offsets]]
+    """Distributed tensors of which nothing lies here."""
 
     @property
     def names(self) -> list[str]:
-        """Every name: of stored tensors, of ties, of leaves."""
-        return [*self.tensor_names, *(name for name, _ in self.ties), *self.leaf_names]
+        """Every name: of stored tensors, of ties, of leaves, of what lies on other ranks only."""
+        ties, bare = (name for name, _ in self.ties), (name for name, *_ in self.bare)
+        return list(dict.fromkeys([*self.tensor_names, *ties, *self.leaf_names, *bare]))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,26 +79,50 @@ class Captured:
     structure: Structure
     tree: Tree
     """None if the structure equals the one that was given to ``capture``."""
-    flat: dict[str, Any] | None
-    """Name -> leaf for DCP's planner; None likewise."""
     tensors: list[torch.Tensor]
     leaf_items: list[bytes]
     """Each leaf's item, not padded."""
     optimizers: list[Optimizer]
+    live: dict[str, Any]
+    """Name -> leaf and distributed tensor, for DCP's planner."""
     versions: list[int | None] | None = None
     """Version counters at capture, with ``overlap=True``; None for a tensor that was copied aside."""
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the structure differs from the one that was given to ``capture``."""
+        return self.tree is not None
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors) + sum(map(len, self.leaf_items))
 
+    def flat(self) -> dict[str, Any]:
+        """Name -> leaf, as DCP's planner takes it."""
+        structure = self.structure
+        found = dict(zip(structure.tensor_names, self.tensors, strict=True))
+        found |= {name: self.tensors[index] for name, index in structure.ties}
+        return found | self.live
+
+    def keep(self, tensors: Sequence[int], leaves: Sequence[int]) -> None:
+        """Let go of all but these: other ranks write the rest."""
+        self.tensors = [self.tensors[index] for index in tensors]
+        self.leaf_items = [self.leaf_items[index] for index in leaves]
+        if self.versions is not None:
+            self.versions = [self.versions[index] for index in tensors]
+
     def release(self) -> None:
         """Drop every reference to the trainer's tensors."""
         self.tensors = []
-        self.flat = None
         self.optimizers = []
         self.leaf_items = []
+        self.live = {}
         self.tree = None
+
+
+def is_exotic(leaf: object) -> bool:
+    """Whether a leaf is a tensor to `.metadata`. A nested tensor is not: it has no size to be named there."""
+    return isinstance(leaf, torch.Tensor) and not leaf.is_nested
 
 
 def meta_error(name: str) -> CaptureError:
@@ -107,27 +137,24 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
     Raises: CaptureError; whatever a ``state_dict()`` raises.
     """
     walk = _walk(state)
-    names = walk.tensor_names
     shapes = walk.shapes()
+    names = walk.tensor_names
     if walk.separate_ties():
         shapes = walk.shapes()
     items = [pickle_leaf(name, value) for name, value in zip(walk.leaf_names, walk.leaves, strict=True)]
     structure = _structure(walk, shapes, items, previous)
     tree: Tree = None
-    flat: dict[str, Any] | None = None
     if structure != previous:
-        _check_unique(names + walk.leaf_names)
+        whole = [name for name in names if name not in walk.distributed]
+        _check_unique([*whole, *walk.distributed, *walk.leaf_names])
         tree = structure_of(state, walk)
-        flat = dict(zip(walk.tensor_names, walk.tensors, strict=True))
-        flat |= {name: walk.tensors[index] for name, index in walk.ties}
-        flat |= zip(walk.leaf_names, walk.leaves, strict=True)
     return Captured(
         structure=structure,
         tree=tree,
-        flat=flat,
         tensors=walk.tensors,
         leaf_items=items,
         optimizers=walk.optimizers,
+        live=walk.distributed | dict(zip(walk.leaf_names, walk.leaves, strict=True)),
     )
 
 
@@ -148,10 +175,10 @@ def _structure(
     """What the layout of ``walk``'s tensors and its leaves' ``items`` depends on."""
     # a slot only grows: a counter that shrinks by a digit must not move every offset behind it
     floor = dict(zip(previous.leaf_names, previous.slots, strict=True)) if previous else {}
-    exotic = [(index, leaf) for index, leaf in enumerate(walk.leaves) if isinstance(leaf, torch.Tensor)]
-    for index, leaf in exotic:
-        if leaf.is_meta:
-            raise meta_error(walk.leaf_names[index])
+    exotic = [(index, leaf) for index, leaf in enumerate(walk.leaves) if is_exotic(leaf)]
+    for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
+        if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+            raise meta_error(name)
     return Structure(
         tensor_names=walk.tensor_names,
         dtypes=[tensor.dtype for tensor in walk.tensors],
@@ -159,7 +186,7 @@ def _structure(
         strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in walk.tensors],
         leaf_names=walk.leaf_names,
         exotic=[
-            (index, f"{leaf.dtype} {leaf.layout} {leaf.size() if not leaf.is_nested else 'nested'}")
+            (index, f"{leaf.dtype} {leaf.layout} {leaf.requires_grad}", tuple(leaf.size()))
             for index, leaf in exotic
         ],
         slots=[
@@ -169,12 +196,14 @@ def _structure(
         containers=walk.containers,
         odd_keys=walk.odd_keys,
         ties=walk.ties,
+        shards=walk.shards,
+        bare=walk.bare,
     )
 
 
-def padded_items(captured: Captured) -> Iterator[bytes]:
+def padded_items(captured: Captured, slots: Iterable[int]) -> Iterator[bytes]:
     """Each leaf's item, grown to its slot."""
-    for item, slot in zip(captured.leaf_items, captured.structure.slots, strict=True):
+    for item, slot in zip(captured.leaf_items, slots, strict=True):
         yield pad_item(item, slot)
 
 
@@ -208,11 +237,12 @@ class Targets:
 def capture_targets(state: Mapping[str, Any]) -> Targets:
     """Find out what ``state`` can take. Calls each ``state_dict()`` once. Raises CaptureError."""
     walk = _walk(state)
+    walk.shapes()  # which sorts nested tensors out
     _check_unique(walk.tensor_names + walk.leaf_names)
     tensors = dict(zip(walk.tensor_names, walk.tensors, strict=True))
     leaves = set()
     for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
-        if isinstance(leaf, torch.Tensor):
+        if is_exotic(leaf):
             tensors[name] = leaf
         else:
             leaves.add(name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from .formats.structure import Tree, list_node, mapping_kind, mapping_node, pickled_key
 from .formats.zip_item import PLAIN_DTYPES
+from .sharding import LayoutCache, Offsets, Shard, is_sharded, sharded
 from .stateful import AppState, is_stateful
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -52,6 +53,12 @@ class Walk:
 
     tensor_names: list[str] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
+    shards: dict[int, Shard] = field(default_factory=dict)
+    """Index of a tensor that is a piece of a distributed one -> where it lies in that."""
+    bare: list[tuple[str, torch.dtype, Offsets]] = field(default_factory=list)
+    """(name, dtype, global size) of distributed tensors of which nothing lies here."""
+    distributed: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Name -> distributed tensor."""
     ties: list[tuple[str, int]] = field(default_factory=list)
     """(name, index of the tensor that has the same bytes) of tensors that occur again; filled by
     ``separate_ties``."""
@@ -66,6 +73,7 @@ class Walk:
     optimizers: list[Optimizer] = field(default_factory=list)
     statefuls: list[tuple[str, Any, Any]] = field(default_factory=list)
     """(prefix, the Stateful, what its state_dict() gave)."""
+    _layouts: LayoutCache = field(default_factory=dict)
 
     def visit(self, name: str, value: Any) -> None:
         """Walk ``value``, which lies at ``name``."""
@@ -73,6 +81,8 @@ class Walk:
             if _is_plain(value):
                 self.tensor_names.append(name)
                 self.tensors.append(value)
+            elif is_sharded(value):
+                self._visit_sharded(name, value)
             else:
                 self.leaf_names.append(name)
                 self.leaves.append(value)
@@ -97,12 +107,16 @@ class Walk:
             return [tensor.shape for tensor in self.tensors]
 
     def _demote_nested(self) -> None:
-        nested = {id(tensor) for tensor in self.tensors if tensor.is_nested}
-        pairs = list(zip(self.tensor_names, self.tensors, strict=True))
-        self.leaf_names += [name for name, tensor in pairs if id(tensor) in nested]
-        self.leaves += [tensor for tensor in self.tensors if id(tensor) in nested]
-        self.tensor_names = [name for name, tensor in pairs if id(tensor) not in nested]
-        self.tensors = [tensor for tensor in self.tensors if id(tensor) not in nested]
+        nested = [index for index, tensor in enumerate(self.tensors) if tensor.is_nested]
+        self.leaf_names += [self.tensor_names[index] for index in nested]
+        self.leaves += [self.tensors[index] for index in nested]
+        self._keep(sorted(set(range(len(self.tensors))) - set(nested)))
+
+    def _keep(self, indices: list[int]) -> None:
+        """Forget all tensors but these."""
+        self.shards = {new: self.shards[old] for new, old in enumerate(indices) if old in self.shards}
+        self.tensor_names = [self.tensor_names[index] for index in indices]
+        self.tensors = [self.tensors[index] for index in indices]
 
     def separate_ties(self) -> bool:
         """Keep one of each group of tensors that are the same view of the same memory: it is stored once.
@@ -112,20 +126,38 @@ class Walk:
         if len({tensor.data_ptr() for tensor in self.tensors}) == len(self.tensors):
             return False
         first: dict[tuple[Any, ...], int] = {}
-        names, tensors = self.tensor_names, self.tensors
-        self.tensor_names, self.tensors = [], []
-        for name, tensor in zip(names, tensors, strict=True):
+        kept: list[int] = []
+        for at, tensor in enumerate(self.tensors):
             # an empty tensor has no memory to share
             memory = tensor.data_ptr() if tensor.numel() else id(tensor)
             lazy = (tensor.is_conj(), tensor.is_neg())
-            key = (tensor.device, memory, tensor.dtype, tensor.shape, tensor.stride(), lazy)
-            index = first.setdefault(key, len(self.tensors))
-            if index == len(self.tensors):
-                self.tensor_names.append(name)
-                self.tensors.append(tensor)
+            shape = (tensor.shape, tensor.stride(), self.shards.get(at))
+            index = first.setdefault((tensor.device, memory, tensor.dtype, lazy, shape), len(kept))
+            if index == len(kept):
+                kept.append(at)
             else:
-                self.ties.append((name, index))
+                self.ties.append((self.tensor_names[at], index))
+        self._keep(kept)
         return bool(self.ties)
+
+    def _visit_sharded(self, name: str, tensor: torch.Tensor) -> None:
+        try:
+            found = sharded(name, tensor, self._layouts)
+        except (ValueError, RuntimeError) as error:
+            raise CaptureError(f"{name}: a {type(tensor).__name__} can't be saved: {error}") from error
+        self.distributed[name] = tensor
+        for shard, local in found.pieces:
+            if not _is_plain(local):
+                raise CaptureError(
+                    f"{name}: the local part of this {type(tensor).__name__} is a {type(local).__name__} of "
+                    f"{local.dtype}, {local.layout}, which has no bytes that could be cut; convert it first"
+                )
+            if shard is not None:
+                self.shards[len(self.tensors)] = shard
+            self.tensor_names.append(name)
+            self.tensors.append(local)
+        if not found.pieces:
+            self.bare.append((name, found.dtype, found.size))
 
     def _visit_stateful(self, name: str, stateful: Any) -> None:
         if isinstance(stateful, Optimizer):
@@ -150,7 +182,8 @@ class Walk:
         self.visit(name, inner)
 
     def _enter(self, name: str, kind: str, size: int) -> None:
-        self.containers.append((name, kind, size, len(self.tensor_names) + len(self.leaf_names)))
+        leaves = len(self.tensor_names) + len(self.leaf_names) + len(self.bare)
+        self.containers.append((name, kind, size, leaves))
 
     def _visit_odd_key(self, below: str, key: object) -> None:
         try:
@@ -188,7 +221,7 @@ def walk_state(state: Mapping[str, Any]) -> Walk:
     return walk
 
 
-def duplicate_name(names: list[str]) -> str | None:
+def duplicate_name(names: Sequence[str]) -> str | None:
     """A name that occurs twice, if one does: DCP's dotted names do not tell {"a.b": x} from {"a": {"b":
     x}}."""
     if len(set(names)) == len(names):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import pickle
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -90,7 +90,7 @@ def tree_to_json(node: Tree) -> JSON:
 
 
 def _key_to_json(key: Any) -> JSON:
-    raw = pickled_key(key)
+    raw = key.raw if isinstance(key, PickledKey) else pickled_key(key)
     return (
         cast(JSON, key)
         if raw is None
@@ -199,6 +199,49 @@ def subtree(node: Tree, name: str, prefix: str = "") -> Tree:
             if found is not None:
                 return found
     return None
+
+
+def merged_trees(trees: Sequence[Tree]) -> Tree:
+    """One tree of all that is in any of ``trees``: ranks may hold different parts of a state."""
+    first, *others = trees
+    for other in others:
+        if other != first:
+            first = _merged(first, other)
+    return first
+
+
+def _merged(one: Tree, other: Tree) -> Tree:
+    if one is None or other is None or one == other:
+        return one if one is not None else other
+    kind = kind_of(one)
+    children = {_identity(key): (key, child) for key, child in children_of(one)}
+    for key, child in children_of(other):
+        here = children.get(_identity(key))
+        children[_identity(key)] = (key, child if here is None else _merged(here[1], child))
+    if kind == "list":
+        return list_node([child for _, child in children.values()])
+    return mapping_node(str(kind), children.values())
+
+
+def _identity(key: Any) -> tuple[type, Any]:
+    return type(key), key  # 1, 1.0 and True are equal, but not the same key
+
+
+def dcp_paths(tree: Tree) -> dict[str, tuple[str | int, ...]]:
+    """DCP's ``planner_data``: name -> path, as its ``flatten_state_dict`` gives it (str for keys, int in
+    lists)."""
+    paths: dict[str, tuple[str | int, ...]] = {}
+
+    def visit(node: Tree, name: str, path: tuple[str | int, ...]) -> None:
+        kind = kind_of(node)
+        if kind is None:
+            paths[name] = path
+        for key, child in children_of(node):
+            part = key if kind == "list" else str(key)
+            visit(child, f"{name}.{part}" if path else part, (*path, part))
+
+    visit(tree, "", ())
+    return paths
 
 
 def structure_from_paths(planner_data: object, names: list[str]) -> Tree:

@@ -207,7 +207,7 @@ class LocalStorage:
                 threads.abandon()
 
     async def begin(
-        self, name: str, files: Mapping[str, int | None], *, uid: str, replace: bool
+        self, name: str, files: Mapping[str, int | None], *, uid: str, replace: bool, lead: bool = True
     ) -> LocalTransaction:
         directory = self.root / name
         return await self.run(

@@ -454,7 +454,6 @@ async def test_no_tensor_keeps_bytes_of_a_corrupt_checkpoint_unreported(root: Pa
     assert "x.young" in str(caught.value)
 
 
-
 async def test_an_atomic_load_of_a_bad_block_touches_nothing(root: Path) -> None:
     run, target = TrainingRun(1, width=64), TrainingRun(2, width=64)
     run.step(2)

@@ -1,0 +1,104 @@
+"""What of a distributed tensor lies on this rank: DTensor, ShardedTensor, and whatever has DCP's own hooks.
+
+Enters: a tensor that represents more than its local memory. Leaves: its global size and, per local piece,
+where that piece begins in the whole. Invariant: nothing is gathered, no collective runs.
+Source: torch/distributed/checkpoint/planner_helpers.py (the hooks), torch/distributed/tensor/_utils.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+Offsets = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Where a local tensor lies in a global one."""
+
+    size: Offsets
+    """Of the global tensor."""
+    offsets: Offsets
+    """Of the local tensor's first element."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """A distributed tensor, seen from this rank."""
+
+    size: Offsets
+    dtype: torch.dtype
+    pieces: list[tuple[Shard | None, torch.Tensor]]
+    """What lies here; a piece that is the whole has no Shard. Empty where this rank holds nothing of it."""
+
+
+class PartialError(ValueError):
+    """A tensor whose ranks hold summands, not pieces, has no bytes to save."""
+
+
+LayoutCache = dict[Any, Offsets]
+"""Offsets per (mesh, placements, shape): many tensors share a layout, and computing one costs 50 us."""
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` stands for more than its own memory."""
+    kind = type(tensor)
+    return kind is DTensor or isinstance(tensor, ShardedTensor) or hasattr(kind, "__create_chunk_list__")
+
+
+def sharded(name: str, tensor: torch.Tensor, cache: LayoutCache) -> Sharded:
+    """This rank's pieces of ``tensor``. Raises PartialError."""
+    size = tuple(tensor.size())
+    if isinstance(tensor, ShardedTensor):
+        pieces = [
+            (Shard(size, tuple(shard.metadata.shard_offsets)), shard.tensor)
+            for shard in tensor.local_shards()
+        ]
+    elif type(tensor) is DTensor and not hasattr(tensor._local_tensor, "__create_chunk_list__"):
+        pieces = _dtensor_pieces(size, tensor, cache)
+    else:
+        hooks: Any = tensor
+        pieces = []
+        for number, chunk in enumerate(hooks.__create_chunk_list__()):
+            index = MetadataIndex(name, chunk.offsets, number)
+            local = hooks.__get_tensor_shard__(index)
+            # a hook may hand over more than the chunk that it names
+            if tuple(local.shape) != tuple(chunk.sizes):
+                raise ValueError(
+                    f"its chunk at {tuple(chunk.offsets)} has {tuple(chunk.sizes)} elements in "
+                    f"__create_chunk_list__() and {tuple(local.shape)} in __get_tensor_shard__()"
+                )
+            pieces.append((Shard(size, tuple(chunk.offsets)), local))
+    return Sharded(
+        size,
+        tensor.dtype,
+        [
+            (None if tuple(local.shape) == size else shard, local)
+            for shard, local in pieces
+            if local.numel() or not torch.Size(size).numel() > 0
+        ],
+    )
+
+
+def _dtensor_pieces(size: Offsets, tensor: DTensor, cache: LayoutCache) -> list[tuple[Shard, torch.Tensor]]:
+    mesh, placements = tensor.device_mesh, tensor.placements
+    key = (mesh, placements, size)
+    offsets = cache.get(key)
+    if offsets is None:
+        for placement in placements:
+            if isinstance(placement, Partial):
+                raise PartialError(
+                    f"its placement {placement} leaves a sum to be done; redistribute() it first"
+                )
+        _, found = compute_local_shape_and_global_offset(size, mesh, placements)
+        offsets = cache[key] = tuple(found)
+    if mesh.get_coordinate() is None:
+        return []  # this rank is outside of the tensor's mesh
+    return [(Shard(size, offsets), tensor._local_tensor)]
