@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
         "_drive",
         "device",
         "observer",
+        "boxes",
         "sharding",
         "stateful",
         "walk",

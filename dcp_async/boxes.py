@@ -1,0 +1,77 @@
+"""Boxes of a tensor: where two of them meet, and which bytes of a row-major one hold a part of it.
+
+Enters: boxes, as [start, stop) per dimension, and shapes. Leaves: boxes and byte ranges. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from .formats.zip_item import contiguous_strides
+
+Box = tuple[tuple[int, int], ...]
+"""Per dimension, [start, stop)."""
+
+
+def box_at(offsets: Sequence[int], sizes: Sequence[int]) -> Box:
+    """The box of ``sizes`` that begins at ``offsets``."""
+    return tuple((low, low + extent) for low, extent in zip(offsets, sizes, strict=True))
+
+
+def common(one: Box, other: Box) -> Box | None:
+    """Where two boxes meet, None if they do not."""
+    met = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return met if all(low < high for low, high in met) else None
+
+
+def relative(box: Box, origin: Sequence[int]) -> Box:
+    """``box`` as seen from ``origin``."""
+    return tuple((low - at, high - at) for (low, high), at in zip(box, origin, strict=True))
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    """The index that selects ``box``."""
+    return tuple(slice(low, high) for low, high in box)
+
+
+def extents(box: Box) -> tuple[int, ...]:
+    """The shape of ``box``."""
+    return tuple(high - low for low, high in box)
+
+
+def _reach(box: Box, strides: Sequence[int]) -> tuple[int, int]:
+    """(first element, one past the last) of ``box`` in memory."""
+    first = sum(low * stride for (low, _), stride in zip(box, strides, strict=True))
+    last = sum((high - 1) * stride for (_, high), stride in zip(box, strides, strict=True))
+    return first, last + 1
+
+
+def cut_box(
+    box: Box, shape: Sequence[int], itemsize: int, *, gap_bytes: int, limit_bytes: int
+) -> Iterator[tuple[Box, int, int]]:
+    """Cut ``box`` of a row-major ``shape`` into parts that are each read by one contiguous range.
+
+    Ranges are at most ``limit_bytes`` long where rows are, and skip what lies between two rows if that is at
+    least ``gap_bytes``. Yields (part, first byte, number of bytes).
+    """
+    strides = contiguous_strides(shape)
+    first, stop = _reach(box, strides)
+    span = (stop - first) * itemsize
+    dim = next((dim for dim, (low, high) in enumerate(box) if high - low > 1), None)
+    if dim is None:
+        yield box, first * itemsize, span
+        return
+    low, high = box[dim]
+    row = (*box[:dim], (low, low + 1), *box[dim + 1 :])
+    row_first, row_stop = _reach(row, strides)
+    step = strides[dim] * itemsize
+    if step - (row_stop - row_first) * itemsize >= gap_bytes:
+        rows = 1
+    elif span <= limit_bytes:
+        yield box, first * itemsize, span
+        return
+    else:
+        rows = max(limit_bytes // step, 1)
+    for start in range(low, high, rows):
+        part = (*box[:dim], (start, min(start + rows, high)), *box[dim + 1 :])
+        yield from cut_box(part, shape, itemsize, gap_bytes=gap_bytes, limit_bytes=limit_bytes)
