@@ -109,7 +109,7 @@ class DefaultDraft:
         indices: list[MetadataIndex] = []
         opaque = BytesStorageMetadata()
         for name, leaf in flat.items():
-            if not isinstance(leaf, torch.Tensor):
+            if not isinstance(leaf, torch.Tensor) or leaf.is_nested:
                 entries[name] = opaque
                 indices.append(MetadataIndex(name))
                 continue

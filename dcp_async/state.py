@@ -95,6 +95,11 @@ class Captured:
         self.tree = None
 
 
+def is_exotic(leaf: object) -> bool:
+    """Whether a leaf is a tensor to `.metadata`. A nested tensor is not: it has no size to be named there."""
+    return isinstance(leaf, torch.Tensor) and not leaf.is_nested
+
+
 def meta_error(name: str) -> CaptureError:
     """For a tensor without bytes."""
     return CaptureError(f"{name} is on the meta device and has no bytes to save; materialise it first")
@@ -107,8 +112,8 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
     Raises: CaptureError; whatever a ``state_dict()`` raises.
     """
     walk = _walk(state)
-    names = walk.tensor_names
     shapes = walk.shapes()
+    names = walk.tensor_names
     if walk.separate_ties():
         shapes = walk.shapes()
     items = [pickle_leaf(name, value) for name, value in zip(walk.leaf_names, walk.leaves, strict=True)]
@@ -148,10 +153,10 @@ def _structure(
     """What the layout of ``walk``'s tensors and its leaves' ``items`` depends on."""
     # a slot only grows: a counter that shrinks by a digit must not move every offset behind it
     floor = dict(zip(previous.leaf_names, previous.slots, strict=True)) if previous else {}
-    exotic = [(index, leaf) for index, leaf in enumerate(walk.leaves) if isinstance(leaf, torch.Tensor)]
-    for index, leaf in exotic:
-        if leaf.is_meta:
-            raise meta_error(walk.leaf_names[index])
+    exotic = [(index, leaf) for index, leaf in enumerate(walk.leaves) if is_exotic(leaf)]
+    for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
+        if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+            raise meta_error(name)
     return Structure(
         tensor_names=walk.tensor_names,
         dtypes=[tensor.dtype for tensor in walk.tensors],
@@ -159,7 +164,7 @@ def _structure(
         strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in walk.tensors],
         leaf_names=walk.leaf_names,
         exotic=[
-            (index, f"{leaf.dtype} {leaf.layout} {leaf.size() if not leaf.is_nested else 'nested'}")
+            (index, f"{leaf.dtype} {leaf.layout} {leaf.size()} {leaf.requires_grad}")
             for index, leaf in exotic
         ],
         slots=[
@@ -208,11 +213,12 @@ class Targets:
 def capture_targets(state: Mapping[str, Any]) -> Targets:
     """Find out what ``state`` can take. Calls each ``state_dict()`` once. Raises CaptureError."""
     walk = _walk(state)
+    walk.shapes()  # which sorts nested tensors out
     _check_unique(walk.tensor_names + walk.leaf_names)
     tensors = dict(zip(walk.tensor_names, walk.tensors, strict=True))
     leaves = set()
     for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
-        if isinstance(leaf, torch.Tensor):
+        if is_exotic(leaf):
             tensors[name] = leaf
         else:
             leaves.add(name)
