@@ -141,6 +141,8 @@ class PlannerDraft:
                 )
         self._captured = captured
         self._planner = planner
+        # stock's own cache lives on the class and takes tensors of another dtype for the same; ours does not
+        planner.__dict__["_enable_plan_caching"] = False
         self._rank = rank
         # flattened already: planner_data comes from our own walk
         planner.set_up_planner(captured.flat, None, is_coordinator)
