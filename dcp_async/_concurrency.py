@@ -42,6 +42,15 @@ class NotStartedError(TimeoutError):
     """A blocking call waited too long for a thread; it will never run."""
 
 
+async def _tamed(coro: Coroutine[Any, Any, T]) -> T:
+    """``coro``, whose SystemExit or KeyboardInterrupt, raised by code of the user's, must not end the
+    loop."""
+    try:
+        return await coro
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise EngineStateError(f"{type(error).__name__} was raised on the engine's thread") from error
+
+
 class Job(Generic[T]):
     """A coroutine that runs on a loop thread; ``future`` is done only when the coroutine has really ended."""
 
@@ -53,7 +62,7 @@ class Job(Generic[T]):
         loop.call_soon_threadsafe(self._start, coro)
 
     def _start(self, coro: Coroutine[Any, Any, T]) -> None:
-        self._task = self._loop.create_task(coro)
+        self._task = self._loop.create_task(_tamed(coro))
         self._task.add_done_callback(self._finish)
 
     def _finish(self, task: asyncio.Task[T]) -> None:

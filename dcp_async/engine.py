@@ -340,7 +340,7 @@ class CheckpointEngine:
             ),
         )
         try:
-            restore(state, targets, loaded.values, loaded.extra)
+            restore(state, targets, loaded.values, loaded.extra, loaded.match.replaced)
         except (Exception, CheckpointException) as error:
             raise LoadError(
                 f"checkpoint {info.checkpoint_id!r} was read, but the state refused it: "

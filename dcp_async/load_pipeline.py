@@ -1,10 +1,10 @@
 """Loading, as coroutines joined by bounded queues.
 
-    load   plan -[Span]-> read -[FetchBuffers]-> place -> restore()
+    load   plan -[list of Span]-> read -[list of FetchBuffers]-> place -> restore()
 
 Enters: an opened checkpoint and what is wanted of it. Leaves: filled tensors and leaf values, or an error
-before anything was touched. Invariant: leaves are decoded, and with them trust is decided, before the first
-tensor is written to.
+before anything was touched. Invariant: leaves are decoded, and pickled tensors are judged by their heads, so
+that trust is decided before the first tensor is written to.
 """
 
 from __future__ import annotations
@@ -26,13 +26,23 @@ from .errors import (
     UntrustedCheckpointError,
 )
 from .formats.structure import Tree, build, children_of, leaf_names, pruned
+from .item import UnsupportedError
 from .matching import Dtypes, Match, check_fit, fresh_tensor, is_plain_meta, match_state
 from .pipeline import first_failure
-from .reading import Collector, CoverageError, DamagedError, FetchBuffers, Source, Span, make_spans
+from .reading import (
+    Collector,
+    CoverageError,
+    DamagedError,
+    FetchBuffers,
+    Source,
+    Span,
+    make_batches,
+    make_spans,
+)
 from .state import Targets
 from .trust import Trust, UntrustedGlobal, load_pickle
 
-_QUEUE_SPANS = 2
+_QUEUE_BATCHES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +80,7 @@ class LoadPipeline:
             places=contents.places,
             raw_files=frozenset(contents.digests),
             exotic=frozenset(manifest.exotic if manifest else ()),
+            transforms=contents.transforms,
             trust=services.trust,
         )
         self._touched = False
@@ -87,15 +98,19 @@ class LoadPipeline:
         values: dict[str, Any] = {}
         name = self._contents.info.checkpoint_id
         try:
+            heads, doubtful = Collector(self._source), Collector(self._source)
             small, large = Collector(self._source), Collector(self._source)
             for leaf in leaves:
                 small.want_leaf(leaf, values.__setitem__)
             for fqn, target in tensors.items():
                 large.want_tensor(fqn, target)
-            await self._flow(small)
+            for item in () if fresh else large.items:
+                heads.want_head(item, doubtful)
+            for collector in (heads, doubtful, small):
+                await self._flow(collector)
             self._touched = not fresh
             await self._flow(large)
-        except (BaseExceptionGroup, CoverageError, DamagedError) as error:
+        except (BaseExceptionGroup, CoverageError, DamagedError, UnsupportedError) as error:
             cause = first_failure(error)
             explained = self._explain(cause, name)
             if explained is cause:
@@ -115,63 +130,88 @@ class LoadPipeline:
         state = "targets are partly overwritten" if self._touched else "nothing was loaded"
         if isinstance(error, UntrustedGlobal):
             short = error.name.rpartition(".")[2]
+            narrow = f"it with Trust(safe_globals=({short},)), or " if error.allowable else ""
             return UntrustedCheckpointError(
-                f"checkpoint {name!r}: a leaf names {error.name}; {state}. If you trust it, allow it with "
-                f"Trust(safe_globals=({short},)), or anything with Trust(unsafe=True)",
+                f"checkpoint {name!r}: a leaf names {error.name}; {state}. If you trust it, allow "
+                f"{narrow}anything with Trust(unsafe=True)",
                 checkpoint_id=name,
             )
+        if isinstance(error, UnsupportedError):
+            return LoadError(f"checkpoint {name!r}: {error}; {state}", checkpoint_id=name)
         if isinstance(error, CoverageError):
             return IncompatibleStateError(f"checkpoint {name!r}: {error}; {state}", checkpoint_id=name)
         if isinstance(error, DamagedError):
-            names = error.names
+            names = tuple(dict.fromkeys((*error.names, *self._names_in(error.file, error.ranges))))
             what = f" (in {', '.join(names[:5])}{' and more' if len(names) > 5 else ''})" if names else ""
             return CorruptCheckpointError(
                 f"checkpoint {name!r} is corrupt: {error}{what}; {state}. Load an older checkpoint",
                 checkpoint_id=name,
                 partially_loaded=self._touched,
-                tensors=tuple(names),
+                tensors=names,
             )
         return error
 
+    def _names_in(self, file: str, ranges: Iterable[tuple[int, int]]) -> list[str]:
+        """Whose items overlap these bytes, wanted or not: a block is damaged for all that lies in it."""
+        return [
+            index.fqn
+            for index, (stored_in, offset, length) in self._contents.places.items()
+            if stored_in == file and any(offset < high and low < offset + length for low, high in ranges)
+        ]
+
     async def _flow(self, collector: Collector) -> None:
+        if not collector.pieces:
+            return
         readers = self._services.io_concurrency
-        spans: Pipe[Span] = Pipe(_QUEUE_SPANS)
-        fetched: Pipe[FetchBuffers] = Pipe(_QUEUE_SPANS, producers=readers)
+        batches: Pipe[list[Span]] = Pipe(_QUEUE_BATCHES)
+        fetched: Pipe[list[FetchBuffers]] = Pipe(_QUEUE_BATCHES, producers=readers)
         async with anyio.create_task_group() as group:
-            group.start_soon(self._plan, collector, spans)
+            group.start_soon(self._plan, collector, batches)
             for _ in range(readers):
-                group.start_soon(self._read, spans, fetched)
+                group.start_soon(self._read, batches, fetched)
             group.start_soon(self._place, fetched)
 
-    async def _plan(self, collector: Collector, spans: Pipe[Span]) -> None:
-        for span in make_spans(
-            collector.pieces,
-            self._contents.digests,
-            self._contents.image_bytes,
-            part_bytes=self._services.part_bytes,
-        ):
-            await spans.put(span)
-        await spans.close()
+    async def _plan(self, collector: Collector, batches: Pipe[list[Span]]) -> None:
+        part_bytes = self._services.part_bytes
+        digests, image_bytes = self._contents.digests, self._contents.image_bytes
+        spans = make_spans(collector.pieces, digests, image_bytes, part_bytes=part_bytes)
+        for batch in make_batches(spans, part_bytes=part_bytes):
+            await batches.put(batch)
+        await batches.close()
 
-    async def _read(self, spans: Pipe[Span], fetched: Pipe[FetchBuffers]) -> None:
-        async for span in spans:
-            buffers = FetchBuffers(span)
-            await self._contents.reader.read_into(span.file, buffers.segments)
-            await self._blocking(buffers.verify)
+    async def _read(self, batches: Pipe[list[Span]], fetched: Pipe[list[FetchBuffers]]) -> None:
+        async for batch in batches:
+            buffers = [FetchBuffers(span) for span in batch]
+            segments = [segment for part in buffers for segment in part.segments]
+            await self._contents.reader.read_into(batch[0].file, segments)
+            if batch[0].digests is not None:
+                await self._blocking(_verify, buffers)
             await fetched.put(buffers)
         await fetched.close()
 
-    async def _place(self, fetched: Pipe[FetchBuffers]) -> None:
+    async def _place(self, fetched: Pipe[list[FetchBuffers]]) -> None:
         async for buffers in fetched:
-            try:
-                await self._blocking(buffers.scatter)
-            except (ValueError, RuntimeError, TypeError) as error:
-                if isinstance(error, DamagedError):
-                    raise
-                raise DamagedError(str(error), [piece.name for piece in buffers.span.pieces]) from error
+            await self._blocking(_scatter, buffers)
 
-    async def _blocking(self, fn: Callable[[], None]) -> None:
-        await run_blocking(self._services.threads, self._services.timeout, fn)
+    async def _blocking(
+        self, fn: Callable[[Iterable[FetchBuffers]], None], buffers: list[FetchBuffers]
+    ) -> None:
+        await run_blocking(self._services.threads, self._services.timeout, fn, buffers)
+
+
+def _verify(buffers: Iterable[FetchBuffers]) -> None:
+    for part in buffers:
+        part.verify()
+
+
+def _scatter(buffers: Iterable[FetchBuffers]) -> None:
+    for part in buffers:
+        try:
+            part.scatter()
+        except DamagedError:
+            raise
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise DamagedError(str(error), [piece.name for piece in part.span.pieces]) from error
 
 
 async def load_into(

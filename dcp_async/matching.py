@@ -36,6 +36,8 @@ class Match:
     tensors."""
     open_nodes: dict[str, Tree] = field(default_factory=dict)
     """The trees of those mappings."""
+    replaced: dict[str, set[str]] = field(default_factory=dict)
+    """Optimizers' mappings whose other entries go: mapping -> names of the entries that were saved."""
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
@@ -158,8 +160,14 @@ def _match_open(targets: Targets, contents: Contents, match: Match) -> set[str]:
         if kind is None or kind == "list":
             continue
         lacking = []
-        for key, child in children_of(node):
-            head = f"{prefix}.{key}"
+        heads = {f"{prefix}.{key}": (key, child) for key, child in children_of(node)}
+        if mapping.is_optimizer_state:
+            # entries that a parameter had none of when it was saved must not outlive the load
+            match.replaced[prefix] = set(heads)
+            given_up.update(_at_or_below(prefix, known))
+            for head in heads:
+                given_up.difference_update(_at_or_below(head, known))
+        for head, (key, child) in heads.items():
             here = _at_or_below(head, known)
             there = leaf_names(child, head)
             # an optimizer grows with its history: what does not have the saved form gives way to it

@@ -66,7 +66,8 @@ def in_phase(phase: Phase) -> Iterator[None]:
         yield
     except PhaseFailure:
         raise
-    except (Exception, CheckpointException) as error:
+    except (Exception, CheckpointException, SystemExit, KeyboardInterrupt) as error:
+        # the last two, raised by a storage of the user's, would end the engine's loop with its saves on it
         raise PhaseFailure(phase, error) from error
 
 

@@ -133,6 +133,8 @@ class PlannerDraft:
         self.offer = offer
         self._structure = captured.structure
         self._planner = planner
+        # stock's own cache lives on the class and takes tensors of another dtype for the same; ours does not
+        planner.__dict__["_enable_plan_caching"] = False
         # flattened already: planner_data comes from our own walk
         planner.set_up_planner(captured.flat(), None, is_coordinator)
         self.message = (offer, pickle.dumps(planner.create_local_plan()))

@@ -8,7 +8,7 @@ piece.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any, cast
 
 import torch
@@ -20,13 +20,18 @@ from .stateful import AppState
 
 
 def restore(
-    state: Mapping[str, Any], targets: Targets, values: Mapping[str, Any], extra: Mapping[str, Any]
+    state: Mapping[str, Any],
+    targets: Targets,
+    values: Mapping[str, Any],
+    extra: Mapping[str, Mapping[Any, Any]],
+    replaced: Mapping[str, Collection[str]],
 ) -> None:
     """Hand what was read back to ``state``; runs in the caller's thread.
 
     Args:
         values: name -> new value of a leaf or of a tensor on the meta device (others were filled in place).
         extra: name of an open mapping -> what it takes in addition.
+        replaced: name of an optimizer's mapping -> names of the entries that stay; others go.
     """
     # first of all: an optimizer casts its state to the device that it finds its parameters on
     for prefix, stateful, _ in targets.walk.statefuls:
@@ -43,12 +48,15 @@ def restore(
             return values[name]
         if isinstance(value, Mapping):
             updates = {key: merged(f"{name}.{key}", entry) for key, entry in value.items()}
-            changed = {key: entry for key, entry in updates.items() if entry is not value[key]} | extra.get(
-                name, {}
-            )
-            if not changed:
+            changed = {key: entry for key, entry in updates.items() if entry is not value[key]}
+            changed |= extra.get(name, {})
+            stay = replaced.get(name)
+            gone = [key for key in value if f"{name}.{key}" not in stay] if stay is not None else []
+            if not changed and not gone:
                 return value
             made = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
+            for key in gone:
+                del made[key]
             for key, entry in changed.items():  # not update(): a Counter would add
                 made[key] = entry
             return made

@@ -148,5 +148,6 @@ class SaveRunner:
         if self._observer is not None:
             try:
                 self._observer.on_event(event)
-            except Exception:  # formatted here: a record that kept the frames would keep what they refer to
+            except (Exception, SystemExit, KeyboardInterrupt):
+                # formatted here: a record that kept the frames would keep what they refer to
                 logger.error("the observer failed on %s\n%s", type(event).__name__, traceback.format_exc())

@@ -7,14 +7,24 @@ Source: torch/distributed/checkpoint/stateful.py, state_dict.py.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import random
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
+
+_MARK = "dcp_async: no state yet"
 
 
 def is_stateful(value: object) -> bool:
@@ -52,9 +62,10 @@ class AppState:
     how the model is wrapped: compiled, DDP, FSDP and activation-checkpointed models share it with the plain
     one.
 
-    torch's ``get_state_dict`` and ``set_state_dict`` do the work. They need the state of an optimizer that
-    has not stepped yet, and make it by a step with a learning rate of 0. The same for each of ``optimizers``
-    goes into one mapping, so a parameter may be in one of them only.
+    torch's ``get_state_dict`` and ``set_state_dict`` do the work, but for one thing: they make the state of
+    an optimizer that has none by a step with a learning rate of 0, which changes the run that is saved (Adam
+    counts it). Here such an optimizer is saved as it is, unless ``options`` ask for a flat dict. Optimizers
+    share one mapping, so a parameter may be in one of them only.
 
     Args:
         model: the module, wrapped or not.
@@ -88,15 +99,47 @@ class AppState:
         return f"<AppState {type(self.model).__name__} with {kinds or 'no optimizer'}>"
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"model": {name: tensor}, "optim": {"state": ..., "param_groups": ...}}``."""
-        model, optim = get_state_dict(self.model, self.optimizers, options=self.options)
+        """``{"model": {name: tensor}, "optim": {"state": {name: ...}, "param_groups": [...]}}``; without
+        optimizers there is no ``"optim"``."""
+        with self._no_made_up_state(not self._options.flatten_optimizer_state_dict):
+            model, optim = get_state_dict(self.model, self.optimizers, options=self.options)
+        entries = cast("dict[str, Any]", optim.get("state", {}))
+        for name in [name for name, entry in entries.items() if _MARK in entry]:
+            del entries[name]
         return {"model": model, "optim": optim} if self.optimizers else {"model": model}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(
-            self.model,
-            self.optimizers,
-            model_state_dict=state["model"],
-            optim_state_dict=state.get("optim", {}),
-            options=self.options,
-        )
+        """Hand both parts back to torch."""
+        options = self._options
+        if self.optimizers:
+            plain = not (options.flatten_optimizer_state_dict or options.full_state_dict)
+            # not strict: a parameter that never got a gradient has no state, which torch takes for a loss
+            lenient = dataclasses.replace(options, strict=False)
+            with self._no_made_up_state(plain):
+                set_optimizer_state_dict(self.model, self.optimizers, state["optim"], options=lenient)
+        # last, so that no step for a made-up state can change what was loaded
+        set_model_state_dict(self.model, state["model"], options=options)
+
+    @property
+    def _options(self) -> StateDictOptions:
+        return self.options or StateDictOptions()
+
+    @contextlib.contextmanager
+    def _no_made_up_state(self, possible: bool) -> Iterator[None]:
+        """Keep torch from making up a state for optimizers that have none: it looks for any entry at all."""
+        marked: list[tuple[Optimizer, torch.Tensor]] = []
+        # FSDP1 turns entries into flat ones and would trip over a foreign one
+        if possible and not any(isinstance(part, FullyShardedDataParallel) for part in self.model.modules()):
+            marked = [
+                (optimizer, optimizer.param_groups[0]["params"][0])
+                for optimizer in self.optimizers
+                if not optimizer.state and optimizer.param_groups[0]["params"]
+            ]
+        for optimizer, parameter in marked:
+            optimizer.state[parameter] = {_MARK: 0}
+        try:
+            yield
+        finally:
+            for optimizer, parameter in marked:
+                if _MARK in optimizer.state.get(parameter, {}):
+                    del optimizer.state[parameter]
