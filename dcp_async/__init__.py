@@ -35,7 +35,7 @@ from .options import Limits, Timeouts
 from .planner import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointHandle, CheckpointInfo, CheckpointRef, LoadReport
 from .staging import Stager, StagingOptions
-from .stateful import AppState, RNGState
+from .stateful import AppState, PerRank, RNGState
 from .trust import Trust
 
 __version__ = "0.1.0.dev0"
@@ -59,6 +59,7 @@ __all__ = [
     "LoadError",
     "LoadReport",
     "Observer",
+    "PerRank",
     "PlanningOptions",
     "RNGState",
     "SaveCancelled",

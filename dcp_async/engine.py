@@ -274,7 +274,7 @@ class CheckpointEngine:
         try:
             if not replace and self._life.book.in_flight(name) is not None:
                 raise FileExistsError(name)
-            captured = capture(state, plan.structure if plan else None)
+            captured = capture(state, plan.structure if plan else None, rank=self._life.coordinator.rank)
             events = self._life.stager.prepare(captured)
             if self._life.stager.options.overlap:
                 self._life.hooks.watch(captured.optimizers, response.staging_completion)
@@ -328,7 +328,8 @@ class CheckpointEngine:
             raise ValueError(f"dtypes is 'exact' or 'convert', not {dtypes!r}")
         started = time.monotonic()
         try:
-            targets = capture_targets(state)
+            coordinator = self._life.coordinator
+            targets = capture_targets(state, rank=coordinator.rank, world_size=coordinator.world_size)
         except (CaptureError, CheckpointException) as error:
             raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
         for response in self.pending:  # what is being staged must not change under the copy
@@ -340,7 +341,7 @@ class CheckpointEngine:
             ),
         )
         try:
-            restore(state, targets, loaded.values, loaded.extra, loaded.match.replaced)
+            restore(state, targets, loaded.values, loaded.extra, loaded.match.replaced, loaded.match.resized)
         except (Exception, CheckpointException) as error:
             raise LoadError(
                 f"checkpoint {info.checkpoint_id!r} was read, but the state refused it: "

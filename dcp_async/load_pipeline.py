@@ -39,7 +39,7 @@ from .reading import (
     make_batches,
     make_spans,
 )
-from .state import Targets
+from .state import OpenMapping, Region, Targets
 from .trust import Trust, UntrustedGlobal, load_pickle
 
 _QUEUE_BATCHES = 2
@@ -233,26 +233,36 @@ async def load_into(
         check_fit(match, contents.info.checkpoint_id, unexpected=strict)
     into = match.tensors
     if atomic:
-        into = {name: torch.empty_like(tensor) for name, tensor in into.items()}
+        into = {
+            name: [Region(torch.empty_like(region.tensor), region.offsets) for region in regions]
+            for name, regions in into.items()
+        }
     pipeline = LoadPipeline(contents, services)
-    values, nbytes = await pipeline.read({**into, **match.fresh}, match.leaves, fresh=atomic)
+    fresh = {name: [Region.whole(tensor)] for name, tensor in match.fresh.items()}
+    values, nbytes = await pipeline.read({**into, **fresh}, match.leaves, fresh=atomic)
+    filled = _tensors_of(match.tensors)
     # bytes were written past autograd: whoever saved one of these for backward must notice
-    torch.autograd.graph.increment_version([t for t in match.tensors.values() if not t.is_inference()])
+    wrappers = [targets.tensors[name] for name in match.tensors if name in targets.local]
+    torch.autograd.graph.increment_version([t for t in [*filled, *wrappers] if not t.is_inference()])
     if atomic and into:
-        await services.threads.run(torch._foreach_copy_, list(match.tensors.values()), list(into.values()))
+        await services.threads.run(torch._foreach_copy_, filled, _tensors_of(into))
     values |= match.fresh
     extra: dict[str, dict[Any, Any]] = {}
     for prefix, node in match.open_nodes.items():
         taken = build(node, values.__getitem__, pipeline.unpickle, prefix)
-        owner = targets.open_mappings[prefix].owner
-        extra[prefix] = {_optimizer_key(owner, key): entry for key, entry in taken.items()}
+        mapping = targets.open_mappings.get(prefix)
+        extra[prefix] = {_optimizer_key(mapping, key): entry for key, entry in taken.items()}
     return Loaded(values=values, extra=extra, match=match, nbytes=nbytes)
 
 
-def _optimizer_key(owner: type, key: Any) -> Any:
+def _tensors_of(regions: Mapping[str, Iterable[Region]]) -> list[torch.Tensor]:
+    return [region.tensor for some in regions.values() for region in some]
+
+
+def _optimizer_key(mapping: OpenMapping | None, key: Any) -> Any:
     """Stock turns an optimizer's parameter numbers into text."""
-    is_number = issubclass(owner, torch.optim.Optimizer) and isinstance(key, str) and key.isdigit()
-    return int(key) if is_number else key
+    owned = mapping is not None and issubclass(mapping.owner, torch.optim.Optimizer)
+    return int(key) if owned and isinstance(key, str) and key.isdigit() else key
 
 
 async def read_fresh(
@@ -283,7 +293,8 @@ async def read_fresh(
         else:
             leaves.append(name)
     pipeline = LoadPipeline(contents, services)
-    values, _ = await pipeline.read(tensors, leaves, fresh=True)
+    regions = {name: [Region.whole(tensor)] for name, tensor in tensors.items()}
+    values, _ = await pipeline.read(regions, leaves, fresh=True)
     found: dict[str, Any] = {**values, **tensors}
     found |= {name: tensors[first] for name, first in tied.items()}
     whole: dict[str, Any] = build(structure, found.__getitem__, pipeline.unpickle)

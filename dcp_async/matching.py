@@ -7,7 +7,7 @@ is touched.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +18,7 @@ from .catalog import Contents
 from .errors import IncompatibleStateError
 from .formats.structure import Tree, children_of, kind_of, leaf_names, mapping_node, subtree
 from .formats.zip_item import PLAIN_DTYPES
-from .state import Targets
+from .state import Region, Targets
 
 Dtypes = Literal["exact", "convert"]
 
@@ -27,8 +27,10 @@ Dtypes = Literal["exact", "convert"]
 class Match:
     """How a state and a checkpoint fit."""
 
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, list[Region]] = field(default_factory=dict)
     """To be filled in place."""
+    resized: set[str] = field(default_factory=set)
+    """What is PerRank and was saved by another number of ranks: taken from all of them."""
     leaves: list[str] = field(default_factory=list)
     """To be replaced."""
     fresh: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -80,11 +82,11 @@ def match_state(targets: Targets, contents: Contents, *, dtypes: Dtypes) -> Matc
     """Compare names, kinds, shapes and dtypes. Touches nothing."""
     names = contents.names
     match = Match()
-    given_up = _match_open(targets, contents, match)
+    given_up = _match_per_rank(targets, contents, match) | _match_open(targets, contents, match)
     exotic = _exotic(contents)
     for name, tensor in targets.tensors.items():
         if name not in given_up:
-            _match_tensor(name, tensor, contents, match, dtypes=dtypes, exotic=exotic, device=targets.device)
+            _match_tensor(name, tensor, contents, match, targets, dtypes=dtypes, exotic=exotic)
     for name in targets.leaves - given_up:
         meta = names.get(name)
         if meta is None:
@@ -95,11 +97,15 @@ def match_state(targets: Targets, contents: Contents, *, dtypes: Dtypes) -> Matc
             match.mismatch(name, "is a tensor in the checkpoint, but not in the state")
     known = targets.tensors.keys() | targets.leaves
     inside = tuple(f"{prefix}." for prefix in targets.prefixes)
+    others = tuple(f"{prefix}." for prefix in targets.walk.per_rank)  # belongs to other ranks
     taken = match.fresh.keys() | set(match.leaves)
     match.unexpected = [
         name
         for name in names
-        if name not in known and name not in taken and (name in targets.prefixes or name.startswith(inside))
+        if name not in known
+        and name not in taken
+        and (name in targets.prefixes or name.startswith(inside))
+        and not name.startswith(others)
     ]
     # a container that was saved empty has no leaf, so an open mapping that stays empty misses nothing
     return match
@@ -114,10 +120,10 @@ def _match_tensor(
     tensor: torch.Tensor,
     contents: Contents,
     match: Match,
+    targets: Targets,
     *,
     dtypes: Dtypes,
     exotic: frozenset[str],
-    device: torch.device,
 ) -> None:
     meta = contents.names.get(name)
     if meta is None:
@@ -138,11 +144,37 @@ def _match_tensor(
     elif _is_expanded(tensor):
         match.mismatch(name, "is expanded: its elements share one place; clone() it first")
     elif not tensor.is_meta:
-        match.tensors[name] = tensor
+        match.tensors[name] = targets.local[name] if name in targets.local else [Region.whole(tensor)]
+    elif name in targets.local:
+        match.mismatch(name, "is distributed and on the meta device; materialise it first, with to_empty()")
     elif is_plain_meta(meta) and name not in exotic:
-        match.fresh[name] = fresh_tensor(meta, None, device, tensor.dtype)
+        match.fresh[name] = fresh_tensor(meta, None, targets.device, tensor.dtype)
     else:
         match.leaves.append(name)
+
+
+def _match_per_rank(targets: Targets, contents: Contents, match: Match) -> set[str]:
+    """What is PerRank and was saved by another number of ranks is taken from all of them. Gives names of the
+    state that this replaces."""
+    given_up: set[str] = set()
+    known = sorted(targets.tensors.keys() | targets.leaves)
+    for prefix, value in targets.walk.per_rank.items():
+        node = subtree(contents.structure, prefix)
+        saved = len(children_of(node))
+        if saved in (0, targets.world_size):
+            continue
+        given_up.update(_at_or_below(prefix, known))
+        if value.on_resize is None:
+            match.mismatch(
+                prefix,
+                f"was saved by {saved} ranks, one for each, and there are {targets.world_size} now; "
+                "PerRank(..., on_resize=...) says what each takes",
+            )
+            continue
+        match.resized.add(prefix)
+        match.open_nodes[prefix] = node
+        _take(leaf_names(node, prefix), contents, match)
+    return given_up
 
 
 def _match_open(targets: Targets, contents: Contents, match: Match) -> set[str]:
@@ -150,8 +182,6 @@ def _match_open(targets: Targets, contents: Contents, match: Match) -> set[str]:
     if not targets.open_mappings:
         return set()
     known = sorted(targets.tensors.keys() | targets.leaves)
-    strides = contents.manifest.strides if contents.manifest else {}
-    exotic = _exotic(contents)
     structure = contents.structure
     given_up: set[str] = set()
     for prefix, mapping in targets.open_mappings.items():
@@ -175,14 +205,21 @@ def _match_open(targets: Targets, contents: Contents, match: Match) -> set[str]:
                 continue
             given_up.update(here)
             lacking.append((key, child))
-            for name in there:
-                meta = contents.names[name]
-                if isinstance(meta, TensorStorageMetadata) and is_plain_meta(meta) and name not in exotic:
-                    match.fresh[name] = fresh_tensor(meta, strides.get(name), "cpu")
-                else:
-                    match.leaves.append(name)
+            _take(there, contents, match)
         match.open_nodes[prefix] = mapping_node(kind, lacking)
     return given_up
+
+
+def _take(names: Iterable[str], contents: Contents, match: Match) -> None:
+    """Have all of ``names`` read, into tensors of our own."""
+    strides = contents.manifest.strides if contents.manifest else {}
+    exotic = _exotic(contents)
+    for name in names:
+        meta = contents.names[name]
+        if isinstance(meta, TensorStorageMetadata) and is_plain_meta(meta) and name not in exotic:
+            match.fresh[name] = fresh_tensor(meta, strides.get(name), "cpu")
+        else:
+            match.leaves.append(name)
 
 
 def _at_or_below(head: str, names: Sequence[str]) -> list[str]:

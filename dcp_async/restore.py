@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from .materialise import below, materialise
 from .state import Targets
-from .stateful import AppState
+from .stateful import AppState, PerRank
 
 
 def restore(
@@ -25,6 +25,7 @@ def restore(
     values: Mapping[str, Any],
     extra: Mapping[str, Mapping[Any, Any]],
     replaced: Mapping[str, Collection[str]],
+    resized: Collection[str],
 ) -> None:
     """Hand what was read back to ``state``; runs in the caller's thread.
 
@@ -32,6 +33,7 @@ def restore(
         values: name -> new value of a leaf or of a tensor on the meta device (others were filled in place).
         extra: name of an open mapping -> what it takes in addition.
         replaced: name of an optimizer's mapping -> names of the entries that stay; others go.
+        resized: names of what is PerRank and was saved by another number of ranks.
     """
     # first of all: an optimizer casts its state to the device that it finds its parameters on
     for prefix, stateful, _ in targets.walk.statefuls:
@@ -76,9 +78,24 @@ def restore(
         elif isinstance(value, Mapping):
             for inner_key in list(value):
                 hand_back(value, inner_key, f"{name}.{inner_key}")
+        elif isinstance(value, PerRank):
+            hand_back_own(value, name)
         elif isinstance(value, list):
             for index in range(len(value)):
                 hand_back(value, index, f"{name}.{index}")
+
+    def hand_back_own(own: PerRank, name: str) -> None:
+        if name in resized:
+            assert own.on_resize is not None
+            chosen = own.on_resize(list(extra[name].values()))
+            if id(own.value) in captured:
+                own.value.load_state_dict(chosen)
+            else:
+                own.value = chosen
+        else:
+            holder = [own.value]
+            hand_back(holder, 0, f"{name}.{PerRank.key(targets.walk.rank)}")
+            (own.value,) = holder
 
     for key in state:
         hand_back(state, key, key)

@@ -130,13 +130,15 @@ def meta_error(name: str) -> CaptureError:
     return CaptureError(f"{name} is on the meta device and has no bytes to save; materialise it first")
 
 
-def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
+def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int = 0) -> Captured:
     """Take hold of ``state``; what can't be saved is found here, before anything is written.
 
-    Args: ``previous`` is the structure that the compiled plan belongs to.
+    Args:
+        previous: the structure that the compiled plan belongs to.
+        rank: this process's.
     Raises: CaptureError; whatever a ``state_dict()`` raises.
     """
-    walk = _walk(state)
+    walk = _walk(state, rank)
     shapes = walk.shapes()
     names = walk.tensor_names
     if walk.separate_ties():
@@ -158,10 +160,10 @@ def capture(state: Mapping[str, Any], previous: Structure | None) -> Captured:
     )
 
 
-def _walk(state: Mapping[str, Any]) -> Walk:
+def _walk(state: Mapping[str, Any], rank: int) -> Walk:
     if not isinstance(state, Mapping):
         raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
-    return walk_state(state)
+    return walk_state(state, rank)
 
 
 def _check_unique(names: list[str]) -> None:
@@ -217,13 +219,28 @@ class OpenMapping:
     """Whether it also takes what was saved in another form than is there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A tensor in memory, to be filled with the part of a global one that begins at ``offsets``."""
+
+    tensor: torch.Tensor
+    offsets: Offsets
+
+    @classmethod
+    def whole(cls, tensor: torch.Tensor) -> Region:
+        """The region of a tensor that is no part of another."""
+        return cls(tensor, (0,) * tensor.dim())
+
+
 @dataclass(slots=True, kw_only=True)
 class Targets:
     """Where a load puts what it reads."""
 
     walk: Walk
     tensors: dict[str, torch.Tensor]
-    """Name -> tensor to fill in place, plain or not."""
+    """Name -> tensor to fill in place: plain, exotic, or distributed."""
+    local: dict[str, list[Region]]
+    """Of the distributed ones, what lies here."""
     leaves: set[str]
     """Names of other leaves: replaced."""
     open_mappings: dict[str, OpenMapping]
@@ -232,14 +249,26 @@ class Targets:
     """Top-level names of the state."""
     device: torch.device
     """Where tensors are made that take the place of those on the meta device."""
+    world_size: int
 
 
-def capture_targets(state: Mapping[str, Any]) -> Targets:
+def capture_targets(state: Mapping[str, Any], *, rank: int = 0, world_size: int = 1) -> Targets:
     """Find out what ``state`` can take. Calls each ``state_dict()`` once. Raises CaptureError."""
-    walk = _walk(state)
+    walk = _walk(state, rank)
     walk.shapes()  # which sorts nested tensors out
-    _check_unique(walk.tensor_names + walk.leaf_names)
-    tensors = dict(zip(walk.tensor_names, walk.tensors, strict=True))
+    plain = {
+        name: tensor
+        for name, tensor in zip(walk.tensor_names, walk.tensors, strict=True)
+        if name not in walk.distributed
+    }
+    local: dict[str, list[Region]] = {name: [] for name in walk.distributed}
+    for index, name in enumerate(walk.tensor_names):
+        if name in local:
+            tensor = walk.tensors[index]
+            shard = walk.shards.get(index)
+            local[name].append(Region(tensor, shard.offsets) if shard else Region.whole(tensor))
+    _check_unique([*(name for name in walk.tensor_names if name not in local), *local, *walk.leaf_names])
+    tensors = plain | walk.distributed
     leaves = set()
     for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
         if is_exotic(leaf):
@@ -264,8 +293,10 @@ def capture_targets(state: Mapping[str, Any]) -> Targets:
     return Targets(
         walk=walk,
         tensors=tensors,
+        local=local,
         leaves=leaves,
         open_mappings=open_mappings,
         prefixes=set(state),
         device=torch.device("cpu") if device.type == "meta" else device,
+        world_size=world_size,
     )

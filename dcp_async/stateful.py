@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,28 @@ def is_stateful(value: object) -> bool:
     leaf."""
     cls = type(value)
     return hasattr(cls, "state_dict") and hasattr(cls, "load_state_dict") and not isinstance(value, type)
+
+
+class PerRank:
+    """Marks what differs between ranks, a data loader's position for one: each rank saves and loads its own.
+
+    Args:
+        value: a Stateful or a picklable value.
+        on_resize: gets what all ranks had saved, in their order, when a checkpoint of another world size is
+            loaded, and returns what this rank shall load. Without it such a load is refused.
+    """
+
+    def __init__(self, value: Any, *, on_resize: Callable[[list[Any]], Any] | None = None) -> None:
+        self.value = value
+        self.on_resize = on_resize
+
+    def __repr__(self) -> str:
+        return f"PerRank({self.value!r})"
+
+    @staticmethod
+    def key(rank: int) -> str:
+        """The name that a rank's own lies under."""
+        return f"rank_{rank}"
 
 
 class RNGState:

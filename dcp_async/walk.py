@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from .formats.structure import Tree, list_node, mapping_kind, mapping_node, pickled_key
 from .formats.zip_item import PLAIN_DTYPES
 from .sharding import LayoutCache, Offsets, Shard, is_sharded, sharded
-from .stateful import AppState, is_stateful
+from .stateful import AppState, PerRank, is_stateful
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -34,7 +34,7 @@ class CaptureError(ValueError):
 def _is_terminal(values: list[Any]) -> bool:
     """Whether DCP pickles this list whole: it does unless a tensor or a mapping is in it."""
     for entry in values:
-        if isinstance(entry, (torch.Tensor, Mapping)) or is_stateful(entry):
+        if isinstance(entry, (torch.Tensor, Mapping, PerRank)) or is_stateful(entry):
             return False
         if isinstance(entry, list) and not _is_terminal(entry):
             return False
@@ -73,6 +73,9 @@ class Walk:
     optimizers: list[Optimizer] = field(default_factory=list)
     statefuls: list[tuple[str, Any, Any]] = field(default_factory=list)
     """(prefix, the Stateful, what its state_dict() gave)."""
+    rank: int = 0
+    """This process's, for what is PerRank."""
+    per_rank: dict[str, PerRank] = field(default_factory=dict)
     _layouts: LayoutCache = field(default_factory=dict)
 
     def visit(self, name: str, value: Any) -> None:
@@ -90,6 +93,10 @@ class Walk:
             self._visit_stateful(name, value)
         elif isinstance(value, Mapping):
             self._visit_mapping(name, value)
+        elif isinstance(value, PerRank):
+            self.per_rank[name] = value
+            self._enter(name, "dict", 1)
+            self.visit(f"{name}.{PerRank.key(self.rank)}", value.value)
         elif isinstance(value, list) and not _is_terminal(value):
             self._enter(name, "list", len(value))
             for index, entry in enumerate(value):
@@ -210,9 +217,9 @@ class Walk:
                 self.visit(below, value)
 
 
-def walk_state(state: Mapping[str, Any]) -> Walk:
+def walk_state(state: Mapping[str, Any], rank: int) -> Walk:
     """Visit every leaf of ``state``; calls each Stateful's ``state_dict()`` once, in the mapping's order."""
-    walk = Walk()
+    walk = Walk(rank=rank)
     walk.containers.append(("", "root", len(state), 0))
     for key, value in state.items():
         if not isinstance(key, str):
@@ -240,6 +247,8 @@ def structure_of(state: Mapping[str, Any], walk: Walk) -> Tree:
             return node(inner[id(value)])
         if isinstance(value, Mapping):
             return mapping_node(mapping_kind(value), ((key, node(entry)) for key, entry in value.items()))
+        if isinstance(value, PerRank):
+            return mapping_node("dict", [(PerRank.key(walk.rank), node(value.value))])
         if isinstance(value, list) and not _is_terminal(value):
             return list_node([node(entry) for entry in value])
         return None
