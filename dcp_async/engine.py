@@ -270,6 +270,7 @@ class CheckpointEngine:
             cancel=lambda: self._runner.cancel(request),
             on_own_thread=self._life.loop.is_current,
         )
+        uid = self._life.coordinator.uid(ordinal, name)
         plan = self._runner.plan if self._planning.cache else None
         try:
             if not replace and self._life.book.in_flight(name) is not None:
@@ -279,10 +280,11 @@ class CheckpointEngine:
             if self._life.stager.options.overlap:
                 self._life.hooks.watch(captured.optimizers, response.staging_completion)
         except (Exception, CheckpointException) as error:
-            raise save_error(error, "capture", response) from error
+            self._runner.refuse(uid, error)
+            raise save_error(error, "capture", response, rank=self._life.coordinator.rank) from error
         request = SaveRequest(
             response=response,
-            uid=self._life.coordinator.uid(ordinal, name),
+            uid=uid,
             captured=captured,
             plan=None if captured.is_new else plan,
             events=events,

@@ -6,9 +6,11 @@ Invariant: DCP's CheckpointException, which derives from BaseException, never le
 from __future__ import annotations
 
 import traceback
+from typing import cast
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from .coordinator import RemoteFailure
 from .errors import CheckpointExistsError, Phase, SaveCancelled, SaveError, StateMutatedError, StorageError
 from .pipeline import PhaseFailure
 from .response import AsyncSaveResponse
@@ -31,6 +33,8 @@ def save_error(
         phase, error = error.phase, error.cause
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, RemoteFailure):
+        return _remote_error(error, phase, response)
     name = response.checkpoint_id
     cls: type[SaveError] = SaveError
     reason = str(error) or type(error).__name__
@@ -46,6 +50,34 @@ def save_error(
         cls = CheckpointExistsError
         message = f"checkpoint {name!r} exists already; save under another name, or pass replace=True"
     made = cls(message, checkpoint_id=name, step=response.step, phase=phase, failures={rank: error})
+    made.__cause__ = error
+    return made
+
+
+_KINDS: dict[str, type[SaveError]] = {
+    MutatedTensors.__name__: StateMutatedError,
+    FileExistsError.__name__: CheckpointExistsError,
+}
+"""What another rank calls it -> what it is here."""
+
+
+def _remote_error(error: RemoteFailure, phase: Phase, response: AsyncSaveResponse) -> SaveError:
+    """The same error on every rank: it names the rank, the phase and the cause there."""
+    name = response.checkpoint_id
+    if all(failure.cancelled for failure in error.failures.values()):
+        return cancelled_error(response)
+    rank, first = next(
+        (rank, failure) for rank, failure in sorted(error.failures.items()) if not failure.cancelled
+    )
+    if first.phase in _DOING:
+        phase = cast(Phase, first.phase)
+    made = _KINDS.get(first.kind, SaveError)(
+        f"saving {name!r} failed while {_DOING[phase]} on rank {rank}: {first}",
+        checkpoint_id=name,
+        step=response.step,
+        phase=phase,
+        failures=dict(error.failures),
+    )
     made.__cause__ = error
     return made
 

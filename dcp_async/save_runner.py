@@ -17,11 +17,12 @@ import anyio
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from .coordinator import RemoteFailure
 from .errors import SaveCancelled, SaveError
 from .lifetime import Lifetime
 from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
 from .outcome import cancelled_error, forget_locals, save_error
-from .pipeline import CommitOutcome, SavePipeline, SaveRequest, SaveServices
+from .pipeline import CommitOutcome, PhaseFailure, SavePipeline, SaveRequest, SaveServices
 from .planner import CompiledPlan, PlanningOptions
 from .response import AsyncSaveResponse, CheckpointInfo
 
@@ -95,12 +96,33 @@ class SaveRunner:
                 outcome = await SavePipeline(request, self._services).run()
         except Exception as error:
             forget_locals(error)
-            self._fail(response, save_error(error, "plan", response))
+            self._fail(response, save_error(error, "plan", response, rank=self._life.coordinator.rank))
+            self._tell(request, error)
         else:
             if request.scope.cancelled_caught:
                 self._fail(response, cancelled_error(response))
+                self._tell(request, SaveCancelled("", checkpoint_id=response.checkpoint_id))
             else:
                 self._succeed(request, outcome)
+        finally:
+            self._life.coordinator.forget(request.uid)
+
+    def _tell(self, request: SaveRequest, error: BaseException) -> None:
+        """Let the other ranks know, unless one of them said it first."""
+        phase: str = "plan"
+        if isinstance(error, PhaseFailure):
+            phase, error = error.phase, error.cause
+        if not isinstance(error, RemoteFailure):
+            self._life.coordinator.fail(request.uid, phase, error)
+
+    def refuse(self, uid: str, error: BaseException) -> None:
+        """The state of a save could not be captured on this rank; callable from every thread."""
+
+        def tell() -> None:
+            self._life.coordinator.fail(uid, "capture", error)
+            self._life.coordinator.forget(uid)
+
+        self._life.loop.call_soon(tell)
 
     def _succeed(self, request: SaveRequest, outcome: CommitOutcome) -> None:
         response = request.response
