@@ -29,16 +29,8 @@ from .formats.structure import Tree, build, children_of, leaf_names, pruned
 from .item import UnsupportedError
 from .matching import Dtypes, Match, check_fit, fresh_tensor, is_plain_meta, match_state
 from .pipeline import first_failure
-from .reading import (
-    Collector,
-    CoverageError,
-    DamagedError,
-    FetchBuffers,
-    Source,
-    Span,
-    make_batches,
-    make_spans,
-)
+from .reading import Collector, CoverageError, Source
+from .spans import DamagedError, FetchBuffers, Span, make_batches, make_spans
 from .state import Targets
 from .trust import Trust, UntrustedGlobal, load_pickle
 
@@ -104,8 +96,9 @@ class LoadPipeline:
                 small.want_leaf(leaf, values.__setitem__)
             for fqn, target in tensors.items():
                 large.want_tensor(fqn, target)
-            for item in () if fresh else large.items:
-                heads.want_head(item, doubtful)
+            if not (fresh or self._services.trust.unsafe):  # else nothing is at stake, or nothing is refused
+                for item in large.items:
+                    heads.want_head(item, doubtful)
             for collector in (heads, doubtful, small):
                 await self._flow(collector)
             self._touched = not fresh
@@ -239,7 +232,7 @@ async def load_into(
     # bytes were written past autograd: whoever saved one of these for backward must notice
     torch.autograd.graph.increment_version([t for t in match.tensors.values() if not t.is_inference()])
     if atomic and into:
-        await services.threads.run(torch._foreach_copy_, list(match.tensors.values()), list(into.values()))
+        await services.threads.run(_copy_all, list(match.tensors.values()), list(into.values()))
     values |= match.fresh
     extra: dict[str, dict[Any, Any]] = {}
     for prefix, node in match.open_nodes.items():
@@ -247,6 +240,19 @@ async def load_into(
         owner = targets.open_mappings[prefix].owner
         extra[prefix] = {_optimizer_key(owner, key): entry for key, entry in taken.items()}
     return Loaded(values=values, extra=extra, match=match, nbytes=nbytes)
+
+
+def _copy_all(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
+    at_once: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    with torch.inference_mode():  # else tensors that were made in it could not be written to
+        for target, source in zip(targets, sources, strict=True):
+            if target.is_conj() or target.is_neg():  # which _foreach_copy_ refuses
+                target.copy_(source)
+            else:
+                at_once[0].append(target)
+                at_once[1].append(source)
+        if at_once[0]:
+            torch._foreach_copy_(*at_once)
 
 
 def _optimizer_key(owner: type, key: Any) -> Any:
