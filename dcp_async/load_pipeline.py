@@ -29,16 +29,8 @@ from .formats.structure import Tree, build, children_of, leaf_names, pruned
 from .item import UnsupportedError
 from .matching import Dtypes, Match, check_fit, fresh_tensor, is_plain_meta, match_state
 from .pipeline import first_failure
-from .reading import (
-    Collector,
-    CoverageError,
-    DamagedError,
-    FetchBuffers,
-    Source,
-    Span,
-    make_batches,
-    make_spans,
-)
+from .reading import Collector, CoverageError, Source
+from .spans import DamagedError, FetchBuffers, Span, make_batches, make_spans
 from .state import OpenMapping, Region, Targets
 from .trust import Trust, UntrustedGlobal, load_pickle
 
@@ -104,8 +96,9 @@ class LoadPipeline:
                 small.want_leaf(leaf, values.__setitem__)
             for fqn, target in tensors.items():
                 large.want_tensor(fqn, target)
-            for item in () if fresh else large.items:
-                heads.want_head(item, doubtful)
+            if not (fresh or self._services.trust.unsafe):  # else nothing is at stake, or nothing is refused
+                for item in large.items:
+                    heads.want_head(item, doubtful)
             for collector in (heads, doubtful, small):
                 await self._flow(collector)
             self._touched = not fresh
@@ -245,7 +238,7 @@ async def load_into(
     wrappers = [targets.tensors[name] for name in match.tensors if name in targets.local]
     torch.autograd.graph.increment_version([t for t in [*filled, *wrappers] if not t.is_inference()])
     if atomic and into:
-        await services.threads.run(torch._foreach_copy_, filled, _tensors_of(into))
+        await services.threads.run(_copy_all, filled, _tensors_of(into))
     values |= match.fresh
     extra: dict[str, dict[Any, Any]] = {}
     for prefix, node in match.open_nodes.items():
@@ -257,6 +250,19 @@ async def load_into(
 
 def _tensors_of(regions: Mapping[str, Iterable[Region]]) -> list[torch.Tensor]:
     return [region.tensor for some in regions.values() for region in some]
+
+
+def _copy_all(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
+    at_once: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    with torch.inference_mode():  # else tensors that were made in it could not be written to
+        for target, source in zip(targets, sources, strict=True):
+            if target.is_conj() or target.is_neg():  # which _foreach_copy_ refuses
+                target.copy_(source)
+            else:
+                at_once[0].append(target)
+                at_once[1].append(source)
+        if at_once[0]:
+            torch._foreach_copy_(*at_once)
 
 
 def _optimizer_key(mapping: OpenMapping | None, key: Any) -> Any:

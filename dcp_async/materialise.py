@@ -14,8 +14,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "module.")
-"""What compiling, activation checkpointing, FSDP and DDP put into a module's names."""
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""What compiling, activation checkpointing and FSDP put into a module's names; DDP puts "module" in front."""
 
 
 def below(prefix: str, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -29,9 +29,8 @@ def below(prefix: str, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _canonical(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    parts = [part for part in name.removeprefix("module.").split(".") if part not in _WRAPPERS]
+    return ".".join(parts)
 
 
 def materialise(module: torch.nn.Module, fresh: Mapping[str, torch.Tensor]) -> None:

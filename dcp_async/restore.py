@@ -8,7 +8,7 @@ piece.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Collection, Container, Mapping, MutableMapping
 from typing import Any, cast
 
 import torch
@@ -74,7 +74,14 @@ def restore(
         elif isinstance(value, torch.Tensor):
             return
         elif id(value) in captured:
-            cast(Stateful, value).load_state_dict(merged(name, captured[id(value)]))
+            inner = captured[id(value)]
+            cast(Stateful, value).load_state_dict(merged(name, inner))
+            if _left_meta(name, inner, values) and (left := _left_meta(name, value.state_dict(), values)):
+                # torch's load_state_dict() fills nothing there, and only warns
+                raise ValueError(
+                    f"{left[0]} is still on the meta device after {type(value).__name__}.load_state_dict(); "
+                    "put the module itself or an AppState into the state, or use to_empty() first"
+                )
         elif isinstance(value, Mapping):
             for inner_key in list(value):
                 hand_back(value, inner_key, f"{name}.{inner_key}")
@@ -99,3 +106,12 @@ def restore(
 
     for key in state:
         hand_back(state, key, key)
+
+
+def _left_meta(name: str, value: Any, read: Container[str]) -> list[str]:
+    """Names of tensors on the meta device although they were read."""
+    if isinstance(value, Mapping):
+        return [left for key, entry in value.items() for left in _left_meta(f"{name}.{key}", entry, read)]
+    if isinstance(value, list):
+        return [left for at, entry in enumerate(value) for left in _left_meta(f"{name}.{at}", entry, read)]
+    return [name] if isinstance(value, torch.Tensor) and value.is_meta and name in read else []

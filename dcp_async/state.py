@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .formats.distcp import SECTOR_BYTES
@@ -271,6 +272,8 @@ def capture_targets(state: Mapping[str, Any], *, rank: int = 0, world_size: int 
     tensors = plain | walk.distributed
     leaves = set()
     for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
+        if is_lazy(leaf):
+            raise CaptureError(f"{name} is uninitialized and has no shape; run the lazy module once, then load into it")
         if is_exotic(leaf):
             tensors[name] = leaf
         else:

@@ -86,8 +86,8 @@ class AppState:
 
     torch's ``get_state_dict`` and ``set_state_dict`` do the work, but for one thing: they make the state of
     an optimizer that has none by a step with a learning rate of 0, which changes the run that is saved (Adam
-    counts it). Here such an optimizer is saved as it is, unless ``options`` ask for a flat dict. Optimizers
-    share one mapping, so a parameter may be in one of them only.
+    counts it). The engine saves such an optimizer as it is, unless ``options`` ask for a flat dict.
+    Optimizers share one mapping, so a parameter may be in one of them only.
 
     Args:
         model: the module, wrapped or not.
@@ -107,12 +107,12 @@ class AppState:
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"AppState(model) takes a torch.nn.Module, not a {type(model).__name__}")
         self.model = model
-        self.optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+        several = optimizers if isinstance(optimizers, Iterable) else (optimizers,)
+        self.optimizers = tuple(several)
         for optimizer in self.optimizers:
             if not isinstance(optimizer, Optimizer):
                 raise TypeError(
-                    "AppState(optimizers) takes torch.optim.Optimizer objects, "
-                    f"not a {type(optimizer).__name__}"
+                    f"AppState(optimizers) takes torch.optim.Optimizer objects, not {optimizer!r}"
                 )
         self.options = options
 
@@ -122,7 +122,13 @@ class AppState:
 
     def state_dict(self) -> dict[str, Any]:
         """``{"model": {name: tensor}, "optim": {"state": {name: ...}, "param_groups": [...]}}``; without
-        optimizers there is no ``"optim"``."""
+        optimizers there is no ``"optim"``. For stock, which loads only into entries that are there, an
+        optimizer without state gets one."""
+        model, optim = get_state_dict(self.model, self.optimizers, options=self.options)
+        return {"model": model, "optim": optim} if self.optimizers else {"model": model}
+
+    def _snapshot(self) -> dict[str, Any]:
+        """The same for the engine, and nothing of the run changes."""
         with self._no_made_up_state(not self._options.flatten_optimizer_state_dict):
             model, optim = get_state_dict(self.model, self.optimizers, options=self.options)
         entries = cast("dict[str, Any]", optim.get("state", {}))

@@ -9,6 +9,7 @@ Source: torch/distributed/checkpoint/_traverse.py.
 
 from __future__ import annotations
 
+import concurrent.futures
 import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,11 @@ class Walk:
             self._enter(name, "list", len(value))
             for index, entry in enumerate(value):
                 self.visit(f"{name}.{index}", entry)
+        elif isinstance(value, tuple) and any(map(is_stateful, value)):
+            raise CaptureError(
+                f"{name}: a tuple is pickled whole, so the objects in it would not be asked for their "
+                "state_dict(); use a list or a dict"
+            )
         else:
             self.leaf_names.append(name)
             self.leaves.append(value)
@@ -172,13 +178,17 @@ class Walk:
         elif isinstance(stateful, AppState):
             self.optimizers.extend(stateful.optimizers)
         try:
-            inner = stateful.state_dict()
+            inner = stateful._snapshot() if isinstance(stateful, AppState) else stateful.state_dict()
         except (Exception, CheckpointException) as error:  # the trainer's own code, which may raise anything
             kind = type(error).__name__
             raise CaptureError(
                 f"{name}: {type(stateful).__name__}.state_dict() failed ({kind}: {error})"
             ) from error
-        if inspect.isawaitable(inner):
+        if (
+            inspect.isawaitable(inner)
+            or inspect.isasyncgen(inner)
+            or isinstance(inner, concurrent.futures.Future)
+        ):
             if inspect.iscoroutine(inner):
                 inner.close()
             raise CaptureError(
