@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import re
 from array import array
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -31,13 +31,20 @@ from .errors import (
 )
 from .formats.distcp import Footer, FooterError, footer_span
 from .formats.manifest import Manifest, ManifestError, NewerVersionError, decode_manifest
+from .formats.metadata import decode_metadata
+from .formats.stock_metadata import merge_ranks, usable_paths
 from .formats.structure import Tree, leaf_names, structure_from_paths, tree_from_json
 from .response import CheckpointInfo, CheckpointRef
 from .storage.base import Reader, Storage, StoredCheckpoint
-from .trust import UntrustedGlobal, decode_metadata
+from .trust import UntrustedGlobal
+from .unfolding import Part
 
 _OUR_NAME = re.compile(r"step-\d{8,}")
 _OUR_FILE = re.compile(rb"__\d+_\d+-[0-9a-f]{16}\.distcp")
+
+_RawMetadata = Mapping[int | None, bytes]
+"""What makes a checkpoint one: `.metadata` under None, or else, under its number, that of each of stock's
+ranks."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,23 +58,40 @@ class Contents:
     """None if stock wrote it."""
     places: dict[MetadataIndex, tuple[str, int, int]]
     """Item -> (file, offset, length)."""
+    transforms: dict[MetadataIndex, tuple[str, ...]]
+    """Item -> descriptors of torch's stream extensions that wrote it; most have none."""
+    parts: dict[str, dict[str, Part]] = field(default_factory=dict)
+    """Leaf -> name -> what was found inside of it, for a state that has a container there."""
     digests: dict[str, array[int]] = field(default_factory=dict)
     image_bytes: dict[str, int] = field(default_factory=dict)
     """Length of each file without its footer."""
 
     @property
     def names(self) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
-        """Every name that was saved, in the order in which it was."""
-        return self.metadata.state_dict_metadata
+        """Every name that was saved, in the order in which it was; those of parts in place of their leaf."""
+        if not self.parts:
+            return self.metadata.state_dict_metadata
+        names: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        for name, meta in self.metadata.state_dict_metadata.items():
+            if name in self.parts:
+                names |= {inner: part.meta for inner, part in self.parts[name].items()}
+            else:
+                names[name] = meta
+        return names
+
+    def part(self, name: str) -> Part | None:
+        """What lay inside of a leaf under ``name``."""
+        return next((inner[name] for inner in self.parts.values() if name in inner), None)
 
     @property
     def structure(self) -> Tree:
         """The tree that was saved; of stock's checkpoints, as far as ``planner_data`` tells (its keys are all
-        str)."""
+        str, and nothing tells the strides that a tensor had: they come back row-major, as stock gives
+        them)."""
         if self.manifest is not None:
             try:
                 tree = tree_from_json(self.manifest.structure)
-                if set(leaf_names(tree, "")) != self.names.keys():
+                if set(leaf_names(tree)) != self.names.keys():
                     raise ValueError("its leaves are not the names in .metadata")
                 return tree
             except ValueError as error:
@@ -76,7 +100,8 @@ class Contents:
                     f"checkpoint {name!r}: its manifest has a tree that makes no sense: {error}",
                     checkpoint_id=name,
                 ) from error
-        return structure_from_paths(self.metadata.planner_data, list(self.names))
+        inside = {name: part.path for parts in self.parts.values() for name, part in parts.items()}
+        return structure_from_paths({**usable_paths(self.metadata), **inside}, list(self.names))
 
     async def close(self) -> None:
         await self.reader.close()
@@ -125,7 +150,7 @@ class Catalog:
                 if (
                     len(found) > 1
                 ):  # a replace was killed or is under way: the one that belongs to .metadata counts
-                    digest = xxhash.xxh3_64_hexdigest(await reader.metadata())
+                    digest = xxhash.xxh3_64_hexdigest((await self._raw(reader)).get(None, b""))
                     found = [manifest for manifest in found if manifest.metadata_digest == digest]
             finally:
                 await reader.close()
@@ -152,11 +177,11 @@ class Catalog:
         try:
             raw, manifest = await self._consistent(name, reader)
             if manifest is None:
-                await self._decode(name, raw)  # stock's: nothing else tells whether it is whole
-            for file in manifest.files if manifest else ():
+                return await self._stock_info(name, reader, raw, await self._decode(name, raw))
+            for file in manifest.files:
                 if await reader.size(file.name) != file.nbytes:
                     return None
-            return await self._info(name, reader, raw, manifest)
+            return self._info(name, manifest)
         except LoadError:
             return None
         except StorageError as error:
@@ -182,7 +207,7 @@ class Catalog:
                 f"checkpoint {name!r} is not committed", checkpoint_id=name
             ) from error
         try:
-            return await self._decode(name, await reader.metadata())
+            return await self._decode(name, await self._raw(reader))
         finally:
             await reader.close()
 
@@ -205,8 +230,18 @@ class Catalog:
         if not chosen:
             what = "no checkpoint" if ref == "latest" else f"no checkpoint {ref!r}"
             there = f"there are {', '.join(names[-5:])}" if names else "there is none yet"
-            raise CheckpointNotFoundError(f"{what} is committed in {self._storage!r}; {there}")
+            why = await self._why_none(ref)
+            raise CheckpointNotFoundError(f"{what} is committed in {self._storage!r}{why}; {there}")
         return chosen
+
+    async def _why_none(self, ref: CheckpointRef) -> str:
+        """What the storage says of a name that lies there and is no checkpoint."""
+        if isinstance(ref, str) and any(stored.name == ref for stored in await self._storage.list()):
+            try:
+                await (await self._storage.open(ref)).close()
+            except FileNotFoundError as error:
+                return f" ({error.strerror})" if error.strerror else ""
+        return ""
 
     async def open(self, name: str) -> Contents:
         """Open ``name`` and all its files, and check everything but the payload.
@@ -222,12 +257,18 @@ class Catalog:
         try:
             raw, manifest = await self._consistent(name, reader)
             metadata = await self._decode(name, raw)
+            info = (
+                self._info(name, manifest)
+                if manifest is not None
+                else await self._stock_info(name, reader, raw, metadata)
+            )
             contents = Contents(
-                info=await self._info(name, reader, raw, manifest),
+                info=info,
                 reader=reader,
                 metadata=metadata,
                 manifest=manifest,
                 places=_places(name, metadata),
+                transforms=_transforms(name, metadata),
             )
             await self._check_files(contents)
         except StorageError as error:
@@ -243,14 +284,28 @@ class Catalog:
             raise
         return contents
 
-    async def _consistent(self, name: str, reader: Reader) -> tuple[bytes, Manifest | None]:
+    @staticmethod
+    async def _raw(reader: Reader) -> _RawMetadata:
+        try:
+            return {None: await reader.metadata()}
+        except StorageError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            by_rank = await reader.rank_metadata()
+            if not by_rank:
+                raise
+            return dict(by_rank.items())
+
+    async def _consistent(self, name: str, reader: Reader) -> tuple[_RawMetadata, Manifest | None]:
         """`.metadata` and its manifest; read again if a replace came in between."""
-        raw = await reader.metadata()
+        raw = await self._raw(reader)
         while True:
+            if None not in raw:
+                return raw, None
             try:
-                return raw, await self._manifest_of(name, reader, raw)
+                return raw, await self._manifest_of(name, reader, raw[None])
             except CorruptCheckpointError:
-                again = await reader.metadata()
+                again = await self._raw(reader)
                 if again == raw:
                     raise
                 raw = again
@@ -280,9 +335,9 @@ class Catalog:
             )
         return None
 
-    async def _decode(self, name: str, raw: bytes) -> Metadata:
+    async def _decode(self, name: str, raw: _RawMetadata) -> Metadata:
         try:
-            return await self._threads.run(decode_metadata, raw)
+            return await self._threads.run(_decode_raw, raw)
         except UntrustedGlobal as error:
             raise UntrustedCheckpointError(
                 f"checkpoint {name!r}: .metadata names {error.name}, which no checkpoint needs; nothing "
@@ -295,21 +350,25 @@ class Catalog:
                 checkpoint_id=name,
             ) from error
 
-    async def _info(self, name: str, reader: Reader, raw: bytes, manifest: Manifest | None) -> CheckpointInfo:
-        if manifest is not None:
-            return CheckpointInfo(
-                checkpoint_id=name,
-                step=manifest.step,
-                time=manifest.time,
-                nbytes=sum(file.nbytes for file in manifest.files),
-                num_files=len(manifest.files),
-                world_size=manifest.world_size,
-                torch_version=manifest.torch_version,
-                producer="dcp_async",
-                notes=manifest.notes,
-                _metadata=self._metadata_of,
-            )
-        files = {place[0] for place in _places(name, await self._decode(name, raw)).values()}
+    def _info(self, name: str, manifest: Manifest) -> CheckpointInfo:
+        return CheckpointInfo(
+            checkpoint_id=name,
+            step=manifest.step,
+            time=manifest.time,
+            nbytes=sum(file.nbytes for file in manifest.files),
+            num_files=len(manifest.files),
+            world_size=manifest.world_size,
+            torch_version=manifest.torch_version,
+            producer="dcp_async",
+            notes=manifest.notes,
+            _metadata=self._metadata_of,
+        )
+
+    async def _stock_info(
+        self, name: str, reader: Reader, raw: _RawMetadata, metadata: Metadata
+    ) -> CheckpointInfo:
+        """Of stock's: what its metadata and its files tell; without the latter it is not whole."""
+        files = {place[0] for place in _places(name, metadata).values()}
         modified = {stored.name: stored.modified for stored in await self._storage.list()}
         sizes = []
         for file in files:
@@ -325,7 +384,7 @@ class Catalog:
             time=modified.get(name, 0.0),
             nbytes=sum(sizes),
             num_files=len(files),
-            world_size=None,
+            world_size=None if None in raw else len(raw),
             torch_version=None,
             producer="stock",
             _metadata=self._metadata_of,
@@ -368,6 +427,26 @@ class Catalog:
                 ) from error
             contents.digests[file] = footer.digests
             contents.image_bytes[file] = footer.image_bytes
+
+
+def _decode_raw(raw: _RawMetadata) -> Metadata:
+    if None in raw:
+        return decode_metadata(raw[None])
+    return merge_ranks({rank: decode_metadata(content) for rank, content in raw.items() if rank is not None})
+
+
+def _transforms(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, ...]]:
+    found: dict[MetadataIndex, tuple[str, ...]] = {}
+    for index, place in metadata.storage_data.items():
+        descriptors = getattr(place, "transform_descriptors", None)  # torch before 2.6 knew none
+        if descriptors:
+            if not isinstance(descriptors, (list, tuple)) or not all(isinstance(d, str) for d in descriptors):
+                raise CorruptCheckpointError(
+                    f"checkpoint {name!r}: .metadata does not say properly how {index!r} was written",
+                    checkpoint_id=name,
+                )
+            found[index] = tuple(descriptors)
+    return found
 
 
 def _places(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, int, int]]:

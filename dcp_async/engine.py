@@ -206,10 +206,9 @@ class CheckpointEngine:
             checkpoint_id: its name, by default ``step-00000100``.
             notes: JSON to keep with it.
             replace: whether an existing checkpoint of this name may be replaced; it stays readable until the
-            new one is durable.
+                new one is durable.
         Raises: SaveError (CheckpointExistsError, StateMutatedError), and then no checkpoint of this name will
-        appear;
-            EngineStateError; ValueError for a name, step or notes that can't be.
+            appear; EngineStateError; ValueError for a name, step or notes that can't be.
         Cancellation: cancels the save.
         Ranks: all must call it, in the same order.
         """
@@ -434,6 +433,8 @@ class CheckpointEngine:
         device: torch.device | str = "cpu",
     ) -> dict[str, Any]:
         """A checkpoint as fresh tensors and leaves, in exactly the structure that was saved; needs no model.
+
+        Of stock's checkpoints, whose `.metadata` tells less: keys are text, tensors row-major.
 
         Args:
             source: as for ``load``.

@@ -15,7 +15,11 @@ from typing import Any
 
 import anyio
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from ._concurrency import BlockingThreads, Pipe, run_blocking
 from .catalog import Contents
@@ -25,14 +29,16 @@ from .errors import (
     LoadError,
     UntrustedCheckpointError,
 )
+from .formats.stock_metadata import usable_paths
 from .formats.structure import Tree, build, children_of, leaf_names, pruned
 from .item import UnsupportedError
 from .matching import Dtypes, Match, check_fit, fresh_tensor, is_plain_meta, match_state
 from .pipeline import first_failure
-from .reading import Collector, CoverageError, Source
+from .reading import Collector, CoverageError, Source, copy_exotic
 from .spans import DamagedError, FetchBuffers, Span, make_batches, make_spans
 from .state import OpenMapping, Region, Targets
 from .trust import Trust, UntrustedGlobal, load_pickle
+from .unfolding import folded, take_apart
 
 _QUEUE_BATCHES = 2
 
@@ -92,10 +98,17 @@ class LoadPipeline:
         try:
             heads, doubtful = Collector(self._source), Collector(self._source)
             small, large = Collector(self._source), Collector(self._source)
+            inside: list[tuple[torch.Tensor, torch.Tensor]] = []
             for leaf in leaves:
-                small.want_leaf(leaf, values.__setitem__)
+                if (part := self._contents.part(leaf)) is not None:
+                    values[leaf] = part.value
+                else:
+                    small.want_leaf(leaf, values.__setitem__)
             for fqn, target in tensors.items():
-                large.want_tensor(fqn, target)
+                if (part := self._contents.part(fqn)) is not None:
+                    inside.append((target, part.value))
+                else:
+                    large.want_tensor(fqn, target)
             if not (fresh or self._services.trust.unsafe):  # else nothing is at stake, or nothing is refused
                 for item in large.items:
                     heads.want_head(item, doubtful)
@@ -103,6 +116,8 @@ class LoadPipeline:
                 await self._flow(collector)
             self._touched = not fresh
             await self._flow(large)
+            if inside:
+                await self._services.threads.run(_copy_all, *zip(*inside, strict=True))
         except (BaseExceptionGroup, CoverageError, DamagedError, UnsupportedError) as error:
             cause = first_failure(error)
             explained = self._explain(cause, name)
@@ -110,6 +125,18 @@ class LoadPipeline:
                 raise cause from None
             raise explained from cause
         return values, small.nbytes + large.nbytes
+
+    async def unfold(self, wanted: Collection[str]) -> None:
+        """Take apart leaves of stock's that lie above ``wanted`` names. Raises as ``read`` does."""
+        contents = self._contents
+        if contents.manifest is not None:
+            return
+        leaves = (name for name, meta in contents.names.items() if isinstance(meta, BytesStorageMetadata))
+        values, _ = await self.read({}, folded(leaves, wanted), fresh=True)
+        paths = usable_paths(contents.metadata)
+        for leaf, value in values.items():
+            if isinstance(value, (Mapping, list)):
+                contents.parts[leaf] = dict(take_apart(value, leaf, paths.get(leaf, (leaf,)), wanted))
 
     def unpickle(self, raw: bytes) -> Any:
         """A key of a mapping. Raises UntrustedCheckpointError."""
@@ -221,6 +248,8 @@ async def load_into(
 
     Args: ``refill`` says that targets hold bytes of a corrupt checkpoint, so that each must be filled.
     """
+    pipeline = LoadPipeline(contents, services)
+    await pipeline.unfold({*targets.tensors, *targets.leaves})
     match = match_state(targets, contents, dtypes=dtypes)
     if strict or refill:
         check_fit(match, contents.info.checkpoint_id, unexpected=strict)
@@ -230,7 +259,6 @@ async def load_into(
             name: [Region(torch.empty_like(region.tensor), region.offsets) for region in regions]
             for name, regions in into.items()
         }
-    pipeline = LoadPipeline(contents, services)
     fresh = {name: [Region.whole(tensor)] for name, tensor in match.fresh.items()}
     values, nbytes = await pipeline.read({**into, **fresh}, match.leaves, fresh=atomic)
     filled = _tensors_of(match.tensors)
@@ -256,11 +284,12 @@ def _copy_all(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) 
     at_once: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     with torch.inference_mode():  # else tensors that were made in it could not be written to
         for target, source in zip(targets, sources, strict=True):
-            if target.is_conj() or target.is_neg():  # which _foreach_copy_ refuses
-                target.copy_(source)
-            else:
+            strided = target.layout is torch.strided and not target.is_quantized
+            if strided and not target.is_conj() and not target.is_neg():
                 at_once[0].append(target)
                 at_once[1].append(source)
+            else:
+                copy_exotic(target, source)
         if at_once[0]:
             torch._foreach_copy_(*at_once)
 
@@ -287,7 +316,7 @@ async def read_fresh(
     tied: dict[str, str] = {}
     leaves: list[str] = []
     exotic = set(contents.manifest.exotic) if contents.manifest else set()
-    for name in leaf_names(structure, ""):
+    for name in leaf_names(structure):
         meta = contents.names[name]
         if isinstance(meta, TensorStorageMetadata) and name not in exotic and is_plain_meta(meta):
             # names that share their bytes come back as one tensor

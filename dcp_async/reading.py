@@ -1,236 +1,34 @@
 """What a load reads: from DCP's Metadata and the wanted names to byte ranges of files, each with its
 destination.
 
-Enters: a checkpoint's contents and the targets. Leaves: Spans, block-aligned ranges that one call reads and
-one pass verifies. Pure: no I/O, nothing is allocated but on demand. Invariant: every byte of every target is
-covered before a target is touched.
+Enters: a checkpoint's contents and the targets. Leaves: Pieces, file by file. Pure: no I/O. Invariant: every
+byte of every target is covered before a target is touched.
 """
 
 from __future__ import annotations
 
-import ctypes
-import io
-import itertools
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from .formats.distcp import BLOCK_BYTES
 from .formats.zip_item import PLAIN_DTYPES, tensor_frame
-from .trust import Trust, load_item
+from .item import StoredItem, UnsupportedError, inflated_bound
+from .spans import DamagedError, Fill, Piece, host_memory
+from .trust import Trust
 from .walk import PLAIN_TENSORS
-
-_SMALL_BYTES = BLOCK_BYTES
-"""Pieces below this are read through a scratch buffer and copied: a buffer of their own in the call would
-cost more."""
 
 Box = tuple[tuple[int, int], ...]
 """Per dimension, [start, stop)."""
 
 
+_COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+
+
 class CoverageError(ValueError):
     """The checkpoint's chunks do not cover what is wanted."""
-
-
-class DamagedError(ValueError):
-    """A checkpoint contradicts itself; ``names`` are the tensors concerned."""
-
-    def __init__(self, message: str, names: Sequence[str]) -> None:
-        super().__init__(message)
-        self.names = tuple(names)
-
-
-def host_memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable; valid while the tensor is alive."""
-    view = ctypes.pythonapi.PyMemoryView_FromMemory
-    view.restype = ctypes.py_object
-    view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-    writable = 0x200
-    if tensor.nbytes == 0:
-        return memoryview(bytearray())
-    memory: memoryview = view(tensor.data_ptr(), tensor.nbytes, writable)
-    return memory
-
-
-class Fill:
-    """A buffer that is read in pieces and used when it is whole: a leaf's item, or rows that don't lie as in
-    the target."""
-
-    __slots__ = ("_buffer", "_finish", "_left", "_nbytes")
-
-    def __init__(self, nbytes: int, finish: Callable[[bytearray], None]) -> None:
-        self._nbytes = self._left = nbytes
-        self._finish = finish
-        self._buffer: bytearray | None = None
-
-    def memory(self) -> memoryview:
-        """The buffer, made when the first piece wants it."""
-        if self._buffer is None:
-            self._buffer = bytearray(self._nbytes)
-        return memoryview(self._buffer)
-
-    def filled(self, nbytes: int) -> None:
-        """``nbytes`` more have arrived and were verified; the last ones finish it and free the buffer."""
-        self._left -= nbytes
-        if self._left == 0:
-            buffer, self._buffer = self._buffer or bytearray(), None
-            self._finish(buffer)
-
-
-@dataclass(slots=True)
-class Piece:
-    """Bytes [offset, offset + nbytes) of a file go to ``target`` at ``at``."""
-
-    offset: int
-    nbytes: int
-    target: memoryview | Fill
-    at: int
-    name: str
-
-    def memory(self) -> memoryview:
-        whole = self.target.memory() if isinstance(self.target, Fill) else self.target
-        return whole[self.at : self.at + self.nbytes]
-
-    def split(self, nbytes: int) -> tuple[Piece, Piece]:
-        """The first ``nbytes`` and the rest."""
-        rest = Piece(self.offset + nbytes, self.nbytes - nbytes, self.target, self.at + nbytes, self.name)
-        return Piece(self.offset, nbytes, self.target, self.at, self.name), rest
-
-
-@dataclass(slots=True)
-class Span:
-    """A range of a file that is read by one call; with ``digests`` it starts and ends at blocks."""
-
-    file: str
-    start: int
-    stop: int
-    pieces: list[Piece]
-    digests: array[int] | None
-    """Checksums of the file's blocks; None if its writer recorded none."""
-
-
-class FetchBuffers:
-    """The memory that one span is read into: large pieces directly, everything else through scratch."""
-
-    def __init__(self, span: Span) -> None:
-        self.span = span
-        self.segments: list[tuple[int, memoryview]] = []
-        """(offset in the file, memory), adjacent, from span.start to span.stop."""
-        self._scattered: list[tuple[Piece, memoryview]] = []
-        direct = [piece for piece in span.pieces if piece.nbytes >= _SMALL_BYTES]
-        scratch = memoryview(bytearray(span.stop - span.start - sum(piece.nbytes for piece in direct)))
-        used = 0
-        at = span.start
-        runs: list[tuple[int, int, memoryview]] = []
-        for piece in direct:
-            if at < piece.offset:
-                runs.append((at, piece.offset, scratch[used : used + piece.offset - at]))
-                self.segments.append((at, runs[-1][2]))
-                used += piece.offset - at
-            self.segments.append((piece.offset, piece.memory()))
-            at = piece.offset + piece.nbytes
-        if at < span.stop:
-            runs.append((at, span.stop, scratch[used:]))
-            self.segments.append((at, runs[-1][2]))
-        following = iter(runs)
-        start, stop, memory = next(following, (0, 0, memoryview(b"")))
-        for piece in span.pieces:
-            if piece.nbytes < _SMALL_BYTES and piece.nbytes:
-                while piece.offset >= stop:
-                    start, stop, memory = next(following)
-                self._scattered.append(
-                    (piece, memory[piece.offset - start : piece.offset - start + piece.nbytes])
-                )
-
-    def verify(self) -> None:
-        """Check every block. Raises DamagedError with the names of the tensors in the bad ones."""
-        digests, span = self.span.digests, self.span
-        if digests is None:
-            return
-        bad: list[int] = []
-        index = 0
-        one_shot = xxhash.xxh3_64_intdigest
-        for block in range(span.start // BLOCK_BYTES, -(-span.stop // BLOCK_BYTES)):
-            low, high = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, span.stop)
-            while index + 1 < len(self.segments) and self.segments[index + 1][0] <= low:
-                index += 1
-            start, memory = self.segments[index]
-            if start + len(memory) >= high:
-                value = one_shot(memory[low - start : high - start])
-            else:
-                value = self._stream(index, low, high)
-            if value != digests[block]:
-                bad.append(block)
-        if bad:
-            ranges = [(block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES) for block in bad]
-            names = {
-                piece.name: None
-                for piece in span.pieces
-                if any(piece.offset < high and low < piece.offset + piece.nbytes for low, high in ranges)
-            }
-            shown = ", ".join(f"[{low}, {high})" for low, high in ranges[:3])
-            raise DamagedError(
-                f"{len(bad)} block(s) of {span.file} do not match their checksum, first at bytes {shown}",
-                list(names),
-            )
-
-    def _stream(self, index: int, low: int, high: int) -> int:
-        digest = xxhash.xxh3_64()
-        for start, memory in itertools.islice(self.segments, index, None):
-            if start >= high:
-                break
-            digest.update(memory[max(low - start, 0) : high - start])
-        return digest.intdigest()
-
-    def scatter(self) -> None:
-        """Copy the small pieces out of scratch, then finish what became whole."""
-        for piece, memory in self._scattered:
-            piece.memory()[:] = memory
-        for piece in self.span.pieces:
-            if isinstance(piece.target, Fill):
-                piece.target.filled(piece.nbytes)
-
-
-def make_spans(
-    pieces: Mapping[str, list[Piece]],
-    digests: Mapping[str, array[int]],
-    image_bytes: Mapping[str, int],
-    *,
-    part_bytes: int,
-) -> Iterator[Span]:
-    """Group each file's pieces into spans of at most ``part_bytes``, rounded out to blocks where there are
-    checksums.
-
-    Gaps smaller than a block are read through: a seek would cost more.
-    """
-    for file, unsorted in pieces.items():
-        table = digests.get(file)
-        align = BLOCK_BYTES if table is not None else 1
-        queue = sorted((piece for piece in unsorted if piece.nbytes), key=lambda piece: piece.offset)
-        queue.reverse()
-        while queue:
-            start = queue[-1].offset // align * align
-            limit = start + part_bytes
-            taken: list[Piece] = []
-            end = queue[-1].offset
-            while queue and queue[-1].offset < limit and queue[-1].offset - end < BLOCK_BYTES:
-                piece = queue.pop()
-                if piece.offset < end:
-                    # two targets want the same bytes: the second gets a span of its own
-                    queue.append(piece)
-                    break
-                if piece.offset + piece.nbytes > limit:
-                    piece, rest = piece.split(limit - piece.offset)
-                    queue.append(rest)
-                taken.append(piece)
-                end = piece.offset + piece.nbytes
-            stop = -(-end // align) * align
-            yield Span(file, start, min(stop, image_bytes[file]) if table is not None else stop, taken, table)
 
 
 def contiguous_run(box: Box, shape: Sequence[int]) -> tuple[int, int] | None:
@@ -278,6 +76,8 @@ class Source:
     raw_files: frozenset[str]
     """Files whose plain tensor items are laid out by our format: payload at a known place."""
     exotic: frozenset[str]
+    transforms: Mapping[MetadataIndex, tuple[str, ...]]
+    """Index -> descriptors of torch's stream extensions, of the items that they wrote."""
     trust: Trust
 
 
@@ -294,6 +94,8 @@ class Collector:
         self._source = source
         self.pieces: dict[str, list[Piece]] = {}
         self.nbytes = 0
+        self.items: list[StoredItem] = []
+        """What ``torch.load`` will decode, among it."""
         self._keep: list[torch.Tensor] = []
 
     def _add(self, file: str, piece: Piece) -> None:
@@ -308,25 +110,51 @@ class Collector:
                 f"{name}: .metadata does not say where its item {index} lies", [name]
             ) from None
 
+    def _want_item(
+        self, name: str, index: MetadataIndex, sizes: Sequence[int], receive: Callable[[Any], None]
+    ) -> None:
+        """Read an item whole, decode it and hand its value over. Raises DamagedError, UnsupportedError."""
+        file, offset, length = self._place(name, index)
+        if length == 0:
+            raise DamagedError(f"{name}: its item in {file} is empty", [name])
+        item = StoredItem(
+            name=name,
+            file=file,
+            offset=offset,
+            length=length,
+            descriptors=self._source.transforms.get(index, ()),
+            max_bytes=inflated_bound(self._source.tensors.get(name), sizes, length),
+            has_digests=file in self._source.raw_files,
+            trust=self._source.trust,
+        )
+        item.check_readable()
+        self.items.append(item)
+        self._add(file, Piece(offset, length, Fill(length, _item_finisher(item, receive)), 0, name))
+
+    def want_head(self, item: StoredItem, doubtful: Collector) -> None:
+        """Judge ``item`` by its first bytes; where they do not suffice, ``doubtful`` gets all of it, to be
+        decoded and thrown away."""
+
+        def finish(head: bytearray) -> None:
+            if not item.judge(head):
+                whole = Fill(item.length, _item_finisher(item, lambda value: None))
+                doubtful._add(item.file, Piece(item.offset, item.length, whole, 0, item.name))
+
+        nbytes = item.head_bytes
+        self._add(item.file, Piece(item.offset, nbytes, Fill(nbytes, finish), 0, item.name))
+
     def want_leaf(self, name: str, receive: Callable[[str, Any], None]) -> None:
         """Read the item ``name``, a pickled leaf or a whole tensor stored as one, and hand its value over."""
         meta = self._source.tensors.get(name)
         if meta is not None and len(meta.chunks) != 1:
             raise DamagedError(f"{name}: a tensor of this kind can't be put together from chunks", [name])
-        file, offset, length = self._place(
-            name, MetadataIndex(name, meta.chunks[0].offsets if meta else None)
-        )
-        trust = self._source.trust
-
-        def finish(buffer: bytearray) -> None:
-            receive(name, load_item(io.BytesIO(buffer), trust))
-
-        self._add(file, Piece(offset, length, Fill(length, finish), 0, name))
+        offsets, sizes = (meta.chunks[0].offsets, meta.chunks[0].sizes) if meta else (None, ())
+        self._want_item(name, MetadataIndex(name, offsets), sizes, lambda value: receive(name, value))
 
     def want_tensor(self, name: str, target: torch.Tensor) -> None:
         """Fill ``target``, whose shape is the whole tensor's.
 
-        Raises: CoverageError, DamagedError.
+        Raises: CoverageError, DamagedError, UnsupportedError.
         """
         chunks = self._source.tensors[name].chunks
         boxes = [
@@ -347,20 +175,24 @@ class Collector:
                 self._want_chunk(name, target, chunk, box)
 
     def _want_chunk(self, name: str, target: torch.Tensor, chunk: ChunkStorageMetadata, box: Box) -> None:
-        file, offset, length = self._place(name, MetadataIndex(name, chunk.offsets))
+        index = MetadataIndex(name, chunk.offsets)
+        file, offset, length = self._place(name, index)
         here = tuple(slice(low, high) for low, high in box)
         shape = tuple(chunk.sizes)
         dtype = self._source.tensors[name].properties.dtype
+        nbytes = dtype.itemsize * chunk.sizes.numel()
         if file not in self._source.raw_files or name in self._source.exotic or dtype not in PLAIN_DTYPES:
+            if length == nbytes and self._is_stocks_plain(name, file, index):
+                # no item of torch.save's is as short as its elements
+                raise UnsupportedError(
+                    f"{name} was written with SerializationFormat.SAFETENSORS, which stock DCP itself can't "
+                    f"load again; read {file} with the safetensors package, or save in the usual format"
+                )
             # a whole tensor is not indexed: sparse ones can't be
             place = target if shape == tuple(target.shape) else target[here]
-            fill = Fill(length, self._item_finisher(name, place, shape))
-            self._add(file, Piece(offset, length, fill, 0, name))
+            self._want_item(name, index, shape, self._tensor_receiver(name, place, shape))
             return
         head, tail = tensor_frame(dtype, shape)
-        nbytes = dtype.itemsize
-        for extent in shape:
-            nbytes *= extent
         if length != len(head) + nbytes + len(tail):
             raise DamagedError(
                 f"{name}: its item has {length} bytes, a chunk of {shape} {dtype} has others", [name]
@@ -377,21 +209,28 @@ class Collector:
             finish = self._rows_finisher(target[here], rows, dtype)
             self._add(file, Piece(payload + low, count, Fill(count, finish), 0, name))
 
-    def _item_finisher(
+    def _is_stocks_plain(self, name: str, file: str, index: MetadataIndex) -> bool:
+        properties = self._source.tensors[name].properties
+        return (
+            file not in self._source.raw_files
+            and index not in self._source.transforms
+            and properties.dtype in PLAIN_DTYPES
+            and properties.layout is torch.strided
+        )
+
+    def _tensor_receiver(
         self, name: str, target: torch.Tensor, shape: tuple[int, ...]
-    ) -> Callable[[bytearray], None]:
-        trust = self._source.trust
+    ) -> Callable[[Any], None]:
         dtype = self._source.tensors[name].properties.dtype
 
-        def finish(buffer: bytearray) -> None:
-            value = load_item(io.BytesIO(buffer), trust)
+        def receive(value: Any) -> None:
             if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
                 raise DamagedError(
                     f"{name}: its item is not the tensor of {shape} that .metadata names", [name]
                 )
-            target.copy_(value)  # not its detach(): that of a sparse tensor is a copy
+            copy_exotic(target, value)  # not the target's detach(): that of a sparse tensor is a copy
 
-        return finish
+        return receive
 
     @staticmethod
     def _rows_finisher(
@@ -403,6 +242,24 @@ class Collector:
             place.copy_(torch.frombuffer(buffer, dtype=dtype).view(place.shape))
 
         return finish
+
+
+def copy_exotic(target: torch.Tensor, value: torch.Tensor) -> None:
+    """``target.copy_(value)``, where a sparse target may hold another number of elements."""
+    if target.layout in _COMPRESSED:
+        target.resize_as_sparse_(value)
+    target.copy_(value)
+
+
+def _item_finisher(item: StoredItem, receive: Callable[[Any], None]) -> Callable[[bytearray], None]:
+    def finish(stored: bytearray) -> None:
+        try:
+            value = item.decode(stored)
+        except ValueError as error:
+            raise DamagedError(f"{item.name} in {item.file}: {error}", [item.name]) from error
+        receive(value)
+
+    return finish
 
 
 def _row_groups(

@@ -33,13 +33,19 @@ def pickle_leaf(name: str, value: Any) -> bytes:
         if type(value) in (int, float, str, bool, bytes, type(None)):
             return object_item(pickle.dumps(value, protocol=2))
         stream = io.BytesIO()
-        torch.save(value.detach() if isinstance(value, torch.Tensor) else value, stream)
+        torch.save(_detached(value) if isinstance(value, torch.Tensor) else value, stream)
         return stream.getvalue()
     except Exception as error:  # pickling runs the leaf's own code, which may raise anything
         raise CaptureError(
             f"{name}: a {type(value).__qualname__} can't be pickled ({type(error).__name__}: {error}); "
             "leave it out of the state or give it a state_dict()"
         ) from error
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    detached = tensor.detach()
+    # a subclass without __torch_function__ would come out as a plain tensor
+    return detached if type(detached) is type(tensor) else tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,7 +279,9 @@ def capture_targets(state: Mapping[str, Any], *, rank: int = 0, world_size: int 
     leaves = set()
     for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
         if is_lazy(leaf):
-            raise CaptureError(f"{name} is uninitialized and has no shape; run the lazy module once, then load into it")
+            raise CaptureError(
+                f"{name} is uninitialized and has no shape; run the lazy module once, then load into it"
+            )
         if is_exotic(leaf):
             tensors[name] = leaf
         else:

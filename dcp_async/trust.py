@@ -1,14 +1,13 @@
-"""What may be unpickled: an allow-list for `.metadata`, another for leaves, and `Trust` that widens the
-second.
+"""What items may unpickle: an allow-list, and `Trust` that widens it.
 
 Enters: pickled bytes of unknown origin. Leaves: objects made of allowed classes only, or UntrustedGlobal,
 which names the global; nothing else is imported or called. Private names of torch's serialization are
-imported here and nowhere else.
+imported here and in formats/metadata.py, and nowhere else.
 """
 
 from __future__ import annotations
 
-import contextlib
+import _compat_pickle
 import datetime
 import decimal
 import enum
@@ -22,24 +21,27 @@ import pickle
 import types
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, Any, ClassVar
 
 import torch
 from torch._weights_only_unpickler import _get_allowed_globals
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata
 
 
 class UntrustedGlobal(pickle.UnpicklingError):
-    """A pickle names a global that is not on the list; ``name`` is its full name."""
+    """A pickle names a global that is not on the list, or does with one what it may not."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, allowable: bool = False) -> None:
+        """
+        Args:
+            name: the global's full name, or what is refused, in words.
+            allowable: whether ``Trust(safe_globals=...)`` could admit it.
+        """
         super().__init__(f"the pickle names {name}, which is not trusted")
         self.name = name
+        self.allowable = allowable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,108 +59,28 @@ class Trust:
         for item in self.safe_globals:
             if not callable(item):
                 raise ValueError(f"Trust(safe_globals=...) takes classes or functions, not {item!r}")
+        object.__setattr__(self, "safe_globals", tuple(self.safe_globals))  # a list can't be a cache's key
 
 
-_TORCH_ENCODING = dcp_metadata._MEM_FORMAT_ENCODING
+def _ignore(*args: object) -> None:
+    """A method that does nothing: of an object, and of its class, which an unpickler may take for one."""
 
 
-def _path(*parts: str) -> str:
-    """Stands in for every pathlib class in `.metadata`: 3.13's pickles name a module that older Pythons
-    lack."""
-    return "/".join(parts)
+class Inert:
+    """Stands for what a pickle would make: takes every call that an unpickler makes, and does nothing."""
 
+    def __new__(cls, *args: object, **options: object) -> Inert:
+        return object.__new__(cls)
 
-@lru_cache(maxsize=1)
-def _metadata_globals() -> dict[tuple[str, str], Any]:
-    here = "torch.distributed.checkpoint.metadata"
-    legacy = "torch.distributed._shard.sharded_tensor.metadata"
-    names: dict[tuple[str, str], Any] = {
-        (here, cls.__name__): cls
-        for cls in (
-            Metadata,
-            dcp_metadata.MetadataIndex,
-            dcp_metadata.StorageMeta,
-            dcp_metadata.TensorStorageMetadata,
-            dcp_metadata.ChunkStorageMetadata,
-            dcp_metadata.BytesStorageMetadata,
-            dcp_metadata.TensorProperties,
-            _TORCH_ENCODING,
-        )
-    }
-    names[legacy, "TensorProperties"] = dcp_metadata.TensorProperties
-    names[legacy, "MEM_FORMAT_ENCODING"] = _TORCH_ENCODING
-    names["torch.distributed.checkpoint.filesystem", "_StorageInfo"] = _StorageInfo
-    names["torch.serialization", "_get_layout"] = torch.serialization._get_layout
-    names["torch", "Size"] = torch.Size
-    names["torch", "device"] = torch.device
-    names["collections", "OrderedDict"] = OrderedDict
-    for value in vars(torch).values():
-        if isinstance(value, torch.dtype):
-            names["torch", str(value).removeprefix("torch.")] = value
-    for module in ("pathlib", "pathlib._local"):
-        for cls in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"):
-            names[module, cls] = _path
-    return names
+    def __call__(self, *args: object, **options: object) -> Inert:
+        return self
 
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str, /) -> Any:
-        try:
-            return _metadata_globals()[module, name]
-        except KeyError:
-            raise UntrustedGlobal(f"{module}.{name}") from None
-
-
-@contextlib.contextmanager
-def _unchanged_globals() -> Iterator[None]:
-    """Undo and refuse what a pickle's BUILD does to the classes it was handed; the C unpickler can't be told
-    not to.
-
-    `.metadata` of many tensors must decode fast, so the Python unpickler, which can, is no choice here.
-    """
-    watched = [
-        item
-        for item in set(_metadata_globals().values())
-        if isinstance(getattr(item, "__dict__", None), Mapping)
-    ]
-    before = [dict(vars(item)) for item in watched]
-    changed: list[str] = []
-    try:
-        yield
-    finally:
-        for item, old in zip(watched, before, strict=True):
-            now = dict(vars(item))
-            for name in now.keys() | old.keys():
-                if name in old and now.get(name) is not old[name]:
-                    setattr(item, name, old[name])
-                    changed.append(f"{item.__qualname__}.{name}")
-                elif name not in old:
-                    delattr(item, name)
-                    changed.append(f"{item.__qualname__}.{name}")
-    if changed:
-        raise UntrustedGlobal(f"{changed[0]} (to change it)")
-
-
-def decode_metadata(raw: bytes) -> Metadata:
-    """DCP's Metadata from the bytes of `.metadata`.
-
-    Raises: UntrustedGlobal; ValueError if they are no pickle of a Metadata.
-    """
-    try:
-        with _unchanged_globals():
-            metadata = _MetadataUnpickler(io.BytesIO(raw)).load()
-    except UntrustedGlobal:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"not a readable pickle: {error}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-        raise ValueError(f"it holds a {type(metadata).__name__}, not DCP's Metadata")
-    return metadata
+    __init__ = __setstate__ = __setitem__ = append = extend = add = update = _ignore
 
 
 _VALUE_TYPES: tuple[type, ...] = (
     *(complex, set, frozenset, bytearray, range, slice, bytes, str, int, float, bool, list, tuple, dict),
-    *(OrderedDict, Counter, defaultdict, deque, types.SimpleNamespace),
+    *(OrderedDict, Counter, defaultdict, deque, types.SimpleNamespace, io.BytesIO),
     *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone),
     *(decimal.Decimal, fractions.Fraction, uuid.UUID, uuid.SafeUUID),
     *(pathlib.PurePath, pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.Path, pathlib.PosixPath),
@@ -183,6 +105,7 @@ def _leaf_globals() -> dict[tuple[str, str], Any]:
         names["pathlib", cls.__name__] = cls
     # protocol 2 names the builtins by their Python 2 module
     names |= {("__builtin__", name): value for (module, name), value in names.items() if module == "builtins"}
+    names |= {("__builtin__", "Ellipsis"): ..., ("builtins", "Ellipsis"): ...}
     names |= {("__builtin__", "xrange"): range, ("__builtin__", "unicode"): str, ("__builtin__", "long"): int}
     names["copyreg", "_reconstructor"] = _reconstruct
     names["copy_reg", "_reconstructor"] = _reconstruct
@@ -207,7 +130,8 @@ def _numpy_globals() -> dict[tuple[str, str], Any]:
     core: Any = importlib.import_module("numpy._core")
 
     def dtype(kind: Any, *flags: Any) -> Any:
-        return _checked_dtype(np.dtype(kind))
+        # a copy: BUILD sets its byte order, and numpy shares the usual ones
+        return _checked_dtype(np.dtype(kind, copy=True))
 
     def reconstruct(cls: Any, shape: Any, kind: Any) -> Any:
         if cls is not np.ndarray or shape != (0,):
@@ -304,8 +228,21 @@ def _stdlib_enum(module: str, name: str) -> type[enum.Enum] | None:
     return found if isinstance(found, type) and issubclass(found, enum.Enum) else None
 
 
-def _qualified(items: Iterable[type | Callable[..., object]]) -> dict[tuple[str, str], Any]:
-    return {(item.__module__, item.__qualname__): item for item in items}
+def _qualified(items: Iterable[Any]) -> dict[tuple[str, str], Any]:
+    """Under the name of today and the one that protocol 2 gives to what Python 2 had."""
+    names = {(item.__module__, item.__qualname__): item for item in items}
+    return names | {_compat_pickle.REVERSE_NAME_MAPPING.get(name, name): item for name, item in names.items()}
+
+
+# What a nested tensor of layout torch.jagged is rebuilt by; imported on demand, since torch._dynamo takes
+# long.
+_NESTED = frozenset(
+    {
+        ("torch.nested._internal.nested_tensor", "NestedTensor"),
+        ("torch.nested._internal.nested_tensor", "_rebuild_njt"),
+        ("torch._dynamo.decorators", "_DimRange"),
+    }
+)
 
 
 class _LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows its base only in part
@@ -320,7 +257,9 @@ class _LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows 
         except KeyError:
             if (found := _stdlib_enum(module, name)) is not None:
                 return found
-            raise UntrustedGlobal(f"{module}.{name}") from None
+            if (module, name) in _NESTED:
+                return getattr(importlib.import_module(module), name)
+            raise UntrustedGlobal(f"{module}.{name}", allowable=True) from None
 
     def load_build(self) -> None:
         target, state = self.stack[-2], self.stack[-1]
@@ -335,10 +274,23 @@ class _LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows 
     dispatch[pickle.BUILD[0]] = load_build
 
 
+@lru_cache(maxsize=8)
+def _users_safe_globals() -> dict[tuple[str, str], Any]:
+    """What the user told ``torch.serialization.add_safe_globals``. Torch's own entries there are left out:
+    some do more than hold values."""
+    names: dict[tuple[str, str], Any] = {}
+    for item in torch.serialization.get_safe_globals():
+        value, full = item if isinstance(item, tuple) else (item, f"{item.__module__}.{item.__qualname__}")
+        module, _, name = full.rpartition(".")
+        if module.partition(".")[0] != "torch":
+            names[module, name] = value
+    return names
+
+
 def _pickle_module(trust: Trust) -> types.SimpleNamespace:
     """What ``torch.load(pickle_module=...)`` takes: torch handles storages, this decides on every other
     global."""
-    known = _leaf_globals() | _numpy_globals() | _qualified(trust.safe_globals)
+    known = _leaf_globals() | _numpy_globals() | _users_safe_globals() | _qualified(trust.safe_globals)
     unpickler = type("LeafUnpickler", (_LeafUnpickler,), {"allowed": known})
 
     def load(file: IO[bytes], **options: Any) -> Any:
@@ -347,12 +299,94 @@ def _pickle_module(trust: Trust) -> types.SimpleNamespace:
     return types.SimpleNamespace(__name__="dcp_async.trust", Unpickler=unpickler, load=load)
 
 
-def _check_archive(item: IO[bytes]) -> None:
-    """Raises UntrustedGlobal for what torch.load would hand to TorchScript or to its legacy readers."""
+class _GlobalsCheck(pickle.Unpickler):
+    """Looks up every global as ``torch.load`` would, makes nothing of what it finds, and runs in C."""
+
+    def __init__(self, pickled: IO[bytes], resolve: Callable[[str, str], object]) -> None:
+        super().__init__(pickled, encoding="latin-1")
+        self._resolve = resolve
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        self._resolve(module, name)
+        return Inert
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        return Inert()
+
+
+def _resolve_legacy(module: str, name: str) -> None:
+    """As torch's weights_only unpickler does, which knows the list of torch alone."""
+    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+    full = f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
+    if full not in _get_allowed_globals():
+        raise UntrustedGlobal(f"{full} in torch's legacy format")
+
+
+_LEGACY_PICKLES = 4
+"""A legacy item begins with a magic number, a version, facts on the writer's machine, and the object."""
+
+
+def check_globals(head: bytes, pickle_at: int | None, trust: Trust) -> None:
+    """Whether ``load_item`` would accept the globals of an item, from its first bytes and without its data.
+
+    Args: ``pickle_at`` where the pickle of a zip begins; None for an item in torch's legacy format.
+    Raises: UntrustedGlobal; ValueError if ``head`` does not hold the whole pickle, or a damaged one.
+    """
+    if trust.unsafe:
+        return
+    pickled = io.BytesIO(head)
+    try:
+        if pickle_at is None:
+            for _ in range(_LEGACY_PICKLES):
+                _GlobalsCheck(pickled, _resolve_legacy).load()
+        else:
+            pickled.seek(pickle_at)
+            _GlobalsCheck(pickled, _resolver(trust)).load()
+    except UntrustedGlobal:
+        raise
+    except Exception as error:  # pickle raises nearly anything on damaged input
+        raise ValueError(f"not a readable pickle: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _resolver(trust: Trust) -> Callable[[str, str], object]:
+    """Finds a global as ``torch.load`` does under ``trust``, or raises UntrustedGlobal."""
+    find: Callable[[str, str], object] = _pickle_module(trust).Unpickler(io.BytesIO()).find_class
+    storages = {
+        full.rpartition(".")[2]
+        for full, value in _get_allowed_globals().items()
+        if isinstance(value, torch.serialization.StorageType)
+    }
+
+    def resolve(module: str, name: str) -> object:
+        if name in storages:  # torch.load resolves these itself, whatever their module is called
+            return None
+        return find("torch._tensor" if module == "torch.tensor" else module, name)
+
+    return resolve
+
+
+_LEGACY_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)[2:]
+
+
+def is_zip(head: bytes | bytearray) -> bool:
+    """Whether an item that begins so is a zip, as ``torch.save`` has written it since torch 1.6."""
+    return head.startswith(b"PK\3\4")
+
+
+def _load_legacy(item: IO[bytes]) -> Any:
+    """An item in torch's legacy format, by torch's own weights_only unpickler: its other readers run what a
+    pickle says, or unpack archives to disk."""
+    raw = item.read()
+    if not raw[2:].startswith(_LEGACY_MAGIC):
+        raise ValueError("it is neither a zip nor in torch's legacy format")
+    check_globals(raw, None, Trust())
+    return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True, mmap=False)
+
+
+def _refuse_torchscript(item: IO[bytes]) -> None:
+    """Raises UntrustedGlobal for what torch.load would hand to TorchScript."""
     start = item.tell()
-    if item.read(4) != b"PK\x03\x04":
-        raise UntrustedGlobal("torch's legacy format (not a zip)")
-    item.seek(start)
     records = set(torch._C.PyTorchFileReader(item).get_all_records())
     item.seek(start)
     if "constants.pkl" in records or any(record.startswith("code/") for record in records):
@@ -378,7 +412,12 @@ def load_item(item: IO[bytes], trust: Trust) -> Any:
     """
     try:
         if not trust.unsafe:
-            _check_archive(item)
+            start = item.tell()
+            head = item.read(4)
+            item.seek(start)
+            if not is_zip(head):
+                return _load_legacy(item)
+            _refuse_torchscript(item)
         module = pickle if trust.unsafe else _pickle_module(trust)
         options: dict[str, Any] = {"weights_only": False, "pickle_module": module, "mmap": False}
         return torch.load(item, map_location="cpu", **options)

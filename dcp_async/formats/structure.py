@@ -144,27 +144,36 @@ def children_of(node: Tree) -> list[tuple[Any, Tree]]:
     return list(enumerate(entries)) if kind == "list" else [(key, child) for key, child in entries]
 
 
-def build(node: Tree, leaf: Callable[[str], Any], unpickle: Callable[[bytes], Any], name: str = "") -> Any:
-    """Containers as they were, with ``leaf(name)`` at the leaves. ``name`` is where ``node`` lies."""
+def _join(name: str | None, key: object) -> str:
+    """The name of a child; ``name`` is None for the root, since "" is a key like any other."""
+    return str(key) if name is None else f"{name}.{key}"
+
+
+def build(
+    node: Tree, leaf: Callable[[str], Any], unpickle: Callable[[bytes], Any], name: str | None = None
+) -> Any:
+    """Containers as they were, with ``leaf(name)`` at the leaves. ``name`` is where ``node`` lies, None for
+    the root."""
     kind = kind_of(node)
     if kind is None:
+        assert name is not None
         return leaf(name)
     made = [
         (
             unpickle(key.raw) if isinstance(key, PickledKey) else key,
-            build(child, leaf, unpickle, f"{name}.{key}" if name else str(key)),
+            build(child, leaf, unpickle, _join(name, key)),
         )
         for key, child in children_of(node)
     ]
     return [value for _, value in made] if kind == "list" else make_mapping(kind, made)
 
 
-def leaf_names(node: Tree, name: str) -> list[str]:
-    """The names of a node's leaves; ``name`` is where it lies."""
+def leaf_names(node: Tree, name: str | None = None) -> list[str]:
+    """The names of a node's leaves; ``name`` is where it lies, None for the root."""
     if node is None:
+        assert name is not None
         return [name]
-    prefix = f"{name}." if name else ""
-    return [leaf for key, child in children_of(node) for leaf in leaf_names(child, f"{prefix}{key}")]
+    return [leaf for key, child in children_of(node) for leaf in leaf_names(child, _join(name, key))]
 
 
 def is_at_or_below(name: str, keys: Collection[str]) -> bool:
@@ -172,11 +181,11 @@ def is_at_or_below(name: str, keys: Collection[str]) -> bool:
     return name in keys or any(name.startswith(f"{key}.") for key in keys)
 
 
-def pruned(node: Tree, keys: Collection[str], name: str = "") -> Tree:
+def pruned(node: Tree, keys: Collection[str], name: str | None = None) -> Tree:
     """What of a container lies at or below ``keys``, whole, and the containers on the way there."""
     kept: list[tuple[Any, Tree]] = []
     for key, child in children_of(node):
-        below = f"{name}.{key}" if name else str(key)
+        below = _join(name, key)
         if is_at_or_below(below, keys):
             kept.append((key, child))
         elif child is not None and any(wanted.startswith(f"{below}.") for wanted in keys):
@@ -187,13 +196,13 @@ def pruned(node: Tree, keys: Collection[str], name: str = "") -> Tree:
     return list_node([child for _, child in kept]) if kind == "list" else mapping_node(kind, kept)
 
 
-def subtree(node: Tree, name: str, prefix: str = "") -> Tree:
+def subtree(node: Tree, name: str, prefix: str | None = None) -> Tree:
     """The node at ``name``, None if there is none (or a leaf). Keys may have dots, so every fitting child is
     tried."""
     if name == prefix:
         return node
     for key, child in children_of(node):
-        below = f"{prefix}.{key}" if prefix else str(key)
+        below = _join(prefix, key)
         if name == below or name.startswith(f"{below}."):
             found = subtree(child, name, below)
             if found is not None:

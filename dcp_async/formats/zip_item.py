@@ -1,7 +1,9 @@
-"""One DCP item: a STORED zip that ``torch.load`` accepts, made by hand.
+"""One DCP item: a STORED zip that ``torch.load`` accepts, made by hand; and what stock's zips say of
+themselves.
 
 Enters: a dtype and a shape, or pickled bytes. Leaves: the constant bytes before and after a tensor's payload
-(pure functions of dtype and shape, so they are made once per plan), or a whole item padded to its slot.
+(pure functions of dtype and shape, so they are made once per plan), or a whole item padded to its slot. From
+stock's items: where the first record lies, and whether the CRC-32s hold.
 CRC fields are 0, as under torch's own ``set_crc32_options(False)``: no reader of torch checks them, and
 computing them would cost a pass over the payload (docs/adr/0005).
 Source: torch/serialization.py, caffe2/serialize/inline_container.cc.
@@ -10,7 +12,8 @@ Source: torch/serialization.py, caffe2/serialize/inline_container.cc.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -227,3 +230,75 @@ def pad_item(item: bytes, slot: int) -> bytes:
             end,
         )
     )
+
+
+def pickle_start(head: bytes) -> int | None:
+    """Where the pickle of a zip begins, given its first bytes; None if the pickle is not its first record."""
+    if len(head) < _LOCAL.size or not head.startswith(b"PK\3\4"):
+        return None
+    *_, name_bytes, extra_bytes = _LOCAL.unpack_from(head)
+    name = head[_LOCAL.size :][:name_bytes]
+    return _LOCAL.size + name_bytes + extra_bytes if name.endswith(b"/data.pkl") else None
+
+
+def check_crcs(item: memoryview) -> None:
+    """Compare the stored records of a whole zip with the CRC-32s that its writer recorded: those that are
+    not 0.
+
+    Raises: ValueError, naming the record; or if the zip's directory makes no sense.
+    """
+    try:
+        for name, crc, start, nbytes in _stored_records(item):
+            if crc and zlib.crc32(item[start : start + nbytes]) != crc:
+                raise ValueError(f"its record {name} does not match its CRC-32")
+    except (struct.error, OverflowError) as error:
+        raise ValueError(f"its zip has a damaged directory: {error}") from error
+
+
+def _stored_records(item: memoryview) -> Iterator[tuple[str, int, int, int]]:
+    """(name, CRC-32, first byte, length) of each record that is not deflated."""
+    at, count = _find_directory(item)
+    for _ in range(count):
+        fields = _CENTRAL.unpack_from(item, at)
+        magic, method, crc = fields[0], fields[4], fields[7]
+        name_bytes, extra_bytes, comment_bytes = fields[10:13]
+        name = bytes(item[at + _CENTRAL.size :][:name_bytes]).decode(errors="replace")
+        wide = _wide_values(bytes(item[at + _CENTRAL.size + name_bytes :][:extra_bytes]))
+        _, size, header = (
+            next(wide, -1) if value == _LIMIT32 else value for value in (fields[9], fields[8], fields[16])
+        )
+        at += _CENTRAL.size + name_bytes + extra_bytes + comment_bytes
+        if magic != b"PK\1\2" or size < 0 or not 0 <= header < len(item):
+            raise ValueError(f"its zip has a damaged directory, at record {name}")
+        if method:
+            continue
+        local = _LOCAL.unpack_from(item, header)
+        start = header + _LOCAL.size + local[9] + local[10]
+        if local[0] != b"PK\3\4" or start + size > len(item):
+            raise ValueError(f"its record {name} lies outside of it")
+        yield name, crc, start, size
+
+
+def _find_directory(item: memoryview) -> tuple[int, int]:
+    """(offset of the central directory, number of entries); the end record may have a comment behind it."""
+    before = max(len(item) - _END.size - 0xFFFF, 0)
+    at = bytes(item[before:]).rfind(b"PK\5\6")
+    if at < 0:
+        raise ValueError("its zip has no end record, as if it was cut off")
+    at += before
+    *_, count, _, offset, _ = _END.unpack_from(item, at)
+    locator = at - _LOCATOR64.size
+    if locator >= 0 and bytes(item[locator : locator + 4]) == b"PK\6\7":  # stock's zips of any size have one
+        end64 = _LOCATOR64.unpack_from(item, locator)[2]
+        *_, count, _, offset = _END64.unpack_from(item, end64)
+    return offset, count
+
+
+def _wide_values(extra: bytes) -> Iterator[int]:
+    """What a central entry's zip64 field holds: of full size, packed size and offset those that 32 bits do
+    not."""
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        if kind == 1:
+            yield from struct.unpack_from(f"<{length // 8}Q", extra, 4)
+        extra = extra[4 + length :]

@@ -1,7 +1,9 @@
 """What the engine asks of a medium: small transactions to write, positioned reads, and one rule.
 
-The rule: a checkpoint exists when its `.metadata` does, and it appears whole or not at all. Third parties may
-implement these protocols; verbs that block belong in the storage's own threads.
+The rule: a checkpoint exists when its `.metadata` does, and it appears whole or not at all. One exception is
+stock's: where ranks saved without collectives there is no `.metadata` but a `__{rank}.metadata` per rank, and
+rank 0's counts. Third parties may implement these protocols; verbs that block belong in the storage's own
+threads.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ class StoredCheckpoint:
 
     name: str
     committed: bool
-    """Whether its `.metadata` exists."""
+    """Whether its `.metadata` exists, or else rank 0's of stock's."""
     modified: float
     """When it was committed (or, if it was not, last changed), in Unix seconds."""
 
@@ -52,7 +54,10 @@ class Reader(Protocol):
     """Reads one committed checkpoint; the files it opened stay readable even if somebody removes it."""
 
     async def metadata(self) -> bytes:
-        """The bytes of `.metadata`."""
+        """The bytes of `.metadata`. Raises StorageError (ENOENT) if there are only those of stock's ranks."""
+
+    async def rank_metadata(self) -> Mapping[int, bytes]:
+        """rank -> the bytes of its `__{rank}.metadata`; asked for only where there is no `.metadata`."""
 
     async def manifest(self) -> Sequence[bytes]:
         """The bytes of each manifest that lies there: none if stock wrote it, two if a replace was
@@ -99,10 +104,10 @@ class Storage(Protocol):
         """All names under the root, committed or not, in no order."""
 
     async def remove(self, name: str) -> None:
-        """Remove a checkpoint: `.metadata` first, then the rest."""
+        """Remove a checkpoint: what makes it one (`.metadata`, stock's of each rank) first, then the rest."""
 
     async def sweep(self) -> None:
-        """Remove what dead saves left under the root, and nothing that a live save owns."""
+        """Remove what dead saves left under the root, and nothing that a live save or stock owns."""
 
     async def open(self, name: str) -> Reader:
         """Start to read ``name``. Raises FileNotFoundError if it is not committed."""

@@ -16,7 +16,8 @@ import time
 import weakref
 from pathlib import Path
 
-from ..trust import UntrustedGlobal, decode_metadata
+from ..formats.metadata import decode_metadata
+from ..trust import UntrustedGlobal
 
 logger = logging.getLogger(__name__)
 

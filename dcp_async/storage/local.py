@@ -8,102 +8,36 @@ names others.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
-import fcntl
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import aiofiles
 
 from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
 from ..errors import StorageError
 from .base import StoredCheckpoint
+from .files import (
+    METADATA,
+    DataFile,
+    commit_mark,
+    make_directory,
+    rank_metadata_files,
+    read_pieces,
+    sync,
+    sync_directory,
+    why_no_checkpoint,
+)
 from .lease import Lease, remove_if_empty, sweep_directory
 
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_ALIGN = 4096
-_MAX_IOVECS = 1024
-_REFUSES_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
-
-
-def _sync(fd: int) -> None:
-    if sys.platform == "darwin":  # fsync there leaves the bytes in the drive's cache
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(fd)
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _sync(fd)
-    finally:
-        os.close(fd)
-
-
-def _make_directory(path: Path) -> None:
-    """``mkdir -p`` that lasts: a directory whose own entry was not synced goes with a power cut."""
-    if not path.is_dir():
-        if not path.parent.is_dir():
-            _make_directory(path.parent)
-            _sync_directory(path.parent.parent)
-        path.mkdir(exist_ok=True)
-
-
-def _address(buffer: memoryview) -> int:
-    if buffer.readonly or len(buffer) == 0:
-        return 1  # ctypes can't look into it; an odd address says "not aligned"
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-
-class _DataFile:
-    """A file being written: one descriptor for direct I/O, one for what is not aligned."""
-
-    def __init__(self, path: Path, nbytes: int | None) -> None:
-        self.path = path
-        self.nbytes = nbytes
-        self.closed = False
-        self.fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-        self.direct_fd: int | None = None
-        if hasattr(os, "O_DIRECT"):
-            try:
-                self.direct_fd = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-            except OSError as error:  # tmpfs, overlay: buffered then
-                if error.errno not in _REFUSES_DIRECT:
-                    os.close(self.fd)
-                    raise
-
-    def write(self, offset: int, buffer: memoryview) -> None:
-        aligned = offset % _ALIGN == 0 and len(buffer) % _ALIGN == 0 and _address(buffer) % _ALIGN == 0
-        while buffer:
-            direct = self.direct_fd if aligned else None
-            try:
-                done = os.pwrite(self.fd if direct is None else direct, buffer, offset)
-            except OSError as error:
-                if direct is None or error.errno not in _REFUSES_DIRECT:
-                    raise
-                # refused only now; the descriptor stays, since another thread may be writing through it
-                aligned = False
-                continue
-            aligned = aligned and done % _ALIGN == 0
-            offset += done
-            buffer = buffer[done:]
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            os.close(self.fd)
-            if self.direct_fd is not None:
-                os.close(self.direct_fd)
 
 
 class LocalStorage:
@@ -224,19 +158,14 @@ class LocalStorage:
             for entry in entries:
                 if not entry.name.startswith(".") and entry.is_dir():
                     try:
-                        status, committed = os.stat(os.path.join(entry.path, ".metadata")), True
-                    except FileNotFoundError:
-                        try:
-                            status, committed = entry.stat(), False
-                        except FileNotFoundError:  # removed meanwhile
-                            continue
-                    except (
-                        PermissionError,
-                        NotADirectoryError,
-                    ):  # lost+found and the like: whatever it is, it is not ours
-                        continue
+                        mark = commit_mark(entry.path)
+                        status = mark or entry.stat()
+                    except (FileNotFoundError, PermissionError, NotADirectoryError):
+                        continue  # removed meanwhile; or lost+found and the like, which is not ours
                     found.append(
-                        StoredCheckpoint(name=entry.name, committed=committed, modified=status.st_mtime)
+                        StoredCheckpoint(
+                            name=entry.name, committed=mark is not None, modified=status.st_mtime
+                        )
                     )
             return found
 
@@ -246,10 +175,13 @@ class LocalStorage:
         directory = self.root / name
 
         def remove() -> None:
-            (directory / ".metadata").unlink(missing_ok=True)
-            _sync_directory(directory)
+            # rank 0's comes first: without a `.metadata` it is what makes the checkpoint, with one it is dead
+            # weight that must not come to life when `.metadata` goes
+            for path in (*rank_metadata_files(directory).values(), directory / METADATA):
+                path.unlink(missing_ok=True)
+            sync_directory(directory)
             sweep_directory(directory, max_age=self._max_age)
-            _sync_directory(self.root)
+            sync_directory(self.root)
 
         await self.run("remove", directory, remove)
 
@@ -275,10 +207,9 @@ class LocalStorage:
 
     async def open(self, name: str) -> LocalReader:
         directory = self.root / name
-        if not await self.run("open", directory, (directory / ".metadata").exists):
-            raise FileNotFoundError(
-                errno.ENOENT, "there is no .metadata, so no checkpoint", os.fspath(directory)
-            )
+        if await self.run("open", directory, commit_mark, directory) is None:
+            why = await self.run("open", directory, why_no_checkpoint, directory)
+            raise FileNotFoundError(errno.ENOENT, why, os.fspath(directory))
         return LocalReader(self, directory)
 
 
@@ -290,7 +221,7 @@ class LocalTransaction:
         self._directory = directory
         self._uid = uid
         self._lease = lease
-        self._files: dict[str, _DataFile] = {}
+        self._files: dict[str, DataFile] = {}
         self._stuck = False
         self._publishing = False
         self._published = False
@@ -303,8 +234,8 @@ class LocalTransaction:
     def _begin(
         cls, storage: LocalStorage, directory: Path, files: Mapping[str, int | None], uid: str, replace: bool
     ) -> LocalTransaction:
-        _make_directory(directory)
-        if not replace and (directory / ".metadata").exists():
+        make_directory(directory)
+        if not replace and commit_mark(directory) is not None:
             raise FileExistsError(
                 errno.EEXIST, "a checkpoint of this name is committed", os.fspath(directory)
             )
@@ -317,7 +248,7 @@ class LocalTransaction:
         transaction = cls(storage, directory, uid, lease)
         try:
             for name, nbytes in files.items():
-                transaction._files[name] = _DataFile(directory / name, nbytes)
+                transaction._files[name] = DataFile(directory / name, nbytes)
         except BaseException:
             transaction._discard()
             raise
@@ -343,30 +274,34 @@ class LocalTransaction:
             size = os.fstat(data.fd).st_size
             if data.nbytes is not None and size != data.nbytes:
                 raise OSError(errno.EIO, f"it has {size} bytes instead of {data.nbytes}")
-            _sync(data.fd)
+            sync(data.fd)
             data.close()
 
         await self._run("sync", data.path, seal)
         del self._files[file]
 
     async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
-        final = self._directory / ".metadata"
+        final = self._directory / METADATA
         temporary = self._directory / f".metadata-{self._uid}.tmp"
         await self._write_small(self._directory / f"manifest-{self._uid}.json", manifest)
         await self._write_small(temporary, metadata)
 
         def publish() -> None:
-            _sync_directory(self._directory)
+            sync_directory(self._directory)
             if self._stuck:  # a save that was given up meanwhile must not appear
                 raise OSError(errno.ETIMEDOUT, "the save was given up before this call returned")
             if replace:
                 os.rename(temporary, final)
+            elif commit_mark(self._directory) is not None:  # stock's ranks may have been here meanwhile
+                raise FileExistsError(
+                    errno.EEXIST, "a checkpoint of this name is committed", os.fspath(final)
+                )
             else:
                 os.link(temporary, final)  # of two writers of one fresh name, one gets FileExistsError
             self._published = True  # whatever fails from here on, these files are the checkpoint's
             try:
-                _sync_directory(self._directory)
-                _sync_directory(self._storage.root)
+                sync_directory(self._directory)
+                sync_directory(self._storage.root)
             except OSError:
                 # a save that fails must not appear; what replace overwrote can't come back
                 if not replace and os.path.samefile(final, temporary):
@@ -391,7 +326,7 @@ class LocalTransaction:
                 written = 0
                 while written < len(content):
                     written += await file.write(memoryview(content)[written:])
-                await self._run("sync", path, _sync, file.fileno())
+                await self._run("sync", path, sync, file.fileno())
             finally:
                 await file.close()
         except OSError as error:
@@ -416,7 +351,7 @@ class LocalTransaction:
                 if self._uid in name and name != self._lease.path.name:
                     (self._directory / name).unlink(missing_ok=True)
         self._lease.release()
-        if not (self._directory / ".metadata").exists():
+        if commit_mark(self._directory) is None:
             remove_if_empty(self._directory)
 
 
@@ -440,7 +375,11 @@ class LocalReader:
         return content
 
     async def metadata(self) -> bytes:
-        return await self._read_small(self._directory / ".metadata")
+        return await self._read_small(self._directory / METADATA)
+
+    async def rank_metadata(self) -> Mapping[int, bytes]:
+        paths = await self._storage.run("list", self._directory, rank_metadata_files, self._directory)
+        return {rank: await self._read_small(path) for rank, path in paths.items()}
 
     async def manifest(self) -> Sequence[bytes]:
         paths = await self._storage.run(
@@ -473,35 +412,10 @@ class LocalReader:
 
     async def read_into(self, file: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
         await self._storage.run_bulk(
-            "read", self._directory / file, _read_pieces, self._descriptor, file, pieces
+            "read", self._directory / file, read_pieces, self._descriptor, file, pieces
         )
 
     async def close(self) -> None:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
-
-
-def _read_pieces(
-    descriptor: Callable[Concatenate[str, ...], int], file: str, pieces: Sequence[tuple[int, memoryview]]
-) -> None:
-    """Read each run of adjacent pieces with as few calls as the kernel's limit on buffers allows."""
-    fd = descriptor(file)
-    index = 0
-    while index < len(pieces):
-        start = end = pieces[index][0]
-        buffers: list[memoryview] = []
-        while index < len(pieces) and pieces[index][0] == end and len(buffers) < _MAX_IOVECS:
-            buffers.append(pieces[index][1])
-            end += len(pieces[index][1])
-            index += 1
-        while buffers:
-            done = os.preadv(fd, buffers, start)
-            if done == 0:
-                raise OSError(errno.EIO, f"it ends at byte {start}; {end - start} more were expected")
-            start += done
-            while buffers and done >= len(buffers[0]):
-                done -= len(buffers[0])
-                buffers.pop(0)
-            if done:
-                buffers[0] = buffers[0][done:]

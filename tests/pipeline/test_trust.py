@@ -227,6 +227,33 @@ async def test_value_types_of_torch_work_by_themselves(root: Path, name: str) ->
     assert_same(result, TORCH[name])
 
 
+async def test_a_list_of_safe_globals_is_as_good_as_a_tuple(root: Path) -> None:
+    given: Any = [Progress]
+    async with CheckpointEngine(root, trust=Trust(safe_globals=given)) as engine:
+        await (await engine.save({"leaf": Progress(1, "x")})).upload_completion
+        assert await engine.read() == {"leaf": Progress(1, "x")}
+
+
+async def test_what_no_list_can_admit_is_not_offered(root: Path) -> None:
+    """An object that changes a class: naming the class among safe_globals would not help."""
+
+    class Patch:
+        def __reduce__(self) -> Any:
+            return Progress, (1, "x"), None, None, None
+
+    class Scalar:
+        def __reduce__(self) -> Any:
+            return np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save({"leaf": Patch()}, step=1)).upload_completion
+        await (await engine.save({"leaf": Scalar()}, step=2)).upload_completion
+        with pytest.raises(UntrustedCheckpointError, match=r"safe_globals=\(Progress,\)"):
+            await engine.read(1)
+        with pytest.raises(UntrustedCheckpointError, match=r"allow anything with Trust\(unsafe=True\)"):
+            await engine.read(2)
+
+
 def test_trust_is_validated() -> None:
     odd: Any = ("os.system", 3)
     with pytest.raises((TypeError, ValueError)):

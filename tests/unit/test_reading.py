@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from typing import Any
 
@@ -12,6 +13,16 @@ from hypothesis import strategies as st
 
 from dcp_async import reading
 from dcp_async.formats.distcp import BLOCK_BYTES, block_digests
+from dcp_async.spans import (
+    DamagedError,
+    FetchBuffers,
+    Fill,
+    Piece,
+    Span,
+    host_memory,
+    make_batches,
+    make_spans,
+)
 from dcp_async.staging import flat_slices
 
 SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=4)
@@ -76,7 +87,7 @@ def test_spans_deliver_every_byte_once_and_verify_it(data: st.DataObject) -> Non
     nbytes = data.draw(st.integers(1, 6 * BLOCK_BYTES))
     content = bytearray((index * 2654435761) >> 13 & 0xFF for index in range(nbytes))
     digests = block_digests(memoryview(content))
-    pieces: list[reading.Piece] = []
+    pieces: list[Piece] = []
     targets: list[tuple[int, bytearray]] = []
     at = 0
     while at < nbytes:
@@ -85,13 +96,13 @@ def test_spans_deliver_every_byte_once_and_verify_it(data: st.DataObject) -> Non
         if size <= 0:
             break
         target = bytearray(size)
-        pieces.append(reading.Piece(at, size, memoryview(target), 0, f"t{len(pieces)}"))
+        pieces.append(Piece(at, size, memoryview(target), 0, f"t{len(pieces)}"))
         targets.append((at, target))
         at += size
     part = data.draw(st.sampled_from([BLOCK_BYTES, 2 * BLOCK_BYTES, 64 * BLOCK_BYTES]))
     verified = data.draw(st.booleans())
     tables = {"f": digests} if verified else {}
-    spans = list(reading.make_spans({"f": pieces}, tables, {"f": nbytes}, part_bytes=part))
+    spans = list(make_spans({"f": pieces}, tables, {"f": nbytes}, part_bytes=part))
     bad = data.draw(st.none() | st.integers(0, nbytes - 1)) if verified else None
     if bad is not None:
         content[bad] ^= 1
@@ -99,7 +110,7 @@ def test_spans_deliver_every_byte_once_and_verify_it(data: st.DataObject) -> Non
     named: set[str] = set()
     for span in spans:
         assert span.stop - span.start <= part
-        buffers = reading.FetchBuffers(span)
+        buffers = FetchBuffers(span)
         end = span.start
         for offset, memory in buffers.segments:
             assert offset == end
@@ -108,7 +119,7 @@ def test_spans_deliver_every_byte_once_and_verify_it(data: st.DataObject) -> Non
         assert end == span.stop
         try:
             buffers.verify()
-        except reading.DamagedError as error:
+        except DamagedError as error:
             complained = True
             named = set(error.names)
         buffers.scatter()
@@ -124,9 +135,27 @@ def test_spans_deliver_every_byte_once_and_verify_it(data: st.DataObject) -> Non
         assert target == content[start : start + len(target)]
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from("fgh"), st.integers(0, 9), st.integers(1, 9)), max_size=30),
+    st.integers(1, 30),
+)
+def test_batches_keep_every_span_in_order_and_stay_small(
+    places: list[tuple[str, int, int]], part_bytes: int
+) -> None:
+    spans = [Span(file, start, start + nbytes, [], None) for file, start, nbytes in places]
+    batches = list(make_batches(spans, part_bytes=part_bytes))
+    assert [span for batch in batches for span in batch] == spans
+    for batch in batches:
+        assert len({span.file for span in batch}) == 1
+        assert len(batch) == 1 or sum(span.stop - span.start for span in batch) <= part_bytes
+    for batch, following in itertools.pairwise(batches):  # and no batch could have taken the next span too
+        more = sum(span.stop - span.start for span in [*batch, following[0]])
+        assert more > part_bytes or following[0].file != batch[0].file
+
+
 def test_fill_is_finished_once_when_its_last_piece_arrives() -> None:
     finished: list[bytes] = []
-    fill = reading.Fill(10, lambda buffer: finished.append(bytes(buffer)))
+    fill = Fill(10, lambda buffer: finished.append(bytes(buffer)))
     fill.memory()[:6] = b"abcdef"
     fill.filled(6)
     assert finished == []
@@ -137,8 +166,8 @@ def test_fill_is_finished_once_when_its_last_piece_arrives() -> None:
 
 def test_host_memory_is_the_tensor() -> None:
     tensor = torch.zeros(5, dtype=torch.int16)
-    reading.host_memory(tensor)[2:4] = b"\x07\x00"
+    host_memory(tensor)[2:4] = b"\x07\x00"
     assert tensor.tolist() == [0, 7, 0, 0, 0]
     empty: Any = torch.empty(0)
-    assert len(reading.host_memory(empty)) == 0
+    assert len(host_memory(empty)) == 0
     assert isinstance(array("Q"), array)

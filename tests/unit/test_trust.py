@@ -5,15 +5,17 @@ from __future__ import annotations
 import fractions
 import io
 import pickle
+import tarfile
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from dcp_async.formats.zip_item import object_item
-from dcp_async.trust import Trust, UntrustedGlobal, decode_metadata, load_item
+from dcp_async.formats.metadata import decode_metadata
+from dcp_async.formats.zip_item import object_item, pickle_start
+from dcp_async.trust import Trust, UntrustedGlobal, check_globals, load_item
 
 
 class Rebuilt:
@@ -57,12 +59,116 @@ def test_metadata_that_patches_a_class_is_refused_and_undone() -> None:
     assert dict(vars(MetadataIndex)) == before
 
 
-def test_legacy_streams_are_refused() -> None:
+def _legacy(value: Any) -> io.BytesIO:
     stream = io.BytesIO()
-    torch.save(torch.ones(2), stream, _use_new_zipfile_serialization=False)
+    torch.save(value, stream, _use_new_zipfile_serialization=False)
     stream.seek(0)
-    with pytest.raises(UntrustedGlobal, match="legacy"):
+    return stream
+
+
+def test_legacy_streams_are_read_by_torchs_own_list() -> None:
+    assert torch.equal(load_item(_legacy({"a": torch.ones(2)}), Trust())["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "trust", [Trust(), Trust(safe_globals=(fractions.Fraction,))], ids=["default", "wide"]
+)
+def test_legacy_streams_that_name_more_are_refused(trust: Trust) -> None:
+    with pytest.raises(UntrustedGlobal, match="Fraction in torch's legacy format") as caught:
+        load_item(_legacy([fractions.Fraction(1, 3)]), trust)
+    assert not caught.value.allowable
+
+
+def test_legacy_tar_files_are_no_items() -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    stream.seek(0)
+    with pytest.raises(ValueError, match="neither a zip nor"):
         load_item(stream, Trust())
+
+
+def _head(value: Any, nbytes: int = 1024) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()[:nbytes]
+
+
+PLAIN: dict[str, Any] = {
+    "float": torch.ones(300),
+    "younger_dtype": torch.ones(300, dtype=torch.uint32),
+    "float8": torch.ones(300).to(torch.float8_e4m3fn),
+    "parameter": torch.nn.Parameter(torch.ones(300)),
+    "sparse": torch.eye(300).to_sparse(),
+    "conjugate": torch.ones(300, dtype=torch.complex64).conj(),
+    "leaf": [1, {"a": torch.ones(300)}, fractions.Fraction(1, 3)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_head_of_an_honest_item_passes(name: str) -> None:
+    head = _head(PLAIN[name])
+    check_globals(head, pickle_start(head), Trust())
+
+
+class Own:
+    def __init__(self) -> None:
+        self.value = [1]
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        pickle.dumps([1, Rebuilt(eval, ("1",))], protocol=2),
+        pickle.dumps(Rebuilt(eval, ("1",)), protocol=4),
+        pickle.dumps({Own: Own()}, protocol=4),
+        pickle.dumps([Own() for _ in range(9)], protocol=2),
+        b"(cos\nsystem\no.",
+        b"(S'x'\nios\nsystem\n.",
+    ],
+    ids=["eval", "eval_4", "class_as_key", "many", "obj", "inst"],
+)
+def test_the_head_of_a_hostile_item_names_its_global(pickled: bytes) -> None:
+    head = object_item(pickled)
+    with pytest.raises(UntrustedGlobal):
+        check_globals(head, pickle_start(head), Trust())
+    check_globals(head, pickle_start(head), Trust(unsafe=True))
+
+
+def test_a_class_that_is_trusted_passes_and_is_not_made() -> None:
+    head = object_item(pickle.dumps(Own(), protocol=2))
+    with pytest.raises(UntrustedGlobal, match="Own") as caught:
+        check_globals(head, pickle_start(head), Trust())
+    assert caught.value.allowable
+    check_globals(head, pickle_start(head), Trust(safe_globals=(Own,)))
+
+
+@pytest.mark.parametrize("nbytes", [65, 100, 150, 200])
+def test_a_head_that_ends_within_the_pickle_does_not_suffice(nbytes: int) -> None:
+    head = _head(torch.ones(300), nbytes)
+    with pytest.raises(ValueError, match="readable"):
+        check_globals(head, pickle_start(head), Trust())
+
+
+def test_metadata_with_foreign_objects_beside_what_a_load_needs_is_decoded_without_them() -> None:
+    metadata = Metadata(state_dict_metadata={}, planner_data={"x": Own()}, storage_data={})
+    metadata.extra = [Rebuilt(eval, ("1/0",))]  # type: ignore[attr-defined]  # as other projects add them
+    decoded = decode_metadata(pickle.dumps(metadata))
+    assert (decoded.planner_data, vars(decoded)["extra"]) == (None, None)
+    assert (decoded.state_dict_metadata, decoded.storage_data) == ({}, {})
+
+
+@pytest.mark.parametrize("field", ["state_dict_metadata", "storage_data"])
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: [[x]], lambda x: {(1, x): 2}], ids=["", "list", "key"]
+)
+def test_metadata_with_foreign_objects_in_what_a_load_needs_is_refused(field: str, wrap: Any) -> None:
+    metadata = Metadata(state_dict_metadata={}, storage_data={})
+    getattr(metadata, field)["w"] = wrap(Own())
+    with pytest.raises(UntrustedGlobal, match="Own"):
+        decode_metadata(pickle.dumps(metadata))
 
 
 @pytest.mark.parametrize("record", ["archive/constants.pkl", "archive/code/__torch__.py"])
