@@ -78,6 +78,12 @@ class SaveBook:
             self._ordinal += 1
             return self._ordinal, step
 
+    def next_ordinal(self) -> int:
+        """The number of a verb that all ranks call."""
+        with self._lock:
+            self._ordinal += 1
+            return self._ordinal
+
     def in_flight(self, name: str) -> AsyncSaveResponse | None:
         """The save under this name that has not ended yet, if there is one."""
         with self._lock:

@@ -29,6 +29,14 @@ def relative(box: Box, origin: Sequence[int]) -> Box:
     return tuple((low - at, high - at) for (low, high), at in zip(box, origin, strict=True))
 
 
+def shifted(box: Box, origin: Box, to: Box) -> Box:
+    """``box``, which lies in ``origin``, as it lies in ``to``, which is as large."""
+    return tuple(
+        (low + there - here, high + there - here)
+        for (low, high), (here, _), (there, _) in zip(box, origin, to, strict=True)
+    )
+
+
 def slices(box: Box) -> tuple[slice, ...]:
     """The index that selects ``box``."""
     return tuple(slice(low, high) for low, high in box)
@@ -44,6 +52,21 @@ def _reach(box: Box, strides: Sequence[int]) -> tuple[int, int]:
     first = sum(low * stride for (low, _), stride in zip(box, strides, strict=True))
     last = sum((high - 1) * stride for (_, high), stride in zip(box, strides, strict=True))
     return first, last + 1
+
+
+def contiguous_run(box: Box, shape: Sequence[int]) -> tuple[int, int] | None:
+    """(first element, number) if ``box`` is one run of a row-major ``shape``, else None."""
+    start, numel, partial = 0, 1, False
+    for (low, high), extent in zip(reversed(box), reversed(shape), strict=True):
+        if partial and high - low != 1:
+            return None
+        partial = partial or high - low != extent
+        numel *= high - low
+    stride = 1
+    for (low, _), extent in zip(reversed(box), reversed(shape), strict=True):
+        start += low * stride
+        stride *= extent
+    return start, numel
 
 
 def cut_box(

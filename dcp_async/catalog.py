@@ -11,7 +11,7 @@ import re
 from array import array
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import xxhash
 from torch.distributed.checkpoint.metadata import (
@@ -54,6 +54,8 @@ class Contents:
     info: CheckpointInfo
     reader: Reader
     metadata: Metadata
+    digest: str
+    """Of the bytes of `.metadata`: tells whether two ranks see the same checkpoint."""
     manifest: Manifest | None
     """None if stock wrote it."""
     places: dict[MetadataIndex, tuple[str, int, int]]
@@ -191,6 +193,10 @@ class Catalog:
         finally:
             await reader.close()
 
+    def info_from(self, plain: dict[str, Any]) -> CheckpointInfo:
+        """What another rank told of a checkpoint, see ``CheckpointInfo._plain``."""
+        return CheckpointInfo(**plain, _metadata=self._metadata_of)
+
     async def latest(self) -> CheckpointInfo | None:
         """The newest whole checkpoint."""
         for name in reversed(await self.names()):
@@ -266,6 +272,7 @@ class Catalog:
                 info=info,
                 reader=reader,
                 metadata=metadata,
+                digest=xxhash.xxh3_64_hexdigest(b"".join(raw.values())),
                 manifest=manifest,
                 places=_places(name, metadata),
                 transforms=_transforms(name, metadata),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn, Protocol, TypeVar
 
@@ -19,6 +19,8 @@ import torch.distributed as dist
 import xxhash
 
 from .errors import EngineStateError
+from .options import Timeouts
+from .store_coordinator import StoreCoordinator
 
 M = TypeVar("M")
 A = TypeVar("A")
@@ -28,35 +30,22 @@ A = TypeVar("A")
 class Coordination:
     """How the processes that save together find each other."""
 
+    process_group: dist.ProcessGroup | None = None
+    """Whose ranks save together; None for all of the job's. Only its store is used: no collective runs on
+    it."""
+    coordinator_rank: int = 0
+    """The rank, within the group, that decides and publishes."""
     mode: Literal["auto", "local"] = "auto"
-    """"local": this process saves alone, whatever else runs. "auto": refuses where other ranks would
-    overwrite its files."""
+    """"local": this process saves alone, whatever else runs. "auto": with the other ranks, where
+    ``torch.distributed`` is initialised."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "local"):
             raise ValueError(f"Coordination(mode=...) is 'auto' or 'local', not {self.mode!r}")
-
-
-class RemoteError(Exception):
-    """What went wrong on another rank: a message travels, not an object."""
-
-    def __init__(
-        self, *, phase: str, kind: str, message: str, traceback: str = "", cancelled: bool = False
-    ) -> None:
-        super().__init__(f"{kind}: {message}" if message else kind)
-        self.phase = phase
-        self.kind = kind
-        """Name of the exception's type there."""
-        self.traceback = traceback
-        self.cancelled = cancelled
-
-
-class RemoteFailure(Exception):
-    """Other ranks reported that a save (or load) failed; ``failures`` maps rank to RemoteError."""
-
-    def __init__(self, failures: Mapping[int, RemoteError]) -> None:
-        super().__init__("; ".join(f"rank {rank}: {error}" for rank, error in sorted(failures.items())))
-        self.failures = dict(failures)
+        if self.mode == "local" and self.process_group is not None:
+            raise ValueError("Coordination(mode='local') saves alone, so it takes no process_group")
+        if self.coordinator_rank < 0:
+            raise ValueError(f"Coordination(coordinator_rank=...) is at least 0, not {self.coordinator_rank}")
 
 
 class Coordinator(Protocol):
@@ -134,18 +123,30 @@ class LocalCoordinator:
         """Nobody is waited for."""
 
 
-def make_coordinator(options: Coordination) -> Coordinator:
-    """The coordinator that ``options`` ask for. Raises EngineStateError where other ranks would be written
-    over."""
-    if options.mode == "auto":
-        if dist.is_available() and dist.is_initialized():
-            world = dist.get_world_size()
-        else:
-            world = int(os.environ.get("WORLD_SIZE", "1"))
+def make_coordinator(options: Coordination, *, timeouts: Timeouts, digest: str) -> Coordinator:
+    """The coordinator that ``options`` ask for.
+
+    Args: ``digest`` stands for what ranks have to configure alike.
+    Raises: EngineStateError where other ranks would be written over, and for a rank outside of the group.
+    """
+    if options.mode == "local":
+        return LocalCoordinator()
+    if not (dist.is_available() and dist.is_initialized()):
+        world = int(os.environ.get("WORLD_SIZE", "1"))
         if world > 1:
             raise EngineStateError(
-                f"this process is one of {world} ranks, and this release saves from one process: "
-                "the ranks would write over each other. "
-                "Give each rank its own root and Coordination(mode='local')"
+                f"this process is one of {world} that were launched together, and torch.distributed is not "
+                "initialised: they would write over each other. Call init_process_group() before open(), or "
+                "give each process its own root and Coordination(mode='local')"
             )
-    return LocalCoordinator()
+        return LocalCoordinator()
+    group = options.process_group or dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):  # what new_group() gives to ranks outside of it
+        raise EngineStateError(
+            "this rank is not in Coordination(process_group=...); only its ranks open the engine"
+        )
+    if group.size() == 1:
+        return LocalCoordinator()
+    return StoreCoordinator(
+        group, coordinator_rank=options.coordinator_rank, timeouts=timeouts, digest=digest
+    )

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, get_args
@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from ._drive import Ended, Verb, drive
 from .admission import checkpoint_name
-from .catalog import Catalog
+from .agreement import Agreement
+from .catalog import Catalog, Contents
 from .coordinator import Coordination
 from .errors import (
     CheckpointError,
@@ -105,6 +106,7 @@ class CheckpointEngine:
             stager=staging if isinstance(staging, Stager) else Stager(staging),
             owns_stager=not isinstance(staging, Stager),
             coordination=coordination,
+            configuration=_configuration(limits, staging, planning),
             limits=limits,
             timeouts=timeouts,
         )
@@ -169,6 +171,7 @@ class CheckpointEngine:
         life = self._life
         self._catalog = Catalog(life.storage, life.threads, self._metadata_of)
         life.book.seen_steps(await self._catalog.steps())
+        self._agreement = Agreement(self._catalog, life.coordinator, timeout=life.timeouts.storage)
         self._runner = SaveRunner(life, self._planning, self._observer, self._metadata_of)
         self._load_services = LoadServices(
             threads=life.threads,
@@ -269,7 +272,6 @@ class CheckpointEngine:
             cancel=lambda: self._runner.cancel(request),
             on_own_thread=self._life.loop.is_current,
         )
-        uid = self._life.coordinator.uid(ordinal, name)
         plan = self._runner.plan if self._planning.cache else None
         try:
             if not replace and self._life.book.in_flight(name) is not None:
@@ -279,11 +281,11 @@ class CheckpointEngine:
             if self._life.stager.options.overlap:
                 self._life.hooks.watch(captured.optimizers, response.staging_completion)
         except (Exception, CheckpointException) as error:
-            self._runner.refuse(uid, error)
+            self._runner.refuse(ordinal, name, error)
             raise save_error(error, "capture", response, rank=self._life.coordinator.rank) from error
         request = SaveRequest(
             response=response,
-            uid=uid,
+            ordinal=ordinal,
             captured=captured,
             plan=None if captured.is_new else plan,
             events=events,
@@ -340,6 +342,7 @@ class CheckpointEngine:
             lambda name, touched: self._load_one(
                 name, targets, strict=strict, atomic=atomic, dtypes=dtypes, refill=touched
             ),
+            together=True,
         )
         try:
             restore(state, targets, loaded.values, loaded.extra, loaded.match.replaced, loaded.match.resized)
@@ -367,14 +370,19 @@ class CheckpointEngine:
         return value
 
     def _try_each(
-        self, source: CheckpointRef, attempt: Callable[[str, bool], Coroutine[Any, Any, T]]
+        self,
+        source: CheckpointRef,
+        attempt: Callable[[str, bool], Coroutine[Any, Any, T]],
+        *,
+        together: bool,
     ) -> Verb[tuple[T, tuple[str, ...]]]:
         """The first checkpoint that is whole, and the names of newer ones that are not ("latest" only).
 
-        ``attempt`` gets a name and whether an earlier attempt touched the targets.
+        ``attempt`` gets a name and whether an earlier attempt touched the targets. ``together``: all ranks
+        do this, and the coordinator chooses.
         """
         self._life.check_open()
-        names = yield from self._ask(self._catalog.resolve(source))
+        names = yield from self._ask(self._resolve(source, together))
         first: CorruptCheckpointError | None = None
         touched = False
         skipped: list[str] = []
@@ -411,9 +419,10 @@ class CheckpointEngine:
         dtypes: Dtypes,
         refill: bool,
     ) -> tuple[CheckpointInfo, Loaded]:
-        contents = await self._catalog.open(name)
-        try:
-            return contents.info, await load_into(
+        async def load(
+            contents: Contents, ready: Callable[[], Awaitable[None]]
+        ) -> tuple[CheckpointInfo, Loaded]:
+            loaded = await load_into(
                 contents,
                 targets,
                 self._load_services,
@@ -421,9 +430,16 @@ class CheckpointEngine:
                 atomic=atomic,
                 dtypes=dtypes,
                 refill=refill,
+                ready=ready,
             )
-        finally:
-            await contents.close()
+            return contents.info, loaded
+
+        return await self._agreement.attempt(self._life.book.next_ordinal(), name, load)
+
+    async def _resolve(self, source: CheckpointRef, together: bool) -> list[str]:
+        if together:
+            return await self._agreement.resolve(self._life.book.next_ordinal(), source)
+        return await self._catalog.resolve(source)
 
     async def read(
         self,
@@ -450,7 +466,9 @@ class CheckpointEngine:
     ) -> Verb[dict[str, Any]]:
         if isinstance(keys, str):
             keys = [keys]
-        value, _ = yield from self._try_each(source, lambda name, _: self._read_one(name, keys, device))
+        value, _ = yield from self._try_each(
+            source, lambda name, _: self._read_one(name, keys, device), together=False
+        )
         return value
 
     async def _read_one(
@@ -466,12 +484,15 @@ class CheckpointEngine:
 
     async def latest(self) -> CheckpointInfo | None:
         """The newest whole checkpoint: by step, else by digits in the name, else by time. None if there is
-        none."""
+        none.
+
+        Ranks: all must call it; the coordinator looks.
+        """
         return await drive(self._finding_latest())
 
     def _finding_latest(self) -> Verb[CheckpointInfo | None]:
         self._life.check_open()
-        return (yield from self._ask(self._catalog.latest()))
+        return (yield from self._ask(self._agreement.latest(self._life.book.next_ordinal())))
 
     async def checkpoints(self) -> AsyncIterator[CheckpointInfo]:
         """Committed, whole checkpoints, ascending."""
@@ -490,6 +511,13 @@ class CheckpointEngine:
 
     async def _metadata_of(self, name: str) -> Metadata:
         return await self._life.submit(self._catalog.metadata(name)).wait()
+
+
+def _configuration(limits: Limits, staging: Stager | StagingOptions, planning: PlanningOptions) -> str:
+    """What ranks have to configure alike, since they wait for each other."""
+    options = staging.options if isinstance(staging, Stager) else staging
+    planner = getattr(planning.save, "__qualname__", type(planning.save).__qualname__)
+    return f"pending_saves={limits.pending_saves} overlap={options.overlap} planner={planner}"
 
 
 def _plain_json(notes: Mapping[str, JSON] | None) -> dict[str, JSON]:

@@ -47,9 +47,11 @@ class Lifetime:
         stager: Stager,
         owns_stager: bool,
         coordination: Coordination,
+        configuration: str,
         limits: Limits,
         timeouts: Timeouts,
     ) -> None:
+        """``configuration`` says what ranks have to configure alike."""
         self.storage = storage
         self.stager = stager
         self.limits = limits
@@ -64,6 +66,7 @@ class Lifetime:
         self._owns_storage = owns_storage
         self._owns_stager = owns_stager
         self._coordination = coordination
+        self._configuration = configuration
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._jobs: set[Job[Any]] = set()
@@ -76,7 +79,9 @@ class Lifetime:
         with self._lock:
             if self.state != "new":
                 raise EngineStateError(f"this engine is {self.state}; make a new one to open it again")
-            self.coordinator = make_coordinator(self._coordination)
+            self.coordinator = make_coordinator(
+                self._coordination, timeouts=self.timeouts, digest=self._configuration
+            )
             self.state = "open"
         self.loop = LoopThread("dcp_async-engine")
         self.loop.start()
@@ -247,6 +252,7 @@ class Lifetime:
         if self._owns_storage:  # others may use one that was given: their calls may be fine
             self.storage.abandon()
         self.threads.abandon()
+        self.coordinator.abandon()
         if self._owns_stager:
             self.stager.abandon()
 

@@ -9,7 +9,7 @@ that trust is decided before the first tensor is written to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,11 +84,17 @@ class LoadPipeline:
         self._touched = False
 
     async def read(
-        self, tensors: Mapping[str, torch.Tensor], leaves: Iterable[str], *, fresh: bool
+        self,
+        tensors: Mapping[str, Iterable[Region]],
+        leaves: Iterable[str],
+        *,
+        fresh: bool,
+        ready: Callable[[], Awaitable[None]] | None = None,
     ) -> tuple[dict[str, Any], int]:
         """Fill ``tensors``; gives (name -> value of each leaf, number of bytes).
 
-        ``fresh``: nobody else has seen ``tensors``, so a failure leaves nothing half loaded.
+        ``fresh``: nobody else has seen ``tensors``, so a failure leaves nothing half loaded. ``ready`` is
+        awaited before the first tensor is written to.
 
         Raises: CorruptCheckpointError, IncompatibleStateError, UntrustedCheckpointError. Cancellation: joins
         the reads in progress; targets may be partly filled.
@@ -104,16 +110,18 @@ class LoadPipeline:
                     values[leaf] = part.value
                 else:
                     small.want_leaf(leaf, values.__setitem__)
-            for fqn, target in tensors.items():
+            for fqn, regions in tensors.items():
                 if (part := self._contents.part(fqn)) is not None:
-                    inside.append((target, part.value))
+                    inside += [(region.tensor, region.of(part.value)) for region in regions]
                 else:
-                    large.want_tensor(fqn, target)
+                    large.want_tensor(fqn, regions)
             if not (fresh or self._services.trust.unsafe):  # else nothing is at stake, or nothing is refused
                 for item in large.items:
                     heads.want_head(item, doubtful)
             for collector in (heads, doubtful, small):
                 await self._flow(collector)
+            if ready is not None:
+                await ready()
             self._touched = not fresh
             await self._flow(large)
             if inside:
@@ -243,10 +251,13 @@ async def load_into(
     atomic: bool,
     dtypes: Dtypes,
     refill: bool,
+    ready: Callable[[], Awaitable[None]],
 ) -> Loaded:
     """Fill the targets' tensors and gather everything else that ``restore`` hands back.
 
-    Args: ``refill`` says that targets hold bytes of a corrupt checkpoint, so that each must be filled.
+    Args:
+        refill: targets hold bytes of a corrupt checkpoint, so each must be filled.
+        ready: awaited before the first target is touched.
     """
     pipeline = LoadPipeline(contents, services)
     await pipeline.unfold({*targets.tensors, *targets.leaves})
@@ -260,7 +271,7 @@ async def load_into(
             for name, regions in into.items()
         }
     fresh = {name: [Region.whole(tensor)] for name, tensor in match.fresh.items()}
-    values, nbytes = await pipeline.read({**into, **fresh}, match.leaves, fresh=atomic)
+    values, nbytes = await pipeline.read({**into, **fresh}, match.leaves, fresh=atomic, ready=ready)
     filled = _tensors_of(match.tensors)
     # bytes were written past autograd: whoever saved one of these for backward must notice
     wrappers = [targets.tensors[name] for name in match.tensors if name in targets.local]

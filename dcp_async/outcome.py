@@ -6,13 +6,12 @@ Invariant: DCP's CheckpointException, which derives from BaseException, never le
 from __future__ import annotations
 
 import traceback
-from typing import cast
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .coordinator import RemoteFailure
 from .errors import CheckpointExistsError, Phase, SaveCancelled, SaveError, StateMutatedError, StorageError
 from .pipeline import PhaseFailure
+from .remote import RemoteFailure
 from .response import AsyncSaveResponse
 from .staging import MutatedTensors
 
@@ -70,8 +69,8 @@ def _remote_error(error: RemoteFailure, phase: Phase, response: AsyncSaveRespons
         (rank, failure) for rank, failure in sorted(error.failures.items()) if not failure.cancelled
     )
     if first.phase in _DOING:
-        phase = cast(Phase, first.phase)
-    made = _KINDS.get(first.kind, SaveError)(
+        phase = first.phase
+    made = _KINDS.get(first.type_name, SaveError)(
         f"saving {name!r} failed while {_DOING[phase]} on rank {rank}: {first}",
         checkpoint_id=name,
         step=response.step,

@@ -83,7 +83,8 @@ class SaveRequest:
     """One save, from capture to its end."""
 
     response: AsyncSaveResponse
-    uid: str
+    ordinal: int
+    """Its number among the verbs that all ranks call."""
     captured: Captured
     plan: CompiledPlan | None
     """The compiled plan that the captured structure belongs to; None if it has to be made."""
@@ -92,6 +93,8 @@ class SaveRequest:
     replace: bool
     started: float
     """time.monotonic() of the request."""
+    uid: str = ""
+    """Its id, the same on all ranks; given when it runs."""
     has_returned: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
     """Done once save() has returned to its caller: nothing is committed before, so that a save() that raises
     leaves nothing."""

@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from .formats.zip_item import PLAIN_DTYPES, tensor_frame
+from .boxes import Box, box_at, common, contiguous_run, cut_box, extents, relative, shifted, slices
+from .formats.distcp import BLOCK_BYTES
+from .formats.zip_item import PLAIN_DTYPES, contiguous_strides, tensor_frame
 from .item import StoredItem, UnsupportedError, inflated_bound
 from .spans import DamagedError, Fill, Piece, host_memory
+from .state import Region
 from .trust import Trust
 from .walk import PLAIN_TENSORS
 
-Box = tuple[tuple[int, int], ...]
-"""Per dimension, [start, stop)."""
+_READ_BYTES = 32 << 20
+"""The most that is read at once for what can't go straight into its target."""
 
 
 _COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
@@ -29,21 +32,6 @@ _COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, t
 
 class CoverageError(ValueError):
     """The checkpoint's chunks do not cover what is wanted."""
-
-
-def contiguous_run(box: Box, shape: Sequence[int]) -> tuple[int, int] | None:
-    """(first element, number) if ``box`` is one run of a row-major ``shape``, else None."""
-    start, numel, partial = 0, 1, False
-    for (low, high), extent in zip(reversed(box), reversed(shape), strict=True):
-        if partial and high - low != 1:
-            return None
-        partial = partial or high - low != extent
-        numel *= high - low
-    stride = 1
-    for (low, _), extent in zip(reversed(box), reversed(shape), strict=True):
-        start += low * stride
-        stride *= extent
-    return start, numel
 
 
 def check_coverage(shape: Sequence[int], boxes: Sequence[Box]) -> None:
@@ -151,33 +139,40 @@ class Collector:
         offsets, sizes = (meta.chunks[0].offsets, meta.chunks[0].sizes) if meta else (None, ())
         self._want_item(name, MetadataIndex(name, offsets), sizes, lambda value: receive(name, value))
 
-    def want_tensor(self, name: str, target: torch.Tensor) -> None:
-        """Fill ``target``, whose shape is the whole tensor's.
+    def want_tensor(self, name: str, regions: Iterable[Region]) -> None:
+        """Fill ``regions`` of a tensor.
 
         Raises: CoverageError, DamagedError, UnsupportedError.
         """
-        chunks = self._source.tensors[name].chunks
-        boxes = [
-            tuple((low, low + extent) for low, extent in zip(chunk.offsets, chunk.sizes, strict=True))
-            for chunk in chunks
-        ]
-        if not all(_is_inside(box, target.shape) for box in boxes):
+        meta = self._source.tensors[name]
+        boxes = [box_at(chunk.offsets, chunk.sizes) for chunk in meta.chunks]
+        if not all(_is_inside(box, meta.size) for box in boxes):
             raise DamagedError(f"{name}: a chunk lies outside of the tensor", [name])
-        if sum(torch.Size(chunk.sizes).numel() for chunk in chunks) > target.numel():
+        if sum(chunk.sizes.numel() for chunk in meta.chunks) > meta.size.numel():
             raise DamagedError(f"{name}: its chunks overlap", [name])
-        if len(chunks) != 1 or chunks[0].sizes != target.shape:
+        for region in regions:
+            if len(boxes) == 1 and meta.chunks[0].sizes == region.tensor.shape:  # most of them
+                if 0 not in region.tensor.shape:
+                    self._want_part(name, meta.chunks[0], boxes[0], region.tensor, boxes[0])
+                continue
+            wanted = box_at(region.offsets, region.tensor.shape)
+            met = [(chunk, common(box, wanted)) for chunk, box in zip(meta.chunks, boxes, strict=True)]
+            here = [relative(box, region.offsets) for _, box in met if box is not None]
             try:
-                check_coverage(target.shape, boxes)
+                check_coverage(region.tensor.shape, here)
             except CoverageError as error:
                 raise CoverageError(f"{name}: {error}") from None
-        for chunk, box in zip(chunks, boxes, strict=True):
-            if all(low < high for low, high in box):
-                self._want_chunk(name, target, chunk, box)
+            for chunk, box in met:
+                if box is not None:
+                    at = relative(box, region.offsets)
+                    self._want_part(name, chunk, relative(box, chunk.offsets), region.tensor, at)
 
-    def _want_chunk(self, name: str, target: torch.Tensor, chunk: ChunkStorageMetadata, box: Box) -> None:
+    def _want_part(
+        self, name: str, chunk: ChunkStorageMetadata, part: Box, target: torch.Tensor, at: Box
+    ) -> None:
+        """Copy ``part`` of a stored chunk to ``at`` of ``target``."""
         index = MetadataIndex(name, chunk.offsets)
         file, offset, length = self._place(name, index)
-        here = tuple(slice(low, high) for low, high in box)
         shape = tuple(chunk.sizes)
         dtype = self._source.tensors[name].properties.dtype
         nbytes = dtype.itemsize * chunk.sizes.numel()
@@ -189,25 +184,36 @@ class Collector:
                     f"load again; read {file} with the safetensors package, or save in the usual format"
                 )
             # a whole tensor is not indexed: sparse ones can't be
-            place = target if shape == tuple(target.shape) else target[here]
-            self._want_item(name, index, shape, self._tensor_receiver(name, place, shape))
+            place = target if extents(at) == tuple(target.shape) else target[slices(at)]
+            self._want_item(name, index, shape, self._tensor_receiver(name, place, shape, part))
             return
         head, tail = tensor_frame(dtype, shape)
         if length != len(head) + nbytes + len(tail):
             raise DamagedError(
                 f"{name}: its item has {length} bytes, a chunk of {shape} {dtype} has others", [name]
             )
-        payload = offset + len(head)
-        run = contiguous_run(box, target.shape)
         raw = type(target) in PLAIN_TENSORS and not target.is_conj() and not target.is_neg()
-        if run is not None and raw and target.is_cpu and target.is_contiguous() and target.dtype == dtype:
+        raw = raw and target.is_cpu and target.is_contiguous() and target.dtype == dtype
+        memory = host_memory(target.detach()) if raw else None
+        if memory is not None:
             self._keep.append(target)
-            at = run[0] * dtype.itemsize
-            self._add(file, Piece(payload, nbytes, host_memory(target.detach()), at, name))
-            return
-        for rows, low, count in _row_groups(shape, dtype.itemsize):
-            finish = self._rows_finisher(target[here], rows, dtype)
-            self._add(file, Piece(payload + low, count, Fill(count, finish), 0, name))
+        step, payload = dtype.itemsize, offset + len(head)
+        cuts: Iterable[tuple[Box, int, int]]
+        whole = contiguous_run(part, shape) if memory is not None else None
+        if whole is not None and contiguous_run(at, target.shape) is not None:
+            cuts = [(part, whole[0] * step, whole[1] * step)]
+        else:
+            cuts = cut_box(part, shape, step, gap_bytes=BLOCK_BYTES, limit_bytes=_READ_BYTES)
+        for cut, first, count in cuts:
+            there = shifted(cut, part, at)
+            fits = memory is not None and contiguous_run(cut, shape) is not None
+            run = contiguous_run(there, target.shape) if fits else None
+            if memory is not None and run is not None:
+                piece = Piece(payload + first, count, memory, run[0] * step, name)
+            else:
+                finish = _part_finisher(target.detach()[slices(there)], cut, shape, dtype)
+                piece = Piece(payload + first, count, Fill(count, finish), 0, name)
+            self._add(file, piece)
 
     def _is_stocks_plain(self, name: str, file: str, index: MetadataIndex) -> bool:
         properties = self._source.tensors[name].properties
@@ -219,7 +225,7 @@ class Collector:
         )
 
     def _tensor_receiver(
-        self, name: str, target: torch.Tensor, shape: tuple[int, ...]
+        self, name: str, target: torch.Tensor, shape: tuple[int, ...], part: Box
     ) -> Callable[[Any], None]:
         dtype = self._source.tensors[name].properties.dtype
 
@@ -228,20 +234,10 @@ class Collector:
                 raise DamagedError(
                     f"{name}: its item is not the tensor of {shape} that .metadata names", [name]
                 )
-            copy_exotic(target, value)  # not the target's detach(): that of a sparse tensor is a copy
+            # not the target's detach(): that of a sparse tensor is a copy
+            copy_exotic(target, value if extents(part) == shape else value[slices(part)])
 
         return receive
-
-    @staticmethod
-    def _rows_finisher(
-        target: torch.Tensor, rows: slice | None, dtype: torch.dtype
-    ) -> Callable[[bytearray], None]:
-        place = target.detach() if rows is None else target.detach()[rows]
-
-        def finish(buffer: bytearray) -> None:
-            place.copy_(torch.frombuffer(buffer, dtype=dtype).view(place.shape))
-
-        return finish
 
 
 def copy_exotic(target: torch.Tensor, value: torch.Tensor) -> None:
@@ -262,23 +258,13 @@ def _item_finisher(item: StoredItem, receive: Callable[[Any], None]) -> Callable
     return finish
 
 
-def _row_groups(
-    shape: tuple[int, ...], itemsize: int, limit: int = 32 << 20
-) -> Iterable[tuple[slice | None, int, int]]:
-    """Cut a chunk along its first dimension: (rows, first byte, number of bytes), each within ``limit`` where
-    rows are."""
-    numel = 1
-    for extent in shape:
-        numel *= extent
-    if not shape:
-        return [(None, 0, itemsize)]
-    row_bytes = numel // shape[0] * itemsize
-    step = max(limit // max(row_bytes, 1), 1)
-    return [
-        (
-            slice(row, min(row + step, shape[0])),
-            row * row_bytes,
-            (min(row + step, shape[0]) - row) * row_bytes,
-        )
-        for row in range(0, shape[0], step)
-    ]
+def _part_finisher(
+    place: torch.Tensor, part: Box, shape: Sequence[int], dtype: torch.dtype
+) -> Callable[[bytearray], None]:
+    """Copies what was read of a chunk of ``shape``, from the first element of ``part`` to its last."""
+
+    def finish(buffer: bytearray) -> None:
+        read = torch.frombuffer(buffer, dtype=dtype)
+        place.copy_(read.as_strided(extents(part), contiguous_strides(shape)))
+
+    return finish

@@ -13,8 +13,8 @@ import logging
 import os
 import traceback
 from collections.abc import Awaitable, Callable, Generator, Mapping
-from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeAlias, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -55,6 +55,11 @@ class CheckpointInfo:
     async def metadata(self) -> Metadata:
         """DCP's ``Metadata`` of this checkpoint, decoded on demand."""
         return await self._metadata(self.checkpoint_id)
+
+    def _plain(self) -> dict[str, Any]:
+        """Everything but the way to the metadata, to be told to other ranks."""
+        names = (part.name for part in fields(self) if part.name != "_metadata")
+        return {name: getattr(self, name) for name in names} | {"notes": dict(self.notes)}
 
 
 CheckpointRef: TypeAlias = "Literal['latest'] | str | int | CheckpointInfo"

@@ -17,13 +17,13 @@ import anyio
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .coordinator import RemoteFailure
 from .errors import SaveCancelled, SaveError
 from .lifetime import Lifetime
 from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
 from .outcome import cancelled_error, forget_locals, save_error
 from .pipeline import CommitOutcome, PhaseFailure, SavePipeline, SaveRequest, SaveServices
 from .planner import CompiledPlan, PlanningOptions
+from .remote import RemoteFailure
 from .response import AsyncSaveResponse, CheckpointInfo
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class SaveRunner:
 
     async def _run(self, request: SaveRequest) -> None:
         response = request.response
+        request.uid = self._life.coordinator.uid(request.ordinal, response.checkpoint_id)
         if self._observer is not None:  # adding up the bytes of many tensors takes milliseconds
             nbytes = request.captured.nbytes
             self._observe(
@@ -115,10 +116,11 @@ class SaveRunner:
         if not isinstance(error, RemoteFailure):
             self._life.coordinator.fail(request.uid, phase, error)
 
-    def refuse(self, uid: str, error: BaseException) -> None:
+    def refuse(self, ordinal: int, name: str, error: BaseException) -> None:
         """The state of a save could not be captured on this rank; callable from every thread."""
 
         def tell() -> None:
+            uid = self._life.coordinator.uid(ordinal, name)
             self._life.coordinator.fail(uid, "capture", error)
             self._life.coordinator.forget(uid)
 

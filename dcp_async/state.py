@@ -19,6 +19,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from .boxes import box_at, slices
 from .formats.distcp import SECTOR_BYTES
 from .formats.structure import Tree
 from .formats.zip_item import object_item, pad_item, slot_bytes
@@ -237,6 +238,12 @@ class Region:
     def whole(cls, tensor: torch.Tensor) -> Region:
         """The region of a tensor that is no part of another."""
         return cls(tensor, (0,) * tensor.dim())
+
+    def of(self, value: torch.Tensor) -> torch.Tensor:
+        """The part of a global ``value`` that belongs here."""
+        if value.shape == self.tensor.shape:
+            return value
+        return value[slices(box_at(self.offsets, self.tensor.shape))]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -7,10 +7,12 @@ their names.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import re
+import socket
 import threading
 import time
 import weakref
@@ -27,6 +29,8 @@ _OURS = re.compile(
 )
 _OUR_DIRECTORY = re.compile(r"step-\d{8,}")
 _TOUCH_SECONDS = 30.0
+_VISIBLE_SECONDS = 10.0
+"""For a network file system to show one host what another made."""
 # File systems whose flock may not reach other hosts; there the lease's age must agree.
 _REMOTE = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "lustre", "beegfs", "gpfs", "ceph")
 
@@ -83,6 +87,34 @@ class Lease:
             _live.discard(self)
             self.path.unlink(missing_ok=True)
             os.close(self.fd)
+
+
+def take_lease(directory: Path, uid: str) -> Lease:
+    """The lease of ``uid``; makes the directory anew if a sweeper removed it while it was empty."""
+    while True:
+        try:
+            return Lease(directory, uid)
+        except FileNotFoundError:
+            directory.mkdir(parents=True, exist_ok=True)
+
+
+def await_lease(directory: Path, uid: str) -> None:
+    """Return once the lease of ``uid``, which another rank took, is seen here.
+
+    Raises: OSError if it is not after a while: then this rank and that one do not have the same root.
+    """
+    path = directory / f".lease-{uid}"
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise OSError(
+                errno.ENOENT,
+                f"on host {socket.gethostname()} there is no {path}, which the coordinating rank has just made: "
+                "the ranks have different roots. Give all of them one directory on a shared file system, or "
+                "each its own with Coordination(mode='local')",
+            )
+        time.sleep(0.05)  # attribute caches of network file systems
+        os.listdir(directory.parent if not directory.exists() else directory)
 
 
 def is_remote(directory: Path) -> bool:

@@ -32,7 +32,7 @@ from .files import (
     sync_directory,
     why_no_checkpoint,
 )
-from .lease import Lease, remove_if_empty, sweep_directory
+from .lease import Lease, await_lease, remove_if_empty, sweep_directory, take_lease
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class LocalStorage:
     ) -> LocalTransaction:
         directory = self.root / name
         return await self.run(
-            "create", directory, LocalTransaction._begin, self, directory, files, uid, replace
+            "create", directory, LocalTransaction._begin, self, directory, files, uid, replace, lead
         )
 
     async def list(self) -> Sequence[StoredCheckpoint]:
@@ -216,11 +216,13 @@ class LocalStorage:
 class LocalTransaction:
     """One rank's files of one save. Owns their descriptors and the lease."""
 
-    def __init__(self, storage: LocalStorage, directory: Path, uid: str, lease: Lease) -> None:
+    def __init__(self, storage: LocalStorage, directory: Path, uid: str, lease: Lease | None) -> None:
         self._storage = storage
         self._directory = directory
         self._uid = uid
         self._lease = lease
+        """The leading rank's; None on the others."""
+        self._paths: list[Path] = []
         self._files: dict[str, DataFile] = {}
         self._stuck = False
         self._publishing = False
@@ -232,23 +234,30 @@ class LocalTransaction:
 
     @classmethod
     def _begin(
-        cls, storage: LocalStorage, directory: Path, files: Mapping[str, int | None], uid: str, replace: bool
+        cls,
+        storage: LocalStorage,
+        directory: Path,
+        files: Mapping[str, int | None],
+        uid: str,
+        replace: bool,
+        lead: bool,
     ) -> LocalTransaction:
-        make_directory(directory)
-        if not replace and commit_mark(directory) is not None:
-            raise FileExistsError(
-                errno.EEXIST, "a checkpoint of this name is committed", os.fspath(directory)
-            )
-        while True:
-            try:
-                lease = Lease(directory, uid)
-                break
-            except FileNotFoundError:  # a sweeper removed the empty directory in between
-                directory.mkdir(parents=True, exist_ok=True)
+        if lead:
+            make_directory(directory)
+            if not replace and commit_mark(directory) is not None:
+                raise FileExistsError(
+                    errno.EEXIST, "a checkpoint of this name is committed", os.fspath(directory)
+                )
+            lease = take_lease(directory, uid)
+        else:
+            # the leading rank has taken its lease already
+            await_lease(directory, uid)
+            lease = None
         transaction = cls(storage, directory, uid, lease)
         try:
             for name, nbytes in files.items():
                 transaction._files[name] = DataFile(directory / name, nbytes)
+                transaction._paths.append(directory / name)
         except BaseException:
             transaction._discard()
             raise
@@ -265,7 +274,8 @@ class LocalTransaction:
     async def put(self, file: str, offset: int, buffer: memoryview) -> None:
         data = self._files[file]
         await self._run("write", data.path, data.write, offset, buffer)
-        self._lease.keep_alive()
+        if self._lease is not None:
+            self._lease.keep_alive()
 
     async def seal(self, file: str) -> None:
         data = self._files[file]
@@ -281,6 +291,8 @@ class LocalTransaction:
         del self._files[file]
 
     async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
+        lease = self._lease
+        assert lease is not None, "only the rank that leads commits"
         final = self._directory / METADATA
         temporary = self._directory / f".metadata-{self._uid}.tmp"
         await self._write_small(self._directory / f"manifest-{self._uid}.json", manifest)
@@ -309,7 +321,7 @@ class LocalTransaction:
                     self._published = False
                 raise
             temporary.unlink(missing_ok=True)
-            self._lease.release()
+            lease.release()
             try:
                 sweep_directory(self._directory, max_age=self._storage._max_age)
             except OSError as error:  # the checkpoint is there and durable; the next save sweeps again
@@ -347,10 +359,18 @@ class LocalTransaction:
                 data.close()
         self._files.clear()
         if not self._published and self._directory.exists():
+            own = {path.name for path in self._paths}
             for name in os.listdir(self._directory):
-                if self._uid in name and name != self._lease.path.name:
+                # the leading rank takes away what ranks that died have left
+                mine = (
+                    name in own
+                    if self._lease is None
+                    else self._uid in name and name != self._lease.path.name
+                )
+                if mine:
                     (self._directory / name).unlink(missing_ok=True)
-        self._lease.release()
+        if self._lease is not None:
+            self._lease.release()
         if commit_mark(self._directory) is None:
             remove_if_empty(self._directory)
 

@@ -14,7 +14,7 @@ PACKAGE = Path(dcp_async.__file__).parent
 
 # Lower layers first; a module imports from its own layer or below.
 LAYERS: list[set[str]] = [
-    {"errors", "_concurrency", "options", "trust"},
+    {"errors", "_concurrency", "options", "trust", "plain"},
     {
         "formats",
         "formats.structure",
@@ -48,7 +48,15 @@ LAYERS: list[set[str]] = [
         "planner",
         "pool",
         "staging",
+        "remote",
+        "mailbox",
+        "courier",
+        "pulse",
+        "gathering",
+        "rendezvous",
+        "store_coordinator",
         "coordinator",
+        "agreement",
         "catalog",
         "reading",
         "spans",

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcp_async import reading
+from dcp_async import boxes, reading
 from dcp_async.formats.distcp import BLOCK_BYTES, block_digests
 from dcp_async.spans import (
     DamagedError,
@@ -29,7 +29,7 @@ SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=4)
 
 
 @st.composite
-def boxes_in(draw: st.DrawFn) -> tuple[list[int], reading.Box]:
+def boxes_in(draw: st.DrawFn) -> tuple[list[int], boxes.Box]:
     shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     box = []
     for extent in shape:
@@ -39,11 +39,11 @@ def boxes_in(draw: st.DrawFn) -> tuple[list[int], reading.Box]:
 
 
 @given(boxes_in())
-def test_contiguous_run_says_where_a_box_lies(case: tuple[list[int], reading.Box]) -> None:
+def test_contiguous_run_says_where_a_box_lies(case: tuple[list[int], boxes.Box]) -> None:
     shape, box = case
     numbers = torch.arange(torch.Size(shape).numel()).view(shape)
     inside = numbers[tuple(slice(low, high) for low, high in box)].reshape(-1)
-    run = reading.contiguous_run(box, shape)
+    run = boxes.contiguous_run(box, shape)
     is_run = bool((inside.diff() == 1).all())
     assert (run is not None) == is_run
     if run is not None:
@@ -66,12 +66,12 @@ def test_flat_slices_tile_the_range(shape: list[int], data: st.DataObject) -> No
 
 
 @given(boxes_in(), st.data())
-def test_check_coverage_finds_every_hole(case: tuple[list[int], reading.Box], data: st.DataObject) -> None:
+def test_check_coverage_finds_every_hole(case: tuple[list[int], boxes.Box], data: st.DataObject) -> None:
     shape, hole = case
     whole = tuple((0, extent) for extent in shape)
     reading.check_coverage(shape, [whole])
     # everything but the hole: the slabs beside it, dimension by dimension
-    slabs: list[reading.Box] = []
+    slabs: list[boxes.Box] = []
     for dim, (low, high) in enumerate(hole):
         before = hole[:dim]
         rest = whole[dim + 1 :]

@@ -1,0 +1,220 @@
+"""The coordinator's books: which rank sent what of which save, and what follows from it.
+
+Enters: ranks' messages, failures, goodbyes, silence. Leaves: complete rounds, and failures that every rank is
+told. Invariant: a round ends in one way for all ranks. While a decision on a save is being made, its failures
+wait, because ranks must not take for failed what was just committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from .remote import REMEMBERED, RemoteError, Waiters, name_ranks
+
+VERDICT = "verdict"
+"""The phase in which all ranks have to arrive within a time of the first: later ones take as long as writing
+takes."""
+
+
+@dataclass(slots=True)
+class _Round:
+    """One phase of one save."""
+
+    name: str
+    messages: dict[int, Any] = field(default_factory=dict)
+    deadline: asyncio.TimerHandle | None = None
+
+
+@dataclass(slots=True)
+class _Held:
+    """Failures of a save on which ``depth`` decisions are being made."""
+
+    depth: int = 0
+    failures: list[tuple[dict[int, RemoteError], int | None]] = field(default_factory=list)
+
+
+class Gathering:
+    """Owned by the coordinator's ``StoreCoordinator``; all of it belongs to the engine's loop."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        complete: Callable[[str, str, list[Any]], None],
+        failed: Callable[[str, dict[int, RemoteError], int | None], None],
+        late: Callable[[str], None],
+        waiters: Waiters,
+    ) -> None:
+        """``complete`` is told a round's messages in rank order, ``failed`` what to tell all ranks (but the
+        reporter, if there is one), ``late`` the uid of a round whose time is up; ``waiters`` knows what
+        failed or is over."""
+        self.gone: dict[int, str] = {}
+        """Ranks that closed their engine, and how to say so."""
+        self.last_phase: dict[int, str] = {}
+        """What each rank was at when it was last heard of."""
+        self._rank, self._world_size, self._timeout = rank, world_size, timeout
+        self._complete, self._failed, self._late, self._waiters = complete, failed, late, waiters
+        self._rounds: dict[tuple[str, str], _Round] = {}
+        self._names: OrderedDict[int, dict[str, tuple[str, set[int]]]] = OrderedDict()
+        self._held: dict[str, _Held] = {}
+
+    def __repr__(self) -> str:
+        return f"<Gathering {[(*key, sorted(of.messages)) for key, of in self._rounds.items()]}>"
+
+    def __bool__(self) -> bool:
+        """Whether anybody waits for anybody."""
+        return bool(self._rounds)
+
+    def arrived(self, rank: int, uid: str, phase: str, ordinal: int | None, name: str, message: Any) -> None:
+        """``rank`` sent its message."""
+        self.last_phase[rank] = phase
+        if self._waiters.failure(uid) is not None:
+            return  # all have been told
+        if self._waiters.is_over(uid):
+            if rank != self._rank:
+                self._failed(uid, {self._rank: unanswered(self._rank, phase)}, None)
+            return
+        if ordinal is not None and self._differs(rank, uid, ordinal, name, phase):
+            return
+        of = self._rounds.setdefault((uid, phase), _Round(name))
+        of.messages[rank] = message
+        if len(of.messages) == self._world_size:
+            self._drop(uid, phase)
+            self._complete(uid, phase, [of.messages[rank] for rank in range(self._world_size)])
+        elif not self._lacks_gone(uid, phase, of) and phase == VERDICT and of.deadline is None:
+            loop = asyncio.get_running_loop()
+            of.deadline = loop.call_later(self._timeout, self._late, uid)
+
+    def _differs(self, rank: int, uid: str, ordinal: int, name: str, phase: str) -> bool:
+        """Whether ranks gave different names to their saves of one ordinal, which can never meet."""
+        names = self._names.setdefault(ordinal, {})
+        names.setdefault(name, (uid, set()))[1].add(rank)
+        while len(self._names) > REMEMBERED:
+            self._names.popitem(last=False)
+        if len(names) == 1:
+            return False
+        told = ", ".join(f"{name_ranks(sorted(ranks))} saved {name!r}" for name, (_, ranks) in names.items())
+        error = RemoteError(
+            phase=phase,
+            type_name="EngineStateError",
+            message=f"the ranks do not save the same: as save number {ordinal} of the engine {told}. "
+            "All ranks have to save the same checkpoints in the same order",
+        )
+        everybody = {rank: error for _, ranks in names.values() for rank in ranks}
+        for other, _ in names.values():
+            self.fail(other, everybody)
+        return True
+
+    def _lacks_gone(self, uid: str, phase: str, of: _Round) -> bool:
+        gone = {rank: reason for rank, reason in self.gone.items() if rank not in of.messages}
+        if gone:
+            self.fail(
+                uid,
+                {
+                    rank: RemoteError(phase=phase, type_name="EngineStateError", message=reason)
+                    for rank, reason in gone.items()
+                },
+            )
+        return bool(gone)
+
+    def fail(self, uid: str, failures: dict[int, RemoteError], *, reporter: int | None = None) -> None:
+        """``uid`` failed; all are told, at once or when the decision in progress has been sent."""
+        if uid in self._held:
+            self._held[uid].failures.append((failures, reporter))
+        elif not self._waiters.is_over(uid) and self._waiters.failure(uid) is None:
+            for phase in [phase for other, phase in self._rounds if other == uid]:
+                self._drop(uid, phase)
+            self._failed(uid, failures, reporter)
+
+    @contextmanager
+    def deciding(self, uid: str, phase: str) -> Iterator[None]:
+        """The coordinator decides on ``uid``. What is raised inside fails it, before failures that came
+        meanwhile."""
+        held = self._held.setdefault(uid, _Held())
+        held.depth += 1
+        try:
+            yield
+        except BaseException as error:
+            held.failures.insert(0, ({self._rank: RemoteError.of(phase, error)}, self._rank))
+            raise
+        finally:
+            held.depth -= 1
+            if not held.depth:
+                del self._held[uid]
+                for failures, reporter in held.failures:
+                    self.fail(uid, failures, reporter=reporter)
+
+    def missing(self, uid: str) -> dict[int, RemoteError]:
+        """Who has not sent its verdict message for ``uid``; empty if nobody waits for it any more."""
+        of = self._rounds.get((uid, VERDICT))
+        ranks = [] if of is None else [rank for rank in range(self._world_size) if rank not in of.messages]
+        what = f"save() of {of.name!r}" if of is not None and of.name else "this"
+        return {
+            rank: RemoteError(
+                phase=VERDICT,
+                type_name="TimeoutError",
+                message=f"rank {rank} did not call {what} within {self._timeout:g} s of the first rank",
+            )
+            for rank in ranks
+        }
+
+    def lacking(self, ranks: set[int]) -> set[str]:
+        """The uids that wait for a message of one of ``ranks``."""
+        return {uid for (uid, _), of in self._rounds.items() if not ranks <= set(of.messages)}
+
+    def goodbye(self, rank: int, reason: str) -> None:
+        """``rank`` takes part in nothing any more, but for what it sent already."""
+        self.gone[rank] = reason
+        for (uid, phase), of in list(self._rounds.items()):
+            if (uid, phase) in self._rounds:
+                self._lacks_gone(uid, phase, of)
+
+    def leave(self, reason: str) -> None:
+        """The coordinator takes part in nothing any more."""
+        self.gone[self._rank] = reason
+        for uid, phase in list(self._rounds):
+            self.fail(
+                uid, {self._rank: RemoteError(phase=phase, type_name="EngineStateError", message=reason)}
+            )
+
+    def forget(self, uid: str) -> None:
+        """``uid`` is over on the coordinator; ranks that wait for it still are told so. To be called before
+        ``is_over`` says so."""
+        phases = [phase for other, phase in self._rounds if other == uid]
+        if phases:
+            self.fail(uid, {self._rank: unanswered(self._rank, phases[0])})
+
+    def close(self) -> None:
+        """Drop everything, tell nobody."""
+        for uid, phase in list(self._rounds):
+            self._drop(uid, phase)
+
+    def _drop(self, uid: str, phase: str) -> None:
+        of = self._rounds.pop((uid, phase))
+        if of.deadline is not None:
+            of.deadline.cancel()
+
+
+def unanswered(rank: int, phase: str) -> RemoteError:
+    """The coordinator went on without the others."""
+    return RemoteError(
+        phase=phase,
+        type_name="EngineStateError",
+        message=f"rank {rank} ended this save without an answer to the others",
+    )
+
+
+def stood_still(rank: int, phase: str, seconds: float) -> RemoteError:
+    """The coordinator itself was the silent one."""
+    return RemoteError(
+        phase=phase,
+        type_name="TimeoutError",
+        message=f"rank {rank} stood still for {seconds:g} s, so other ranks may have given up on it",
+    )

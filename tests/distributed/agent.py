@@ -1,0 +1,333 @@
+"""What runs in each process of a test's world: verbs over a real StoreCoordinator, on either kind of loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import uvloop
+
+from dcp_async.mailbox import Mailbox
+from dcp_async.options import Timeouts
+from dcp_async.remote import RemoteFailure
+from dcp_async.store_coordinator import StoreCoordinator
+
+Fields = tuple[str, str, str, str, bool]
+"""Of a RemoteError: phase, type name, message, traceback text, cancelled."""
+
+
+class LocalError(Exception):
+    """One that no other process could unpickle."""
+
+    def __init__(self, text: str, lock: object) -> None:
+        super().__init__(text)
+        self.lock = lock
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("not to be pickled")
+
+
+class Agent:
+    """Runs verbs concurrently; each answers on the connection when it has ended."""
+
+    def __init__(self, connection: Connection[Any, Any], rank: int, size: int) -> None:
+        self._connection = connection
+        self._rank, self._size = rank, size
+        self._finished = asyncio.Event()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._engines: dict[str, StoreCoordinator] = {}
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._gates: dict[str, asyncio.Event] = {}
+        self._store: dist.Store | None = None
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._connection.fileno(), self._hear)
+        await self._finished.wait()
+        loop.remove_reader(self._connection.fileno())
+
+    def _hear(self) -> None:
+        while self._connection.poll():
+            try:
+                number, verb, arguments = self._connection.recv()
+            except EOFError:
+                self._finished.set()
+                return
+            method: Callable[..., Awaitable[Any]] = getattr(self, verb)
+            self._tasks[number] = asyncio.get_running_loop().create_task(
+                self._run(number, method(**arguments))
+            )
+
+    async def _run(self, number: int, work: Awaitable[Any]) -> None:
+        try:
+            value = await work
+        except BaseException as error:
+            failures = (
+                {rank: told.plain() for rank, told in error.failures.items()}
+                if isinstance(error, RemoteFailure)
+                else {}
+            )
+            self._connection.send((number, "raised", type(error).__name__, str(error), failures))
+        else:
+            self._connection.send((number, "returned", value))
+
+    # Groups.
+
+    async def serve_store(self) -> int:
+        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        self._store = store
+        return store.port
+
+    async def join(self, port: int) -> None:
+        """Make the default group on the store at ``port``."""
+
+        def init() -> None:
+            if self._store is None:
+                self._store = dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
+            dist.init_process_group("gloo", store=self._store, rank=self._rank, world_size=self._size)
+
+        await asyncio.to_thread(init)
+
+    async def leave(self) -> None:
+        dist.destroy_process_group()
+
+    async def join_file(self, path: str) -> None:
+        """Make the default group on a FileStore."""
+        await asyncio.to_thread(
+            dist.init_process_group,
+            "gloo",
+            init_method=f"file://{path}",
+            rank=self._rank,
+            world_size=self._size,
+        )
+
+    async def join_uncloneable(self) -> None:
+        class Store(dist.Store):
+            """Any store of the user's, written in Python."""
+
+            values: dict[str, bytes]
+
+            def set(self, key: str, value: str | bytes) -> None:
+                self.values[key] = value.encode() if isinstance(value, str) else value
+
+            def get(self, key: str) -> bytes:
+                return self.values[key]
+
+            def add(self, key: str, value: int) -> int:
+                self.values[key] = str(int(self.values.get(key, b"0")) + value).encode()
+                return int(self.values[key])
+
+            def wait(self, keys: list[str], timeout: timedelta = timedelta(0)) -> None:
+                assert all(key in self.values for key in keys)
+
+        store = Store()
+        store.values = {}
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+    async def subgroup(self, name: str, members: list[int]) -> None:
+        group = await asyncio.to_thread(dist.new_group, members)
+        if self._rank in members:
+            self._groups[name] = group
+
+    async def num_keys(self) -> int:
+        assert self._store is not None
+        return self._store.num_keys()
+
+    async def threads(self) -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("dcp_async")]
+
+    async def keys(self) -> list[str]:
+        assert self._store is not None
+        return sorted(self._store.list_keys())
+
+    # Engines.
+
+    async def open(
+        self,
+        engine: str = "main",
+        group: str = "world",
+        coordinator_rank: int = 0,
+        coordination: float = 20.0,
+        exit_grace: float = 10.0,
+        digest: str = "same",
+    ) -> None:
+        timeouts = Timeouts(coordination=coordination, exit_grace=exit_grace)
+        chosen = dist.group.WORLD if group == "world" else self._groups[group]
+        assert chosen is not None
+        made = StoreCoordinator(chosen, coordinator_rank=coordinator_rank, timeouts=timeouts, digest=digest)
+        await made.open()
+        self._engines[engine] = made
+
+    def _uid(self, engine: str, ordinal: int, name: str) -> str:
+        return self._engines[engine].uid(ordinal, name)
+
+    async def uid(self, engine: str = "main", ordinal: int = 1, name: str = "") -> str:
+        return self._uid(engine, ordinal, name or f"step-{ordinal}")
+
+    async def exchange(
+        self,
+        ordinal: int = 1,
+        phase: str = "verdict",
+        message: Any = None,
+        decide: str = "tell",
+        name: str = "",
+        engine: str = "main",
+    ) -> Any:
+        uid = self._uid(engine, ordinal, name or f"step-{ordinal}")
+        return await self._engines[engine].exchange(uid, phase, message, getattr(self, f"_{decide}"))
+
+    async def exchange_big(self, nbytes: int, ordinal: int = 1) -> Any:
+        """Each rank sends its own bytes and gets the next rank's; whether they were right."""
+
+        async def rotate(messages: Sequence[bytes]) -> list[bytes]:
+            return [*messages[1:], messages[0]]
+
+        generator = [torch.Generator().manual_seed(rank) for rank in range(self._size)]
+        blobs = [
+            torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=of).numpy().tobytes()
+            for of in generator
+        ]
+        answer = await self._engines["main"].exchange(
+            self._uid("main", ordinal, "big"), "plan", blobs[self._rank], rotate
+        )
+        return answer == blobs[(self._rank + 1) % self._size]
+
+    async def exchange_many(self, ordinals: list[int], phases: list[str]) -> int:
+        """All at once, in an order of this rank's own; how many answers were right."""
+        order = [(ordinal, phase) for ordinal in ordinals for phase in phases]
+        turn = len(order) * self._rank // self._size
+        order = order[turn:] + order[:turn]
+        answers = await asyncio.gather(
+            *(self.exchange(ordinal, phase, [ordinal, phase, self._rank]) for ordinal, phase in order)
+        )
+        return sum(
+            answer == [self._rank, [[*key, rank] for rank in range(self._size)]]
+            for key, answer in zip(order, answers, strict=True)
+        )
+
+    async def save_often(self, first: int, count: int) -> None:
+        """A verdict and a commit each, then over."""
+        for ordinal in range(first, first + count):
+            for phase in ("verdict", "commit"):
+                await self.exchange(ordinal, phase, {"rank": self._rank})
+            await self.forget(ordinal)
+
+    async def stale_hello(self) -> None:
+        """What processes leave behind that are killed in ``open``, the second while it says hello."""
+        group = dist.group.WORLD
+        assert group is not None
+
+        def post() -> None:
+            box = Mailbox(group.get_group_store(), "dcp_async")
+            box.connect()
+            box.post_with(box.send_shared, "lobby/in", ("hello", self._rank, "dead", "other", 0)).result()
+            box.post_with(box.add, "lobby/in", 1).result()
+            box.close()
+
+        await asyncio.to_thread(post)
+
+    async def _tell(self, messages: Sequence[Any]) -> list[Any]:
+        return [[rank, list(messages)] for rank in range(len(messages))]
+
+    async def _common(self, messages: Sequence[Any]) -> list[Any]:
+        return [True] * len(messages)
+
+    async def _too_few(self, messages: Sequence[Any]) -> list[Any]:
+        return [0]
+
+    async def _odd(self, messages: Sequence[Any]) -> list[Any]:
+        return [{1, 2}] * len(messages)
+
+    async def _fall(self, messages: Sequence[Any]) -> list[Any]:
+        raise LocalError("no space left", asyncio.Lock())
+
+    async def _pause(self, messages: Sequence[Any]) -> list[Any]:
+        self._gate("deciding").set()
+        await self._gate("decide").wait()
+        return await self._tell(messages)
+
+    def _gate(self, name: str) -> asyncio.Event:
+        return self._gates.setdefault(name, asyncio.Event())
+
+    async def open_gate(self, name: str = "decide") -> None:
+        self._gate(name).set()
+
+    async def until_deciding(self) -> None:
+        await self._gate("deciding").wait()
+
+    async def fail(
+        self, ordinal: int = 1, phase: str = "write", text: str = "disk full", cancel: bool = False
+    ) -> None:
+        error = asyncio.CancelledError() if cancel else LocalError(text, asyncio.Lock())
+        try:
+            raise error
+        except BaseException as raised:
+            self._engines["main"].fail(self._uid("main", ordinal, f"step-{ordinal}"), phase, raised)
+
+    async def failed(self, ordinal: int = 1, engine: str = "main") -> None:
+        await self._engines[engine].failed(self._uid(engine, ordinal, f"step-{ordinal}"))
+
+    async def forget(self, ordinal: int = 1) -> None:
+        self._engines["main"].forget(self._uid("main", ordinal, f"step-{ordinal}"))
+
+    async def counts(self) -> tuple[int, int]:
+        return self._engines["main"].sent, self._engines["main"].received
+
+    async def held(self) -> int:
+        """How much this rank's coordinator remembers: entries in all its tables."""
+        made = self._engines["main"]
+        waiters, gathering = made._waiters, made._gathering
+        tables = (waiters._waiting, waiters._failed, made._known, gathering._rounds, gathering._held)
+        return sum(len(table) for table in tables)
+
+    async def die_while_posting(self) -> None:
+        """Take a number of the coordinator's box, as a message does, and be killed before it is filled."""
+        courier = self._engines["main"]._courier
+        await courier.call(self._engines["main"]._mailbox.add, courier.inbox, 1)
+        os.kill(os.getpid(), 9)
+
+    async def close(self, engine: str = "main") -> float:
+        """How many seconds it took."""
+        started = asyncio.get_running_loop().time()
+        await self._engines[engine].close()
+        del self._engines[engine]
+        return asyncio.get_running_loop().time() - started
+
+    async def abandon(self) -> None:
+        self._engines["main"].abandon()
+
+    async def close_all(self) -> None:
+        for engine in list(self._engines):
+            await self.close(engine)
+
+    async def cancel(self, call: int) -> None:
+        self._tasks[call].cancel()
+
+    async def finish(self) -> None:
+        self._finished.set()
+
+
+def main(connection: Connection[Any, Any], rank: int, size: int, loop: str, errors: str) -> None:
+    """The process; its stderr goes to the file ``errors``."""
+    descriptor = os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # a store's client looks its address up; where nobody answers that takes 5 s, more than some deadlines
+    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
+    factory = uvloop.new_event_loop if loop == "uvloop" else asyncio.new_event_loop
+
+    async def run() -> None:
+        await Agent(connection, rank, size).serve()
+
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(run())
+    if dist.is_initialized():
+        dist.destroy_process_group()

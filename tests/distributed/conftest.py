@@ -1,0 +1,29 @@
+"""Worlds of real processes, ended whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.harness import World
+
+
+@pytest.fixture
+def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
+    """Makes worlds that are killed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def make(size: int, *, loop: str = "asyncio", host: str = "rank 0") -> World:
+            return stack.enter_context(World(size, tmp_path, loop=loop, host=host))
+
+        yield make
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def loop_kind(request: pytest.FixtureRequest) -> str:
+    """Runs the test once with each kind of loop in the processes."""
+    kind: str = request.param
+    return kind
