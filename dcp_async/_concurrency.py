@@ -63,6 +63,8 @@ class Job(Generic[T]):
 
     def _start(self, coro: Coroutine[Any, Any, T]) -> None:
         self._task = self._loop.create_task(_tamed(coro))
+        # a task that is cancelled before its first step never touches what it was given
+        self._task.add_done_callback(lambda _: coro.close())
         self._task.add_done_callback(self._finish)
 
     def _finish(self, task: asyncio.Task[T]) -> None:
