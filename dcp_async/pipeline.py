@@ -402,6 +402,8 @@ class SavePipeline:
     async def _commit(self) -> CommitOutcome:
         entry = await self._finish_file()
         await asyncio.shield(asyncio.wrap_future(self._request.has_returned))
+        assert self._transaction is not None
+        self._transaction.hand_over()
         told = await self._services.coordinator.exchange(self._request.uid, "commit", entry, self._publish)
         return CommitOutcome(*told)
 

@@ -39,6 +39,10 @@ class Transaction(Protocol):
         """Make ``file`` durable; no ``put`` to it may follow. Raises StorageError if it has not the size
         announced."""
 
+    def hand_over(self) -> None:
+        """From here on the files belong to the rank that leads, which commits or removes them: ``abort`` only
+        releases. Called before that rank is told that they are sealed, since its answer may get lost."""
+
     async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
         """Publish, all or nothing: after it returns the checkpoint exists and is durable. The coordinator
         alone calls it.

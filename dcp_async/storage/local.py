@@ -290,6 +290,10 @@ class LocalTransaction:
         await self._run("sync", data.path, seal)
         del self._files[file]
 
+    def hand_over(self) -> None:
+        if self._lease is None:
+            self._paths.clear()
+
     async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
         lease = self._lease
         assert lease is not None, "only the rank that leads commits"
