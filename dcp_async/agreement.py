@@ -40,6 +40,7 @@ _LOAD_ERRORS: dict[str, type[LoadError]] = {
     )
 }
 _RETRY_SECONDS = 0.2
+_CHOOSE = "choose"
 
 
 class Agreement:
@@ -67,8 +68,14 @@ class Agreement:
 
     async def resolve(self, ordinal: int, ref: CheckpointRef) -> list[str]:
         """The names to try, best first. Ranks: all must call it. Raises CheckpointNotFoundError."""
-        names: list[str] = await self._told(ordinal, "choose", lambda: self._catalog.resolve(ref))
+        names: list[str] = await self._told(ordinal, _CHOOSE, lambda: self._catalog.resolve(ref))
         return names
+
+    def refuse(self, ordinal: int, error: BaseException) -> None:
+        """This rank's state can't be loaded into, so it will not ``resolve``. On the engine's loop."""
+        uid = self._coordinator.uid(ordinal, _CHOOSE)
+        self._coordinator.fail(uid, _CHOOSE, error)
+        self._coordinator.forget(uid)
 
     async def _told(self, ordinal: int, what: str, ask: Callable[[], Awaitable[Any]]) -> Any:
         """The coordinator asks, all get its answer."""

@@ -13,8 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, get_args
 
@@ -24,19 +23,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from ._drive import Ended, Verb, drive
 from .admission import checkpoint_name
-from .agreement import Agreement
-from .catalog import Catalog, Contents
+from .catalog import Catalog
 from .coordinator import Coordination
-from .errors import (
-    CheckpointError,
-    CorruptCheckpointError,
-    IncompatibleStateError,
-    LoadError,
-    StorageError,
-)
 from .formats.structure import JSON
 from .lifetime import Lifetime
-from .load_pipeline import Loaded, LoadServices, load_into, read_fresh
+from .load_pipeline import LoadOptions, LoadServices
+from .load_runner import LoadRunner
 from .matching import Dtypes
 from .observer import Observer
 from .options import Limits, Timeouts
@@ -44,14 +36,12 @@ from .outcome import save_error
 from .pipeline import SaveRequest
 from .planner import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
-from .restore import restore
 from .save_runner import SaveRunner
 from .staging import Stager, StagingOptions
-from .state import Targets, capture, capture_targets
+from .state import capture
 from .storage.base import Storage
 from .storage.local import LocalStorage
 from .trust import Trust
-from .walk import CaptureError
 
 logger = logging.getLogger(__name__)
 
@@ -154,32 +144,22 @@ class CheckpointEngine:
         await drive(self._life.aborting())
 
     def _opening(self) -> Verb[None]:
-        with self._storage_errors("open"):
+        with self._life.storage_errors("open"):
             yield from self._life.opening(self._connected)
-
-    @contextmanager
-    def _storage_errors(self, verb: str) -> Iterator[None]:
-        """What a storage of the user's raises becomes an error of the tree."""
-        try:
-            yield
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise StorageError.of(verb, repr(self._life.storage), error) from error
 
     async def _connected(self) -> None:
         life = self._life
         self._catalog = Catalog(life.storage, life.threads, self._metadata_of)
         life.book.seen_steps(await self._catalog.steps())
-        self._agreement = Agreement(self._catalog, life.coordinator, timeout=life.timeouts.storage)
         self._runner = SaveRunner(life, self._planning, self._observer, self._metadata_of)
-        self._load_services = LoadServices(
+        services = LoadServices(
             threads=life.threads,
             part_bytes=life.stager.options.part_bytes,
             io_concurrency=life.limits.io_concurrency,
             timeout=life.timeouts.storage,
             trust=self._trust,
         )
+        self._loader = LoadRunner(life, self._catalog, services)
 
     # -- save
 
@@ -329,117 +309,10 @@ class CheckpointEngine:
         self._life.check_open()
         if dtypes not in get_args(Dtypes):
             raise ValueError(f"dtypes is 'exact' or 'convert', not {dtypes!r}")
-        started = time.monotonic()
-        try:
-            coordinator = self._life.coordinator
-            targets = capture_targets(state, rank=coordinator.rank, world_size=coordinator.world_size)
-        except (CaptureError, CheckpointException) as error:
-            raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
         for response in self.pending:  # what is being staged must not change under the copy
             yield Ended(response.staging_completion._future)
-        (info, loaded), skipped = yield from self._try_each(
-            source,
-            lambda name, touched: self._load_one(
-                name, targets, strict=strict, atomic=atomic, dtypes=dtypes, refill=touched
-            ),
-            together=True,
-        )
-        try:
-            restore(state, targets, loaded.values, loaded.extra, loaded.match.replaced, loaded.match.resized)
-        except (Exception, CheckpointException) as error:
-            raise LoadError(
-                f"checkpoint {info.checkpoint_id!r} was read, but the state refused it: "
-                f"{type(error).__name__}: {error}",
-                checkpoint_id=info.checkpoint_id,
-            ) from error
-        return LoadReport(
-            checkpoint_id=info.checkpoint_id,
-            step=info.step,
-            missing=tuple(loaded.match.missing),
-            unexpected=tuple(loaded.match.unexpected),
-            mismatched=tuple(loaded.match.mismatched),
-            skipped=skipped,
-            nbytes=loaded.nbytes,
-            seconds=time.monotonic() - started,
-        )
-
-    def _ask(self, coro: Coroutine[Any, Any, T]) -> Verb[T]:
-        """Run ``coro`` on the engine's loop."""
-        with self._storage_errors("read"):
-            value: T = yield self._life.submit(coro)
-        return value
-
-    def _try_each(
-        self,
-        source: CheckpointRef,
-        attempt: Callable[[str, bool], Coroutine[Any, Any, T]],
-        *,
-        together: bool,
-    ) -> Verb[tuple[T, tuple[str, ...]]]:
-        """The first checkpoint that is whole, and the names of newer ones that are not ("latest" only).
-
-        ``attempt`` gets a name and whether an earlier attempt touched the targets. ``together``: all ranks
-        do this, and the coordinator chooses.
-        """
-        self._life.check_open()
-        names = yield from self._ask(self._resolve(source, together))
-        first: CorruptCheckpointError | None = None
-        touched = False
-        skipped: list[str] = []
-        for name in names:
-            try:
-                value = yield from self._ask(attempt(name, touched))
-            except CorruptCheckpointError as error:
-                if source != "latest":
-                    raise
-                first = first or error
-                touched = touched or error.partially_loaded
-                skipped.append(name)
-                logger.warning("%s; trying the next older one", error)
-            except IncompatibleStateError as error:
-                if not touched:
-                    raise
-                raise CorruptCheckpointError(
-                    f"{first}; and the next older checkpoint does not fit ({error})",
-                    checkpoint_id=skipped[0],
-                    partially_loaded=True,
-                ) from error
-            else:
-                return value, tuple(skipped)
-        assert first is not None
-        raise first
-
-    async def _load_one(
-        self,
-        name: str,
-        targets: Targets,
-        *,
-        strict: bool,
-        atomic: bool,
-        dtypes: Dtypes,
-        refill: bool,
-    ) -> tuple[CheckpointInfo, Loaded]:
-        async def load(
-            contents: Contents, ready: Callable[[], Awaitable[None]]
-        ) -> tuple[CheckpointInfo, Loaded]:
-            loaded = await load_into(
-                contents,
-                targets,
-                self._load_services,
-                strict=strict,
-                atomic=atomic,
-                dtypes=dtypes,
-                refill=refill,
-                ready=ready,
-            )
-            return contents.info, loaded
-
-        return await self._agreement.attempt(self._life.book.next_ordinal(), name, load)
-
-    async def _resolve(self, source: CheckpointRef, together: bool) -> list[str]:
-        if together:
-            return await self._agreement.resolve(self._life.book.next_ordinal(), source)
-        return await self._catalog.resolve(source)
+        how = LoadOptions(strict=strict, atomic=atomic, dtypes=dtypes)
+        return (yield from self._loader.loading(state, source, how))
 
     async def read(
         self,
@@ -464,21 +337,9 @@ class CheckpointEngine:
     def _reading(
         self, source: CheckpointRef, keys: Sequence[str] | None, device: torch.device | str
     ) -> Verb[dict[str, Any]]:
-        if isinstance(keys, str):
-            keys = [keys]
-        value, _ = yield from self._try_each(
-            source, lambda name, _: self._read_one(name, keys, device), together=False
-        )
-        return value
-
-    async def _read_one(
-        self, name: str, keys: Sequence[str] | None, device: torch.device | str
-    ) -> dict[str, Any]:
-        contents = await self._catalog.open(name)
-        try:
-            return await read_fresh(contents, self._load_services, keys=keys, device=device)
-        finally:
-            await contents.close()
+        self._life.check_open()
+        wanted = [keys] if isinstance(keys, str) else keys
+        return (yield from self._loader.reading(source, wanted, device))
 
     # -- catalog
 
@@ -492,7 +353,7 @@ class CheckpointEngine:
 
     def _finding_latest(self) -> Verb[CheckpointInfo | None]:
         self._life.check_open()
-        return (yield from self._ask(self._agreement.latest(self._life.book.next_ordinal())))
+        return (yield from self._loader.finding_latest())
 
     async def checkpoints(self) -> AsyncIterator[CheckpointInfo]:
         """Committed, whole checkpoints, ascending."""
@@ -503,11 +364,11 @@ class CheckpointEngine:
 
     def _listing(self) -> Verb[list[str]]:
         self._life.check_open()
-        return (yield from self._ask(self._catalog.names()))
+        return (yield from self._loader.ask(self._catalog.names()))
 
     def _describing(self, name: str) -> Verb[CheckpointInfo | None]:
         self._life.check_open()
-        return (yield from self._ask(self._catalog.info(name)))
+        return (yield from self._loader.ask(self._catalog.info(name)))
 
     async def _metadata_of(self, name: str) -> Metadata:
         return await self._life.submit(self._catalog.metadata(name)).wait()

@@ -8,10 +8,11 @@ by an abort, never by silence. Verbs are generators, see _drive.py. Source: docs
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Literal, TypeVar
 
 import anyio
@@ -20,7 +21,7 @@ from ._concurrency import BlockingThreads, Job, LoopThread
 from ._drive import Persisting, Verb, Watched
 from .admission import SaveBook
 from .coordinator import Coordination, Coordinator, make_coordinator
-from .errors import EngineStateError
+from .errors import CheckpointError, EngineStateError, StorageError
 from .exit_guard import ExitGuard
 from .hooks import OptimizerHooks
 from .options import Limits, Timeouts
@@ -199,6 +200,16 @@ class Lifetime:
             if isinstance(error, RuntimeError) and not isinstance(error, EngineStateError):
                 raise EngineStateError("the engine is closed; make a new one") from error
             raise
+
+    @contextlib.contextmanager
+    def storage_errors(self, verb: str) -> Iterator[None]:
+        """What a storage of the user's raises becomes an error of the tree."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise StorageError.of(verb, repr(self.storage), error) from error
 
     async def _drain(self, patience: float | None) -> bool:
         """Wait for the saves in flight; False if ``patience`` seconds were not enough."""

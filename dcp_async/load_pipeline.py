@@ -54,6 +54,15 @@ class LoadServices:
     trust: Trust
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What ``CheckpointEngine.load`` was asked for; see there."""
+
+    strict: bool
+    atomic: bool
+    dtypes: Dtypes
+
+
 @dataclass(slots=True, kw_only=True)
 class Loaded:
     """What a load gives to ``restore``."""
@@ -246,10 +255,8 @@ async def load_into(
     contents: Contents,
     targets: Targets,
     services: LoadServices,
+    how: LoadOptions,
     *,
-    strict: bool,
-    atomic: bool,
-    dtypes: Dtypes,
     refill: bool,
     ready: Callable[[], Awaitable[None]],
 ) -> Loaded:
@@ -261,22 +268,22 @@ async def load_into(
     """
     pipeline = LoadPipeline(contents, services)
     await pipeline.unfold({*targets.tensors, *targets.leaves})
-    match = match_state(targets, contents, dtypes=dtypes)
-    if strict or refill:
-        check_fit(match, contents.info.checkpoint_id, unexpected=strict)
+    match = match_state(targets, contents, dtypes=how.dtypes)
+    if how.strict or refill:
+        check_fit(match, contents.info.checkpoint_id, unexpected=how.strict)
     into = match.tensors
-    if atomic:
+    if how.atomic:
         into = {
             name: [Region(torch.empty_like(region.tensor), region.offsets) for region in regions]
             for name, regions in into.items()
         }
     fresh = {name: [Region.whole(tensor)] for name, tensor in match.fresh.items()}
-    values, nbytes = await pipeline.read({**into, **fresh}, match.leaves, fresh=atomic, ready=ready)
+    values, nbytes = await pipeline.read({**into, **fresh}, match.leaves, fresh=how.atomic, ready=ready)
     filled = _tensors_of(match.tensors)
     # bytes were written past autograd: whoever saved one of these for backward must notice
     wrappers = [targets.tensors[name] for name in match.tensors if name in targets.local]
     torch.autograd.graph.increment_version([t for t in [*filled, *wrappers] if not t.is_inference()])
-    if atomic and into:
+    if how.atomic and into:
         await services.threads.run(_copy_all, filled, _tensors_of(into))
     values |= match.fresh
     extra: dict[str, dict[Any, Any]] = {}

@@ -218,7 +218,8 @@ class StoreCoordinator:
             self._courier.send_in("failure", uid, failures[self.rank].plain())
 
     async def failed(self, uid: str) -> Never:
-        """Wait until ``uid`` fails on another rank, or one is lost. Raises RemoteFailure, EngineStateError."""
+        """Wait until ``uid`` fails on another rank, or one is lost. Raises RemoteFailure,
+        EngineStateError."""
         self._check_open()
         with self._waiters.waiting(uid, None) as waiter:
             (await waiter)()

@@ -109,7 +109,7 @@ def await_lease(directory: Path, uid: str) -> None:
         if time.monotonic() > deadline:
             raise OSError(
                 errno.ENOENT,
-                f"on host {socket.gethostname()} there is no {path}, which the coordinating rank has just made: "
+                f"on host {socket.gethostname()} there is no {path}, which the coordinator has just made: "
                 "the ranks have different roots. Give all of them one directory on a shared file system, or "
                 "each its own with Coordination(mode='local')",
             )

@@ -66,7 +66,7 @@ LAYERS: list[set[str]] = [
     },
     {"pipeline", "matching", "load_pipeline", "outcome"},
     {"lifetime"},
-    {"save_runner"},
+    {"save_runner", "load_runner"},
     {"engine"},
     {"sync", ""},
 ]

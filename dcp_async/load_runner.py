@@ -1,0 +1,155 @@
+"""Runs one load: chooses the checkpoint, falls back from a corrupt one, hands what was read to the state.
+
+Enters: a state, a reference, how. Leaves: a LoadReport, or an error of the tree. The twin of save_runner.py,
+as verbs: the state's own code runs in the caller's thread, everything else on the engine's loop. Invariant: a
+load that touched targets and failed says so, and what an older checkpoint does not fill after that is an
+error.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ._drive import Verb
+from .agreement import Agreement
+from .catalog import Catalog, Contents
+from .errors import CorruptCheckpointError, IncompatibleStateError, LoadError
+from .lifetime import Lifetime
+from .load_pipeline import Loaded, LoadOptions, LoadServices, load_into, read_fresh
+from .response import CheckpointInfo, CheckpointRef, LoadReport
+from .restore import restore
+from .state import Targets, capture_targets
+from .walk import CaptureError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Attempt = Callable[[str, bool], Coroutine[Any, Any, T]]
+"""Loads a checkpoint by name; told whether an earlier attempt touched the targets."""
+
+
+class LoadRunner:
+    """The loads of one engine. Owns nothing."""
+
+    def __init__(self, life: Lifetime, catalog: Catalog, services: LoadServices) -> None:
+        self._life = life
+        self._catalog = catalog
+        self._services = services
+        self._agreement = Agreement(catalog, life.coordinator, timeout=life.timeouts.storage)
+
+    def ask(self, coro: Coroutine[Any, Any, T]) -> Verb[T]:
+        """Run ``coro`` on the engine's loop."""
+        with self._life.storage_errors("read"):
+            value: T = yield self._life.submit(coro)
+        return value
+
+    def finding_latest(self) -> Verb[CheckpointInfo | None]:
+        """The newest whole checkpoint. Ranks: all must call it."""
+        return (yield from self.ask(self._agreement.latest(self._life.book.next_ordinal())))
+
+    def loading(self, state: Mapping[str, Any], source: CheckpointRef, how: LoadOptions) -> Verb[LoadReport]:
+        """Fill ``state``. Ranks: all must call it."""
+        started = time.monotonic()
+        book, coordinator = self._life.book, self._life.coordinator
+        ordinal = book.next_ordinal()
+        try:
+            targets = capture_targets(state, rank=coordinator.rank, world_size=coordinator.world_size)
+        except (CaptureError, CheckpointException) as error:
+            self._life.loop.call_soon(self._agreement.refuse, ordinal, error)
+            raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
+        names = yield from self.ask(self._agreement.resolve(ordinal, source))
+        (info, loaded), skipped = yield from self._try_each(
+            names,
+            lambda name, touched: self._load_one(book.next_ordinal(), name, targets, how, refill=touched),
+            falls_back=source == "latest",
+        )
+        self._restore(state, targets, loaded, info)
+        return LoadReport(
+            checkpoint_id=info.checkpoint_id,
+            step=info.step,
+            missing=tuple(loaded.match.missing),
+            unexpected=tuple(loaded.match.unexpected),
+            mismatched=tuple(loaded.match.mismatched),
+            skipped=skipped,
+            nbytes=loaded.nbytes,
+            seconds=time.monotonic() - started,
+        )
+
+    def _restore(
+        self, state: Mapping[str, Any], targets: Targets, loaded: Loaded, info: CheckpointInfo
+    ) -> None:
+        try:
+            restore(state, targets, loaded.values, loaded.extra, loaded.match.replaced, loaded.match.resized)
+        except (Exception, CheckpointException) as error:
+            raise LoadError(
+                f"checkpoint {info.checkpoint_id!r} was read, but the state refused it: "
+                f"{type(error).__name__}: {error}",
+                checkpoint_id=info.checkpoint_id,
+            ) from error
+
+    async def _load_one(
+        self, ordinal: int, name: str, targets: Targets, how: LoadOptions, *, refill: bool
+    ) -> tuple[CheckpointInfo, Loaded]:
+        async def load(
+            contents: Contents, ready: Callable[[], Awaitable[None]]
+        ) -> tuple[CheckpointInfo, Loaded]:
+            loaded = await load_into(contents, targets, self._services, how, refill=refill, ready=ready)
+            return contents.info, loaded
+
+        return await self._agreement.attempt(ordinal, name, load)
+
+    def reading(
+        self, source: CheckpointRef, keys: Sequence[str] | None, device: torch.device | str
+    ) -> Verb[dict[str, Any]]:
+        """A checkpoint as fresh objects. Each rank reads by itself."""
+        names = yield from self.ask(self._catalog.resolve(source))
+        value, _ = yield from self._try_each(
+            names, lambda name, _: self._read_one(name, keys, device), falls_back=source == "latest"
+        )
+        return value
+
+    async def _read_one(
+        self, name: str, keys: Sequence[str] | None, device: torch.device | str
+    ) -> dict[str, Any]:
+        contents = await self._catalog.open(name)
+        try:
+            return await read_fresh(contents, self._services, keys=keys, device=device)
+        finally:
+            await contents.close()
+
+    def _try_each(
+        self, names: Sequence[str], attempt: Attempt[T], *, falls_back: bool
+    ) -> Verb[tuple[T, tuple[str, ...]]]:
+        """The first checkpoint that is whole, and the names of newer ones that are not."""
+        first: CorruptCheckpointError | None = None
+        touched = False
+        skipped: list[str] = []
+        for name in names:
+            try:
+                value = yield from self.ask(attempt(name, touched))
+            except CorruptCheckpointError as error:
+                if not falls_back:
+                    raise
+                first = first or error
+                touched = touched or error.partially_loaded
+                skipped.append(name)
+                logger.warning("%s; trying the next older one", error)
+            except IncompatibleStateError as error:
+                if not touched:
+                    raise
+                raise CorruptCheckpointError(
+                    f"{first}; and the next older checkpoint does not fit ({error})",
+                    checkpoint_id=skipped[0],
+                    partially_loaded=True,
+                ) from error
+            else:
+                return value, tuple(skipped)
+        assert first is not None
+        raise first
