@@ -50,8 +50,8 @@ class Mailbox:
         """Messages that were put into boxes."""
         self.received = 0
         """Messages that were taken out of the box that is read."""
-        self.broken = False
-        """A call failed; no further one is made, since c10d prints a stack for each."""
+        self.broken = ""
+        """Why a call failed; no further one is made then, since c10d prints a stack for each."""
         self._wait_store: dist.Store
         self._post_store: dist.Store
         self._connected = False
@@ -95,15 +95,15 @@ class Mailbox:
 
     def _call(self, fn: Callable[..., T], *args: object) -> T:
         if self.broken:
-            raise StoreGoneError("the process group's store is gone")
+            raise StoreGoneError(self.broken)
         try:
             return fn(*args)
         except (RuntimeError, OSError) as error:
-            self.broken = True
-            raise StoreGoneError(
+            self.broken = (
                 "the process group's store is gone: the process that hosts it (rank 0's, or the launcher's) "
                 f"ended or can't be reached ({(str(error) or type(error).__name__).splitlines()[0]})"
-            ) from error
+            )
+            raise StoreGoneError(self.broken) from error
 
     # In the thread that waits.
 

@@ -404,6 +404,8 @@ class SavePipeline:
         await asyncio.shield(asyncio.wrap_future(self._request.has_returned))
         assert self._transaction is not None
         self._transaction.hand_over()
+        if not self._services.coordinator.is_coordinator:
+            self._request.committing = True  # the coordinator may publish as soon as it hears from this rank
         told = await self._services.coordinator.exchange(self._request.uid, "commit", entry, self._publish)
         return CommitOutcome(*told)
 

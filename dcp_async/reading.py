@@ -145,27 +145,72 @@ class Collector:
         Raises: CoverageError, DamagedError, UnsupportedError.
         """
         meta = self._source.tensors[name]
-        boxes = [box_at(chunk.offsets, chunk.sizes) for chunk in meta.chunks]
-        if not all(_is_inside(box, meta.size) for box in boxes):
-            raise DamagedError(f"{name}: a chunk lies outside of the tensor", [name])
-        if sum(chunk.sizes.numel() for chunk in meta.chunks) > meta.size.numel():
-            raise DamagedError(f"{name}: its chunks overlap", [name])
+        boxes: list[Box] = []
         for region in regions:
-            if len(boxes) == 1 and meta.chunks[0].sizes == region.tensor.shape:  # most of them
-                if 0 not in region.tensor.shape:
-                    self._want_part(name, meta.chunks[0], boxes[0], region.tensor, boxes[0])
+            tensor = region.tensor
+            if len(meta.chunks) == 1 and self._want_whole(name, meta.size, meta.chunks[0], tensor):
                 continue
-            wanted = box_at(region.offsets, region.tensor.shape)
+            boxes = boxes or self._chunk_boxes(name, meta)
+            wanted = box_at(region.offsets, tensor.shape)
             met = [(chunk, common(box, wanted)) for chunk, box in zip(meta.chunks, boxes, strict=True)]
             here = [relative(box, region.offsets) for _, box in met if box is not None]
             try:
-                check_coverage(region.tensor.shape, here)
+                check_coverage(tensor.shape, here)
             except CoverageError as error:
                 raise CoverageError(f"{name}: {error}") from None
             for chunk, box in met:
                 if box is not None:
                     at = relative(box, region.offsets)
-                    self._want_part(name, chunk, relative(box, chunk.offsets), region.tensor, at)
+                    self._want_part(name, chunk, relative(box, chunk.offsets), tensor, at)
+
+    @staticmethod
+    def _chunk_boxes(name: str, meta: TensorStorageMetadata) -> list[Box]:
+        boxes = [box_at(chunk.offsets, chunk.sizes) for chunk in meta.chunks]
+        if not all(_is_inside(box, meta.size) for box in boxes):
+            raise DamagedError(f"{name}: a chunk lies outside of the tensor", [name])
+        if sum(chunk.sizes.numel() for chunk in meta.chunks) > meta.size.numel():
+            raise DamagedError(f"{name}: its chunks overlap", [name])
+        return boxes
+
+    def _want_whole(
+        self, name: str, size: torch.Size, chunk: ChunkStorageMetadata, target: torch.Tensor
+    ) -> bool:
+        """Read a chunk that is all of ``target`` straight into it, if that is possible: most tensors by far."""
+        if chunk.sizes != size or size != target.shape or any(chunk.offsets) or not target.numel():
+            return False
+        dtype = self._source.tensors[name].properties.dtype
+        memory = self._memory(target, dtype)
+        file, offset, length = self._place(name, MetadataIndex(name, chunk.offsets))
+        if memory is None or not self._is_raw(name, file, dtype):
+            return False
+        payload = self._payload(name, offset, length, dtype, tuple(size))
+        self._add(file, Piece(payload, len(memory), memory, 0, name))
+        return True
+
+    def _is_raw(self, name: str, file: str, dtype: torch.dtype) -> bool:
+        """Whether the item is laid out by our format, its payload at a known place."""
+        return file in self._source.raw_files and name not in self._source.exotic and dtype in PLAIN_DTYPES
+
+    @staticmethod
+    def _payload(name: str, offset: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+        """Where the payload of a raw item begins. Raises DamagedError if the item has another length."""
+        head, tail = tensor_frame(dtype, shape)
+        nbytes = dtype.itemsize
+        for extent in shape:
+            nbytes *= extent
+        if length != len(head) + nbytes + len(tail):
+            raise DamagedError(
+                f"{name}: its item has {length} bytes, a chunk of {shape} {dtype} has others", [name]
+            )
+        return offset + len(head)
+
+    def _memory(self, target: torch.Tensor, dtype: torch.dtype) -> memoryview | None:
+        """The bytes of ``target``, if elements of ``dtype`` can be read straight into them."""
+        plain = type(target) in PLAIN_TENSORS and target.dtype == dtype and target.is_cpu
+        if not plain or target.is_conj() or target.is_neg() or not target.is_contiguous():
+            return None
+        self._keep.append(target)
+        return host_memory(target.detach())
 
     def _want_part(
         self, name: str, chunk: ChunkStorageMetadata, part: Box, target: torch.Tensor, at: Box
@@ -175,9 +220,8 @@ class Collector:
         file, offset, length = self._place(name, index)
         shape = tuple(chunk.sizes)
         dtype = self._source.tensors[name].properties.dtype
-        nbytes = dtype.itemsize * chunk.sizes.numel()
-        if file not in self._source.raw_files or name in self._source.exotic or dtype not in PLAIN_DTYPES:
-            if length == nbytes and self._is_stocks_plain(name, file, index):
+        if not self._is_raw(name, file, dtype):
+            if length == dtype.itemsize * chunk.sizes.numel() and self._is_stocks_plain(name, file, index):
                 # no item of torch.save's is as short as its elements
                 raise UnsupportedError(
                     f"{name} was written with SerializationFormat.SAFETENSORS, which stock DCP itself can't "
@@ -187,17 +231,8 @@ class Collector:
             place = target if extents(at) == tuple(target.shape) else target[slices(at)]
             self._want_item(name, index, shape, self._tensor_receiver(name, place, shape, part))
             return
-        head, tail = tensor_frame(dtype, shape)
-        if length != len(head) + nbytes + len(tail):
-            raise DamagedError(
-                f"{name}: its item has {length} bytes, a chunk of {shape} {dtype} has others", [name]
-            )
-        raw = type(target) in PLAIN_TENSORS and not target.is_conj() and not target.is_neg()
-        raw = raw and target.is_cpu and target.is_contiguous() and target.dtype == dtype
-        memory = host_memory(target.detach()) if raw else None
-        if memory is not None:
-            self._keep.append(target)
-        step, payload = dtype.itemsize, offset + len(head)
+        memory, step = self._memory(target, dtype), dtype.itemsize
+        payload = self._payload(name, offset, length, dtype, shape)
         cuts: Iterable[tuple[Box, int, int]]
         whole = contiguous_run(part, shape) if memory is not None else None
         if whole is not None and contiguous_run(at, target.shape) is not None:

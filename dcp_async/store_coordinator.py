@@ -13,7 +13,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence, Set
-from typing import Any, Literal, Never, TypeVar
+from typing import Any, Literal, Never, TypeVar, cast
 
 import anyio
 import torch.distributed as dist
@@ -188,8 +188,7 @@ class StoreCoordinator:
             answer = (await waiter)()
         if not self.is_coordinator:
             self._last_answer = phase
-            mine: A = answer
-            return mine
+            return cast(A, answer)
         if not self._pulse.steady():
             self._gathering.fail(uid, {self.rank: stood_still(self.rank, phase, self._timeouts.coordination)})
             self._waiters.check(uid)
@@ -218,8 +217,7 @@ class StoreCoordinator:
             self._courier.send_in("failure", uid, failures[self.rank].plain())
 
     async def failed(self, uid: str) -> Never:
-        """Wait until ``uid`` fails on another rank, or one is lost. Raises RemoteFailure,
-        EngineStateError."""
+        """Wait until ``uid`` fails on another rank, or one is lost. Raises as ``exchange``."""
         self._check_open()
         with self._waiters.waiting(uid, None) as waiter:
             (await waiter)()

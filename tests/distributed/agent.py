@@ -80,8 +80,8 @@ class Agent:
 
     # Groups.
 
-    async def serve_store(self) -> int:
-        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    async def serve_store(self, libuv: bool) -> int:
+        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False, use_libuv=libuv)
         self._store = store
         return store.port
 
@@ -97,6 +97,13 @@ class Agent:
 
     async def leave(self) -> None:
         dist.destroy_process_group()
+
+    async def forget_addresses(self) -> None:
+        """Remove gloo's keys, or a group that is made again may connect to the ports of the old one."""
+        assert self._store is not None
+        for key in self._store.list_keys():
+            if "dcp_async" not in key:
+                self._store.delete_key(key)
 
     async def join_file(self, path: str) -> None:
         """Make the default group on a FileStore."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,8 @@ def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
     """Makes worlds that are killed after the test."""
     with contextlib.ExitStack() as stack:
 
-        def make(size: int, *, loop: str = "asyncio", host: str = "rank 0") -> World:
-            return stack.enter_context(World(size, tmp_path, loop=loop, host=host))
+        def make(size: int, **options: Any) -> World:
+            return stack.enter_context(World(size, tmp_path, **options))
 
         yield make
 

@@ -141,7 +141,9 @@ class World:
     """`size` processes in one process group, whose store lives in rank 0, or, with ``host="apart"``, in a
     process of its own, as a launcher does it."""
 
-    def __init__(self, size: int, folder: Path, *, loop: str = "asyncio", host: str = "rank 0") -> None:
+    def __init__(
+        self, size: int, folder: Path, *, loop: str = "asyncio", host: str = "rank 0", libuv: bool = True
+    ) -> None:
         self.members: list[Member] = []
         self.host: Member | None = None
         try:
@@ -149,7 +151,7 @@ class World:
                 self.members.append(Member(rank, size, loop, folder / f"stderr-{rank}"))
             if host == "apart":
                 self.host = Member(size, size, loop, folder / "stderr-host")
-            self.port: int = (self.host or self.members[0]).do("serve_store")
+            self.port: int = (self.host or self.members[0]).do("serve_store", libuv=libuv)
             self.all("join", port=self.port)
         except BaseException:
             self.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import signal
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dcp_async.remote import RemoteError, RemoteFailure
 from tests.distributed.harness import Call, Failed, World
 
 MIB = 1 << 20
@@ -307,6 +309,26 @@ def test_different_names_for_one_save_fail_both_and_name_both(make_world: MakeWo
     world.end()
 
 
+@pytest.mark.parametrize("how", ["cancelled", "forgot before", "forgot after"])
+def test_a_save_that_the_coordinator_left_without_a_word_ends_elsewhere(
+    make_world: MakeWorld, how: str
+) -> None:
+    world = make_world(2)
+    world.open()
+    if how == "cancelled":
+        mine = world[0].exchange()
+        mine.cancel()
+        assert mine.error().kind == "CancelledError"
+    elif how == "forgot before":
+        world[0].do("forget")
+    other = world[1].exchange()
+    world.all("exchange", ordinal=2)  # rank 1's messages arrive in order: its first is known now
+    if how == "forgot after":
+        world[0].do("forget")
+    assert remote(other).text == "rank 0 ended this save without an answer to the others"
+    world.end()
+
+
 # Missing and lost ranks.
 
 
@@ -393,6 +415,9 @@ def test_a_rank_that_dies_while_it_posts_blocks_nobody(make_world: MakeWorld) ->
     calls = world.begin("exchange", [0, 1, 2])
     for call in calls:
         assert list(remote(call).failures) == [3]
+    for call in world.begin("exchange", [0, 1, 2], ordinal=2):
+        assert list(remote(call).failures) == [3]
+    assert world[0].do("counts")[1] == 4  # those of ranks 1 and 2, from behind the gap
     assert max(world.all("close", [0, 1, 2])) < LATEST
 
 
@@ -556,6 +581,10 @@ def test_a_group_that_is_made_again_meets_again(make_world: MakeWorld) -> None:
     world.open()
     world.begin("exchange", [0])  # an engine is left behind, and nobody says goodbye
     world.all("leave")
+    assert world.host is not None
+    world.host.do("forget_addresses")
+    stale = [key for key in world.host.do("keys") if "dcp_async" in key]
+    assert stale
     world.all("join", port=world.port)
     world.open(engine="new")
     assert world.all("exchange", engine="new", message=0) == [[0, [0, 0]], [1, [0, 0]]]
@@ -579,6 +608,20 @@ def test_a_file_store_serves_as_well(make_world: MakeWorld, tmp_path: Path) -> N
     world.end()
 
 
+def test_the_older_kind_of_server_serves_as_well(make_world: MakeWorld) -> None:
+    world = make_world(2, libuv=False)
+    world.open()
+    assert world.all("exchange_many", ordinals=[1, 2, 3], phases=["verdict", "commit"]) == [6, 6]
+    world.end()
+
+
+def test_an_engine_that_is_left_open_does_not_keep_its_process(make_world: MakeWorld) -> None:
+    world = make_world(2)
+    world.open()
+    world[0].exchange()
+    assert [world[rank].finish() for rank in (1, 0)] == [0, 0]
+
+
 def test_memory_and_keys_do_not_grow_over_500_saves(make_world: MakeWorld) -> None:
     world = make_world(2)
     world.open()
@@ -587,3 +630,22 @@ def test_memory_and_keys_do_not_grow_over_500_saves(make_world: MakeWorld) -> No
     world.all("save_often", first=6, count=500)
     assert [world[0].do("num_keys"), world.all("held")] == before
     world.end()
+
+
+def test_errors_travel_as_capped_text_and_can_be_pickled() -> None:
+    error = RemoteError.of("write", RuntimeError("x" * 100_000))
+    phase, kind, text, trace, cancelled = error.plain()
+    assert (phase, kind, cancelled) == ("write", "RuntimeError", False)
+    assert len(text) == len(trace) == 64 << 10
+    failure = pickle.loads(pickle.dumps(RemoteFailure({3: error})))
+    assert failure.failures[3].plain() == error.plain()
+    assert str(failure).startswith("rank 3: RuntimeError: xxx")
+
+
+def test_errors_that_fail_to_print_travel() -> None:
+    class Odd(Exception):
+        def __str__(self) -> str:
+            raise ValueError("not even that")
+
+    error = RemoteError.of("write", Odd())
+    assert error.message == "(its message can't be had: ValueError)"
