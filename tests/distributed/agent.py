@@ -321,7 +321,9 @@ class Agent:
         self._finished.set()
 
 
-def main(connection: Connection[Any, Any], rank: int, size: int, loop: str, errors: str) -> None:
+def main(
+    connection: Connection[Any, Any], rank: int, size: int, loop: str, errors: str, kind: type[Agent]
+) -> None:
     """The process; its stderr goes to the file ``errors``."""
     descriptor = os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
     os.dup2(descriptor, 2)
@@ -332,7 +334,7 @@ def main(connection: Connection[Any, Any], rank: int, size: int, loop: str, erro
     factory = uvloop.new_event_loop if loop == "uvloop" else asyncio.new_event_loop
 
     async def run() -> None:
-        await Agent(connection, rank, size).serve()
+        await kind(connection, rank, size).serve()
 
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(run())
