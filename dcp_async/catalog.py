@@ -105,6 +105,11 @@ class Contents:
         inside = {name: part.path for parts in self.parts.values() for name, part in parts.items()}
         return structure_from_paths({**usable_paths(self.metadata), **inside}, list(self.names))
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether each rank wrote metadata of its own, so that nothing says how many there were."""
+        return self.manifest is None and self.info.world_size is not None
+
     async def close(self) -> None:
         await self.reader.close()
 

@@ -30,17 +30,20 @@ from .errors import (
     UntrustedCheckpointError,
 )
 from .formats.stock_metadata import usable_paths
-from .formats.structure import Tree, build, children_of, leaf_names, pruned
+from .formats.structure import Tree, build, children_of, leaf_names, pickled_keys, pruned
 from .item import UnsupportedError
-from .matching import Dtypes, Match, check_fit, fresh_tensor, is_plain_meta, match_state
+from .matching import Dtypes, Match, check_fit, check_groups, fresh_tensor, is_plain_meta, match_state
 from .pipeline import first_failure
 from .reading import Collector, CoverageError, Source, copy_exotic
+from .sharding import is_known_to_autograd
 from .spans import DamagedError, FetchBuffers, Span, make_batches, make_spans
 from .state import OpenMapping, Region, Targets
 from .trust import Trust, UntrustedGlobal, load_pickle
 from .unfolding import folded, take_apart
 
 _QUEUE_BATCHES = 2
+
+BeforeTouch = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +79,8 @@ class Loaded:
 class LoadPipeline:
     """Reads what is wanted of one opened checkpoint."""
 
-    def __init__(self, contents: Contents, services: LoadServices) -> None:
+    def __init__(self, contents: Contents, services: LoadServices, *, touched: bool = False) -> None:
+        """``touched``: targets hold bytes of another checkpoint, which was corrupt."""
         self._contents = contents
         self._services = services
         manifest = contents.manifest
@@ -90,7 +94,7 @@ class LoadPipeline:
             transforms=contents.transforms,
             trust=services.trust,
         )
-        self._touched = False
+        self._touched = touched
 
     async def read(
         self,
@@ -98,7 +102,7 @@ class LoadPipeline:
         leaves: Iterable[str],
         *,
         fresh: bool,
-        ready: Callable[[], Awaitable[None]] | None = None,
+        before_touch: BeforeTouch | None = None,
     ) -> tuple[dict[str, Any], int]:
         """Fill ``tensors``; gives (name -> value of each leaf, number of bytes).
 
@@ -129,9 +133,9 @@ class LoadPipeline:
                     heads.want_head(item, doubtful)
             for collector in (heads, doubtful, small):
                 await self._flow(collector)
-            if ready is not None:
-                await ready()
-            self._touched = not fresh
+            if before_touch is not None:
+                await before_touch(values)
+            self._touched = self._touched or not fresh
             await self._flow(large)
             if inside:
                 await self._services.threads.run(_copy_all, *zip(*inside, strict=True))
@@ -156,9 +160,14 @@ class LoadPipeline:
                 contents.parts[leaf] = dict(take_apart(value, leaf, paths.get(leaf, (leaf,)), wanted))
 
     def unpickle(self, raw: bytes) -> Any:
-        """A key of a mapping. Raises UntrustedCheckpointError."""
+        """A key of a mapping. Raises UntrustedCheckpointError, CorruptCheckpointError."""
         try:
-            return load_pickle(raw, self._services.trust)
+            key = load_pickle(raw, self._services.trust)
+            hash(key)
+            return key
+        except TypeError as error:
+            damaged = DamagedError(f"a mapping's key can't be one: {error}", [])
+            raise self._explain(damaged, self._contents.info.checkpoint_id) from error
         except (UntrustedGlobal, ValueError) as error:
             explained = self._explain(error, self._contents.info.checkpoint_id)
             raise explained from error
@@ -175,6 +184,13 @@ class LoadPipeline:
             )
         if isinstance(error, UnsupportedError):
             return LoadError(f"checkpoint {name!r}: {error}; {state}", checkpoint_id=name)
+        if isinstance(error, CoverageError) and self._contents.is_merged:
+            # each rank of stock's wrote its own metadata, and one is missing
+            return CorruptCheckpointError(
+                f"checkpoint {name!r} is not whole: {error}; {state}. Load an older checkpoint",
+                checkpoint_id=name,
+                partially_loaded=self._touched,
+            )
         if isinstance(error, CoverageError):
             return IncompatibleStateError(f"checkpoint {name!r}: {error}; {state}", checkpoint_id=name)
         if isinstance(error, DamagedError):
@@ -266,7 +282,7 @@ async def load_into(
         refill: targets hold bytes of a corrupt checkpoint, so each must be filled.
         ready: awaited before the first target is touched.
     """
-    pipeline = LoadPipeline(contents, services)
+    pipeline = LoadPipeline(contents, services, touched=refill)
     await pipeline.unfold({*targets.tensors, *targets.leaves})
     match = match_state(targets, contents, dtypes=how.dtypes)
     if how.strict or refill:
@@ -277,18 +293,27 @@ async def load_into(
             name: [Region(torch.empty_like(region.tensor), region.offsets) for region in regions]
             for name, regions in into.items()
         }
+    keys = {raw: pipeline.unpickle(raw) for node in match.open_nodes.values() for raw in pickled_keys(node)}
+
+    async def before_touch(values: Mapping[str, Any]) -> None:
+        check_groups(targets, values, contents.info.checkpoint_id)
+        await ready()
+
     fresh = {name: [Region.whole(tensor)] for name, tensor in match.fresh.items()}
-    values, nbytes = await pipeline.read({**into, **fresh}, match.leaves, fresh=how.atomic, ready=ready)
+    values, nbytes = await pipeline.read(
+        {**into, **fresh}, match.leaves, fresh=how.atomic, before_touch=before_touch
+    )
     filled = _tensors_of(match.tensors)
     # bytes were written past autograd: whoever saved one of these for backward must notice
     wrappers = [targets.tensors[name] for name in match.tensors if name in targets.local]
-    torch.autograd.graph.increment_version([t for t in [*filled, *wrappers] if not t.is_inference()])
+    touched = [*filled, *filter(is_known_to_autograd, wrappers)]
+    torch.autograd.graph.increment_version([tensor for tensor in touched if not tensor.is_inference()])
     if how.atomic and into:
         await services.threads.run(_copy_all, filled, _tensors_of(into))
     values |= match.fresh
     extra: dict[str, dict[Any, Any]] = {}
     for prefix, node in match.open_nodes.items():
-        taken = build(node, values.__getitem__, pipeline.unpickle, prefix)
+        taken = build(node, values.__getitem__, keys.__getitem__, prefix)
         mapping = targets.open_mappings.get(prefix)
         extra[prefix] = {_optimizer_key(mapping, key): entry for key, entry in taken.items()}
     return Loaded(values=values, extra=extra, match=match, nbytes=nbytes)
@@ -356,12 +381,13 @@ async def read_fresh(
 
 def _chosen(structure: Tree, keys: Collection[str], contents: Contents) -> Tree:
     """What of ``structure`` lies at or below ``keys``."""
+    chosen, found = pruned(structure, keys)
     for key in keys:
-        if not children_of(pruned(structure, (key,))):
+        if key not in found:
             heads = [str(head) for head, _ in children_of(structure)]
             raise LoadError(
                 f"checkpoint {contents.info.checkpoint_id!r} holds nothing named {key!r}; "
                 f"its names begin with {', '.join(heads[:10])}",
                 checkpoint_id=contents.info.checkpoint_id,
             )
-    return pruned(structure, keys)
+    return chosen

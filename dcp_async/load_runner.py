@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ._drive import Verb
 from .agreement import Agreement
 from .catalog import Catalog, Contents
-from .errors import CorruptCheckpointError, IncompatibleStateError, LoadError
+from .errors import CorruptCheckpointError, IncompatibleStateError, LoadError, StorageError
 from .lifetime import Lifetime
 from .load_pipeline import Loaded, LoadOptions, LoadServices, load_into, read_fresh
 from .response import CheckpointInfo, CheckpointRef, LoadReport
@@ -89,8 +89,8 @@ class LoadRunner:
             restore(state, targets, loaded.values, loaded.extra, loaded.match.replaced, loaded.match.resized)
         except (Exception, CheckpointException) as error:
             raise LoadError(
-                f"checkpoint {info.checkpoint_id!r} was read, but the state refused it: "
-                f"{type(error).__name__}: {error}",
+                f"checkpoint {info.checkpoint_id!r} was read, but the state refused it, its tensors "
+                f"overwritten already: {type(error).__name__}: {error}",
                 checkpoint_id=info.checkpoint_id,
             ) from error
 
@@ -141,15 +141,20 @@ class LoadRunner:
                 touched = touched or error.partially_loaded
                 skipped.append(name)
                 logger.warning("%s; trying the next older one", error)
-            except IncompatibleStateError as error:
+            except (LoadError, StorageError) as error:
                 if not touched:
                     raise
-                raise CorruptCheckpointError(
-                    f"{first}; and the next older checkpoint does not fit ({error})",
-                    checkpoint_id=skipped[0],
-                    partially_loaded=True,
+                raise _overwritten(
+                    skipped[0], f"{first}; and the next older one can't be loaded ({error})"
                 ) from error
             else:
                 return value, tuple(skipped)
         assert first is not None
+        if touched and not first.partially_loaded:
+            raise _overwritten(skipped[0], f"{first}; and the older ones are corrupt as well") from first
         raise first
+
+
+def _overwritten(name: str, what: str) -> CorruptCheckpointError:
+    message = f"{what}. The state holds bytes of a corrupt checkpoint"
+    return CorruptCheckpointError(message, checkpoint_id=name, partially_loaded=True)

@@ -7,9 +7,9 @@ is touched.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
@@ -133,6 +133,8 @@ def _match_tensor(
         match.mismatch(name, "is a tensor in the state, but not in the checkpoint")
         return
     saved = meta.properties.dtype
+    # what lies here is asked, not the tensor itself: a ShardedTensor has few answers
+    regions = targets.local[name] if name in targets.local else [Region.whole(tensor)]
     here, there = f"{tuple(tensor.shape)} {tensor.dtype}", f"{tuple(meta.size)} {saved}"
     if meta.size != tensor.shape:
         match.mismatch(name, f"is {here} in the state, {there} in the checkpoint")
@@ -141,10 +143,10 @@ def _match_tensor(
         match.convertible = match.convertible or torch.can_cast(saved, tensor.dtype)
     elif saved != tensor.dtype and not torch.can_cast(saved, tensor.dtype):
         match.mismatch(name, f"is {here} in the state; {saved}, as in the checkpoint, can't become that")
-    elif _is_expanded(tensor):
+    elif any(_is_expanded(region.tensor) for region in regions):
         match.mismatch(name, "is expanded: its elements share one place; clone() it first")
-    elif not tensor.is_meta:
-        match.tensors[name] = targets.local[name] if name in targets.local else [Region.whole(tensor)]
+    elif not any(region.tensor.is_meta for region in regions):
+        match.tensors[name] = regions
     elif name in targets.local:
         match.mismatch(name, "is distributed and on the meta device; materialise it first, with to_empty()")
     elif is_plain_meta(meta) and name not in exotic:
@@ -233,6 +235,22 @@ def _at_or_below(head: str, names: Sequence[str]) -> list[str]:
         found.append(names[at])
         at += 1
     return found
+
+
+def check_groups(targets: Targets, values: Mapping[str, Any], checkpoint_id: str) -> None:
+    """Optimizers refuse groups of other sizes, but only when all is read. Raises IncompatibleStateError."""
+    for prefix, stateful, _ in targets.walk.statefuls:
+        if isinstance(stateful, torch.optim.Optimizer):
+            for number, group in enumerate(stateful.param_groups):
+                name = f"{prefix}.param_groups.{number}.params"
+                saved = values.get(name)
+                if isinstance(saved, list) and len(saved) != len(group["params"]):
+                    raise IncompatibleStateError(
+                        f"checkpoint {checkpoint_id!r} does not fit the state ({prefix}: group {number} "
+                        f"has {len(group['params'])} parameters, {len(saved)} in the checkpoint); "
+                        "nothing was loaded",
+                        checkpoint_id=checkpoint_id,
+                    )
 
 
 def check_fit(match: Match, checkpoint_id: str, *, unexpected: bool) -> None:

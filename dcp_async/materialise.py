@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 logger = logging.getLogger(__name__)
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-"""What compiling, activation checkpointing and FSDP put into a module's names; DDP puts "module" in front."""
+"""What compiling, activation checkpointing and FSDP put into a module's names."""
 
 
 def below(prefix: str, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -28,23 +29,23 @@ def below(prefix: str, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def _canonical(name: str) -> str:
-    parts = [part for part in name.removeprefix("module.").split(".") if part not in _WRAPPERS]
-    return ".".join(parts)
+def _canonical(module: torch.nn.Module, name: str) -> str:
+    if isinstance(module, DistributedDataParallel):
+        name = name.removeprefix("module.")
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def materialise(module: torch.nn.Module, fresh: Mapping[str, torch.Tensor]) -> None:
     """Put ``fresh`` in place of the module's tensors of these names that are on the meta device."""
     left = []
-    canonical = {_canonical(name): tensor for name, tensor in fresh.items()}
     for path, owner in list(module.named_modules()):
         for slots in (owner._parameters, owner._buffers):
             for name, tensor in list(slots.items()):
                 if tensor is None or not tensor.is_meta:
                     continue
                 full = f"{path}.{name}" if path else name
-                found = fresh.get(full, canonical.get(_canonical(full)))
-                if found is not None:
+                found = fresh.get(full, fresh.get(_canonical(module, full)))
+                if found is not None and found.shape == tensor.shape:
                     _replace(module, tensor, found)
                 elif name in owner._non_persistent_buffers_set:
                     left.append(full)

@@ -44,11 +44,10 @@ def check_coverage(shape: Sequence[int], boxes: Sequence[Box]) -> None:
     edges = [
         sorted({0, extent, *(edge for box in boxes for edge in box[dim])}) for dim, extent in enumerate(shape)
     ]
+    places = [{edge: at for at, edge in enumerate(line)} for line in edges]
     cells = torch.zeros([len(edge) - 1 for edge in edges], dtype=torch.bool)
     for box in boxes:
-        cells[
-            tuple(slice(edges[dim].index(low), edges[dim].index(high)) for dim, (low, high) in enumerate(box))
-        ] = True
+        cells[tuple(slice(at[low], at[high]) for at, (low, high) in zip(places, box, strict=True))] = True
     if not cells.all():
         hole = [edges[dim][int(at)] for dim, at in enumerate((~cells).nonzero()[0])]
         raise CoverageError(f"no chunk covers the region that starts at {hole}")
@@ -175,7 +174,8 @@ class Collector:
     def _want_whole(
         self, name: str, size: torch.Size, chunk: ChunkStorageMetadata, target: torch.Tensor
     ) -> bool:
-        """Read a chunk that is all of ``target`` straight into it, if that is possible: most tensors by far."""
+        """Read a chunk that is all of ``target`` straight into it, if that is possible: most tensors by
+        far."""
         if chunk.sizes != size or size != target.shape or any(chunk.offsets) or not target.numel():
             return False
         dtype = self._source.tensors[name].properties.dtype

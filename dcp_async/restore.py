@@ -8,11 +8,10 @@ piece.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Container, Mapping, MutableMapping
-from typing import Any, cast
+from collections.abc import Collection, Container, Mapping
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.stateful import Stateful
 
 from .materialise import below, materialise
 from .state import Targets
@@ -48,6 +47,9 @@ def restore(
         they are."""
         if name in values:
             return values[name]
+        if id(value) in captured:  # one inside of another's state: it takes its own
+            give(value, name)
+            return value
         if isinstance(value, Mapping):
             updates = {key: merged(f"{name}.{key}", entry) for key, entry in value.items()}
             changed = {key: entry for key, entry in updates.items() if entry is not value[key]}
@@ -56,7 +58,8 @@ def restore(
             gone = [key for key in value if f"{name}.{key}" not in stay] if stay is not None else []
             if not changed and not gone:
                 return value
-            made = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
+            # a copy of another mapping might share what is inside of it
+            made = copy.copy(value) if isinstance(value, dict) else dict(value)
             for key in gone:
                 del made[key]
             for key, entry in changed.items():  # not update(): a Counter would add
@@ -67,6 +70,16 @@ def restore(
             return entries if any(new is not old for new, old in zip(entries, value, strict=True)) else value
         return value
 
+    def give(stateful: Any, name: str) -> None:
+        inner = captured[id(stateful)]
+        stateful.load_state_dict(merged(name, inner))
+        if _left_meta(name, inner, values) and (left := _left_meta(name, stateful.state_dict(), values)):
+            # torch's load_state_dict() fills nothing there, and only warns
+            raise ValueError(
+                f"{left[0]} is still on the meta device after {type(stateful).__name__}.load_state_dict(); "
+                "put the module itself or an AppState into the state, or use to_empty() first"
+            )
+
     def hand_back(container: Any, key: Any, name: str) -> None:
         value = container[key]
         if name in values:
@@ -74,14 +87,7 @@ def restore(
         elif isinstance(value, torch.Tensor):
             return
         elif id(value) in captured:
-            inner = captured[id(value)]
-            cast(Stateful, value).load_state_dict(merged(name, inner))
-            if _left_meta(name, inner, values) and (left := _left_meta(name, value.state_dict(), values)):
-                # torch's load_state_dict() fills nothing there, and only warns
-                raise ValueError(
-                    f"{left[0]} is still on the meta device after {type(value).__name__}.load_state_dict(); "
-                    "put the module itself or an AppState into the state, or use to_empty() first"
-                )
+            give(value, name)
         elif isinstance(value, Mapping):
             for inner_key in list(value):
                 hand_back(value, inner_key, f"{name}.{inner_key}")
@@ -114,4 +120,4 @@ def _left_meta(name: str, value: Any, read: Container[str]) -> list[str]:
         return [left for key, entry in value.items() for left in _left_meta(f"{name}.{key}", entry, read)]
     if isinstance(value, list):
         return [left for at, entry in enumerate(value) for left in _left_meta(f"{name}.{at}", entry, read)]
-    return [name] if isinstance(value, torch.Tensor) and value.is_meta and name in read else []
+    return [name] if isinstance(value, torch.Tensor) and name in read and value.is_meta else []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import io
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 
 from .boxes import box_at, slices
 from .formats.distcp import SECTOR_BYTES
-from .formats.structure import Tree
+from .formats.structure import Tree, heads_of
 from .formats.zip_item import object_item, pad_item, slot_bytes
 from .sharding import Offsets, Shard
-from .stateful import AppState
+from .stateful import AppState, PerRank, is_stateful
 from .walk import CaptureError, Walk, duplicate_name, structure_of, walk_state
 
 
@@ -65,7 +65,7 @@ class Structure:
     slots: list[int]
     """Length of each leaf's slot."""
     containers: list[tuple[str, str, int, int]]
-    odd_keys: list[tuple[str, type, object]]
+    odd_keys: list[tuple[str, bytes]]
     ties: list[tuple[str, int]]
     """Names that share the bytes of an earlier tensor."""
     shards: dict[int, Shard]
@@ -293,28 +293,55 @@ def capture_targets(state: Mapping[str, Any], *, rank: int = 0, world_size: int 
             tensors[name] = leaf
         else:
             leaves.add(name)
-    open_mappings: dict[str, OpenMapping] = {}
-    for prefix, stateful, _ in walk.statefuls:
-        if inspect.iscoroutinefunction(stateful.load_state_dict):
-            raise CaptureError(
-                f"{prefix}: {type(stateful).__name__}.load_state_dict() is asynchronous and would not be "
-                "awaited; give the state an object that takes its state in one piece"
-            )
-        for name, kind, size, _ in walk.containers:
-            if kind != "list" and size == 0 and (name == prefix or name.startswith(f"{prefix}.")):
-                open_mappings[name] = OpenMapping(type(stateful), False)
-        if isinstance(stateful, Optimizer):
-            open_mappings[f"{prefix}.state"] = OpenMapping(type(stateful), True)
-        elif isinstance(stateful, AppState):
-            open_mappings[f"{prefix}.optim.state"] = OpenMapping(type(stateful), True)
+    _check_assignable("", state)
     device = torch.get_default_device()
     return Targets(
         walk=walk,
         tensors=tensors,
         local=local,
         leaves=leaves,
-        open_mappings=open_mappings,
+        open_mappings=_open_mappings(walk),
         prefixes=set(state),
         device=torch.device("cpu") if device.type == "meta" else device,
         world_size=world_size,
     )
+
+
+def _open_mappings(walk: Walk) -> dict[str, OpenMapping]:
+    owners = {prefix: type(stateful) for prefix, stateful, _ in walk.statefuls}
+    found: dict[str, OpenMapping] = {}
+    for name, kind, size, _ in walk.containers:
+        if kind != "list" and size == 0:
+            owner = next((owners[head] for head in reversed(heads_of(name)) if head in owners), None)
+            if owner is not None:
+                found[name] = OpenMapping(owner, False)
+    for prefix, stateful, _ in walk.statefuls:
+        if inspect.iscoroutinefunction(stateful.load_state_dict):
+            raise CaptureError(
+                f"{prefix}: {type(stateful).__name__}.load_state_dict() is asynchronous and would not be "
+                "awaited; give the state an object that takes its state in one piece"
+            )
+        if isinstance(stateful, Optimizer):
+            found[f"{prefix}.state"] = OpenMapping(type(stateful), True)
+        elif isinstance(stateful, AppState):
+            found[f"{prefix}.optim.state"] = OpenMapping(type(stateful), True)
+    return found
+
+
+def _check_assignable(name: str, container: Any) -> None:
+    """Leaves are replaced in the caller's containers. Raises CaptureError for one that can't be assigned
+    to."""
+    is_mapping = isinstance(container, Mapping)
+    entries = container.items() if is_mapping else enumerate(container)
+    fixed = is_mapping and not isinstance(container, MutableMapping)
+    for key, value in entries:
+        if isinstance(value, torch.Tensor) or is_stateful(value):
+            continue
+        if isinstance(value, (Mapping, list)):
+            _check_assignable(f"{name}.{key}" if name else str(key), value)
+        elif fixed and not isinstance(value, PerRank):
+            where = name or "the state"
+            raise CaptureError(
+                f"{where} is a {type(container).__name__}, which can't be assigned to, and holds {key!r}, "
+                "which is no tensor; use a dict"
+            )

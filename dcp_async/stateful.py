@@ -115,6 +115,7 @@ class AppState:
                     f"AppState(optimizers) takes torch.optim.Optimizer objects, not {optimizer!r}"
                 )
         self.options = options
+        self._as_it_is = False
 
     def __repr__(self) -> str:
         kinds = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
@@ -124,17 +125,20 @@ class AppState:
         """``{"model": {name: tensor}, "optim": {"state": {name: ...}, "param_groups": [...]}}``; without
         optimizers there is no ``"optim"``. For stock, which loads only into entries that are there, an
         optimizer without state gets one."""
-        model, optim = get_state_dict(self.model, self.optimizers, options=self.options)
-        return {"model": model, "optim": optim} if self.optimizers else {"model": model}
-
-    def _snapshot(self) -> dict[str, Any]:
-        """The same for the engine, and nothing of the run changes."""
-        with self._no_made_up_state(not self._options.flatten_optimizer_state_dict):
+        with self._no_made_up_state(self._as_it_is and not self._options.flatten_optimizer_state_dict):
             model, optim = get_state_dict(self.model, self.optimizers, options=self.options)
         entries = cast("dict[str, Any]", optim.get("state", {}))
         for name in [name for name, entry in entries.items() if _MARK in entry]:
             del entries[name]
         return {"model": model, "optim": optim} if self.optimizers else {"model": model}
+
+    def _snapshot(self) -> dict[str, Any]:
+        """``state_dict()`` for the engine, also that of a subclass: nothing of the run changes."""
+        self._as_it_is = True
+        try:
+            return self.state_dict()
+        finally:
+            self._as_it_is = False
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hand both parts back to torch."""
@@ -158,11 +162,11 @@ class AppState:
         marked: list[tuple[Optimizer, torch.Tensor]] = []
         # FSDP1 turns entries into flat ones and would trip over a foreign one
         if possible and not any(isinstance(part, FullyShardedDataParallel) for part in self.model.modules()):
-            marked = [
-                (optimizer, optimizer.param_groups[0]["params"][0])
-                for optimizer in self.optimizers
-                if not optimizer.state and optimizer.param_groups[0]["params"]
-            ]
+            for optimizer in self.optimizers:
+                parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+                first = next(parameters, None)
+                if first is not None and not optimizer.state:
+                    marked.append((optimizer, first))
         for optimizer, parameter in marked:
             optimizer.state[parameter] = {_MARK: 0}
         try:

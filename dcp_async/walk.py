@@ -48,6 +48,15 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided and tensor.dtype in PLAIN_DTYPES
 
 
+def _is_stable(key: object) -> bool:
+    """Whether the ``str()`` of a key is the same in another process."""
+    if isinstance(key, tuple):
+        return all(map(_is_stable, key))
+    if isinstance(key, (frozenset, torch.Tensor)):
+        return False
+    return type(key).__repr__ is not object.__repr__ or type(key).__str__ is not object.__str__
+
+
 @dataclass(slots=True)
 class Walk:
     """The leaves of a state, in DCP's order and by DCP's names."""
@@ -69,8 +78,8 @@ class Walk:
     containers: list[tuple[str, str, int, int]] = field(default_factory=list)
     """(prefix, kind, size, leaves before it) of each container: with the names this is the whole
     structure."""
-    odd_keys: list[tuple[str, type, object]] = field(default_factory=list)
-    """Mapping keys that are no str: (name below the key, its type, key)."""
+    odd_keys: list[tuple[str, bytes]] = field(default_factory=list)
+    """Mapping keys that are no str: (name below the key, what tells it from another of that name)."""
     optimizers: list[Optimizer] = field(default_factory=list)
     statefuls: list[tuple[str, Any, Any]] = field(default_factory=list)
     """(prefix, the Stateful, what its state_dict() gave)."""
@@ -203,13 +212,18 @@ class Walk:
         self.containers.append((name, kind, size, leaves))
 
     def _visit_odd_key(self, below: str, key: object) -> None:
+        if not _is_stable(key):
+            raise CaptureError(
+                f"{below}: a key of type {type(key).__name__} has another str() in each process, and names "
+                "are made of that; use a str, an int, or a tuple of these"
+            )
         try:
-            pickled_key(key)
+            raw = pickled_key(key)
         except Exception as error:  # pickling runs the key's own code, which may raise anything
             raise CaptureError(
                 f"{below}: a key of type {type(key).__name__} can't be pickled ({error}); use a str or an int"
             ) from error
-        self.odd_keys.append((below, type(key), key))
+        self.odd_keys.append((below, repr(key).encode() if raw is None else raw))
 
     def _visit_mapping(self, name: str, mapping: Mapping[Any, Any]) -> None:
         self._enter(name, mapping_kind(mapping), len(mapping))

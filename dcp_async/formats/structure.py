@@ -176,24 +176,54 @@ def leaf_names(node: Tree, name: str | None = None) -> list[str]:
     return [leaf for key, child in children_of(node) for leaf in leaf_names(child, _join(name, key))]
 
 
-def is_at_or_below(name: str, keys: Collection[str]) -> bool:
-    """Whether ``name`` is one of ``keys`` or lies below one."""
-    return name in keys or any(name.startswith(f"{key}.") for key in keys)
-
-
-def pruned(node: Tree, keys: Collection[str], name: str | None = None) -> Tree:
-    """What of a container lies at or below ``keys``, whole, and the containers on the way there."""
-    kept: list[tuple[Any, Tree]] = []
+def pickled_keys(node: Tree) -> list[bytes]:
+    """Every key in a tree that is still pickled."""
+    found = []
     for key, child in children_of(node):
-        below = _join(name, key)
-        if is_at_or_below(below, keys):
-            kept.append((key, child))
-        elif child is not None and any(wanted.startswith(f"{below}.") for wanted in keys):
-            inner = pruned(child, keys, below)
-            if children_of(inner):
-                kept.append((key, inner))
-    kind = kind_of(node) or "dict"
-    return list_node([child for _, child in kept]) if kind == "list" else mapping_node(kind, kept)
+        if isinstance(key, PickledKey):
+            found.append(key.raw)
+        found += pickled_keys(child)
+    return found
+
+
+def heads_of(name: str) -> list[str]:
+    """``name`` and everything that it lies below."""
+    return [name[:at] for at, letter in enumerate(name) if letter == "."] + [name]
+
+
+def pruned(node: Tree, keys: Collection[str]) -> tuple[Tree, set[str]]:
+    """What of a container lies at or below ``keys``, whole, with the containers on the way there; and the
+    keys for which there is something."""
+    wanted = set(keys)
+    above = {head for key in keys for head in heads_of(key)}
+    found: set[str] = set()
+
+    def prune(node: Tree, name: str | None) -> Tree:
+        kept: list[tuple[Any, Tree]] = []
+        for key, child in children_of(node):
+            below = _join(name, key)
+            if met := wanted.intersection(heads_of(below)):
+                found.update(met)
+                kept.append((key, child))
+            elif child is not None and below in above:
+                inner = prune(child, below)
+                if children_of(inner):
+                    kept.append((key, inner))
+        kind = kind_of(node) or "dict"
+        return list_node([child for _, child in kept]) if kind == "list" else mapping_node(kind, kept)
+
+    def mark(node: Tree, name: str) -> None:
+        """Keys below one that was asked for as well."""
+        for key, child in children_of(node):
+            below = _join(name, key)
+            found.update(wanted & {below})
+            if below in above:
+                mark(child, below)
+
+    tree = prune(node, None)
+    for key, child in children_of(tree):
+        mark(child, str(key))
+    return tree, found
 
 
 def subtree(node: Tree, name: str, prefix: str | None = None) -> Tree:
