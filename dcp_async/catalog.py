@@ -31,8 +31,8 @@ from .errors import (
 )
 from .formats.distcp import Footer, FooterError, footer_span
 from .formats.manifest import Manifest, ManifestError, NewerVersionError, decode_manifest
-from .formats.metadata import decode_metadata
 from .formats.stock_metadata import merge_ranks, usable_paths
+from .formats.stock_pickle import decode_metadata
 from .formats.structure import Tree, leaf_names, structure_from_paths, tree_from_json
 from .response import CheckpointInfo, CheckpointRef
 from .storage.base import Reader, Storage, StoredCheckpoint

@@ -123,10 +123,13 @@ class LocalCoordinator:
         """Nobody is waited for."""
 
 
-def make_coordinator(options: Coordination, *, timeouts: Timeouts, digest: str) -> Coordinator:
+def make_coordinator(
+    options: Coordination, *, timeouts: Timeouts, digest: str, missed: Callable[[int, str], object]
+) -> Coordinator:
     """The coordinator that ``options`` ask for.
 
-    Args: ``digest`` stands for what ranks have to configure alike.
+    Args: ``digest`` stands for what ranks have to configure alike; ``missed`` is told the ordinal and name of
+    what the others gave up waiting for this rank to call.
     Raises: EngineStateError where other ranks would be written over, and for a rank outside of the group.
     """
     if options.mode == "local":
@@ -148,5 +151,9 @@ def make_coordinator(options: Coordination, *, timeouts: Timeouts, digest: str) 
     if group.size() == 1:
         return LocalCoordinator()
     return StoreCoordinator(
-        group, coordinator_rank=options.coordinator_rank, timeouts=timeouts, digest=digest
+        group,
+        coordinator_rank=options.coordinator_rank,
+        timeouts=timeouts,
+        digest=digest,
+        missed=missed,
     )

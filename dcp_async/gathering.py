@@ -16,15 +16,16 @@ from typing import Any
 
 from .remote import REMEMBERED, RemoteError, Waiters, name_ranks
 
-VERDICT = "verdict"
-"""The phase in which all ranks have to arrive within a time of the first: later ones take as long as writing
-takes."""
+MEETINGS = {"verdict": "save()", "choose": "load()", "latest": "latest()"}
+"""Verbs of the engine, by their first phase. In it all ranks have to arrive within a time of the first: later
+ones take as long as writing or reading takes."""
 
 
 @dataclass(slots=True)
 class _Round:
     """One phase of one save."""
 
+    ordinal: int | None
     name: str
     messages: dict[int, Any] = field(default_factory=dict)
     deadline: asyncio.TimerHandle | None = None
@@ -83,29 +84,30 @@ class Gathering:
             return
         if ordinal is not None and self._differs(rank, uid, ordinal, name, phase):
             return
-        of = self._rounds.setdefault((uid, phase), _Round(name))
+        of = self._rounds.setdefault((uid, phase), _Round(ordinal, name))
         of.messages[rank] = message
         if len(of.messages) == self._world_size:
             self._drop(uid, phase)
             self._complete(uid, phase, [of.messages[rank] for rank in range(self._world_size)])
-        elif not self._lacks_gone(uid, phase, of) and phase == VERDICT and of.deadline is None:
+        elif not self._lacks_gone(uid, phase, of) and phase in MEETINGS and of.deadline is None:
             loop = asyncio.get_running_loop()
             of.deadline = loop.call_later(self._timeout, self._late, uid)
 
     def _differs(self, rank: int, uid: str, ordinal: int, name: str, phase: str) -> bool:
-        """Whether ranks gave different names to their saves of one ordinal, which can never meet."""
+        """Whether ranks do different things under one ordinal, which can never meet."""
         names = self._names.setdefault(ordinal, {})
-        names.setdefault(name, (uid, set()))[1].add(rank)
+        did = f"called {MEETINGS[phase]}" if phase in MEETINGS and phase != "verdict" else f"saved {name!r}"
+        names.setdefault(did, (uid, set()))[1].add(rank)
         while len(self._names) > REMEMBERED:
             self._names.popitem(last=False)
         if len(names) == 1:
             return False
-        told = ", ".join(f"{name_ranks(sorted(ranks))} saved {name!r}" for name, (_, ranks) in names.items())
+        told = ", ".join(f"{name_ranks(sorted(ranks))} {did}" for did, (_, ranks) in names.items())
         error = RemoteError(
             phase=phase,
             type_name="EngineStateError",
-            message=f"the ranks do not save the same: as save number {ordinal} of the engine {told}. "
-            "All ranks have to save the same checkpoints in the same order",
+            message=f"the ranks do not save the same: as call number {ordinal} of the engine {told}. "
+            "All ranks have to save (and load) the same checkpoints in the same order",
         )
         everybody = {rank: error for _, ranks in names.values() for rank in ranks}
         for other, _ in names.values():
@@ -152,18 +154,21 @@ class Gathering:
                     self.fail(uid, failures, reporter=reporter)
 
     def missing(self, uid: str) -> dict[int, RemoteError]:
-        """Who has not sent its verdict message for ``uid``; empty if nobody waits for it any more."""
-        of = self._rounds.get((uid, VERDICT))
-        ranks = [] if of is None else [rank for rank in range(self._world_size) if rank not in of.messages]
-        what = f"save() of {of.name!r}" if of is not None and of.name else "this"
-        return {
-            rank: RemoteError(
-                phase=VERDICT,
-                type_name="TimeoutError",
-                message=f"rank {rank} did not call {what} within {self._timeout:g} s of the first rank",
-            )
-            for rank in ranks
-        }
+        """Who has not begun ``uid``; empty if nobody waits for that any more."""
+        for phase, verb in MEETINGS.items():
+            if (of := self._rounds.get((uid, phase))) is not None:
+                what = f"{verb} of {of.name!r}" if phase == "verdict" and of.name else verb
+                late = f"did not call {what} within {self._timeout:g} s of the first rank"
+                return {
+                    rank: RemoteError(phase=phase, type_name="TimeoutError", message=f"rank {rank} {late}")
+                    for rank in range(self._world_size)
+                    if rank not in of.messages
+                }
+        return {}
+
+    def begun(self, uid: str) -> tuple[int | None, str]:
+        """The ordinal and name of ``uid``, which ranks wait to begin."""
+        return next((of.ordinal, of.name) for (other, _), of in self._rounds.items() if other == uid)
 
     def lacking(self, ranks: set[int]) -> set[str]:
         """The uids that wait for a message of one of ``ranks``."""

@@ -1,8 +1,8 @@
 """One stored item that ``torch.load`` decodes: inflated, checked, and judged by its first bytes.
 
 Enters: where an item lies and what `.metadata` says of it; then its bytes. Leaves: a tensor or an object.
-Pure but for torch's decoding. Invariant: nothing is decoded that was not inflated within bounds, and whose
-recorded checksums do not hold.
+Pure but for torch's decoding. Invariant: nothing is decoded that was not inflated within bounds, whose
+records are not what was judged, or whose recorded checksums do not hold.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from .formats.zip_item import check_crcs, pickle_start
+from .formats.zip_item import check_records, pickle_start
 from .trust import Trust, check_globals, is_zip, load_item
 
 _HEAD_BYTES = 1024
@@ -28,6 +28,7 @@ _FRAME_BYTES = 1 << 20
 """What an item may hold beside a tensor's elements: stock needs about 1.5 KB."""
 _LEAF_BYTES = 256 << 20
 _LEAF_RATIO = 1000
+_LEAF_GROWTH = 4 << 30
 """`.metadata` does not tell how long a leaf is; one within these bounds fits into memory."""
 
 
@@ -66,6 +67,8 @@ class StoredItem:
             at = pickle_start(raw)
             if is_zip(raw) and at is None:
                 return False
+            if len(head) == self.length and not self.descriptors and at is not None:
+                check_records(memoryview(raw), crcs=False)
             check_globals(raw, at, self.trust)
         except ValueError:  # not whole, or damaged: decoding all of it will tell
             return False
@@ -79,8 +82,8 @@ class StoredItem:
         raw: bytes | bytearray = stored
         if self.descriptors:
             raw = self._inflated(stored, self.max_bytes, cut=False)
-        if not self.has_digests and is_zip(raw):
-            check_crcs(memoryview(raw))
+        if is_zip(raw):
+            check_records(memoryview(raw), crcs=not self.has_digests)
         return load_item(io.BytesIO(raw), self.trust)
 
     def check_readable(self) -> None:
@@ -124,7 +127,7 @@ class StoredItem:
 
 def inflated_bound(meta: TensorStorageMetadata | None, sizes: Sequence[int], length: int) -> int:
     """How long an item of ``length`` stored bytes may become: as dtype and shape say, where there are any."""
-    leaf = max(_LEAF_BYTES, _LEAF_RATIO * length)
+    leaf = min(max(_LEAF_BYTES, _LEAF_RATIO * length), length + _LEAF_GROWTH)
     if meta is None or meta.properties.layout is not torch.strided:
         return leaf
     return torch.Size(sizes).numel() * meta.properties.dtype.itemsize + _FRAME_BYTES

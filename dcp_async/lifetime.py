@@ -81,7 +81,10 @@ class Lifetime:
             if self.state != "new":
                 raise EngineStateError(f"this engine is {self.state}; make a new one to open it again")
             self.coordinator = make_coordinator(
-                self._coordination, timeouts=self.timeouts, digest=self._configuration
+                self._coordination,
+                timeouts=self.timeouts,
+                digest=self._configuration,
+                missed=self.book.missed,
             )
             self.state = "open"
         self.loop = LoopThread("dcp_async-engine")

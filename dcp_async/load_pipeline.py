@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ._concurrency import BlockingThreads, Pipe, run_blocking
+from .agreement import Together
 from .catalog import Contents
 from .errors import (
     CorruptCheckpointError,
@@ -274,17 +275,18 @@ async def load_into(
     how: LoadOptions,
     *,
     refill: bool,
-    ready: Callable[[], Awaitable[None]],
+    ranks: Together,
 ) -> Loaded:
     """Fill the targets' tensors and gather everything else that ``restore`` hands back.
 
     Args:
         refill: targets hold bytes of a corrupt checkpoint, so each must be filled.
-        ready: awaited before the first target is touched.
+        ranks: what the ranks tell each other.
     """
     pipeline = LoadPipeline(contents, services, touched=refill)
     await pipeline.unfold({*targets.tensors, *targets.leaves})
     match = match_state(targets, contents, dtypes=how.dtypes)
+    match.unexpected = await ranks.unexpected(match.unexpected, targets.prefixes)
     if how.strict or refill:
         check_fit(match, contents.info.checkpoint_id, unexpected=how.strict)
     into = match.tensors
@@ -297,12 +299,15 @@ async def load_into(
 
     async def before_touch(values: Mapping[str, Any]) -> None:
         check_groups(targets, values, contents.info.checkpoint_id)
-        await ready()
+        if not how.atomic:
+            await ranks.ready()
 
-    fresh = {name: [Region.whole(tensor)] for name, tensor in match.fresh.items()}
+    fresh = {name: Region.all_of(name, tensor) for name, tensor in match.fresh.items()}
     values, nbytes = await pipeline.read(
         {**into, **fresh}, match.leaves, fresh=how.atomic, before_touch=before_touch
     )
+    if how.atomic:  # only now has every rank verified what it will copy
+        await ranks.ready()
     filled = _tensors_of(match.tensors)
     # bytes were written past autograd: whoever saved one of these for backward must notice
     wrappers = [targets.tensors[name] for name in match.tensors if name in targets.local]

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ._drive import Verb
-from .agreement import Agreement
+from .agreement import Agreement, Together
 from .catalog import Catalog, Contents
 from .errors import CorruptCheckpointError, IncompatibleStateError, LoadError, StorageError
 from .lifetime import Lifetime
@@ -62,8 +62,9 @@ class LoadRunner:
         try:
             targets = capture_targets(state, rank=coordinator.rank, world_size=coordinator.world_size)
         except (CaptureError, CheckpointException) as error:
-            self._life.loop.call_soon(self._agreement.refuse, ordinal, error)
-            raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
+            refused = IncompatibleStateError(f"the state can't be loaded into: {error}")
+            self._life.loop.call_soon(self._agreement.refuse, ordinal, refused)
+            raise refused from error
         names = yield from self.ask(self._agreement.resolve(ordinal, source))
         (info, loaded), skipped = yield from self._try_each(
             names,
@@ -97,10 +98,8 @@ class LoadRunner:
     async def _load_one(
         self, ordinal: int, name: str, targets: Targets, how: LoadOptions, *, refill: bool
     ) -> tuple[CheckpointInfo, Loaded]:
-        async def load(
-            contents: Contents, ready: Callable[[], Awaitable[None]]
-        ) -> tuple[CheckpointInfo, Loaded]:
-            loaded = await load_into(contents, targets, self._services, how, refill=refill, ready=ready)
+        async def load(contents: Contents, ranks: Together) -> tuple[CheckpointInfo, Loaded]:
+            loaded = await load_into(contents, targets, self._services, how, refill=refill, ranks=ranks)
             return contents.info, loaded
 
         return await self._agreement.attempt(ordinal, name, load)

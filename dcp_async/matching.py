@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from .catalog import Contents
 from .errors import IncompatibleStateError
@@ -207,19 +208,26 @@ def _match_open(targets: Targets, contents: Contents, match: Match) -> set[str]:
                 continue
             given_up.update(here)
             lacking.append((key, child))
-            _take(there, contents, match)
+            _take(there, contents, match, targets.entries)
         match.open_nodes[prefix] = mapping_node(kind, lacking)
     return given_up
 
 
-def _take(names: Iterable[str], contents: Contents, match: Match) -> None:
-    """Have all of ``names`` read, into tensors of our own."""
+def _take(
+    names: Iterable[str], contents: Contents, match: Match, entries: Mapping[str, DTensor] | None = None
+) -> None:
+    """Have all of ``names`` read, into tensors of our own; those of an optimizer's ``entries`` are cut as
+    their parameters are."""
     strides = contents.manifest.strides if contents.manifest else {}
     exotic = _exotic(contents)
     for name in names:
         meta = contents.names[name]
         if isinstance(meta, TensorStorageMetadata) and is_plain_meta(meta) and name not in exotic:
-            match.fresh[name] = fresh_tensor(meta, strides.get(name), "cpu")
+            parameter = entries.get(name.rpartition(".")[0]) if entries else None
+            if parameter is not None and parameter.shape == meta.size:
+                match.fresh[name] = torch.empty_like(parameter, dtype=meta.properties.dtype)
+            else:
+                match.fresh[name] = fresh_tensor(meta, strides.get(name), "cpu")
         else:
             match.leaves.append(name)
 

@@ -1,82 +1,139 @@
 """What one rank has to save, as plain data that travels to the coordinator: no tensor, no class of anybody's.
 
-Enters: a Captured whose structure is new. Leaves: an Offer. It is compact (parallel lists, each distinct
-dtype once), because the coordinator receives one from every rank.
+Enters: a Captured whose structure is new. Leaves: an Offer. Invariant: what ranks of one layout have in
+common is the same bytes on all of them, so the coordinator decodes it, and looks at it, once; what is a
+rank's own is a few numbers per distinct form of a tensor, not per tensor.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
+from array import array
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 import xxhash
 
 from .formats.structure import JSON, tree_to_json
-from .state import Captured
+from .plain import dumps, loads
+from .sharding import Offsets
+from .state import Captured, Structure
 
 Kind = tuple[str, str, bool]
 """(dtype, layout, requires_grad), as torch names them."""
 
+_LEVEL = 1
+"""Of zlib: names repeat themselves, so its fastest makes them ten times shorter (docs/scale.md)."""
 
-class Offer(TypedDict):
-    """One rank's part. Indices refer to the lists of the rank's own ``Structure``."""
+
+class Tensors(TypedDict):
+    """Pieces of tensors. Indices refer to the lists of the rank's own ``Structure``."""
 
     names: list[str]
-    """Of pieces of tensors, in the order of ``Structure.tensor_names``."""
-    kinds: list[Kind]
-    """The distinct ones."""
-    kind_of: list[int]
-    """Per piece, its place in ``kinds``."""
-    shapes: list[tuple[int, ...]]
-    """Of the pieces."""
-    shards: dict[int, tuple[tuple[int, ...], tuple[int, ...]]]
-    """Piece -> (global size, offsets); others are whole."""
-    ties: list[tuple[str, int]]
-    bare: list[tuple[str, Kind, tuple[int, ...]]]
-    """(name, kind, global size) of distributed tensors of which nothing lies here."""
-    leaves: list[str]
-    hashes: list[int]
-    """Of each leaf's bytes."""
-    exotic: dict[int, tuple[Kind, tuple[int, ...]]]
-    """Leaf -> kind and size, of tensors that go through ``torch.save``."""
+    """In the order of ``Structure.tensor_names``."""
+    form_of: bytes
+    """array("I"): per piece, its place in ``forms``."""
+    forms: list[tuple[Kind, Offsets]]
+    """(kind, global size); pieces of one form also lie at the same place of their tensors."""
     strides: dict[int, tuple[int, ...]]
     """Piece -> strides, of whole tensors that are dense but not row-major."""
-    tree: JSON
+    ties: list[tuple[str, int]]
+    bare: list[tuple[str, Kind, Offsets]]
+    """(name, kind, global size) of distributed tensors of which nothing lies here."""
+
+
+class Leaves(TypedDict):
+    """Everything else."""
+
+    names: list[str]
+    exotic: dict[int, tuple[Kind, Offsets]]
+    """Leaf -> kind and size, of tensors that go through ``torch.save``."""
+
+
+class Offer(TypedDict):
+    """One rank's part."""
+
+    tensors: bytes
+    """A packed ``Tensors``."""
+    boxes: list[tuple[Offsets, Offsets]]
+    """Per form, (offsets, shape) of this rank's pieces."""
+    leaves: bytes
+    """A packed ``Leaves``."""
+    hashes: bytes
+    """array("Q"), of each leaf's bytes."""
+    tree: bytes
+    """A packed tree, as ``tree_to_json`` encodes it."""
 
 
 def make_offer(captured: Captured, previous: Offer | None) -> Offer:
     """What ``captured`` has to save. ``previous`` is the offer of its structure, if that is not new."""
     structure = captured.structure
+    hashes = array("Q", leaf_hashes(captured)).tobytes()
     if not captured.is_new:
         assert previous is not None
-        return {**previous, "hashes": leaf_hashes(captured)}
-    kinds: dict[Kind, int] = {}
-    kind_of = [kinds.setdefault(_kind(tensor), len(kinds)) for tensor in captured.tensors]
+        return {**previous, "hashes": hashes}
+    kinds: dict[tuple[torch.dtype, torch.layout, bool], Kind] = {}
+    forms: dict[tuple[Kind, Offsets, Offsets, Offsets], int] = {}
+    form_of = array("I")
+    for index, (tensor, shape) in enumerate(zip(captured.tensors, structure.shapes, strict=True)):
+        local = tuple(shape)
+        shard = structure.shards.get(index)
+        size, offsets = (shard.size, shard.offsets) if shard else (local, (0,) * len(local))
+        key = (tensor.dtype, tensor.layout, tensor.requires_grad)
+        kind = kinds.get(key) or kinds.setdefault(key, _kind(tensor))
+        form_of.append(forms.setdefault((kind, size, offsets, local), len(forms)))
+    tensors = Tensors(
+        names=structure.tensor_names,
+        form_of=form_of.tobytes(),
+        forms=[(kind, size) for kind, size, _, _ in forms],
+        strides=_dense_strides(structure),
+        ties=structure.ties,
+        bare=[(name, (_text(dtype), "strided", False), size) for name, dtype, size in structure.bare],
+    )
     exotic = {
         index: (_kind(captured.live[structure.leaf_names[index]]), size)
         for index, _, size in structure.exotic
     }
-    strides = {
+    return Offer(
+        tensors=_pack(tensors),
+        boxes=[(offsets, shape) for _, _, offsets, shape in forms],
+        leaves=_pack(Leaves(names=structure.leaf_names, exotic=exotic)),
+        hashes=hashes,
+        tree=_pack(tree_to_json(captured.tree)),
+    )
+
+
+def _pack(part: object) -> bytes:
+    return zlib.compress(dumps(part), _LEVEL)
+
+
+def _unpack(raw: bytes) -> Any:
+    return loads(zlib.decompress(raw))
+
+
+def unpack_tensors(raw: bytes) -> Tensors:
+    """What ``Offer.tensors`` holds."""
+    return cast(Tensors, _unpack(raw))
+
+
+def unpack_leaves(raw: bytes) -> Leaves:
+    """What ``Offer.leaves`` holds."""
+    return cast(Leaves, _unpack(raw))
+
+
+def unpack_tree(raw: bytes) -> JSON:
+    """What ``Offer.tree`` holds."""
+    return cast(JSON, _unpack(raw))
+
+
+def _dense_strides(structure: Structure) -> dict[int, tuple[int, ...]]:
+    return {
         index: tuple(stride)
         for index, (stride, shape) in enumerate(zip(structure.strides, structure.shapes, strict=True))
         if stride is not None and index not in structure.shards and is_dense(shape, stride)
     }
-    return Offer(
-        names=structure.tensor_names,
-        kinds=list(kinds),
-        kind_of=kind_of,
-        shapes=[tuple(shape) for shape in structure.shapes],
-        shards={index: (shard.size, shard.offsets) for index, shard in structure.shards.items()},
-        ties=structure.ties,
-        bare=[(name, (_text(dtype), "strided", False), size) for name, dtype, size in structure.bare],
-        leaves=structure.leaf_names,
-        hashes=leaf_hashes(captured),
-        exotic=exotic,
-        strides=strides,
-        tree=tree_to_json(captured.tree),
-    )
 
 
 def leaf_hashes(captured: Captured) -> list[int]:

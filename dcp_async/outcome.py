@@ -10,8 +10,7 @@ import traceback
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .errors import CheckpointExistsError, Phase, SaveCancelled, SaveError, StateMutatedError, StorageError
-from .pipeline import PhaseFailure
-from .remote import RemoteFailure
+from .remote import PhaseFailure, RemoteFailure
 from .response import AsyncSaveResponse
 from .staging import MutatedTensors
 

@@ -38,6 +38,7 @@ from .observer import Event, SaveProgress, SaveStaged
 from .offer import group_hashes, leaf_hashes
 from .planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
 from .pool import Lease
+from .remote import PhaseFailure, RemoteFailure
 from .response import AsyncSaveResponse
 from .staging import StageJob, Stager, num_parts, parts_between
 from .state import Captured
@@ -48,15 +49,6 @@ logger = logging.getLogger(__name__)
 _BATCH_PARTS = 8
 """How many parts one copy fills at most: writing starts after the first batch, so it is a compromise between
 few calls and an early start."""
-
-
-class PhaseFailure(Exception):
-    """Says in which phase its cause was raised; the engine turns it into a SaveError."""
-
-    def __init__(self, phase: Phase, cause: BaseException) -> None:
-        super().__init__(phase)
-        self.phase: Phase = phase
-        self.cause = cause
 
 
 @contextmanager
@@ -175,12 +167,24 @@ class SavePipeline:
                 outcome = await self._run()
                 group.cancel_scope.cancel()
             return outcome
+        except anyio.get_cancelled_exc_class() as cancelled:
+            self._tell(cancelled)
+            raise
         except BaseExceptionGroup as group_error:
-            raise first_failure(group_error) from group_error
+            failure = first_failure(group_error)
+            self._tell(failure)
+            raise failure from group_error
         finally:
             self._request.captured.release()
             with anyio.CancelScope(shield=True):
                 await self._clean_up()
+
+    def _tell(self, error: BaseException) -> None:
+        """Let the other ranks know, unless one of them said it first. Before anything is cleaned up: they
+        would take files that vanish for the failure."""
+        cause = error.cause if isinstance(error, PhaseFailure) else error
+        if not isinstance(cause, RemoteFailure):
+            self._services.coordinator.fail(self._request.uid, "plan", error)
 
     async def _run(self) -> CommitOutcome:
         with in_phase("plan"):
@@ -290,23 +294,22 @@ class SavePipeline:
 
     async def _begin(self) -> None:
         """Sweep leftovers and open the transaction, beside staging: no copy need wait for a directory."""
-        # shielded: a transaction that was begun must be known to whoever cleans up
-        with in_phase("write"), anyio.CancelScope(shield=True):
-            await self._sweep()
+        with in_phase("write"):
+            with anyio.CancelScope(shield=True):
+                await self._sweep()
             await self._open_transaction(self._plan)
         self._begun.set()
 
     async def _open_transaction(self, plan: CompiledPlan) -> None:
         """Once: the coordinator needs it before the others are told to write."""
         if self._transaction is None:
-            with anyio.CancelScope(shield=True):
-                self._transaction = await self._services.storage.begin(
-                    self._request.response.checkpoint_id,
-                    {self._file: plan.layout.file_bytes} if plan.layout.image_bytes else {},
-                    uid=self._request.uid,
-                    replace=self._request.replace,
-                    lead=self._services.coordinator.is_coordinator,
-                )
+            self._transaction = await self._services.storage.begin(
+                self._request.response.checkpoint_id,
+                {self._file: plan.layout.file_bytes} if plan.layout.image_bytes else {},
+                uid=self._request.uid,
+                replace=self._request.replace,
+                lead=self._services.coordinator.is_coordinator,
+            )
 
     async def _sweep(self) -> None:
         """Remove what dead saves left, and finish what could not be undone before. Failing at it loses

@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 
 from .formats.distcp import FileLayout, plan_file
-from .global_plan import Assignment, ConflictError, GlobalPlan, Key, Placement, assign, check_offers
+from .global_plan import Assignment, ConflictError, GlobalPlan, Offers, Placement, assign, shared_leaves
 from .offer import Offer, make_offer
+from .sharding import Offsets
 from .state import Captured, Structure
 from .walk import CaptureError
 
@@ -109,7 +110,8 @@ class DefaultDraft:
         self.message = offer
 
     def merge(self, messages: Sequence[Offer]) -> tuple[list[Assignment], GlobalPlan]:
-        return assign(messages), GlobalPlan(messages)
+        offers = Offers(messages)
+        return assign(offers), GlobalPlan(offers)
 
     def assigned(self, answer: Assignment) -> Assignment:
         return answer
@@ -140,12 +142,10 @@ class PlannerDraft:
         self.message = (offer, pickle.dumps(planner.create_local_plan()))
 
     def merge(self, messages: Sequence[tuple[Offer, bytes]]) -> tuple[list[Any], GlobalPlan]:
-        offers = [offer for offer, _ in messages]
+        offers = Offers([offer for offer, _ in messages])
         plans, metadata = self._planner.create_global_plan([pickle.loads(plan) for _, plan in messages])
-        shared = check_offers(offers)
-        held = {name for offer in offers for name in [*offer["names"], *offer["leaves"]]}
-        held |= {name for offer in offers for name, _ in offer["ties"]}
-        if lost := sorted(held - metadata.state_dict_metadata.keys()):
+        shared = shared_leaves(offers)
+        if lost := sorted(offers.names() - metadata.state_dict_metadata.keys()):
             raise ConflictError(f"the planner left out {lost[:3]}; this release writes what the state holds")
         answers = [(pickle.dumps(plan), groups) for plan, groups in zip(plans, shared, strict=True)]
         return answers, GlobalPlan(offers, metadata)
@@ -178,7 +178,7 @@ class PlannerDraft:
         return mine
 
 
-def _tensor_keys(structure: Structure) -> list[Key]:
+def _tensor_keys(structure: Structure) -> list[tuple[str, Offsets]]:
     """(name, offsets) of each piece."""
     return [
         (name, structure.shards[at].offsets if at in structure.shards else (0,) * len(shape))
@@ -205,14 +205,9 @@ def compile_plan(
         groups=mine["groups"],
         shared=shared,
     )
-    keys = _tensor_keys(structure)
-    sizes = {index: size for index, _, size in structure.exotic}
-    named: list[Key] = [keys[index] for index in tensors]
-    for index in leaves:
-        offsets = (0,) * len(sizes[index]) if index in sizes else None
-        named.append((structure.leaf_names[index], offsets))
     placement = Placement(
-        keys=named,
+        tensors=array("I", tensors).tobytes(),
+        leaves=array("I", leaves).tobytes(),
         offsets=array("Q", layout.item_offsets).tobytes(),
         lengths=array("Q", layout.item_bytes).tobytes(),
     )

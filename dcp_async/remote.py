@@ -15,12 +15,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import EngineStateError, SaveCancelled
+from .errors import EngineStateError, Phase, SaveCancelled
 
 _TEXT_BYTES = 64 << 10
 """What one text may take in a message; a traceback keeps its end, where the cause is."""
 REMEMBERED = 512
 """Ids whose late messages are told from those of saves to come."""
+
+
+class PhaseFailure(Exception):
+    """Says in which phase of a save its cause was raised; nobody outside of the package sees it."""
+
+    def __init__(self, phase: Phase, cause: BaseException) -> None:
+        super().__init__(phase)
+        self.phase: Phase = phase
+        self.cause = cause
 
 
 @dataclass(kw_only=True, eq=False)
@@ -45,7 +54,9 @@ class RemoteError(Exception):
 
     @classmethod
     def of(cls, phase: str, error: BaseException) -> RemoteError:
-        """``error`` in a form that travels."""
+        """``error`` in a form that travels. ``phase`` holds unless the error knows better."""
+        if isinstance(error, PhaseFailure):
+            phase, error = error.phase, error.cause
         try:
             message = str(error)
         except Exception as failure:  # a class of the user's may fail at anything

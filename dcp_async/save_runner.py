@@ -21,9 +21,8 @@ from .errors import SaveCancelled, SaveError
 from .lifetime import Lifetime
 from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
 from .outcome import cancelled_error, forget_locals, save_error
-from .pipeline import CommitOutcome, PhaseFailure, SavePipeline, SaveRequest, SaveServices
+from .pipeline import CommitOutcome, SavePipeline, SaveRequest, SaveServices
 from .planner import CompiledPlan, PlanningOptions
-from .remote import RemoteFailure
 from .response import AsyncSaveResponse, CheckpointInfo
 
 logger = logging.getLogger(__name__)
@@ -98,23 +97,13 @@ class SaveRunner:
         except Exception as error:
             forget_locals(error)
             self._fail(response, save_error(error, "plan", response, rank=self._life.coordinator.rank))
-            self._tell(request, error)
         else:
             if request.scope.cancelled_caught:
                 self._fail(response, cancelled_error(response))
-                self._tell(request, SaveCancelled("", checkpoint_id=response.checkpoint_id))
             else:
                 self._succeed(request, outcome)
         finally:
             self._life.coordinator.forget(request.uid)
-
-    def _tell(self, request: SaveRequest, error: BaseException) -> None:
-        """Let the other ranks know, unless one of them said it first."""
-        phase: str = "plan"
-        if isinstance(error, PhaseFailure):
-            phase, error = error.phase, error.cause
-        if not isinstance(error, RemoteFailure):
-            self._life.coordinator.fail(request.uid, phase, error)
 
     def refuse(self, ordinal: int, name: str, error: BaseException) -> None:
         """The state of a save could not be captured on this rank; callable from every thread."""

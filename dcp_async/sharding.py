@@ -53,6 +53,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return kind is DTensor or isinstance(tensor, ShardedTensor) or hasattr(kind, "__create_chunk_list__")
 
 
+def is_known_to_autograd(tensor: torch.Tensor) -> bool:
+    """Whether it has a version of its own; a ShardedTensor refuses to be asked."""
+    return not isinstance(tensor, ShardedTensor)
+
+
 def sharded(name: str, tensor: torch.Tensor, cache: LayoutCache) -> Sharded:
     """This rank's pieces of ``tensor``. Raises PartialError."""
     size = tuple(tensor.size())
@@ -95,7 +100,7 @@ def _dtensor_pieces(size: Offsets, tensor: DTensor, cache: LayoutCache) -> list[
         for placement in placements:
             if isinstance(placement, Partial):
                 raise PartialError(
-                    f"its placement {placement} leaves a sum to be done; redistribute() it first"
+                    f"its placement {placement!r} leaves a sum to be done; redistribute() it first"
                 )
         _, found = compute_local_shape_and_global_offset(size, mesh, placements)
         offsets = cache[key] = tuple(found)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -23,7 +24,7 @@ from .boxes import box_at, slices
 from .formats.distcp import SECTOR_BYTES
 from .formats.structure import Tree, heads_of
 from .formats.zip_item import object_item, pad_item, slot_bytes
-from .sharding import Offsets, Shard
+from .sharding import Offsets, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
 from .walk import CaptureError, Walk, duplicate_name, structure_of, walk_state
 
@@ -239,6 +240,14 @@ class Region:
         """The region of a tensor that is no part of another."""
         return cls(tensor, (0,) * tensor.dim())
 
+    @classmethod
+    def all_of(cls, name: str, tensor: torch.Tensor) -> list[Region]:
+        """What of ``tensor`` lies here, if it is a distributed one; else the whole."""
+        if not is_sharded(tensor):
+            return [cls.whole(tensor)]
+        pieces = sharded(name, tensor, {}).pieces
+        return [cls(local, shard.offsets) if shard else cls.whole(local) for shard, local in pieces]
+
     def of(self, value: torch.Tensor) -> torch.Tensor:
         """The part of a global ``value`` that belongs here."""
         if value.shape == self.tensor.shape:
@@ -261,6 +270,8 @@ class Targets:
     """Mappings that take what was saved below them, by name."""
     prefixes: set[str]
     """Top-level names of the state."""
+    entries: dict[str, DTensor]
+    """Name of an optimizer's entry for a distributed parameter -> that parameter."""
     device: torch.device
     """Where tensors are made that take the place of those on the meta device."""
     world_size: int
@@ -302,9 +313,26 @@ def capture_targets(state: Mapping[str, Any], *, rank: int = 0, world_size: int 
         leaves=leaves,
         open_mappings=_open_mappings(walk),
         prefixes=set(state),
+        entries=_entries(walk),
         device=torch.device("cpu") if device.type == "meta" else device,
         world_size=world_size,
     )
+
+
+def _entries(walk: Walk) -> dict[str, DTensor]:
+    parameters: dict[str, torch.Tensor] = {}
+    for prefix, stateful, _ in walk.statefuls:
+        if isinstance(stateful, AppState):
+            inside = f"{prefix}.model."
+            for name, tensor in walk.distributed.items():
+                if name.startswith(inside):
+                    parameters[f"{prefix}.optim.state.{name.removeprefix(inside)}"] = tensor
+        elif isinstance(stateful, Optimizer):
+            owned = [parameter for group in stateful.param_groups for parameter in group["params"]]
+            parameters |= {f"{prefix}.state.{number}": parameter for number, parameter in enumerate(owned)}
+    return {
+        name: tensor for name, tensor in parameters.items() if type(tensor) is DTensor and not tensor.is_meta
+    }
 
 
 def _open_mappings(walk: Walk) -> dict[str, OpenMapping]:

@@ -44,9 +44,16 @@ class StoreCoordinator:
     """
 
     def __init__(
-        self, process_group: dist.ProcessGroup, *, coordinator_rank: int, timeouts: Timeouts, digest: str
+        self,
+        process_group: dist.ProcessGroup,
+        *,
+        coordinator_rank: int,
+        timeouts: Timeouts,
+        digest: str,
+        missed: Callable[[int, str], object] = lambda ordinal, name: None,
     ) -> None:
-        """``digest`` stands for all that ranks have to configure alike; ``open()`` compares it."""
+        """``digest`` stands for all that ranks have to configure alike; ``open()`` compares it. ``missed`` is
+        told, on the loop, the ordinal and name of what the others gave up waiting for this rank to begin."""
         self.rank = process_group.rank()
         self.world_size = process_group.size()
         if not 0 <= coordinator_rank < self.world_size:
@@ -58,6 +65,7 @@ class StoreCoordinator:
         self._is_host = dist.is_initialized() and dist.get_rank() == 0
         self._timeouts = timeouts
         self._digest = digest
+        self._missed = missed
         self._state: Literal["new", "open", "closing", "closed"] = "new"
         self._waiters = Waiters()
         self._known: OrderedDict[str, tuple[int, str]] = OrderedDict()
@@ -214,7 +222,7 @@ class StoreCoordinator:
             self._gathering.fail(uid, failures, reporter=self.rank)
         elif known is None:
             self._waiters.fail(uid, failures, common=False)
-            self._courier.send_in("failure", uid, failures[self.rank].plain())
+            self._courier.send_in("failure", uid, self.rank, failures[self.rank].plain())
 
     async def failed(self, uid: str) -> Never:
         """Wait until ``uid`` fails on another rank, or one is lost. Raises as ``exchange``."""
@@ -315,12 +323,14 @@ class StoreCoordinator:
             self._last_answer = phase
             self._waiters.answer(uid, phase, lambda: answer)
         elif kind == "failure" and self.is_coordinator:
-            rank, uid, error = fields
-            self._gathering.fail(uid, {rank: RemoteError.from_plain(error)}, reporter=rank)
+            reporter, uid, rank, error = fields
+            self._gathering.fail(uid, {rank: RemoteError.from_plain(error)}, reporter=reporter)
         elif kind == "failure":
             uid, failures = fields
             errors = {rank: RemoteError.from_plain(error) for rank, error in failures.items()}
             self._waiters.fail(uid, errors, common=True)
+        elif kind == "missed":
+            self._missed(*fields)
         elif kind == "goodbye":
             rank, self._unread[rank] = fields[0], fields[1]
             self._gathering.goodbye(rank, f"rank {rank} closed its engine")
@@ -379,17 +389,25 @@ class StoreCoordinator:
         for uid in self._waiters.uids:
             self._waiters.fail(uid, failures, common=False)
             # in case it only slept: this rank has given up
-            for error in failures.values():
-                self._courier.send_in("failure", uid, error.plain())
+            for rank, error in failures.items():
+                self._courier.send_in("failure", uid, rank, error.plain())
 
     def _report_missing(self, uid: str) -> None:
-        """The verdict of ``uid`` is overdue."""
+        """Ranks are overdue that have to begin ``uid``."""
         self._courier.skip_gap(lambda skipped: self._name_missing(uid, skipped))
 
     def _name_missing(self, uid: str, skipped: bool) -> None:
         if skipped:  # messages that were stuck behind a dead rank's get a moment to arrive
             self._loop.call_later(self._pulse.interval, self._name_missing, uid, False)
         elif failures := self._gathering.missing(uid):
+            ordinal, name = self._gathering.begun(uid)
+            for rank in failures:
+                if ordinal is None:
+                    continue
+                if rank == self.rank:
+                    self._missed(ordinal, name)
+                elif rank not in self._unread:
+                    self._courier.send_out(rank, "missed", ordinal, name)
             self._gathering.fail(uid, failures)
 
     def _release(self, why: str) -> None:

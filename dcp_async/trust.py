@@ -8,16 +8,12 @@ imported here and in formats/metadata.py, and nowhere else.
 from __future__ import annotations
 
 import _compat_pickle
-import datetime
-import decimal
 import enum
-import fractions
-import functools
 import importlib
 import io
-import math
 import pathlib
 import pickle
+import sys
 import types
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -29,19 +25,16 @@ from typing import IO, Any, ClassVar
 import torch
 from torch._weights_only_unpickler import _get_allowed_globals
 
-
-class UntrustedGlobal(pickle.UnpicklingError):
-    """A pickle names a global that is not on the list, or does with one what it may not."""
-
-    def __init__(self, name: str, *, allowable: bool = False) -> None:
-        """
-        Args:
-            name: the global's full name, or what is refused, in words.
-            allowable: whether ``Trust(safe_globals=...)`` could admit it.
-        """
-        super().__init__(f"the pickle names {name}, which is not trusted")
-        self.name = name
-        self.allowable = allowable
+from .opcodes import end_of_pickle
+from .rebuilding import (
+    NAMED,
+    VALUES,
+    TensorRebuilders,
+    check_numpy_state,
+    encode,
+    numpy_globals,
+)
+from .rebuilding import UntrustedGlobal as UntrustedGlobal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +50,7 @@ class Trust:
 
     def __post_init__(self) -> None:
         for item in self.safe_globals:
-            if not callable(item):
+            if not callable(item) or not hasattr(item, "__qualname__") or not hasattr(item, "__module__"):
                 raise ValueError(f"Trust(safe_globals=...) takes classes or functions, not {item!r}")
         object.__setattr__(self, "safe_globals", tuple(self.safe_globals))  # a list can't be a cache's key
 
@@ -78,28 +71,20 @@ class Inert:
     __init__ = __setstate__ = __setitem__ = append = extend = add = update = _ignore
 
 
-_VALUE_TYPES: tuple[type, ...] = (
-    *(complex, set, frozenset, bytearray, range, slice, bytes, str, int, float, bool, list, tuple, dict),
-    *(OrderedDict, Counter, defaultdict, deque, types.SimpleNamespace, io.BytesIO),
-    *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone),
-    *(decimal.Decimal, fractions.Fraction, uuid.UUID, uuid.SafeUUID),
-    *(pathlib.PurePath, pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.Path, pathlib.PosixPath),
-)
-
-
 @lru_cache(maxsize=1)
-def _leaf_globals() -> dict[tuple[str, str], Any]:
+def _named() -> dict[tuple[str, str], Any]:
+    """What any leaf may name: torch's list, and values of the standard library."""
     names: dict[tuple[str, str], Any] = {}
     for full, value in _get_allowed_globals().items():
-        module, _, name = full.rpartition(".")
-        names[module, name] = value
-    # torch's list marks typed storages with stand-ins that only its own unpickler knows; torch.load resolves
-    # those itself
-    names = {
-        key: value for key, value in names.items() if not isinstance(value, torch.serialization.StorageType)
-    }
-    for cls in _VALUE_TYPES:
-        names[cls.__module__, cls.__qualname__] = cls
+        # torch's list marks typed storages with stand-ins that only its own unpickler knows; torch.load
+        # resolves those itself
+        if not isinstance(value, (torch.serialization.StorageType, types.FunctionType)):
+            module, _, name = full.rpartition(".")
+            names[module, name] = value
+    for cls in (*VALUES, *NAMED):
+        names.setdefault((cls.__module__, cls.__qualname__), cls)
+    names["torch.serialization", "_get_layout"] = torch.serialization._get_layout
+    names["_codecs", "encode"] = encode
     for cls in (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath):
         names["pathlib._local", cls.__name__] = cls
         names["pathlib", cls.__name__] = cls
@@ -107,111 +92,7 @@ def _leaf_globals() -> dict[tuple[str, str], Any]:
     names |= {("__builtin__", name): value for (module, name), value in names.items() if module == "builtins"}
     names |= {("__builtin__", "Ellipsis"): ..., ("builtins", "Ellipsis"): ...}
     names |= {("__builtin__", "xrange"): range, ("__builtin__", "unicode"): str, ("__builtin__", "long"): int}
-    names["copyreg", "_reconstructor"] = _reconstruct
-    names["copy_reg", "_reconstructor"] = _reconstruct
     return names
-
-
-def _reconstruct(cls: type, base: type, state: object) -> object:
-    """copyreg's rebuilder for protocol 2; its arguments passed the same list as everything else."""
-    if base is object:
-        return object.__new__(cls)
-    return base.__new__(cls, state)
-
-
-@lru_cache(maxsize=1)
-def _numpy_globals() -> dict[tuple[str, str], Any]:
-    try:
-        import numpy as np
-        from numpy import dtypes
-    except ImportError:
-        return {}
-    # private, and the only place that names it: numpy's own pickles call these to rebuild arrays and scalars
-    core: Any = importlib.import_module("numpy._core")
-
-    def dtype(kind: Any, *flags: Any) -> Any:
-        # a copy: BUILD sets its byte order, and numpy shares the usual ones
-        return _checked_dtype(np.dtype(kind, copy=True))
-
-    def reconstruct(cls: Any, shape: Any, kind: Any) -> Any:
-        if cls is not np.ndarray or shape != (0,):
-            raise UntrustedGlobal("numpy.ndarray (rebuilt in an unusual way)")
-        return core.multiarray._reconstruct(cls, shape, kind)
-
-    def scalar(kind: Any, raw: Any) -> Any:
-        if _checked_dtype(kind).hasobject:
-            raise UntrustedGlobal("numpy scalar (of objects)")
-        if isinstance(raw, str):  # protocol 2 of Python 2
-            raw = raw.encode("latin-1")
-        if not isinstance(raw, bytes) or len(raw) != kind.itemsize:
-            raise UntrustedGlobal("numpy scalar (of a wrong size)")
-        return core.multiarray.scalar(kind, raw)
-
-    names: dict[tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): dtype}
-    for module in ("numpy._core", "numpy.core"):
-        names[f"{module}.multiarray", "_reconstruct"] = reconstruct
-        names[f"{module}.multiarray", "scalar"] = scalar
-    for name, cls in vars(np).items():
-        if isinstance(cls, type) and issubclass(cls, np.generic) and not issubclass(cls, np.object_):
-            names["numpy", name] = cls
-    for name, cls in vars(dtypes).items():
-        if isinstance(cls, type) and name != "ObjectDType":
-            names["numpy.dtypes", name] = functools.partial(_made_dtype, cls)
-    return names
-
-
-def _made_dtype(cls: Any, *args: Any) -> Any:
-    return _checked_dtype(cls(*args))
-
-
-_OBJECT_FLAGS = 63
-_POINTER_FLAGS = 0x01 | 0x02 | 0x04 | 0x20 | 0x40
-"""Of a dtype: what says that items hold references. An object dtype without them would take bytes for
-pointers."""
-
-
-def _checked_dtype(dtype: Any) -> Any:
-    """Numbers, texts, times, objects as numpy makes them, and records of these that stay within their
-    item."""
-    fields = dtype.fields or {}
-    if dtype.kind not in "biufcSUVmMO" or dtype.subdtype or (dtype.kind == "O" and not dtype.hasobject):
-        raise UntrustedGlobal(f"numpy.dtype({dtype.kind!r})")
-    for part, offset, *_ in fields.values():
-        if _checked_dtype(part).hasobject or offset < 0 or offset + part.itemsize > dtype.itemsize:
-            raise UntrustedGlobal("numpy.dtype (with fields that reach past its item)")
-    return dtype
-
-
-def _check_numpy_state(target: Any, state: Any) -> None:
-    """What BUILD may put into an array or a dtype. Anything else could make numpy read foreign memory."""
-    import numpy as np
-
-    if isinstance(target, np.dtype):
-        ok = isinstance(state, tuple) and len(state) in (8, 9) and state[2] is None
-        flags, size = (state[7], state[5]) if ok else (0, 0)
-        if target.kind == "O":
-            ok = ok and flags == _OBJECT_FLAGS and state[3:5] == (None, None)
-        else:
-            ok = (
-                ok and isinstance(flags, int) and not flags & _POINTER_FLAGS and size in (-1, target.itemsize)
-            )
-        if ok and isinstance(state[4], dict):
-            for part, offset, *_ in state[4].values():
-                inside = isinstance(part, np.dtype) and isinstance(offset, int) and offset >= 0
-                ok = ok and inside and not _checked_dtype(part).hasobject
-                ok = ok and offset + part.itemsize <= target.itemsize
-        if not ok:
-            raise UntrustedGlobal("numpy.dtype (with unusual state)")
-    elif isinstance(target, np.ndarray):
-        if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], np.dtype):
-            raise UntrustedGlobal("numpy.ndarray (with unusual state)")
-        _, shape, dtype, _, raw = state
-        _checked_dtype(dtype)
-        extents = shape if isinstance(shape, tuple) else (-1,)
-        ok = all(isinstance(extent, int) and extent >= 0 for extent in extents)
-        wanted, unit = (list, 1) if dtype.hasobject else (bytes, dtype.itemsize)
-        if not ok or not isinstance(raw, wanted) or len(raw) != math.prod(extents) * unit:
-            raise UntrustedGlobal("numpy.ndarray (with a wrong size)")
 
 
 # The Python one, because its opcodes can be overridden; typeshed knows it only in part.
@@ -239,21 +120,109 @@ def _qualified(items: Iterable[Any]) -> dict[tuple[str, str], Any]:
 _NESTED = frozenset(
     {
         ("torch.nested._internal.nested_tensor", "NestedTensor"),
-        ("torch.nested._internal.nested_tensor", "_rebuild_njt"),
         ("torch._dynamo.decorators", "_DimRange"),
     }
 )
 
 
-class _LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows its base only in part
-    """Finds allowed globals only, and never changes a class, a function or a module."""
+class _Rules:
+    """What leaves may name, and what of it they may call or change.
 
-    allowed: ClassVar[Mapping[tuple[str, str], Any]]
+    Naming is harmless, so a class that is a value itself (``torch.Tensor``, ``numpy.ndarray``, ``float``) may
+    be named and no more. Only what is known to be harmless with these arguments is called, and the user's.
+    """
+
+    def __init__(self, trust: Trust, users: dict[tuple[str, str], Any]) -> None:
+        self._users = _qualified(trust.safe_globals) | users
+        self._trusted = {id(item) for item in self._users.values()}
+        numpy_names, numpy_calls = numpy_globals()
+        rebuilders = TensorRebuilders(self.is_trusted)
+        reconstruct = {(module, "_reconstructor"): self._reconstruct for module in ("copyreg", "copy_reg")}
+        self.names: dict[tuple[str, str], Any] = (
+            _named() | numpy_names | rebuilders.names | reconstruct | self._users
+        )
+        checked = (*rebuilders.names.values(), *reconstruct.values(), encode, torch.serialization._get_layout)
+        self._free = {id(function) for function in (*checked, *numpy_calls)} | self._trusted
+
+    def is_trusted(self, item: object) -> bool:
+        """Whether ``item`` is of the user's list."""
+        return id(item) in self._trusted
+
+    def check_call(self, function: Any, args: Any, options: Any = None) -> None:
+        """Raises UntrustedGlobal."""
+        if type(args) is not tuple:
+            raise ValueError("arguments that are no tuple")
+        if id(function) in self._free and not (options and not self.is_trusted(function)):
+            return
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        if not options and isinstance(function, type):
+            if issubclass(function, enum.Enum):  # a second argument would make a new class
+                if len(args) == 1:
+                    return
+            elif (function.__module__, function.__qualname__) in _NESTED:
+                if not issubclass(function, torch.Tensor):
+                    return
+            elif (test := VALUES.get(function)) is not None and test(*args):
+                return
+        raise UntrustedGlobal(f"{name} (to call it so)")
+
+    def check_build(self, target: Any, state: Any) -> None:
+        """What a pickle makes anew may be changed, never what there is one of. Raises UntrustedGlobal."""
+        kind = type(target)
+        name = getattr(target, "__qualname__", kind.__qualname__)
+        if kind.__module__.partition(".")[0] == "numpy" and not self.is_trusted(kind):
+            check_numpy_state(target, state)
+        elif (kind.__module__, kind.__qualname__) in _NESTED and not issubclass(kind, torch.Tensor):
+            pass
+        elif issubclass(kind, enum.Enum) or not (kind in _CHANGEABLE or self.is_trusted(kind)):
+            raise UntrustedGlobal(f"{name} (to change it)")
+        elif (
+            type(state) is tuple
+            and len(state) == 2
+            and isinstance(state[1], dict)
+            and "__class__" in state[1]
+        ):
+            raise UntrustedGlobal(f"{name} (to change its class)")
+
+    def check_filled(self, target: Any, kinds: tuple[type, ...]) -> None:
+        """Raises UntrustedGlobal."""
+        if type(target) not in kinds and not self.is_trusted(type(target)):
+            raise UntrustedGlobal(f"{type(target).__qualname__} (to fill it)")
+
+    def _reconstruct(self, cls: Any, base: Any, state: Any) -> object:
+        """copyreg's rebuilder for protocol 2."""
+        if not self.is_trusted(cls) and not (base is object and cls in VALUES):
+            raise UntrustedGlobal(f"{cls.__qualname__} (to call it so)")
+        if base is object:
+            return object.__new__(cls)
+        if base not in (*NAMED, set, frozenset, bytes, complex):
+            raise UntrustedGlobal(f"{base.__qualname__} (to call it so)")
+        return base.__new__(cls, state)
+
+
+_MAPPINGS = (dict, OrderedDict, Counter, defaultdict)
+_LISTS = (list, deque)
+_CHANGEABLE = (
+    *_MAPPINGS[1:],
+    *_LISTS[1:],
+    types.SimpleNamespace,
+    io.BytesIO,
+    uuid.UUID,
+    set,
+    frozenset,
+    bytearray,
+)
+
+
+class _LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows its base only in part
+    """Finds allowed globals only, and calls and changes what its rules say."""
+
+    rules: ClassVar[_Rules]
     dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
     def find_class(self, module: str, name: str, /) -> Any:
         try:
-            return self.allowed[module, name]
+            return self.rules.names[module, name]
         except KeyError:
             if (found := _stdlib_enum(module, name)) is not None:
                 return found
@@ -261,25 +230,69 @@ class _LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows 
                 return getattr(importlib.import_module(module), name)
             raise UntrustedGlobal(f"{module}.{name}", allowable=True) from None
 
+    def _instantiate(self, klass: Any, args: Any) -> None:
+        self.rules.check_call(klass, tuple(args))
+        super()._instantiate(klass, args)
+
+    def load_reduce(self) -> None:
+        self.rules.check_call(self.stack[-2], self.stack[-1])
+        super().load_reduce()
+
+    def load_newobj(self) -> None:
+        self.rules.check_call(self.stack[-2], self.stack[-1])
+        super().load_newobj()
+
+    def load_newobj_ex(self) -> None:
+        self.rules.check_call(*self.stack[-3:])
+        super().load_newobj_ex()
+
     def load_build(self) -> None:
-        target, state = self.stack[-2], self.stack[-1]
-        kind = type(target)
-        if isinstance(target, (type, types.ModuleType)) or callable(target):
-            name = getattr(target, "__qualname__", kind.__qualname__)
-            raise UntrustedGlobal(f"{name} (to change it)")
-        if kind.__module__.partition(".")[0] == "numpy":
-            _check_numpy_state(target, state)
+        self.rules.check_build(self.stack[-2], self.stack[-1])
         super().load_build()
 
-    dispatch[pickle.BUILD[0]] = load_build
+    def load_bytearray8(self) -> None:
+        nbytes = int.from_bytes(self.read(8), "little")  # believed by the base class, before it reads them
+        self.append(bytearray(self.read(min(nbytes, sys.maxsize))))
+
+    def load_setitem(self) -> None:
+        self.rules.check_filled(self.stack[-3], _MAPPINGS)
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self.rules.check_filled(self.metastack[-1][-1], _MAPPINGS)
+        super().load_setitems()
+
+    def load_append(self) -> None:
+        self.rules.check_filled(self.stack[-2], _LISTS)
+        super().load_append()
+
+    def load_appends(self) -> None:
+        self.rules.check_filled(self.metastack[-1][-1], _LISTS)
+        super().load_appends()
+
+    def load_additems(self) -> None:
+        self.rules.check_filled(self.metastack[-1][-1], (set,))
+        super().load_additems()
+
+    dispatch |= {
+        pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_newobj,
+        pickle.NEWOBJ_EX[0]: load_newobj_ex,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.APPEND[0]: load_append,
+        pickle.APPENDS[0]: load_appends,
+        pickle.ADDITEMS[0]: load_additems,
+    }
 
 
-@lru_cache(maxsize=8)
-def _users_safe_globals() -> dict[tuple[str, str], Any]:
+def _users_safe_globals(items: Iterable[Any]) -> dict[tuple[str, str], Any]:
     """What the user told ``torch.serialization.add_safe_globals``. Torch's own entries there are left out:
     some do more than hold values."""
     names: dict[tuple[str, str], Any] = {}
-    for item in torch.serialization.get_safe_globals():
+    for item in items:
         value, full = item if isinstance(item, tuple) else (item, f"{item.__module__}.{item.__qualname__}")
         module, _, name = full.rpartition(".")
         if module.partition(".")[0] != "torch":
@@ -290,8 +303,12 @@ def _users_safe_globals() -> dict[tuple[str, str], Any]:
 def _pickle_module(trust: Trust) -> types.SimpleNamespace:
     """What ``torch.load(pickle_module=...)`` takes: torch handles storages, this decides on every other
     global."""
-    known = _leaf_globals() | _numpy_globals() | _users_safe_globals() | _qualified(trust.safe_globals)
-    unpickler = type("LeafUnpickler", (_LeafUnpickler,), {"allowed": known})
+    return _made_pickle_module(trust, tuple(torch.serialization.get_safe_globals()))
+
+
+@lru_cache(maxsize=8)
+def _made_pickle_module(trust: Trust, users: tuple[Any, ...]) -> types.SimpleNamespace:
+    unpickler = type("LeafUnpickler", (_LeafUnpickler,), {"rules": _Rules(trust, _users_safe_globals(users))})
 
     def load(file: IO[bytes], **options: Any) -> Any:
         return unpickler(file, **options).load()
@@ -318,10 +335,14 @@ def _resolve_legacy(module: str, name: str) -> None:
     """As torch's weights_only unpickler does, which knows the list of torch alone."""
     module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
     full = f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
-    if full not in _get_allowed_globals():
+    if name in _UNCHECKED or full not in _get_allowed_globals():
         raise UntrustedGlobal(f"{full} in torch's legacy format")
 
 
+_UNCHECKED = frozenset(
+    {"_rebuild_sparse_tensor", "_rebuild_nested_tensor", "_rebuild_wrapper_subclass", "_rebuild_from_type_v2"}
+)
+"""torch calls these with what a pickle says; no tensor of a plain layout needs them."""
 _LEGACY_PICKLES = 4
 """A legacy item begins with a magic number, a version, facts on the writer's machine, and the object."""
 
@@ -338,8 +359,10 @@ def check_globals(head: bytes, pickle_at: int | None, trust: Trust) -> None:
     try:
         if pickle_at is None:
             for _ in range(_LEGACY_PICKLES):
+                end_of_pickle(head, pickled.tell())
                 _GlobalsCheck(pickled, _resolve_legacy).load()
         else:
+            end_of_pickle(head, pickle_at)
             pickled.seek(pickle_at)
             _GlobalsCheck(pickled, _resolver(trust)).load()
     except UntrustedGlobal:
@@ -348,15 +371,19 @@ def check_globals(head: bytes, pickle_at: int | None, trust: Trust) -> None:
         raise ValueError(f"not a readable pickle: {error}") from error
 
 
-@lru_cache(maxsize=8)
-def _resolver(trust: Trust) -> Callable[[str, str], object]:
-    """Finds a global as ``torch.load`` does under ``trust``, or raises UntrustedGlobal."""
-    find: Callable[[str, str], object] = _pickle_module(trust).Unpickler(io.BytesIO()).find_class
-    storages = {
+@lru_cache(maxsize=1)
+def _storage_names() -> frozenset[str]:
+    return frozenset(
         full.rpartition(".")[2]
         for full, value in _get_allowed_globals().items()
         if isinstance(value, torch.serialization.StorageType)
-    }
+    )
+
+
+def _resolver(trust: Trust) -> Callable[[str, str], object]:
+    """Finds a global as ``torch.load`` does under ``trust``, or raises UntrustedGlobal."""
+    find: Callable[[str, str], object] = _pickle_module(trust).Unpickler(io.BytesIO()).find_class
+    storages = _storage_names()
 
     def resolve(module: str, name: str) -> object:
         if name in storages:  # torch.load resolves these itself, whatever their module is called
@@ -397,6 +424,7 @@ def load_pickle(raw: bytes, trust: Trust) -> Any:
     """The object of a plain pickle. Raises: UntrustedGlobal; ValueError if it is damaged."""
     module: Any = pickle if trust.unsafe else _pickle_module(trust)
     try:
+        end_of_pickle(raw)
         return module.load(io.BytesIO(raw))
     except (UntrustedGlobal, MemoryError, NameError):  # no damage of the pickle's
         raise

@@ -18,6 +18,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+_MAX_DEPTH = 200
+_MAX_TEXT = 512 << 20
+_MIN_TEXT = 256
+"""Bounds what is taken apart by the length of its names, and by what each of them costs besides."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
@@ -46,12 +51,36 @@ def take_apart(
     value: Any, name: str, path: tuple[str | int, ...], wanted: Collection[str]
 ) -> Iterator[tuple[str, Part]]:
     """(name, Part) of each value inside; mappings and lists are gone into unless they are ``wanted``
-    themselves."""
-    if name in wanted or not isinstance(value, (Mapping, list)):
-        yield name, Part(path=path, value=value)
-        return
-    items: Iterable[tuple[str | int, Any]] = (
-        enumerate(value) if isinstance(value, list) else ((str(key), child) for key, child in value.items())
-    )
-    for key, child in items:
-        yield from take_apart(child, f"{name}.{key}", (*path, key), wanted)
+    themselves.
+
+    Raises: ValueError for what goes in circles, has two values of one name, or grows without end, as
+    containers do that hold one another many times.
+    """
+    found: set[str] = set()
+    room = _MAX_TEXT
+    above: list[Iterator[tuple[str | int, Any]]] = [iter(((path[-1], value),))]
+    names = [""]
+    paths = [path[:-1]]
+    while above:
+        entry = next(above[-1], None)
+        if entry is None:
+            above.pop()
+            names.pop()
+            paths.pop()
+            continue
+        key, child = entry
+        at = f"{names[-1]}.{key}" if len(above) > 1 else name
+        room -= len(at) + _MIN_TEXT
+        if room < 0 or len(above) > _MAX_DEPTH:
+            raise ValueError(f"{name} holds containers without end")
+        if at in wanted or not isinstance(child, (Mapping, list)):
+            if at in found:
+                raise ValueError(f"{name} holds two values of the name {at}")
+            found.add(at)
+            yield at, Part(path=(*paths[-1], key), value=child)
+            continue
+        above.append(
+            enumerate(child) if isinstance(child, list) else ((str(key), each) for key, each in child.items())
+        )
+        names.append(at)
+        paths.append((*paths[-1], key))

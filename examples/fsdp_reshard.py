@@ -1,11 +1,12 @@
-"""Train with FSDP2 x tensor parallel on 4 ranks, lose one of them, go on with FSDP2 alone on 2.
+"""Train with FSDP2 x tensor parallel on 4 ranks; resume on 2, or on any other number, with FSDP2 alone.
 
-    python fsdp_reshard.py                                               # the whole story; starts the jobs itself
-    torchrun --nproc-per-node 4 fsdp_reshard.py --out checkpoints/fsdp   # a job; --nproc-per-node 2 resumes it
+    torchrun --nproc-per-node 4 fsdp_reshard.py --out checkpoints/fsdp   # a job
+    torchrun --nproc-per-node 2 fsdp_reshard.py --out checkpoints/fsdp   # resumes it
+    python fsdp_reshard.py                                               # both as a story, see fsdp_story.py
 
-In: the text of CPython's own help topics, for a byte-level model built as Llama is. Out, of a job: checkpoints
-below --out, which a job of any number of ranks resumes. Out, of the story: an account, a chart of the loss,
-and exit status 0 only if every claim held. `train` and `Trainer` are the parts to copy.
+In: the text of CPython's own help topics, for a byte-level model built as Llama is. Out: checkpoints below
+--out, from which a job of any layout goes on with the batches and random numbers that would have come next.
+`train` and `Trainer` are the parts to copy.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pydoc_data.topics
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -45,15 +47,15 @@ from dcp_async import (
     RNGState,
     SaveCommitted,
     SaveFailed,
+    SaveStarted,
     Timeouts,
 )
 
 BYTES = 256
-SHOWN = "layers.0.attention.wq.weight"  # the account tells how this one is sharded
 
 
 async def train(options: argparse.Namespace, report: Report) -> None:
-    """Train to `options.steps` steps, from the newest whole checkpoint of whatever layout. All ranks call it."""
+    """Train to `options.steps` steps, from the newest whole checkpoint, of whatever layout. Ranks: all."""
     trainer = Trainer(options)
     timeouts = Timeouts(coordination=options.patience)
 
@@ -71,7 +73,6 @@ async def train(options: argparse.Namespace, report: Report) -> None:
             report.stepped(step, loss)
 
             if step % options.save_every == 0:
-                report.line("saving", None, step=step)
                 await engine.save(trainer.state, step=step)
 
     # Leaving the engine's block waited for the last upload: what was saved is on the disk.
@@ -83,21 +84,23 @@ class Trainer:
 
     def __init__(self, options: argparse.Namespace) -> None:
         world = dist.get_world_size()
-        if world % options.tp:
-            raise ValueError(f"--tp {options.tp} does not divide {world} ranks")
+        tp = options.tp or (2 if world % 4 == 0 else 1)
+        if world % tp:
+            raise ValueError(f"--tp {tp} does not divide {world} ranks")
         # Row by row: ranks 0 and 1 are the tensor-parallel halves of the first data-parallel rank.
-        mesh = init_device_mesh("cpu", (world // options.tp, options.tp), mesh_dim_names=("dp", "tp"))
+        mesh = init_device_mesh("cpu", (world // tp, tp), mesh_dim_names=("dp", "tp"))
         self._dp = mesh["dp"]
         dp_rank, dp_size = self._dp.get_local_rank(), self._dp.size()
 
         torch.manual_seed(options.seed)  # the same weights on all ranks
         model = Llama(width=options.width, depth=options.depth, heads=options.heads, context=options.context)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        if options.tp > 1:
+        if tp > 1:
             apply_tensor_parallel(model, mesh["tp"])
         for layer in model.layers:
             fully_shard(layer, mesh=self._dp)
-        self.model = fully_shard(model, mesh=self._dp)
+        fully_shard(model, mesh=self._dp)
+        self.model = model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.95))
         self.data = Batches(global_batch=options.global_batch, context=options.context, seed=options.seed)
         self._rows = slice_of(options.global_batch, dp_rank, dp_size)
@@ -223,7 +226,7 @@ class Attention(nn.Module):
 
 def rotate(heads: Tensor, rotations: Tensor) -> Tensor:
     """RoPE: turn the pairs of each head by angles that depend on the place."""
-    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(heads.view(*heads.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rotations[:, None]).flatten(-2)
 
 
@@ -278,7 +281,7 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh) -> None:
 
 
 def dump_full_state(trainer: Trainer, path: str) -> None:
-    """Write weights and optimizer as whole tensors, put together from all ranks by torch's own collectives."""
+    """Write weights and optimizer as whole tensors, put together by torch's own collectives. Ranks: all."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, optim = get_state_dict(trainer.model, trainer.optimizer, options=options)
     if dist.get_rank() == 0:
@@ -304,9 +307,10 @@ class Report:
         self.told_to_stop = True
 
     def started(self, loaded: LoadReport | None, trainer: Trainer) -> None:
-        weight = trainer.model.get_parameter(SHOWN)
+        name = "layers.0.attention.wq.weight"
+        weight = trainer.model.get_parameter(name)
         assert isinstance(weight, DTensor)
-        layout = f"{'x'.join(map(str, weight.device_mesh.mesh.shape))} mesh, {weight.placements}"
+        layout = f"{name}: {list(weight.to_local().shape)} of {list(weight.shape)}, {weight.placements}"
         origin = f"resumed from step {loaded.step}" if loaded else "fresh start"
         self.line(
             "started",
@@ -316,7 +320,6 @@ class Report:
             pid=os.getpid(),
             resumed_from=loaded.step if loaded else None,
             layout=layout,
-            local=list(weight.to_local().shape),
             num_parameters=trainer.num_parameters,
         )
 
@@ -327,6 +330,8 @@ class Report:
 
     def on_event(self, event: object) -> None:
         match event:
+            case SaveStarted():
+                self.line("save_started", None, step=event.step)
             case SaveCommitted() if self.rank == 0:
                 text = (
                     f"step {event.step:>4}  saved: {event.info.nbytes / 1e6:.1f} MB in {event.seconds:.2f} s"
@@ -350,12 +355,65 @@ def run_rank(options: argparse.Namespace) -> int:
     report = Report(options)
     signal.signal(signal.SIGTERM, report.on_signal)
     torch.set_num_threads(1)
+    # Tensor-parallel logits are a view, which must not be changed in place; nothing here does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     # Only what no rank will ever answer takes so long; a rank that dies is noticed at once.
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     try:
         asyncio.run(train(options, report))
     except Exception as error:
-        report.line("stopped", f"rank {report.rank} stops: {type(error).__name__}: {error}")
+        text = f"{type(error).__name__}: {error}"
+        report.line("stopped", f"rank {report.rank} stops: {text}", error=text)
         return 1
     dist.destroy_process_group()
     return 0
+
+
+def parse_options() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--steps", type=int, default=72, help="train until this step (default: %(default)s)")
+    parser.add_argument("--save-every", type=int, default=12, metavar="STEPS", help="default: %(default)s")
+    parser.add_argument("--log-every", type=int, default=6, metavar="STEPS", help="default: %(default)s")
+    parser.add_argument("--patience", type=float, default=8, metavar="SECONDS", help="with a silent rank")
+    parser.add_argument("--seed", type=int, default=0)
+
+    model = parser.add_argument_group("model and data")
+    model.add_argument("--width", type=int, default=128)
+    model.add_argument("--depth", type=int, default=2)
+    model.add_argument("--heads", type=int, default=4)
+    model.add_argument("--context", type=int, default=64, metavar="BYTES")
+    model.add_argument("--global-batch", type=int, default=16, help="over all ranks (default: %(default)s)")
+    model.add_argument("--noise", type=float, default=0.02, help="how much of the input is random bytes")
+    model.add_argument("--lr", type=float, default=3e-3)
+    shared = list(vars(parser.parse_args([])))
+
+    job = parser.add_argument_group("a job, under torchrun")
+    job.add_argument("--out", default="checkpoints/fsdp", metavar="DIR", help="resumes if it holds any")
+    job.add_argument(
+        "--tp", type=int, help="tensor-parallel ranks (default: 2 where 4 divides the ranks, else 1)"
+    )
+    job.add_argument("--json", action="store_true", help="JSON lines, of all ranks")
+    job.add_argument("--dump", metavar="FILE", help="for whole tensors of what a resumed job begins with")
+
+    story = parser.add_argument_group("the story, without torchrun")
+    story.add_argument(
+        "--lose-at", type=int, default=36, metavar="STEP", help="in a save of it or a later one"
+    )
+    story.add_argument("--chart", default="fsdp_reshard.svg", metavar="FILE", help="default: %(default)s")
+    story.add_argument("--dir", default=".", help="for a temporary directory of checkpoints (default: here)")
+    parser.set_defaults(shared=shared)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse_options()
+    if "RANK" in os.environ:
+        return run_rank(options)
+    import fsdp_story  # no part of a job
+
+    return fsdp_story.main(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

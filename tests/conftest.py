@@ -30,6 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills", type=int, default=5, metavar="N", help="how often tests/faults kills the running example"
     )
+    parser.addoption(
+        "--matrix",
+        choices=("full", "sample"),
+        default="sample",
+        help="how many pairs of layouts tests/distributed saves and loads",
+    )
     parser.addoption("--long", action="store_true", help="soak for a minute where a sample takes seconds")
 
 

@@ -1,29 +1,27 @@
 """`.metadata`: DCP's pickle of stock classes, encoded once per plan and reused with another uid in its file
-names; and decoded, whoever wrote it, by an allow-list.
+names.
 
-Enters: DCP's Metadata and where each item lies, or bytes of unknown origin. Leaves: bytes that stock reads,
-or a Metadata. Invariants: nothing but the uid changes from save to save until the layout does; nothing that a
-`.metadata` names is imported or called but DCP's own classes.
+Enters: DCP's Metadata and where each item lies. Leaves: bytes that stock reads. Invariant: nothing but the
+uid changes from save to save until the layout does.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import io
 import pickle
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from itertools import groupby
+from operator import itemgetter
+from typing import TypeVar
 
 import torch
-from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from ..trust import Inert, UntrustedGlobal
+from .stock_pickle import decode_metadata as decode_metadata  # its twin, under the name that importers know
+
+_V = TypeVar("_V")
 
 UID_DIGITS = 16
 _PLACEHOLDER = "\x01uid-goes-here\x02\x03"
@@ -47,155 +45,98 @@ class MetadataTemplate:
         return uid.encode().join(self.pieces)
 
 
-def metadata_template(
-    metadata: Metadata, places: Mapping[MetadataIndex, tuple[int, int, int]], *, file_number: int = 0
-) -> MetadataTemplate:
-    """Encode ``metadata`` with ``places``: index -> (rank, offset, length) of each item.
+Item = tuple[str, torch.Size | None, int | None, int, int, int]
+"""(name, offsets, number among the tensor's chunks, rank, offset in its file, length); no offsets and number
+for what is no tensor."""
 
-    One ``str`` object per file, so that pickle stores each name, and with it the uid, once.
+
+def metadata_template(metadata: Metadata, items: Iterable[Item], *, file_number: int = 0) -> MetadataTemplate:
+    """Encode ``metadata`` with the places of ``items``, those of one name in a row.
+
+    ``storage_data`` is written opcode by opcode: its two objects and two dicts per item, which for many ranks
+    took most of the time and the memory, are never made. Each file's name, and with it the uid, is stored
+    once.
     """
-    names = {rank: data_file_name(rank, file_number, _PLACEHOLDER) for rank, _, _ in places.values()}
-    storage_data = {
-        index: _StorageInfo(relative_path=names[rank], offset=offset, length=length)
-        for index, (rank, offset, length) in places.items()
-    }
-    complete = dataclasses.replace(
-        metadata, storage_data=storage_data, storage_meta=None, version=CURRENT_DCP_VERSION
-    )
-    raw = pickle.dumps(complete, protocol=4)
-    return MetadataTemplate(tuple(raw.split(_PLACEHOLDER.encode())))
+    encoder = _Encoder()
+    state = dict(vars(metadata), storage_meta=None, version=CURRENT_DCP_VERSION)
+    state.pop("storage_data")
+    out = io.BytesIO()
+    out.write(pickle.PROTO + bytes([_PROTOCOL]))
+    out.write(encoder(Metadata) + pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+    out.write(encoder(state) + encoder("storage_data") + pickle.EMPTY_DICT)
+    # once in full, so that they are a few bytes each from here on
+    for constant in (MetadataIndex, _StorageInfo, "fqn", "offset", "index", "relative_path", "length"):
+        out.write(encoder(constant) + pickle.POP)
+    new = pickle.EMPTY_TUPLE + pickle.NEWOBJ + pickle.EMPTY_DICT + pickle.MARK
+    built = pickle.SETITEMS + pickle.BUILD
+    index_start = encoder(MetadataIndex) + new + encoder("fqn")
+    info_start = built + encoder(_StorageInfo) + new + encoder("relative_path")
+    at, number_at, length_at = encoder("offset"), encoder("index"), encoder("length")
+    values: _References[torch.Size | int | None] = _References(encoder)
+    files: _References[str] = _References(encoder)
+    names = _FileNames(file_number)
+    for name, group in groupby(items, itemgetter(0)):
+        named, again = encoder(name), encoder(name)
+        out.write(pickle.MARK)
+        for _, offsets, number, rank, offset, length in group:
+            # fmt: off
+            out.write(b"".join((
+                index_start, named, at, values[offsets], number_at, values[number],
+                info_start, files[names[rank]], at, values[offset], length_at, values[length], built,
+            )))
+            # fmt: on
+            named = again
+        out.write(pickle.SETITEMS)
+    out.write(pickle.SETITEM + pickle.BUILD + pickle.STOP)
+    return MetadataTemplate(tuple(out.getvalue().split(_PLACEHOLDER.encode())))
 
 
-def _path(*parts: str) -> str:
-    """Stands in for every pathlib class: 3.13's pickles name a module that older Pythons lack."""
-    return "/".join(parts)
+_PROTOCOL = 3
+"""The newest without frames, which could not be taken apart."""
+_LONG_BYTES = 1 << 16
 
 
-@lru_cache(maxsize=1)
-def _stock_globals() -> dict[tuple[str, str], Any]:
-    """What stock's pickles name, under the names of this torch and of older ones."""
-    names: dict[tuple[str, str], Any] = {}
-    encoding = dcp_metadata._MEM_FORMAT_ENCODING
-    # the second was its home until torch 2.0
-    for package in ("torch.distributed.checkpoint", "torch.distributed._shard.checkpoint"):
-        for cls in (
-            Metadata,
-            MetadataIndex,
-            dcp_metadata.StorageMeta,
-            dcp_metadata.TensorStorageMetadata,
-            dcp_metadata.ChunkStorageMetadata,
-            dcp_metadata.BytesStorageMetadata,
-            dcp_metadata.TensorProperties,
-            encoding,
-        ):
-            names[f"{package}.metadata", cls.__name__] = cls
-        names[f"{package}.filesystem", "_StorageInfo"] = _StorageInfo
-    sharded = "torch.distributed._shard.sharded_tensor.metadata"  # the home of two of them until torch 2.3
-    names[sharded, "TensorProperties"] = dcp_metadata.TensorProperties
-    names[sharded, "MEM_FORMAT_ENCODING"] = encoding
-    names["torch.serialization", "_get_layout"] = torch.serialization._get_layout
-    names["torch", "Size"] = torch.Size
-    names["torch", "device"] = torch.device
-    names["collections", "OrderedDict"] = OrderedDict
-    for value in vars(torch).values():
-        if isinstance(value, torch.dtype):
-            names["torch", str(value).removeprefix("torch.")] = value
-    for module in ("pathlib", "pathlib._local"):
-        for path in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"):
-            names[module, path] = _path
-    return names
+class _Encoder:
+    """The opcodes that push a value, in full for the first time, and as a reference from then on, if pickle
+    remembers values of its type. To be written in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self._file = io.BytesIO()
+        self._pickler = pickle.Pickler(self._file, _PROTOCOL)
+
+    def __call__(self, value: object) -> bytes:
+        self._file.seek(0)
+        self._file.truncate()
+        self._pickler.dump(value)
+        raw = self._file.getvalue()[2:-1]  # without PROTO and STOP
+        if len(raw) > _LONG_BYTES:
+            # a pickler begins each dump with a buffer as long as its longest yet
+            memo = self._pickler.memo
+            self._pickler = pickle.Pickler(self._file, _PROTOCOL)
+            self._pickler.memo = memo
+        return raw
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def __init__(self, raw: bytes) -> None:
-        super().__init__(io.BytesIO(raw))
-        self.foreign: list[str] = []
-        """What it named beyond stock's classes; something inert took its place."""
+class _References(dict[_V, bytes]):
+    """Value -> its opcodes, of equal values those of the first."""
 
-    def find_class(self, module: str, name: str, /) -> Any:
-        found = _stock_globals().get((module, name))
-        if found is None:
-            self.foreign.append(f"{module}.{name}")
-            return Inert
-        return found
+    def __init__(self, encoder: _Encoder) -> None:
+        super().__init__()
+        self._encoder = encoder
 
-
-@contextlib.contextmanager
-def _unchanged_globals() -> Iterator[None]:
-    """Undo and refuse what a pickle's BUILD does to the classes it was handed; the C unpickler can't be told
-    not to.
-
-    `.metadata` of many tensors must decode fast, so the Python unpickler, which can, is no choice here.
-    """
-    watched = [
-        item
-        for item in set(_stock_globals().values())
-        if isinstance(getattr(item, "__dict__", None), Mapping)
-    ]
-    before = [dict(vars(item)) for item in watched]
-    changed: list[str] = []
-    try:
-        yield
-    finally:
-        for item, old in zip(watched, before, strict=True):
-            now = dict(vars(item))
-            for name in now.keys() | old.keys():
-                if name in old and now.get(name) is not old[name]:
-                    setattr(item, name, old[name])
-                    changed.append(f"{item.__qualname__}.{name}")
-                elif name not in old:
-                    delattr(item, name)
-                    changed.append(f"{item.__qualname__}.{name}")
-    if changed:
-        raise UntrustedGlobal(f"{changed[0]} (to change it)")
+    def __missing__(self, value: _V) -> bytes:
+        first = self._encoder(value)
+        self[value] = self._encoder(value)
+        return first
 
 
-def decode_metadata(raw: bytes) -> Metadata:
-    """DCP's Metadata from the bytes of `.metadata`.
+class _FileNames(dict[int, str]):
+    """Rank -> its file's name, one object per file."""
 
-    A planner may keep objects of its own beside what a load needs, most likely in ``planner_data``; where it
-    did, that attribute is None.
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
 
-    Raises: UntrustedGlobal for foreign names in what a load needs; ValueError for no pickle of a Metadata.
-    """
-    unpickler = _MetadataUnpickler(raw)
-    try:
-        with _unchanged_globals():
-            metadata = unpickler.load()
-    except UntrustedGlobal:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        if unpickler.foreign:
-            raise UntrustedGlobal(unpickler.foreign[0]) from error
-        raise ValueError(f"not a readable pickle: {error}") from error
-    if unpickler.foreign:
-        if not isinstance(metadata, Metadata):
-            raise UntrustedGlobal(unpickler.foreign[0])
-        for name, value in list(vars(metadata).items()):
-            if _holds_inert(value):
-                if name in ("state_dict_metadata", "storage_data"):
-                    raise UntrustedGlobal(unpickler.foreign[0])
-                setattr(metadata, name, None)
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-        raise ValueError(f"it holds a {type(metadata).__name__}, not DCP's Metadata")
-    return metadata
-
-
-def _holds_inert(whole: object) -> bool:
-    """Whether ``whole`` holds an object that could not be made; it may be nested deeply or in circles."""
-    seen: set[int] = set()
-    todo = [whole]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, Inert) or item is Inert:
-            return True
-        if id(item) in seen or isinstance(item, (str, int, float, type, torch.Size, torch.dtype)):
-            continue
-        seen.add(id(item))
-        if isinstance(item, Mapping):
-            todo += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            todo += item
-        else:
-            todo += getattr(item, "__dict__", {}).values()
-    return False
+    def __missing__(self, rank: int) -> str:
+        name = self[rank] = data_file_name(rank, self._number, _PLACEHOLDER)
+        return name

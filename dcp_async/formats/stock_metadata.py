@@ -7,6 +7,7 @@ two ranks contradict each other nothing is merged.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count, islice
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import (
@@ -18,6 +19,9 @@ from torch.distributed.checkpoint.metadata import (
 
 _MAX_INDEX = 1 << 20
 """A list longer than this is no state but an attempt to exhaust the memory."""
+_MAX_DEPTH = 200
+_TOLD = 5
+"""So many of the missing ranks are named."""
 
 
 def merge_ranks(by_rank: Mapping[int, Metadata]) -> Metadata:
@@ -29,9 +33,12 @@ def merge_ranks(by_rank: Mapping[int, Metadata]) -> Metadata:
     Raises: ValueError if a rank within the numbering is missing, or if two of them describe a tensor
     differently.
     """
-    missing = [rank for rank in range(max(by_rank)) if rank not in by_rank]
-    if missing:
-        raise ValueError(f"there is no metadata of rank {', '.join(map(str, missing))}")
+    if len(by_rank) != max(by_rank) + 1:  # which may be any number that a file's name has
+        first = islice((rank for rank in count() if rank not in by_rank), _TOLD)
+        missing = [str(rank) for rank in first if rank < max(by_rank)]
+        raise ValueError(
+            f"there is metadata of {len(by_rank)} ranks up to {max(by_rank)}; missing: {', '.join(missing)}"
+        )
     names: dict[str, Any] = {}
     chunks: dict[str, dict[tuple[int, ...], ChunkStorageMetadata]] = {}
     places: dict[MetadataIndex, Any] = {}
@@ -86,7 +93,7 @@ def usable_paths(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:
         if (
             name in metadata.state_dict_metadata
             and isinstance(path, (tuple, list))
-            and path
+            and 0 < len(path) <= _MAX_DEPTH
             and all(type(key) is str or (type(key) is int and 0 <= key < _MAX_INDEX) for key in path)
             and ".".join(map(str, path)) == name
         ):

@@ -242,24 +242,20 @@ def subtree(node: Tree, name: str, prefix: str | None = None) -> Tree:
 
 def merged_trees(trees: Sequence[Tree]) -> Tree:
     """One tree of all that is in any of ``trees``: ranks may hold different parts of a state."""
-    first, *others = trees
-    for other in others:
-        if other != first:
-            first = _merged(first, other)
-    return first
-
-
-def _merged(one: Tree, other: Tree) -> Tree:
-    if one is None or other is None or one == other:
-        return one if one is not None else other
-    kind = kind_of(one)
-    children = {_identity(key): (key, child) for key, child in children_of(one)}
-    for key, child in children_of(other):
-        here = children.get(_identity(key))
-        children[_identity(key)] = (key, child if here is None else _merged(here[1], child))
-    if kind == "list":
-        return list_node([child for _, child in children.values()])
-    return mapping_node(str(kind), children.values())
+    containers = [tree for tree in trees if tree is not None]
+    if not containers:
+        return None
+    first = containers[0]
+    if all(other is first or other == first for other in containers):
+        return first
+    # all at once: pair by pair would look at what is merged already once per tree
+    below: dict[tuple[type, Any], tuple[Any, list[Tree]]] = {}
+    for tree in containers:
+        for key, child in children_of(tree):
+            below.setdefault(_identity(key), (key, []))[1].append(child)
+    merged = [(key, merged_trees(children)) for key, children in below.values()]
+    kind = kind_of(first)
+    return list_node([child for _, child in merged]) if kind == "list" else mapping_node(str(kind), merged)
 
 
 def _identity(key: Any) -> tuple[type, Any]:
@@ -283,9 +279,12 @@ def dcp_paths(tree: Tree) -> dict[str, tuple[str | int, ...]]:
     return paths
 
 
+_MAX_HOLES = 1 << 17
+
+
 def structure_from_paths(planner_data: object, names: list[str]) -> Tree:
     """The tree that DCP's name -> path mapping describes (all its keys are str); a flat one where there is
-    none."""
+    none. A list that would be nothing but holes, so many that memory may not last, stays a mapping."""
     paths = planner_data if isinstance(planner_data, dict) else {}
     root: dict[str | int, Any] = {}
     for name in names:
@@ -295,12 +294,16 @@ def structure_from_paths(planner_data: object, names: list[str]) -> Tree:
             node = node.setdefault(key, {})
         node[path[-1]] = None
 
+    holes_left = _MAX_HOLES
+
     def encode(node: dict[str | int, Any] | None) -> Tree:
+        nonlocal holes_left
         if node is None:
             return None
-        if node and all(isinstance(key, int) for key in node):
+        last = max(cast("dict[int, Any]", node)) if all(isinstance(key, int) for key in node) and node else -1
+        if last >= 0 and last + 1 - len(node) <= holes_left:
             # a list; stock drops empty containers, which leave holes in it
-            last = max(cast("dict[int, Any]", node))
+            holes_left -= last + 1 - len(node)
             return list_node([encode(node.get(index, {})) for index in range(last + 1)])
         return mapping_node("dict", ((str(key), encode(child)) for key, child in node.items()))
 

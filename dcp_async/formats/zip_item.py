@@ -15,6 +15,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from operator import itemgetter
 
 import torch
 
@@ -241,22 +242,40 @@ def pickle_start(head: bytes) -> int | None:
     return _LOCAL.size + name_bytes + extra_bytes if name.endswith(b"/data.pkl") else None
 
 
-def check_crcs(item: memoryview) -> None:
-    """Compare the stored records of a whole zip with the CRC-32s that its writer recorded: those that are
-    not 0.
+def check_records(item: memoryview, *, crcs: bool) -> None:
+    """Whether the directory of a whole zip lists its records as every reader understands them: stored, each
+    once and apart from the others, and the pickle first if the first record claims to be it.
 
+    With ``crcs`` they must match the CRC-32s that their writer recorded: those that are not 0.
     Raises: ValueError, naming the record; or if the zip's directory makes no sense.
     """
     try:
-        for name, crc, start, nbytes in _stored_records(item):
-            if crc and zlib.crc32(item[start : start + nbytes]) != crc:
-                raise ValueError(f"its record {name} does not match its CRC-32")
+        records = list(_records(item))
     except (struct.error, OverflowError) as error:
         raise ValueError(f"its zip has a damaged directory: {error}") from error
+    # torch finds names regardless of case
+    if len({name.casefold() for name, *_ in records}) < len(records):
+        raise ValueError("its zip has a record twice")
+    end = 0
+    for name, header, _, start, nbytes in sorted(records, key=itemgetter(1)):
+        if header < end:
+            raise ValueError(f"its record {name} overlaps another")
+        end = start + nbytes
+    first = next((name for name, header, *_ in records if header == 0), "")
+    pickles = [name for name, *_ in records if name.casefold().endswith("/data.pkl")]
+    if pickle_start(bytes(item[:_FIRST_BYTES])) is not None and pickles != [first]:
+        raise ValueError("its zip has another pickle than its first record")
+    for name, _, crc, start, nbytes in records:
+        if crcs and crc and zlib.crc32(item[start : start + nbytes]) != crc:
+            raise ValueError(f"its record {name} does not match its CRC-32")
 
 
-def _stored_records(item: memoryview) -> Iterator[tuple[str, int, int, int]]:
-    """(name, CRC-32, first byte, length) of each record that is not deflated."""
+_FIRST_BYTES = _LOCAL.size + 0xFFFF
+"""A record's header with the longest name there is."""
+
+
+def _records(item: memoryview) -> Iterator[tuple[str, int, int, int, int]]:
+    """(name, its header, CRC-32, first byte, length) of each record."""
     at, count = _find_directory(item)
     for _ in range(count):
         fields = _CENTRAL.unpack_from(item, at)
@@ -264,19 +283,19 @@ def _stored_records(item: memoryview) -> Iterator[tuple[str, int, int, int]]:
         name_bytes, extra_bytes, comment_bytes = fields[10:13]
         name = bytes(item[at + _CENTRAL.size :][:name_bytes]).decode(errors="replace")
         wide = _wide_values(bytes(item[at + _CENTRAL.size + name_bytes :][:extra_bytes]))
-        _, size, header = (
+        size, packed, header = (
             next(wide, -1) if value == _LIMIT32 else value for value in (fields[9], fields[8], fields[16])
         )
         at += _CENTRAL.size + name_bytes + extra_bytes + comment_bytes
         if magic != b"PK\1\2" or size < 0 or not 0 <= header < len(item):
             raise ValueError(f"its zip has a damaged directory, at record {name}")
-        if method:
-            continue
+        if method or size != packed:  # torch never deflates; what does may inflate to any length
+            raise ValueError(f"its record {name} is compressed")
         local = _LOCAL.unpack_from(item, header)
         start = header + _LOCAL.size + local[9] + local[10]
         if local[0] != b"PK\3\4" or start + size > len(item):
             raise ValueError(f"its record {name} lies outside of it")
-        yield name, crc, start, size
+        yield name, header, crc, start, size
 
 
 def _find_directory(item: memoryview) -> tuple[int, int]:

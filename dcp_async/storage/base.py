@@ -101,7 +101,8 @@ class Storage(Protocol):
         StorageError that they do not see it: then the ranks have no root in common.
 
         ``uid`` is part of every file's name and tells this save's files from any other's.
-        Raises: FileExistsError if the name is committed and ``replace`` is False.
+        Raises: FileExistsError if the name is committed and ``replace`` is False. Cancellation: nothing is
+        left, or the transaction is returned all the same.
         """
 
     async def list(self) -> Sequence[StoredCheckpoint]:

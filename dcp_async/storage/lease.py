@@ -7,6 +7,7 @@ their names.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -98,23 +99,25 @@ def take_lease(directory: Path, uid: str) -> Lease:
             directory.mkdir(parents=True, exist_ok=True)
 
 
-def await_lease(directory: Path, uid: str) -> None:
-    """Return once the lease of ``uid``, which another rank took, is seen here.
+def sees_lease(directory: Path, uid: str, since: float) -> bool:
+    """Whether the lease of ``uid``, which another rank took, is seen here.
 
-    Raises: OSError if it is not after a while: then this rank and that one do not have the same root.
+    Raises: OSError if it is not a while after ``since`` (time.monotonic()): then this rank and that one do
+    not have the same root.
     """
     path = directory / f".lease-{uid}"
-    deadline = time.monotonic() + _VISIBLE_SECONDS
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise OSError(
-                errno.ENOENT,
-                f"on host {socket.gethostname()} there is no {path}, which the coordinator has just made: "
-                "the ranks have different roots. Give all of them one directory on a shared file system, or "
-                "each its own with Coordination(mode='local')",
-            )
-        time.sleep(0.05)  # attribute caches of network file systems
-        os.listdir(directory.parent if not directory.exists() else directory)
+    with contextlib.suppress(FileNotFoundError):  # a listing refreshes what network file systems cache
+        os.listdir(directory if directory.exists() else directory.parent)
+    if path.exists():
+        return True
+    if time.monotonic() > since + _VISIBLE_SECONDS:
+        raise OSError(
+            errno.ENOENT,
+            f"on host {socket.gethostname()} there is no {path}, which the coordinator has just made: "
+            "the ranks have different roots. Give all of them one directory on a shared file system, or "
+            "each its own with Coordination(mode='local')",
+        )
+    return False
 
 
 def is_remote(directory: Path) -> bool:

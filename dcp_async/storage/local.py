@@ -12,11 +12,13 @@ import errno
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import aiofiles
+import anyio
 
 from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
 from ..errors import StorageError
@@ -32,9 +34,12 @@ from .files import (
     sync_directory,
     why_no_checkpoint,
 )
-from .lease import Lease, await_lease, remove_if_empty, sweep_directory, take_lease
+from .lease import Lease, remove_if_empty, sees_lease, sweep_directory, take_lease
 
 logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.05
+"""Between two looks for what another rank has made."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -144,9 +149,19 @@ class LocalStorage:
         self, name: str, files: Mapping[str, int | None], *, uid: str, replace: bool, lead: bool = True
     ) -> LocalTransaction:
         directory = self.root / name
-        return await self.run(
-            "create", directory, LocalTransaction._begin, self, directory, files, uid, replace, lead
-        )
+        since = time.monotonic()
+        # the leading rank has taken its lease already; should it fail and take it away again, a cancellation
+        # ends this wait
+        seen = lead
+        while not seen:
+            seen = await self.run("create", directory, sees_lease, directory, uid, since)
+            if not seen:
+                await anyio.sleep(_LOOK_SECONDS)
+        with anyio.CancelScope(shield=True):
+            transaction = await self.run(
+                "create", directory, LocalTransaction._begin, self, directory, files, uid, replace, lead
+            )
+        return transaction
 
     async def list(self) -> Sequence[StoredCheckpoint]:
         def scan() -> list[StoredCheckpoint]:
@@ -250,8 +265,6 @@ class LocalTransaction:
                 )
             lease = take_lease(directory, uid)
         else:
-            # the leading rank has taken its lease already
-            await_lease(directory, uid)
             lease = None
         transaction = cls(storage, directory, uid, lease)
         try:

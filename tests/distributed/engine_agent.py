@@ -1,7 +1,7 @@
 """What runs in each process of a world of engines: an agent with verbs over a real CheckpointEngine.
 
-Enters: verbs, and what shall go wrong at which point of the next save or load. Leaves: outcomes as plain dicts,
-errors taken apart, because a rank's own exception may not pickle.
+Enters: verbs, and what shall go wrong at which point of the next save or load. Leaves: outcomes as plain
+dicts, errors taken apart, because a rank's own exception may not pickle.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ Outcome = dict[str, Any]
 
 BIG = 40_000
 """Elements of a tensor that overlap=True does not set aside within capture()."""
+HUGE = 200_000
+"""Elements of a tensor in which a whole block of checksums lies, so that nobody else reads that."""
 
 COLLECTIVES = (
-    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single",
-    "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather", "gather_object", "irecv",
-    "isend", "monitored_barrier", "new_group", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor",
-    "scatter", "scatter_object_list", "send",
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all",
+    "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list",
+    "gather", "gather_object", "irecv", "isend", "monitored_barrier", "new_group", "recv", "reduce",
+    "reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send",
 )  # fmt: skip
 
 FAILURES: dict[str, Callable[[], Exception]] = {
@@ -77,7 +79,7 @@ def replicated(value: int) -> dict[str, torch.Tensor]:
 
 def own(rank: int, value: int) -> dict[str, Any]:
     """What only ``rank`` holds, writes and reads."""
-    return {"seen": value * 1000 + rank, "noise": torch.full((3000,), float(value * 10 + rank))}
+    return {"seen": value * 1000 + rank, "noise": torch.full((HUGE,), float(value * 10 + rank))}
 
 
 def whole(size: int, value: int) -> dict[str, Any]:
@@ -139,7 +141,7 @@ class EngineAgent(Agent):
         """Open one whose storage can be told to stumble."""
         disk = FaultyStorage(LocalStorage(root))
         made = CheckpointEngine(
-            disk,  # type: ignore[arg-type]  # passes on every verb of the real one
+            disk,
             staging=StagingOptions(overlap=overlap, part_bytes=1 << 20),
             coordination=Coordination(
                 process_group=None if group == "world" else self._groups[group],
@@ -221,11 +223,15 @@ class EngineAgent(Agent):
             made = self._checkpoints[engine]
             response = await made.save(self._state, step=step, checkpoint_id=name, replace=replace)
             if mutate:
-                self._state["model"]["w0"].add_(1)
+                self._state["own"].value["noise"].add_(1)
+                self._gate("mutated").set()
             info = await response.upload_completion
         except (CheckpointError, ValueError) as error:
             return described(error)
         return {"kind": "committed", "id": info.checkpoint_id, "num_files": info.num_files}
+
+    async def until_mutated(self) -> None:
+        await self._gate("mutated").wait()
 
     async def cancel_save(self, engine: str = "main") -> None:
         self._checkpoints[engine].pending[-1].cancel()
@@ -296,17 +302,18 @@ class EngineAgent(Agent):
     # What shall go wrong.
 
     async def fail_verb(
-        self, verb: str, failure: str = "disk", nth: int = 1, times: float = 1, engine: str = "main"
+        self, at: str, failure: str = "disk", nth: int = 1, times: float = 1, engine: str = "main"
     ) -> None:
         """Fail the nth call of a verb of the storage."""
-        self._disks[engine].fail(verb, FAILURES[failure](), nth=nth, times=times)
+        self._disks[engine].fail(at, FAILURES[failure](), nth=nth, times=times)
 
     async def fail_in(self, point: str, failure: str) -> None:
         """Fail once in "capture" or in "stage"."""
 
         def act() -> NoReturn:
             self._disarm(point)
-            raise FAILURES[failure]()
+            made = FAILURES[failure]()
+            raise made
 
         self._arm(point, act)
 
@@ -314,20 +321,20 @@ class EngineAgent(Agent):
         """Die at a point of the next save, or at a verb of the storage."""
         self._arm(point, die)
 
-    async def hold_verb(self, verb: str, nth: int = 1, engine: str = "main") -> None:
+    async def hold_verb(self, at: str, nth: int = 1, engine: str = "main") -> None:
         """Keep the nth call of a verb of the storage waiting, and later ones, until ``release_verb``."""
-        gate = self._held[verb] = Gate()
+        gate = self._held[at] = Gate()
 
         async def act(_verb: str, _args: tuple[Any, ...]) -> None:
             await gate.walk_through()
 
-        self._disks[engine]._add(_Fault(verb, nth, float("inf"), act))
+        self._disks[engine]._add(_Fault(at, nth, float("inf"), act))
 
-    async def until_held(self, verb: str) -> None:
-        await self._held[verb].until_arrived()
+    async def until_held(self, at: str) -> None:
+        await self._held[at].until_arrived()
 
-    async def release_verb(self, verb: str) -> None:
-        self._held.pop(verb).release()
+    async def release_verb(self, at: str) -> None:
+        self._held.pop(at).release()
 
     async def heal(self, engine: str = "main") -> None:
         self._disks[engine].heal()
@@ -363,7 +370,7 @@ class EngineAgent(Agent):
         if point == "capture":
             self._trap.act = lambda: None
         else:
-            del self._checkpoints["main"]._life.stager.stage  # type: ignore[method-assign]
+            del self._checkpoints["main"]._life.stager.stage
 
     # Hosts.
 

@@ -23,7 +23,7 @@ PATIENCE = 30.0
 """Seconds that any one answer may take; far above what a healthy process needs."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.distributed.agent"])
+_context.set_forkserver_preload(["tests.distributed.agent", "tests.distributed.engine_agent"])
 
 
 class Failed(Exception):
@@ -73,14 +73,14 @@ class Call:
 class Member:
     """One process of a world."""
 
-    def __init__(self, rank: int, size: int, loop: str, errors: Path) -> None:
+    def __init__(self, rank: int, size: int, loop: str, errors: Path, kind: type[agent.Agent]) -> None:
         self.rank = rank
         self.answers: dict[int, tuple[Any, ...]] = {}
         self._errors = errors
         self._calls = 0
         self._connection: Connection[Any, Any]
         self._connection, theirs = _context.Pipe()
-        self.process = _context.Process(target=agent.main, args=(theirs, rank, size, loop, str(errors)))
+        self.process = _context.Process(target=agent.main, args=(theirs, rank, size, loop, str(errors), kind))
         self.process.start()
         theirs.close()
 
@@ -142,15 +142,22 @@ class World:
     process of its own, as a launcher does it."""
 
     def __init__(
-        self, size: int, folder: Path, *, loop: str = "asyncio", host: str = "rank 0", libuv: bool = True
+        self,
+        size: int,
+        folder: Path,
+        *,
+        loop: str = "asyncio",
+        host: str = "rank 0",
+        libuv: bool = True,
+        kind: type[agent.Agent] = agent.Agent,
     ) -> None:
         self.members: list[Member] = []
         self.host: Member | None = None
         try:
             for rank in range(size):
-                self.members.append(Member(rank, size, loop, folder / f"stderr-{rank}"))
+                self.members.append(Member(rank, size, loop, folder / f"stderr-{rank}", kind))
             if host == "apart":
-                self.host = Member(size, size, loop, folder / "stderr-host")
+                self.host = Member(size, size, loop, folder / "stderr-host", kind)
             self.port: int = (self.host or self.members[0]).do("serve_store", libuv=libuv)
             self.all("join", port=self.port)
         except BaseException:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,6 +72,19 @@ def same(left: object, right: object) -> bool:
     return torch.equal(one, other)
 
 
+def brief(value: object) -> str:
+    """For messages."""
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    first = value.detach().reshape(-1)[:3].tolist()
+    return f"{type(value).__name__} {tuple(value.shape)} {value.dtype} {first}..."
+
+
+def shortened(texts: list[str]) -> list[str]:
+    """The first three, and how many more there are."""
+    return texts[:3] + [f"and {len(texts) - 3} more"] * (len(texts) > 3)
+
+
 # --- tensors of all sorts, one by one -----------------------------------------------------------
 
 TENSORS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -108,7 +121,9 @@ class Rows(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch itself asks for a class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is torch.ops.aten.detach.default:
             return Rows(args[0].size(), args[0].local, args[0].first)
         raise NotImplementedError(f"{func} would see the rows of one rank only")
@@ -175,7 +190,7 @@ def _some_outside() -> Place:
     meshes = [DeviceMesh("cpu", [1, 2]), DeviceMesh("cpu", [0, 3]), DeviceMesh("cpu", [3])]
     names = list(TENSORS)
 
-    def place(name: str, whole: torch.Tensor) -> torch.Tensor:
+    def place(name: str, whole: torch.Tensor) -> torch.Tensor | None:
         return _as_dtensor(meshes[names.index(name) % len(meshes)], Shard(0))(name, whole)
 
     return place
@@ -195,8 +210,8 @@ def _sharded_tensors() -> Place:
         if whole.numel() < 2:
             return whole.clone()
         shards, first = [], 0
-        for number, block in enumerate(whole.chunk(4)):
-            if number % size == rank:
+        for turn, block in enumerate(whole.chunk(4)):
+            if turn % size == rank:
                 offsets = [first, *([0] * (whole.dim() - 1))]
                 shard = sharded_tensor.Shard.from_tensor_and_offsets(block.clone(), offsets, rank)
                 shards.append(shard)
@@ -267,12 +282,11 @@ class Llama(nn.Module):
         self.frequencies: torch.Tensor
         self.register_buffer("frequencies", torch.zeros(11))
 
-    def fill(self, kind: str, salt: int) -> Llama:
-        """Give each parameter the values that ``kind`` has of it."""
+    def fill(self, kind: str) -> Llama:
+        """Give each parameter the values that are saved of it as ``kind``."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                parameter.copy_(finite(f"{kind}.{name}", tuple(parameter.shape), salt))
-            self.frequencies.copy_(finite("frequencies", (11,), salt))
+                parameter.copy_(finite(f"{kind}.{name}", tuple(parameter.shape), SAVED))
         return self
 
 
@@ -305,7 +319,8 @@ def _ddp(model: Llama) -> nn.Module:
 
 def _fsdp(*shape: int) -> Callable[[Llama], nn.Module]:
     def wrap(model: Llama) -> nn.Module:
-        _fully_shard(model, init_device_mesh("cpu", shape))
+        names = ("replicate", "shard")[-len(shape) :]
+        _fully_shard(model, init_device_mesh("cpu", shape, mesh_dim_names=names))
         return model
 
     return wrap
@@ -366,6 +381,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "flat": _model_layouts(*_FSDP1),
     # a model and an optimizer as they are: FSDP1's give local tensors by names that look global
     "bare": _model_layouts("pipeline-2", *_FSDP1),
+    "bare_resume": _model_layouts("pipeline-2", *_FSDP1),
     "tied": ("plain-1", "ddp-2", "ddp-4", "fsdp-2", "fsdp-3", "fsdp-4", "hsdp-4"),
 }
 """Family of states -> the layouts that admit it."""
@@ -399,18 +415,19 @@ class Run:
     """Bring the values of a salt into it."""
     snapshot: Callable[[], Iterator[tuple[str, Any]]]
     """Name -> what of it lies here."""
-    expected: Snapshot = field(default_factory=dict)
+    expected: Snapshot
+    """The snapshot of what is saved."""
 
     def differences(self) -> list[str]:
         """Where it is not what was saved."""
         now = dict(self.snapshot())
-        odd = sorted(now.keys() ^ self.expected.keys())
+        odd = [f"{name} is here or there alone" for name in now.keys() ^ self.expected.keys()]
         odd += [
-            f"{name} is {value}, not {self.expected[name]}"
+            f"{name} is {brief(value)}, not {brief(self.expected[name])}"
             for name, value in now.items()
             if name in self.expected and not same(value, self.expected[name])
         ]
-        return odd
+        return shortened(odd)
 
 
 def _copied(pairs: Iterator[tuple[str, Any]]) -> Snapshot:
@@ -430,8 +447,8 @@ def _own_of(rank: int, salt: int) -> dict[str, int]:
 class Loader:
     """A Stateful that differs between ranks."""
 
-    def __init__(self) -> None:
-        self.position = _own_of(_rank(), SAVED)
+    def __init__(self, salt: int) -> None:
+        self.position = _own_of(_rank(), salt)
         self.resized: list[Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -446,34 +463,24 @@ class Loader:
         return dict(saved[_rank() % len(saved)])
 
 
-def common_state(*, stock: bool) -> tuple[dict[str, Any], Loader, Callable[[int], None]]:
-    """What every family has beside its tensors; stock knows nothing of PerRank."""
-    loader = Loader()
-    state: dict[str, Any] = {"epoch": 0, "notes": {"tags": ["a", 0], "rate": 0.0}}
-    if not stock:
-        state["loader"] = PerRank(loader, on_resize=loader.resize)
-
-    def fill(salt: int) -> None:
-        state["epoch"] = number("epoch", salt)
-        state["notes"] = {"tags": ["a", number("tags", salt)], "rate": number("rate", salt) / 7}
-        loader.position, loader.resized = _own_of(_rank(), salt), None
-
-    return state, loader, fill
-
-
-def common_whole() -> dict[str, Any]:
-    """The same, by name, as ``read`` gives it."""
-    return {
-        "epoch": number("epoch", SAVED),
-        "notes": {"tags": ["a", number("tags", SAVED)], "rate": number("rate", SAVED) / 7},
+def common_state(salt: int, loader: Loader | None) -> dict[str, Any]:
+    """What every family has beside its tensors; stock knows nothing of PerRank, so it gets no loader."""
+    state: dict[str, Any] = {
+        "epoch": number("epoch", salt),
+        "notes": {"tags": ["a", number("tags", salt)], "rate": number("rate", salt) / 7},
     }
+    return state | ({"loader": PerRank(loader, on_resize=loader.resize)} if loader else {})
 
 
-def check_common(state: Mapping[str, Any], loader: Loader, *, saved_world: int | None) -> list[str]:
-    """What of it is not as it was saved; ``saved_world`` is None where nothing was PerRank."""
-    wrong = [f"{name} is {state[name]}" for name, value in common_whole().items() if state[name] != value]
-    if saved_world is None:
-        return wrong
+def check_common(state: Mapping[str, Any]) -> list[str]:
+    """What of it is not as it was saved."""
+    right = common_state(SAVED, None)
+    return [f"{name} is {state[name]}" for name, value in right.items() if state[name] != value]
+
+
+def check_loader(loader: Loader, saved_world: int) -> list[str]:
+    """The same of what was PerRank on ``saved_world`` ranks."""
+    wrong = []
     here = dist.get_world_size() if dist.is_initialized() else 1
     offered = [_own_of(rank, SAVED) for rank in range(saved_world)] if saved_world != here else None
     if loader.resized != offered:
@@ -483,14 +490,12 @@ def check_common(state: Mapping[str, Any], loader: Loader, *, saved_world: int |
     return wrong
 
 
-def build(family: str, layout: str, state: dict[str, Any]) -> Run:
-    """This process's part; ``state`` is what it has beside. Ranks: all must call it (torch's set-up is
-    collective)."""
-    make = _build_tensors if family == "tensors" else _build_model
-    return make(family, layout, state)
+def build(family: str, layout: str) -> Run:
+    """This process's part. Ranks: all must call it, for torch's own set-up is collective."""
+    return _build_tensors(layout) if family == "tensors" else _build_model(family, layout)
 
 
-def _build_tensors(family: str, layout: str, state: dict[str, Any]) -> Run:
+def _build_tensors(layout: str) -> Run:
     place = TENSOR_LAYOUTS[layout][1]()
     versions: dict[int, dict[str, torch.Tensor]] = {}
     for salt in (SAVED, BLANK):
@@ -511,34 +516,35 @@ def _build_tensors(family: str, layout: str, state: dict[str, Any]) -> Run:
         for name, local in snapshot_of(run_tensors):
             local.copy_(copies[salt][name])
 
-    run = Run({**state, "t": run_tensors}, fill, lambda: snapshot_of(run_tensors))
-    run.expected = copies[SAVED]
-    return run
+    return Run({"t": run_tensors}, fill, lambda: snapshot_of(run_tensors), copies[SAVED])
 
 
 _KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
-def _build_model(family: str, layout: str, state: dict[str, Any]) -> Run:
+def is_vector(name: str) -> bool:
+    """Of the second of the optimizer's two groups; FSDP1's parameters do not tell by their shapes."""
+    return "norm" in name or name.endswith("bias")
+
+
+def _build_model(family: str, layout: str) -> Run:
     wrap = MODEL_LAYOUTS[layout][1]
     stage = dist.get_rank() if layout.startswith("pipeline") else None
 
     def fresh() -> Llama:
         return Llama(tied=family == "tied", stage=stage)
 
-    values: dict[tuple[str, int], list[torch.Tensor]] = {}
-    for salt in (SAVED, BLANK):
-        for kind in _KINDS:  # the optimizer's tensors are cut as parameters of the same size are
-            model = wrap(fresh().fill(kind, salt))
-            values[kind, salt] = [locals_of(parameter)[0].clone() for parameter in model.parameters()]
+    values: dict[str, list[torch.Tensor]] = {}
+    for kind in _KINDS:  # the optimizer's tensors are cut as parameters of the same size are
+        model = wrap(fresh().fill(kind))
+        values[kind] = [locals_of(parameter)[0].clone() for parameter in model.parameters()]
     model = wrap(fresh())
     parameters = list(model.parameters())
-    flat = [parameter for parameter in parameters if parameter.dim() < 2]
     groups = [
-        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": 0.1},
-        {"params": flat, "weight_decay": 0.0},
+        {"params": [part for name, part in model.named_parameters() if is_vector(name) == vectors]}
+        for vectors in (False, True)
     ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.5)
+    optimizer = torch.optim.AdamW(groups, lr=0.5)
 
     def make_steps() -> None:
         for _ in range(2):
@@ -549,19 +555,25 @@ def _build_model(family: str, layout: str, state: dict[str, Any]) -> Run:
 
     make_steps()
 
+    def bring(tensor: torch.Tensor, saved: torch.Tensor, salt: int) -> None:
+        local = locals_of(tensor)[0]
+        if salt == SAVED:
+            local.copy_(saved)
+        else:
+            local.fill_(-1.5)
+
     def fill(salt: int) -> None:
-        if salt == BLANK and family == "resume":
+        if "resume" in family:
             optimizer.state.clear()
-        elif len(optimizer.state) < len(parameters):
+        if not ("resume" in family and salt == BLANK) and not optimizer.state:
             make_steps()
         with torch.no_grad():
             for at, parameter in enumerate(model.parameters()):
-                locals_of(parameter)[0].copy_(values["param", salt][at])
-                if parameter in optimizer.state:
-                    entry = optimizer.state[parameter]
+                bring(parameter, values["param"][at], salt)
+                if entry := optimizer.state.get(parameter):
                     entry["step"].fill_(salt + 1)
                     for kind in _KINDS[1:]:
-                        locals_of(entry[kind])[0].copy_(values[kind, salt][at])
+                        bring(entry[kind], values[kind][at], salt)
             for buffer in model.buffers():
                 buffer.copy_(finite("frequencies", (11,), salt))
         for group in optimizer.param_groups:
@@ -574,21 +586,21 @@ def _build_model(family: str, layout: str, state: dict[str, Any]) -> Run:
             yield f"lr/{at}", group["lr"]
         for name, parameter in model.named_parameters():
             yield name, locals_of(parameter)[0]
-            for kind, value in optimizer.state[parameter].items():
+            if not parameter.numel():
+                continue  # of FSDP1's that lie elsewhere torch restores no state here
+            for kind, value in optimizer.state.get(parameter, {}).items():
                 yield f"{name}/{kind}", locals_of(value)[0]
                 yield f"{name}/{kind}/type", type(value).__name__
 
     options = StateDictOptions(flatten_optimizer_state_dict=True) if family == "flat" else None
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    whole = (
+    state: dict[str, Any] = (
         {"model": inner, "optim": optimizer}
-        if family == "bare"
+        if family.startswith("bare")
         else {"app": AppState(model, optimizer, options=options)}
     )
-    run = Run({**state, **whole}, fill, snapshot)
     fill(SAVED)
-    run.expected = _copied(snapshot())
-    return run
+    return Run(state, fill, snapshot, _copied(snapshot()))
 
 
 # --- the whole, as one process sees it ----------------------------------------------------------
@@ -599,7 +611,9 @@ def whole(family: str) -> dict[str, torch.Tensor]:
     if family == "tensors":
         return {f"t.{name}": bits(name, *TENSORS[name], SAVED) for name in TENSORS}
     model = Llama(tied=family == "tied")
-    prefix, optim = ("model", "optim.state") if family == "bare" else ("app.model", "app.optim.state")
+    prefix, optim = (
+        ("model", "optim.state") if family.startswith("bare") else ("app.model", "app.optim.state")
+    )
     frequencies = finite("frequencies", (11,), SAVED)
     found = {f"{prefix}.frequencies": frequencies}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -607,11 +621,10 @@ def whole(family: str) -> dict[str, torch.Tensor]:
     for name, parameter in parameters.items():
         canonical = first[id(parameter)]
         found[f"{prefix}.{name}"] = finite(f"param.{canonical}", tuple(parameter.shape), SAVED)
-    order = [name for name, part in model.named_parameters() if part.dim() >= 2]
-    order += [name for name, part in model.named_parameters() if part.dim() < 2]
+    order = sorted((name for name, _ in model.named_parameters()), key=is_vector)
     for at, name in enumerate(order):
         shape = tuple(parameters[name].shape)
-        base = f"{optim}.{at if family == 'bare' else name}"
+        base = f"{optim}.{at if family.startswith('bare') else name}"
         for kind in _KINDS[1:]:
             found[f"{base}.{kind}"] = finite(f"{kind}.{name}", shape, SAVED)
         found[f"{base}.step"] = torch.tensor(float(SAVED + 1))

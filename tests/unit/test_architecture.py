@@ -14,7 +14,7 @@ PACKAGE = Path(dcp_async.__file__).parent
 
 # Lower layers first; a module imports from its own layer or below.
 LAYERS: list[set[str]] = [
-    {"errors", "_concurrency", "options", "trust", "plain"},
+    {"errors", "_concurrency", "options", "trust", "plain", "opcodes", "rebuilding"},
     {
         "formats",
         "formats.structure",
@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
         "formats.distcp",
         "formats.manifest",
         "formats.metadata",
+        "formats.stock_pickle",
         "formats.stock_metadata",
         "item",
         "unfolding",

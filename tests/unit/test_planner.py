@@ -13,7 +13,10 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from dcp_async.planner import CompiledPlan, PlanningOptions, draft_plan, is_dense, planner_paths
+from dcp_async.formats.metadata import MetadataTemplate
+from dcp_async.formats.structure import dcp_paths
+from dcp_async.offer import is_dense
+from dcp_async.planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
 from dcp_async.state import capture
 from dcp_async.walk import CaptureError
 
@@ -24,13 +27,21 @@ class OwnPlanner(DefaultSavePlanner):
 
 def _compile(state: dict[str, Any], planner: type[DefaultSavePlanner]) -> CompiledPlan:
     captured = capture(state, None)
-    draft = draft_plan(captured, PlanningOptions(save=planner), rank=0, is_coordinator=True)
-    (answer,) = draft.merge([draft.message])
-    return draft.compile(answer)
+    draft = draft_plan(captured, None, PlanningOptions(save=planner), is_coordinator=True)
+    (answer,), shared = draft.merge([draft.message])
+    mine = draft.assigned(answer)
+    plan, placement = compile_plan(captured.structure, draft.offer, mine, "0" * 16, shared)
+    shared.place(0, placement)
+    return plan
+
+
+def _template(plan: CompiledPlan) -> MetadataTemplate:
+    assert plan.shared is not None
+    return plan.shared.publication().metadata
 
 
 def _decoded(plan: CompiledPlan) -> Metadata:
-    metadata = pickle.loads(plan.metadata.render("0123456789abcdef"))
+    metadata = pickle.loads(_template(plan).render("0123456789abcdef"))
     assert isinstance(metadata, Metadata)
     return metadata
 
@@ -72,7 +83,7 @@ def test_tied_tensors_share_one_item() -> None:
 
 
 def test_uid_is_all_that_changes_between_renders() -> None:
-    template = _compile({"a": torch.ones(3), "n": 1}, DefaultSavePlanner).metadata
+    template = _template(_compile({"a": torch.ones(3), "n": 1}, DefaultSavePlanner))
     one, other = template.render("0" * 16), template.render("f" * 16)
     assert one.replace(b"0" * 16, b"f" * 16) == other
     assert len(template.pieces) == 2, "the file's name is stored once"
@@ -98,7 +109,7 @@ def test_names_and_paths_equal_dcps(state: dict[str, Any]) -> None:
         return
     captured = capture(state, None)
     assert set(captured.structure.names) == set(flat)
-    assert planner_paths(captured.tree) == paths
+    assert dcp_paths(captured.tree) == paths
 
 
 @given(st.permutations([0, 1, 2]), st.lists(st.integers(1, 4), min_size=3, max_size=3))
@@ -116,5 +127,5 @@ def test_planner_that_replaces_data_is_refused_by_name() -> None:
 
     with pytest.raises(CaptureError, match=r"Doubling overrides transform_object"):
         draft_plan(
-            capture({"a": torch.ones(1)}, None), PlanningOptions(save=Doubling), rank=0, is_coordinator=True
+            capture({"a": torch.ones(1)}, None), None, PlanningOptions(save=Doubling), is_coordinator=True
         )
