@@ -101,6 +101,8 @@ LINT_INPUTS = (PROJECT["dependency-groups"]["lint"],)
 WEIGHTS = ENVIRONMENTS / "examples"
 WEIGHTS_INPUTS = (PROJECT["dependency-groups"]["weights"],)
 TORCH = "torch==2.13.0"
+# What of tests/distributed `tests` leaves to `ranks`: minutes of processes that wait for each other.
+RANKS_APART = ("tests/distributed/test_rank_faults.py", "tests/distributed/test_fsdp_example.py")
 
 nox.needs_version = ">=2026.10"
 nox.options.sessions = ["tests", "lint", "types"]
@@ -147,8 +149,10 @@ def demo(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["dev"])
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments go to pytest."""
-    # Paths given as arguments replace testpaths; tests that need an accelerator have a session of their own.
-    session.run(DEV_PYTHON, "-m", "pytest", "--ignore=tests/gpu", *session.posargs, external=True)
+    # Paths given as arguments replace testpaths; tests that need an accelerator, and the longer ones over
+    # several processes, have sessions of their own.
+    apart = [f"--ignore={path}" for path in ("tests/gpu", *RANKS_APART)]
+    session.run(DEV_PYTHON, "-m", "pytest", *apart, *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)
@@ -173,6 +177,12 @@ def faults(session: nox.Session) -> None:
     limits = ("--timeout=3600", "-o", "faulthandler_timeout=3700")
     arguments = ("tests/faults", "--kills=50", *limits, *session.posargs)
     session.run(DEV_PYTHON, "-m", "pytest", *arguments, external=True)
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
+def ranks(session: nox.Session) -> None:
+    """Run all tests over several processes: faults of every kind on every rank, a story of a lost rank."""
+    session.run(DEV_PYTHON, "-m", "pytest", "tests/distributed", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)

@@ -78,6 +78,20 @@ def _bytearray(*args: Any) -> bool:
 
 _PATHS = (pathlib.PurePath, pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.Path, pathlib.PosixPath)
 
+_FACTORIES: tuple[type, ...] = (
+    bool,
+    bytes,
+    dict,
+    float,
+    int,
+    list,
+    set,
+    str,
+    tuple,
+    collections.OrderedDict,
+    collections.Counter,
+)
+
 VALUES: _Tests = {
     **dict.fromkeys((set, frozenset, collections.OrderedDict), _listed),
     collections.Counter: _is_mapping,
@@ -97,20 +111,6 @@ VALUES: _Tests = {
     torch.device: _any,
 }
 """Classes of values that may be called, and whether these arguments may be among theirs."""
-
-_FACTORIES = (
-    bool,
-    bytes,
-    dict,
-    float,
-    int,
-    list,
-    set,
-    str,
-    tuple,
-    collections.OrderedDict,
-    collections.Counter,
-)
 
 NAMED: tuple[type, ...] = (str, int, float, bool, list, tuple, dict)
 """Stand in a pickle as a value, such as a defaultdict's factory, or as the base of a class of the user's."""

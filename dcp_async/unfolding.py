@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 _MAX_DEPTH = 200
-_MAX_TEXT = 512 << 20
+_MAX_TEXT = 256 << 20
 _MIN_TEXT = 256
 """Bounds what is taken apart by the length of its names, and by what each of them costs besides."""
 

@@ -301,7 +301,7 @@ def test_different_names_for_one_save_fail_both_and_name_both(make_world: MakeWo
     calls = [world[rank].exchange(2, name="b" if rank == 1 else "a") for rank in range(4)]
     for call in calls:
         error = remote(call)
-        assert "as save number 2 of the engine" in error.text
+        assert "as call number 2 of the engine" in error.text
         assert "saved 'a'" in error.text
         assert "rank 1 saved 'b'" in error.text
         assert 1 in error.failures
@@ -397,8 +397,8 @@ def test_a_silent_coordinator_is_named_by_all(make_world: MakeWorld, how: signal
         assert remote(call).text.startswith("rank 1 has shown no sign of life for 2 s")
     if how == signal.SIGSTOP:
         world[1].signal(signal.SIGCONT)
-        # it is told that the others gave up, before its own deadline would name them
-        assert set(remote(world[1].start("failed")).failures) <= {0, 2}
+        # it is told that the others gave up on it, before its own deadline would name them
+        assert set(remote(world[1].start("failed")).failures) == {1}
         wait_until_steady(world)
         assert world.all("exchange", ordinal=3, message=0) == [[rank, [0] * 4] for rank in range(4)]
         world.end()

@@ -505,6 +505,7 @@ def test_a_group_that_is_made_again_serves_a_new_engine(make_job: MakeJob) -> No
         job.save_well(number)
         job.end()
         job.world.all("leave")
+        job.world[0].do("forget_addresses")
         job.world.all("join", port=job.world.port)
     job.open()
     job.save_well(3)

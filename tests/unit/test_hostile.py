@@ -120,7 +120,8 @@ def _item(raw: bytes, trust: Trust | None = None, **options: Any) -> StoredItem:
 
 _U = torch._utils
 _T = torch.ones(4)
-_S = torch.storage.TypedStorage(wrap_storage=_T.untyped_storage(), dtype=_T.dtype, _internal=True)
+_typed: Any = torch.storage.TypedStorage
+_S = _typed(wrap_storage=_T.untyped_storage(), dtype=_T.dtype, _internal=True)
 _NO_HOOKS: Any = collections.OrderedDict()
 _INDICES = torch.tensor([[10**12]])
 TENSORS: dict[str, tuple[Any, ...]] = {
