@@ -158,7 +158,12 @@ class LoadPipeline:
         paths = usable_paths(contents.metadata)
         for leaf, value in values.items():
             if isinstance(value, (Mapping, list)):
-                contents.parts[leaf] = dict(take_apart(value, leaf, paths.get(leaf, (leaf,)), wanted))
+                try:
+                    parts = dict(take_apart(value, leaf, paths.get(leaf, (leaf,)), wanted))
+                except ValueError as error:
+                    damaged = DamagedError(f"{leaf} can't be taken apart: {error}", [leaf])
+                    raise self._explain(damaged, contents.info.checkpoint_id) from error
+                contents.parts[leaf] = parts
 
     def unpickle(self, raw: bytes) -> Any:
         """A key of a mapping. Raises UntrustedCheckpointError, CorruptCheckpointError."""
