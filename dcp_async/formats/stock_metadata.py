@@ -37,7 +37,8 @@ def merge_ranks(by_rank: Mapping[int, Metadata]) -> Metadata:
         first = islice((rank for rank in count() if rank not in by_rank), _TOLD)
         missing = [str(rank) for rank in first if rank < max(by_rank)]
         raise ValueError(
-            f"there is metadata of {len(by_rank)} ranks up to {max(by_rank)}; missing: {', '.join(missing)}"
+            f"there is no metadata of rank {', '.join(missing)}, "
+            f"but of {len(by_rank)} others up to {max(by_rank)}"
         )
     names: dict[str, Any] = {}
     chunks: dict[str, dict[tuple[int, ...], ChunkStorageMetadata]] = {}

@@ -26,7 +26,6 @@ from dcp_async import (
     CheckpointExistsError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
-    IncompatibleStateError,
     UntrustedCheckpointError,
 )
 from dcp_async.storage.local import LocalStorage
@@ -223,8 +222,9 @@ async def test_a_last_rank_that_is_missing_is_noticed_before_anything_is_touched
     (root / "s" / "__2.metadata").unlink()
     target = blank(WHOLE)
     async with CheckpointEngine(root) as engine:
-        with pytest.raises(IncompatibleStateError, match=r"a\.m"):
+        with pytest.raises(CorruptCheckpointError, match=r"a\.m") as caught:
             await engine.load(target, "s")
+        assert not caught.value.partially_loaded
         assert_same(await engine.read("s", keys=["v", "epoch"]), {"v": torch.ones(6), "epoch": 4})
     assert_same(target, blank(WHOLE))
 
