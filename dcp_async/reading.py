@@ -207,6 +207,7 @@ class Collector:
     def _memory(self, target: torch.Tensor, dtype: torch.dtype) -> memoryview | None:
         """The bytes of ``target``, if elements of ``dtype`` can be read straight into them."""
         plain = type(target) in PLAIN_TENSORS and target.dtype == dtype and target.is_cpu
+        plain = plain and target.layout is torch.strided
         if not plain or target.is_conj() or target.is_neg() or not target.is_contiguous():
             return None
         self._keep.append(target)
