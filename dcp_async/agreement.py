@@ -52,10 +52,6 @@ class Agreement:
         self._coordinator = coordinator
         self._timeout = timeout
 
-    async def steps(self) -> list[int]:
-        """The steps of all checkpoints, committed or not. Local: ``open()`` has met the others already."""
-        return await self._catalog.steps()
-
     async def latest(self, ordinal: int) -> CheckpointInfo | None:
         """The newest whole checkpoint. Ranks: all must call it."""
 

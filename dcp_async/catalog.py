@@ -62,6 +62,10 @@ class Contents:
     """Item -> (file, offset, length)."""
     transforms: dict[MetadataIndex, tuple[str, ...]]
     """Item -> descriptors of torch's stream extensions that wrote it; most have none."""
+    exotic: frozenset[str]
+    """Tensors that were stored by ``torch.save``; stock's, where there is no manifest, are not told apart."""
+    strides: Mapping[str, tuple[int, ...]]
+    """Of tensors that were not row-major; of stock's none are known."""
     parts: dict[str, dict[str, Part]] = field(default_factory=dict)
     """Leaf -> name -> what was found inside of it, for a state that has a container there."""
     digests: dict[str, array[int]] = field(default_factory=dict)
@@ -281,6 +285,8 @@ class Catalog:
                 manifest=manifest,
                 places=_places(name, metadata),
                 transforms=_transforms(name, metadata),
+                exotic=frozenset(manifest.exotic if manifest else ()),
+                strides=manifest.strides if manifest else {},
             )
             await self._check_files(contents)
         except StorageError as error:

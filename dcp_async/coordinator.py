@@ -2,8 +2,7 @@
 coordinator decides.
 
 Invariant: an exchange is matched by its save's uid and its phase, so saves in flight can't mix, and no
-exchange is a collective of the training's process group. Ranks arrive with a later release; one process runs
-the same protocol against itself.
+exchange is a collective of the training's process group. One process runs the same protocol against itself.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from .errors import (
 from .formats.stock_metadata import usable_paths
 from .formats.structure import Tree, build, children_of, leaf_names, pickled_keys, pruned
 from .item import UnsupportedError
-from .matching import Dtypes, Match, check_fit, check_groups, fresh_tensor, is_plain_meta, match_state
+from .matching import Dtypes, Match, check_fit, check_groups, fresh_tensor, is_raw, match_state
 from .pipeline import first_failure
 from .reading import Collector, CoverageError, Source, copy_exotic
 from .sharding import is_known_to_autograd
@@ -84,14 +84,13 @@ class LoadPipeline:
         """``touched``: targets hold bytes of another checkpoint, which was corrupt."""
         self._contents = contents
         self._services = services
-        manifest = contents.manifest
         self._source = Source(
             tensors={
                 name: meta for name, meta in contents.names.items() if isinstance(meta, TensorStorageMetadata)
             },
             places=contents.places,
             raw_files=frozenset(contents.digests),
-            exotic=frozenset(manifest.exotic if manifest else ()),
+            exotic=contents.exotic,
             transforms=contents.transforms,
             trust=services.trust,
         )
@@ -107,8 +106,8 @@ class LoadPipeline:
     ) -> tuple[dict[str, Any], int]:
         """Fill ``tensors``; gives (name -> value of each leaf, number of bytes).
 
-        ``fresh``: nobody else has seen ``tensors``, so a failure leaves nothing half loaded. ``ready`` is
-        awaited before the first tensor is written to.
+        ``fresh``: nobody else has seen ``tensors``, so a failure leaves nothing half loaded. ``before_touch``
+        gets the leaves' values and is awaited before the first tensor is written to.
 
         Raises: CorruptCheckpointError, IncompatibleStateError, UntrustedCheckpointError. Cancellation: joins
         the reads in progress; targets may be partly filled.
@@ -363,21 +362,20 @@ async def read_fresh(
     structure = contents.structure
     if keys is not None:
         structure = _chosen(structure, dict.fromkeys(keys), contents)
-    strides = contents.manifest.strides if contents.manifest else {}
+    names = contents.names
     tensors: dict[str, torch.Tensor] = {}
     stored: dict[tuple[str, int, int], str] = {}
     tied: dict[str, str] = {}
     leaves: list[str] = []
-    exotic = set(contents.manifest.exotic) if contents.manifest else set()
     for name in leaf_names(structure):
-        meta = contents.names[name]
-        if isinstance(meta, TensorStorageMetadata) and name not in exotic and is_plain_meta(meta):
+        meta = names[name]
+        if is_raw(meta, name, contents):
             # names that share their bytes come back as one tensor
             place = contents.places.get(MetadataIndex(name, meta.chunks[0].offsets)) if meta.chunks else None
             if place is not None and len(meta.chunks) == 1 and stored.setdefault(place, name) != name:
                 tied[name] = stored[place]
             else:
-                tensors[name] = fresh_tensor(meta, strides.get(name), device)
+                tensors[name] = fresh_tensor(meta, contents.strides.get(name), device)
         else:
             leaves.append(name)
     pipeline = LoadPipeline(contents, services)

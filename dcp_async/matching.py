@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
@@ -68,9 +68,16 @@ def fresh_tensor(
     return torch.empty_strided(tuple(meta.size), strides, dtype=dtype, device=device)
 
 
-def is_plain_meta(meta: TensorStorageMetadata) -> bool:
-    """Whether an empty tensor of its kind can be made and filled."""
-    return meta.properties.dtype in PLAIN_DTYPES and meta.properties.layout is torch.strided
+def is_raw(
+    meta: TensorStorageMetadata | BytesStorageMetadata, name: str, contents: Contents
+) -> TypeGuard[TensorStorageMetadata]:
+    """Whether ``name`` is a tensor for which an empty one can be made and filled."""
+    return (
+        isinstance(meta, TensorStorageMetadata)
+        and meta.properties.dtype in PLAIN_DTYPES
+        and meta.properties.layout is torch.strided
+        and name not in contents.exotic
+    )
 
 
 def _is_expanded(tensor: torch.Tensor) -> bool:
@@ -83,11 +90,10 @@ def match_state(targets: Targets, contents: Contents, *, dtypes: Dtypes) -> Matc
     """Compare names, kinds, shapes and dtypes. Touches nothing."""
     names = contents.names
     match = Match()
-    given_up = _match_per_rank(targets, contents, match) | _match_open(targets, contents, match)
-    exotic = _exotic(contents)
+    given_up = _match_open(targets, contents, match)
     for name, tensor in targets.tensors.items():
         if name not in given_up:
-            _match_tensor(name, tensor, contents, match, targets, dtypes=dtypes, exotic=exotic)
+            _match_tensor(name, tensor, names.get(name), contents, match, targets, dtypes=dtypes)
     for name in targets.leaves - given_up:
         meta = names.get(name)
         if meta is None:
@@ -112,21 +118,16 @@ def match_state(targets: Targets, contents: Contents, *, dtypes: Dtypes) -> Matc
     return match
 
 
-def _exotic(contents: Contents) -> frozenset[str]:
-    return frozenset(contents.manifest.exotic) if contents.manifest else frozenset()
-
-
 def _match_tensor(
     name: str,
     tensor: torch.Tensor,
+    meta: TensorStorageMetadata | BytesStorageMetadata | None,
     contents: Contents,
     match: Match,
     targets: Targets,
     *,
     dtypes: Dtypes,
-    exotic: frozenset[str],
 ) -> None:
-    meta = contents.names.get(name)
     if meta is None:
         match.missing.append(name)
         return
@@ -150,19 +151,18 @@ def _match_tensor(
         match.tensors[name] = regions
     elif name in targets.local:
         match.mismatch(name, "is distributed and on the meta device; materialise it first, with to_empty()")
-    elif is_plain_meta(meta) and name not in exotic:
+    elif is_raw(meta, name, contents):
         match.fresh[name] = fresh_tensor(meta, None, targets.device, tensor.dtype)
     else:
         match.leaves.append(name)
 
 
-def _match_per_rank(targets: Targets, contents: Contents, match: Match) -> set[str]:
+def _match_per_rank(targets: Targets, structure: Tree, known: Sequence[str], match: Match) -> set[str]:
     """What is PerRank and was saved by another number of ranks is taken from all of them. Gives names of the
     state that this replaces."""
     given_up: set[str] = set()
-    known = sorted(targets.tensors.keys() | targets.leaves)
     for prefix, value in targets.walk.per_rank.items():
-        node = subtree(contents.structure, prefix)
+        node = subtree(structure, prefix)
         saved = len(children_of(node))
         if saved in (0, targets.world_size):
             continue
@@ -173,20 +173,23 @@ def _match_per_rank(targets: Targets, contents: Contents, match: Match) -> set[s
                 f"was saved by {saved} ranks, one for each, and there are {targets.world_size} now; "
                 "PerRank(..., on_resize=...) says what each takes",
             )
-            continue
-        match.resized.add(prefix)
-        match.open_nodes[prefix] = node
-        _take(leaf_names(node, prefix), contents, match)
+        else:
+            match.resized.add(prefix)
+            match.open_nodes[prefix] = node
     return given_up
 
 
 def _match_open(targets: Targets, contents: Contents, match: Match) -> set[str]:
-    """Open mappings take each child that they lack, whole. Gives names of the state that a child replaces."""
-    if not targets.open_mappings:
+    """What is resized is taken from all ranks, and open mappings take each child that they lack, whole. Gives
+    names of the state that this replaces."""
+    if not targets.open_mappings and not targets.walk.per_rank:
         return set()
     known = sorted(targets.tensors.keys() | targets.leaves)
     structure = contents.structure
-    given_up: set[str] = set()
+    names = contents.names
+    given_up = _match_per_rank(targets, structure, known, match)
+    for prefix, node in match.open_nodes.items():
+        _take(leaf_names(node, prefix), names, contents, match, {})
     for prefix, mapping in targets.open_mappings.items():
         node = subtree(structure, prefix)
         kind = kind_of(node)
@@ -208,26 +211,28 @@ def _match_open(targets: Targets, contents: Contents, match: Match) -> set[str]:
                 continue
             given_up.update(here)
             lacking.append((key, child))
-            _take(there, contents, match, targets.entries)
+            _take(there, names, contents, match, targets.entries)
         match.open_nodes[prefix] = mapping_node(kind, lacking)
     return given_up
 
 
 def _take(
-    names: Iterable[str], contents: Contents, match: Match, entries: Mapping[str, DTensor] | None = None
+    wanted: Iterable[str],
+    names: Mapping[str, TensorStorageMetadata | BytesStorageMetadata],
+    contents: Contents,
+    match: Match,
+    entries: Mapping[str, DTensor],
 ) -> None:
-    """Have all of ``names`` read, into tensors of our own; those of an optimizer's ``entries`` are cut as
+    """Have all of ``wanted`` read, into tensors of our own; those of an optimizer's ``entries`` are cut as
     their parameters are."""
-    strides = contents.manifest.strides if contents.manifest else {}
-    exotic = _exotic(contents)
-    for name in names:
-        meta = contents.names[name]
-        if isinstance(meta, TensorStorageMetadata) and is_plain_meta(meta) and name not in exotic:
-            parameter = entries.get(name.rpartition(".")[0]) if entries else None
+    for name in wanted:
+        meta = names[name]
+        if is_raw(meta, name, contents):
+            parameter = entries.get(name.rpartition(".")[0])
             if parameter is not None and parameter.shape == meta.size:
                 match.fresh[name] = torch.empty_like(parameter, dtype=meta.properties.dtype)
             else:
-                match.fresh[name] = fresh_tensor(meta, strides.get(name), "cpu")
+                match.fresh[name] = fresh_tensor(meta, contents.strides.get(name), "cpu")
         else:
             match.leaves.append(name)
 

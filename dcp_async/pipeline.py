@@ -240,8 +240,7 @@ class SavePipeline:
     async def _judge(self, messages: Sequence[dict[str, Any]]) -> list[str]:
         """The coordinator's verdict: whether every rank can use the plan that it has."""
         plan = self._request.plan
-        generation = plan.generation if plan is not None and plan.shared is not None else None
-        if plan is None or any(message["generation"] != generation for message in messages):
+        if plan is None or any(message["generation"] != plan.generation for message in messages):
             return ["replan"] * len(messages)
         seen: dict[int, str] = {}
         for message in messages:

@@ -147,7 +147,7 @@ def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int =
         rank: this process's.
     Raises: CaptureError; whatever a ``state_dict()`` raises.
     """
-    walk = _walk(state, rank)
+    walk = walk_state(state, rank)
     shapes = walk.shapes()
     names = walk.tensor_names
     if walk.separate_ties():
@@ -167,12 +167,6 @@ def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int =
         optimizers=walk.optimizers,
         live=walk.distributed | dict(zip(walk.leaf_names, walk.leaves, strict=True)),
     )
-
-
-def _walk(state: Mapping[str, Any], rank: int) -> Walk:
-    if not isinstance(state, Mapping):
-        raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
-    return walk_state(state, rank)
 
 
 def _check_unique(names: list[str]) -> None:
@@ -241,12 +235,16 @@ class Region:
         return cls(tensor, (0,) * tensor.dim())
 
     @classmethod
+    def piece(cls, tensor: torch.Tensor, shard: Shard | None) -> Region:
+        """A piece of a distributed tensor; one without a shard is the whole."""
+        return cls(tensor, shard.offsets) if shard else cls.whole(tensor)
+
+    @classmethod
     def all_of(cls, name: str, tensor: torch.Tensor) -> list[Region]:
         """What of ``tensor`` lies here, if it is a distributed one; else the whole."""
         if not is_sharded(tensor):
             return [cls.whole(tensor)]
-        pieces = sharded(name, tensor, {}).pieces
-        return [cls(local, shard.offsets) if shard else cls.whole(local) for shard, local in pieces]
+        return [cls.piece(local, shard) for shard, local in sharded(name, tensor, {}).pieces]
 
     def of(self, value: torch.Tensor) -> torch.Tensor:
         """The part of a global ``value`` that belongs here."""
@@ -279,7 +277,7 @@ class Targets:
 
 def capture_targets(state: Mapping[str, Any], *, rank: int = 0, world_size: int = 1) -> Targets:
     """Find out what ``state`` can take. Calls each ``state_dict()`` once. Raises CaptureError."""
-    walk = _walk(state, rank)
+    walk = walk_state(state, rank)
     walk.shapes()  # which sorts nested tensors out
     plain = {
         name: tensor
@@ -289,9 +287,7 @@ def capture_targets(state: Mapping[str, Any], *, rank: int = 0, world_size: int 
     local: dict[str, list[Region]] = {name: [] for name in walk.distributed}
     for index, name in enumerate(walk.tensor_names):
         if name in local:
-            tensor = walk.tensors[index]
-            shard = walk.shards.get(index)
-            local[name].append(Region(tensor, shard.offsets) if shard else Region.whole(tensor))
+            local[name].append(Region.piece(walk.tensors[index], walk.shards.get(index)))
     _check_unique([*(name for name in walk.tensor_names if name not in local), *local, *walk.leaf_names])
     tensors = plain | walk.distributed
     leaves = set()

@@ -1,8 +1,8 @@
 """What items may unpickle: an allow-list, and `Trust` that widens it.
 
 Enters: pickled bytes of unknown origin. Leaves: objects made of allowed classes only, or UntrustedGlobal,
-which names the global; nothing else is imported or called. Private names of torch's serialization are
-imported here and in formats/metadata.py, and nowhere else.
+which names the global; nothing else is imported or called. docs/architecture.md says which
+modules import private names of torch.
 """
 
 from __future__ import annotations

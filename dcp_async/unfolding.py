@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from .formats.structure import heads_of
+
 _MAX_DEPTH = 200
 _MAX_TEXT = 256 << 20
 _MIN_TEXT = 256
@@ -43,7 +45,7 @@ class Part:
 
 def folded(leaves: Iterable[str], wanted: Collection[str]) -> list[str]:
     """Those of ``leaves`` that lie above names that are ``wanted``."""
-    above = {name[:at] for name in wanted for at, letter in enumerate(name) if letter == "."}
+    above = {head for name in wanted for head in heads_of(name)}
     return [leaf for leaf in leaves if leaf in above and leaf not in wanted]
 
 

@@ -243,6 +243,8 @@ class Walk:
 
 def walk_state(state: Mapping[str, Any], rank: int) -> Walk:
     """Visit every leaf of ``state``; calls each Stateful's ``state_dict()`` once, in the mapping's order."""
+    if not isinstance(state, Mapping):
+        raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
     walk = Walk(rank=rank)
     walk.containers.append(("", "root", len(state), 0))
     for key, value in state.items():

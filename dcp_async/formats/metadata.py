@@ -19,8 +19,6 @@ import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from .stock_pickle import decode_metadata as decode_metadata  # its twin, under the name that importers know
-
 _V = TypeVar("_V")
 
 UID_DIGITS = 16

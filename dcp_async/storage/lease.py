@@ -19,7 +19,7 @@ import time
 import weakref
 from pathlib import Path
 
-from ..formats.metadata import decode_metadata
+from ..formats.stock_pickle import decode_metadata
 from ..trust import UntrustedGlobal
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from dcp_async.formats.metadata import data_file_name, decode_metadata
+from dcp_async.formats.metadata import data_file_name
+from dcp_async.formats.stock_pickle import decode_metadata
 from dcp_async.global_plan import (
     Assignment,
     ConflictError,
