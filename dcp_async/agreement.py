@@ -41,6 +41,7 @@ _LOAD_ERRORS: dict[str, type[LoadError]] = {
 }
 _RETRY_SECONDS = 0.2
 _CHOOSE = "choose"
+_RESTORE = "restore"
 
 
 class Agreement:
@@ -69,8 +70,29 @@ class Agreement:
 
     def refuse(self, ordinal: int, error: BaseException) -> None:
         """This rank's state can't be loaded into, so it will not ``resolve``. On the engine's loop."""
-        uid = self._coordinator.uid(ordinal, _CHOOSE)
-        self._coordinator.fail(uid, _CHOOSE, error)
+        self._fail(ordinal, _CHOOSE, error)
+
+    async def restored(self, ordinal: int, name: str) -> None:
+        """The state took what was read of ``name``. Ranks: all must call it, or ``not_restored``. Raises:
+        LoadError for the ranks whose state did not."""
+        uid = self._coordinator.uid(ordinal, _RESTORE)
+        try:
+            await self._coordinator.exchange(uid, _RESTORE, None, _nothing)
+        except RemoteFailure as failure:
+            raise _load_error(failure, name, touched=True) from failure
+        except BaseException as error:
+            self._coordinator.fail(uid, _RESTORE, error)
+            raise
+        finally:
+            self._coordinator.forget(uid)
+
+    def not_restored(self, ordinal: int, error: BaseException) -> None:
+        """This rank's state refused what was read. On the engine's loop."""
+        self._fail(ordinal, _RESTORE, error)
+
+    def _fail(self, ordinal: int, what: str, error: BaseException) -> None:
+        uid = self._coordinator.uid(ordinal, what)
+        self._coordinator.fail(uid, what, error)
         self._coordinator.forget(uid)
 
     async def _told(self, ordinal: int, what: str, ask: Callable[[], Awaitable[Any]]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn, Protocol, TypeVar
@@ -53,6 +54,8 @@ class Coordinator(Protocol):
     rank: int
     world_size: int
     is_coordinator: bool
+    coordinator_host: str
+    """The name of the machine that the coordinator runs on."""
 
     async def open(self) -> None:
         """Meet the other ranks and agree on a nonce."""
@@ -69,6 +72,10 @@ class Coordinator(Protocol):
         Ranks: all must call it, with the same ``uid`` and ``phase``.
         Raises: RemoteFailure; on the coordinator what ``decide`` raised.
         """
+
+    def check_pulse(self, phase: str) -> None:
+        """To be called right before what can't be undone. Raises RemoteError if this process stood still for
+        so long that others may have given up on it."""
 
     def fail(self, uid: str, phase: str, error: BaseException) -> None:
         """Tell the other ranks that ``uid`` failed here. A second call changes nothing."""
@@ -92,6 +99,7 @@ class LocalCoordinator:
     rank = 0
     world_size = 1
     is_coordinator = True
+    coordinator_host = socket.gethostname()
 
     async def open(self) -> None:
         self._nonce = secrets.token_hex(8)
@@ -104,6 +112,9 @@ class LocalCoordinator:
     ) -> A:
         (answer,) = await decide([message])
         return answer
+
+    def check_pulse(self, phase: str) -> None:
+        """Nobody gives up on it."""
 
     def fail(self, uid: str, phase: str, error: BaseException) -> None:
         """There is nobody to tell."""

@@ -19,6 +19,8 @@ from .remote import REMEMBERED, RemoteError, Waiters, name_ranks
 MEETINGS = {"verdict": "save()", "choose": "load()", "latest": "latest()"}
 """Verbs of the engine, by their first phase. In it all ranks have to arrive within a time of the first: later
 ones take as long as writing or reading takes."""
+_OF_LOADS = frozenset({"open", "unexpected", "ready", "done", "restore"})
+"""Phases of loads, beside their meeting."""
 
 
 @dataclass(slots=True)
@@ -58,11 +60,10 @@ class Gathering:
         failed or is over."""
         self.gone: dict[int, str] = {}
         """Ranks that closed their engine, and how to say so."""
-        self.last_phase: dict[int, str] = {}
-        """What each rank was at when it was last heard of."""
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self._complete, self._failed, self._late, self._waiters = complete, failed, late, waiters
         self._rounds: dict[tuple[str, str], _Round] = {}
+        self._reached: OrderedDict[str, dict[int, str]] = OrderedDict()
         self._names: OrderedDict[int, dict[str, tuple[str, set[int]]]] = OrderedDict()
         self._held: dict[str, _Held] = {}
 
@@ -75,7 +76,9 @@ class Gathering:
 
     def arrived(self, rank: int, uid: str, phase: str, ordinal: int | None, name: str, message: Any) -> None:
         """``rank`` sent its message."""
-        self.last_phase[rank] = phase
+        self._reached.setdefault(uid, {})[rank] = phase
+        while len(self._reached) > REMEMBERED:
+            self._reached.popitem(last=False)
         if self._waiters.failure(uid) is not None:
             return  # all have been told
         if self._waiters.is_over(uid):
@@ -96,7 +99,12 @@ class Gathering:
     def _differs(self, rank: int, uid: str, ordinal: int, name: str, phase: str) -> bool:
         """Whether ranks do different things under one ordinal, which can never meet."""
         names = self._names.setdefault(ordinal, {})
-        did = f"called {MEETINGS[phase]}" if phase in MEETINGS and phase != "verdict" else f"saved {name!r}"
+        if phase in _OF_LOADS:
+            did = f"was at {name!r}"
+        elif phase in MEETINGS and phase != "verdict":
+            did = f"called {MEETINGS[phase]}"
+        else:
+            did = f"saved {name!r}"
         names.setdefault(did, (uid, set()))[1].add(rank)
         while len(self._names) > REMEMBERED:
             self._names.popitem(last=False)
@@ -174,6 +182,12 @@ class Gathering:
         """The uids that wait for a message of one of ``ranks``."""
         return {uid for (uid, _), of in self._rounds.items() if not ranks <= set(of.messages)}
 
+    def silent(self, uid: str, ranks: set[int], why: str) -> dict[int, RemoteError]:
+        """What to say of ``ranks`` in ``uid``; ``why`` is what they have not done."""
+        reached = self._reached.get(uid, {})
+        waited_for = next((phase for other, phase in self._rounds if other == uid), "open")
+        return {rank: stopped(rank, why, reached.get(rank), waited_for) for rank in ranks}
+
     def goodbye(self, rank: int, reason: str) -> None:
         """``rank`` takes part in nothing any more, but for what it sent already."""
         self.gone[rank] = reason
@@ -192,6 +206,7 @@ class Gathering:
     def forget(self, uid: str) -> None:
         """``uid`` is over on the coordinator; ranks that wait for it still are told so. To be called before
         ``is_over`` says so."""
+        self._reached.pop(uid, None)
         phases = [phase for other, phase in self._rounds if other == uid]
         if phases:
             self.fail(uid, {self._rank: unanswered(self._rank, phases[0])})
@@ -213,6 +228,14 @@ def unanswered(rank: int, phase: str) -> RemoteError:
         phase=phase,
         type_name="EngineStateError",
         message=f"rank {rank} ended this save without an answer to the others",
+    )
+
+
+def stopped(rank: int, why: str, reached: str | None, waited_for: str) -> RemoteError:
+    """``rank`` is silent; ``reached`` is the phase that it was last heard of in, if it was."""
+    told = f"it was last heard of in phase {reached!r}" if reached else f"its {waited_for!r} was waited for"
+    return RemoteError(
+        phase=reached or waited_for, type_name="TimeoutError", message=f"rank {rank} {why}; {told}"
     )
 
 

@@ -71,7 +71,14 @@ class LoadRunner:
             lambda name, touched: self._load_one(book.next_ordinal(), name, targets, how, refill=touched),
             falls_back=source == "latest",
         )
-        self._restore(state, targets, loaded, info)
+        ordinal = book.next_ordinal()
+        try:
+            self._restore(state, targets, loaded, info)
+        except BaseException as error:  # an interrupt as well: the others wait for this rank
+            self._life.loop.call_soon(self._agreement.not_restored, ordinal, error)
+            raise
+        if coordinator.world_size > 1:
+            yield from self.ask(self._agreement.restored(ordinal, info.checkpoint_id))
         return LoadReport(
             checkpoint_id=info.checkpoint_id,
             step=info.step,

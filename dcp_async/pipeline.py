@@ -4,9 +4,10 @@ tasks.
     save   capture() -[SaveRequest]-> plan -[part]-> stage -[StagedPart]-> write -[WrittenPart]-> digest ->
     commit
 
-Data goes one way. Queues bound items, the stager's pool bounds bytes. Invariant: however a save ends, its
-tasks have ended, its slots are free and its transaction is committed or aborted; resources live as long as
-the engine, tasks as long as one save.
+Data goes one way. Queues bound items, the stager's pool bounds bytes. A rank stages under the plan that it
+has while the ranks agree on whether that still holds; before they do, nothing is written and nobody told
+"staged". Invariant: however a save ends, its tasks have ended, its slots are free and its transaction is
+committed or aborted; resources live as long as the engine, tasks as long as one save.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import concurrent.futures
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import anyio
 import torch
@@ -33,10 +33,9 @@ from .formats.distcp import BLOCK_BYTES, Footer, block_digests
 from .formats.manifest import FileEntry, encode_manifest
 from .formats.metadata import data_file_name
 from .formats.structure import JSON
-from .global_plan import GlobalPlan, Placement, check_leaves
 from .observer import Event, SaveProgress, SaveStaged
-from .offer import group_hashes, leaf_hashes
-from .planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
+from .plan_exchange import PlanExchange
+from .planner import CompiledPlan, PlanningOptions
 from .pool import Lease
 from .remote import PhaseFailure, RemoteFailure
 from .response import AsyncSaveResponse
@@ -149,6 +148,9 @@ class SavePipeline:
         self._request = request
         self._services = services
         self._transaction: Transaction | None = None
+        self._plan: CompiledPlan
+        self._part: Captured | None = None
+        """What this rank writes of the captured state."""
         self._leases: list[Lease] = []
         self._begun = anyio.Event()
         self._calm = anyio.Event()
@@ -175,9 +177,15 @@ class SavePipeline:
             self._tell(failure)
             raise failure from group_error
         finally:
-            self._request.captured.release()
+            self._let_go()
             with anyio.CancelScope(shield=True):
                 await self._clean_up()
+
+    def _let_go(self) -> None:
+        """Of the trainer's tensors."""
+        self._request.captured.release()
+        if self._part is not None:
+            self._part.release()
 
     def _tell(self, error: BaseException) -> None:
         """Let the other ranks know, unless one of them said it first. Before anything is cleaned up: they
@@ -187,112 +195,68 @@ class SavePipeline:
             self._services.coordinator.fail(self._request.uid, "plan", error)
 
     async def _run(self) -> CommitOutcome:
-        with in_phase("plan"):
-            self._plan = await self._make_plan()
-            self._request.captured.keep(self._plan.tensors, self._plan.leaves)
-        pool = self._services.stager.pool
-        self._num_parts = num_parts(self._plan.layout.image_bytes, pool.slot_bytes)
-        pool.reserve(self._services.owner, self._num_parts * self._services.pending_saves)
-        self._digests: list[array[int]] = [array("Q")] * self._num_parts
-        await self._flow()
+        request, services = self._request, self._services
+        ranks = PlanExchange(
+            request.captured,
+            request.plan,
+            uid=request.uid,
+            coordinator=services.coordinator,
+            threads=services.threads,
+            options=services.planning,
+            lead=self._lead,
+        )
+        if request.plan is None:
+            with in_phase("plan"):
+                await ranks.is_agreed()
+        if request.plan is None or not await self._flow(request.plan, ranks.is_agreed):
+            with in_phase("plan"):
+                plan = await ranks.compile()
+            services.on_plan(plan)
+            await self._flow(plan, None)
         with in_phase("commit"):
             return await self._commit()
 
-    async def _flow(self) -> None:
+    async def _flow(self, plan: CompiledPlan, is_agreed: Callable[[], Awaitable[bool]] | None) -> bool:
+        """Stage and write what ``plan`` says. False if ``is_agreed``, asked meanwhile, says that it does not
+        hold: then what was staged is dropped, and the state still held."""
+        self._plan = plan
+        self._part = self._request.captured.part(plan.tensors, plan.leaves)
+        pool = self._services.stager.pool
+        self._num_parts = num_parts(plan.layout.image_bytes, pool.slot_bytes)
+        pool.reserve(self._services.owner, self._num_parts * self._services.pending_saves)
+        self._digests: list[array[int]] = [array("Q")] * self._num_parts
+        self._calm = anyio.Event()
         writers = self._services.io_concurrency
         # each staged part holds a slot, so these bounds are never felt: only the pool makes staging wait
-        slots = self._services.stager.pool.num_slots
+        slots = pool.num_slots
         parts: Pipe[int] = Pipe(_BATCH_PARTS)
         staged: Pipe[StagedPart] = Pipe(slots)
         written: Pipe[StagedPart] = Pipe(slots, producers=writers)
         async with anyio.create_task_group() as group:
-            group.start_soon(self._begin)
+            group.start_soon(self._begin, is_agreed, group.cancel_scope)
             group.start_soon(self._emit, parts)
             group.start_soon(self._stage, parts, staged)
             for _ in range(writers):
                 group.start_soon(self._write, staged, written)
             group.start_soon(self._digest, written)
-
-    async def _make_plan(self) -> CompiledPlan:
-        """The cached plan if all ranks still have theirs, else a new one."""
-        plan, coordinator, uid = self._request.plan, self._services.coordinator, self._request.uid
-        hashes: list[int] = []
-        message: dict[str, Any] = {"generation": None, "groups": [], "shared": []}
-        if plan is not None:
-            if plan.groups:
-                hashes = await self._services.threads.run(leaf_hashes, self._request.captured)
-            message = {
-                "generation": plan.generation,
-                "groups": [group for group, _ in plan.groups],
-                "shared": group_hashes(hashes, [leaves for _, leaves in plan.groups]),
-            }
-        verdict = await coordinator.exchange(uid, "verdict", message, self._judge)
-        if verdict == "compare" and plan is not None:
-            named = dict(zip(plan.structure.leaf_names, hashes, strict=True))
-            shared = {plan.structure.leaf_names[index] for _, leaves in plan.groups for index in leaves}
-            mine = {name: value for name, value in named.items() if name in shared}
-            await coordinator.exchange(uid, "leaves", mine, self._compare)
-        elif verdict != "reuse" or plan is None:
-            plan = await self._compile(plan)
-            self._services.on_plan(plan)
-        return plan
-
-    async def _judge(self, messages: Sequence[dict[str, Any]]) -> list[str]:
-        """The coordinator's verdict: whether every rank can use the plan that it has."""
-        plan = self._request.plan
-        if plan is None or any(message["generation"] != plan.generation for message in messages):
-            return ["replan"] * len(messages)
-        seen: dict[int, str] = {}
-        for message in messages:
-            for group, digest in zip(message["groups"], message["shared"], strict=True):
-                if seen.setdefault(group, digest) != digest:
-                    return ["compare"] * len(messages)
-        await self._lead(plan)
-        return ["reuse"] * len(messages)
+        if not self._begun.is_set():
+            self._drop_staged()
+        return self._begun.is_set()
 
     async def _lead(self, plan: CompiledPlan) -> None:
         """Ranks that are told to go on write at once, and must find the directory leased."""
-        if self._services.coordinator.world_size > 1:
-            with in_phase("write"):
-                await self._open_transaction(plan)
+        with in_phase("write"):
+            await self._open_transaction(plan)
 
-    async def _compare(self, hashes: Sequence[dict[str, int]]) -> list[None]:
-        check_leaves(hashes)
-        return [None] * len(hashes)
-
-    async def _compile(self, previous: CompiledPlan | None) -> CompiledPlan:
-        """Planning takes a while for tens of thousands of tensors, so it runs in a thread."""
-        request, services, uid = self._request, self._services, self._request.uid
-        coordinator, run = services.coordinator, services.threads.run
-        shared: GlobalPlan | None = None
-        draft = await run(
-            draft_plan,
-            request.captured,
-            previous,
-            services.planning,
-            is_coordinator=coordinator.is_coordinator,
-        )
-
-        async def merge(messages: Sequence[Any]) -> list[Any]:
-            nonlocal shared
-            answers, shared = await run(draft.merge, messages)
-            return answers
-
-        async def place(placements: Sequence[Placement]) -> list[None]:
-            assert shared is not None
-            for rank, each in enumerate(placements):
-                await run(shared.place, rank, each)
-            await self._lead(plan)
-            return [None] * len(placements)
-
-        answer = await coordinator.exchange(uid, "plan", draft.message, merge)
-        structure = request.captured.structure
-        plan, placement = await run(compile_plan, structure, draft.offer, draft.assigned(answer), uid, shared)
-        await coordinator.exchange(uid, "place", placement, place)
-        return plan
-
-    async def _begin(self) -> None:
-        """Sweep leftovers and open the transaction, beside staging: no copy need wait for a directory."""
+    async def _begin(
+        self, is_agreed: Callable[[], Awaitable[bool]] | None, staging: anyio.CancelScope
+    ) -> None:
+        """Sweep leftovers and open the transaction, beside staging: no copy need wait for other ranks or a
+        directory."""
+        with in_phase("plan"):
+            if is_agreed is not None and not await is_agreed():
+                staging.cancel()
+                return
         with in_phase("write"):
             with anyio.CancelScope(shield=True):
                 await self._sweep()
@@ -301,13 +265,14 @@ class SavePipeline:
 
     async def _open_transaction(self, plan: CompiledPlan) -> None:
         """Once: the coordinator needs it before the others are told to write."""
+        coordinator = self._services.coordinator
         if self._transaction is None:
             self._transaction = await self._services.storage.begin(
                 self._request.response.checkpoint_id,
                 {self._file: plan.layout.file_bytes} if plan.layout.image_bytes else {},
                 uid=self._request.uid,
                 replace=self._request.replace,
-                lead=self._services.coordinator.is_coordinator,
+                led_from=None if coordinator.is_coordinator else coordinator.coordinator_host,
             )
 
     async def _sweep(self) -> None:
@@ -333,7 +298,8 @@ class SavePipeline:
         cores."""
         services = self._services
         pool = services.stager.pool
-        job = StageJob(plan=self._plan, captured=self._request.captured, events=self._request.events)
+        assert self._part is not None
+        job = StageJob(plan=self._plan, captured=self._part, events=self._request.events)
         while batch := await parts.batch(_BATCH_PARTS):
             first, left = batch[0], len(batch)
             while left:
@@ -350,12 +316,12 @@ class SavePipeline:
                     memory = lease.memory(start, start + nbytes)
                     await staged.put(StagedPart(first + slot, offset, memory, lease, slot))
                 first, left = first + lease.count, left - lease.count
-        self._request.captured.release()
         self._calm.set()
         await staged.close()
-        # a name that is taken, or a root that can't be written, is the caller's business: tell it before
-        # save() returns
+        # that other ranks need a new plan, that a name is taken or a root can't be written, is the caller's
+        # business: its state is held for the first, and it is told of the others before save() returns
         await self._begun.wait()
+        self._let_go()
         nbytes, seconds = self._plan.layout.image_bytes, time.monotonic() - self._request.started
         response = self._request.response
         self._request.staged_seconds = seconds
@@ -452,14 +418,18 @@ class SavePipeline:
             constant=publication.manifest_json,
         )
         await anyio.lowlevel.checkpoint_if_cancelled()
+        self._services.coordinator.check_pulse("commit")
         request.committing = True
         with anyio.CancelScope(shield=True):
             await self._transaction.commit(metadata, manifest, replace=request.replace)
         return [(now, len(files), sum(file.nbytes for file in files))] * len(entries)
 
-    async def _clean_up(self) -> None:
+    def _drop_staged(self) -> None:
         while self._leases:  # emptied, so that an error's frames do not keep the pool's memory
             self._services.stager.pool.release_all(self._leases.pop())
+
+    async def _clean_up(self) -> None:
+        self._drop_staged()
         if self._transaction is not None:
             try:
                 await self._transaction.abort()

@@ -146,6 +146,10 @@ class Waiters:
         """Of those that somebody waits for."""
         return list(self._waiting)
 
+    def phase(self, uid: str) -> str | None:
+        """Which answer is waited for."""
+        return next((key for key in self._waiting.get(uid, ()) if isinstance(key, str)), None)
+
     @contextmanager
     def waiting(self, uid: str, phase: str | None) -> Iterator[asyncio.Future[Callable[[], Any]]]:
         """A future for the answer of ``phase``, or, with None, for a failure alone: a call of its result

@@ -1,6 +1,7 @@
 """How the ranks of one engine meet: the blocking part of ``StoreCoordinator.open``.
 
-Enters: each rank's hello. Leaves: the engine's nonce, the same on all ranks, or EngineStateError on all.
+Enters: each rank's hello. Leaves: the engine's nonce and the coordinator's host, the same on all ranks, or
+EngineStateError on all.
 Invariant: what a former or dead engine left in the store is never taken for this one's, since every hello has
 a token of its own, and counts only after its rank has acknowledged what was answered to that token.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,8 +51,9 @@ class Rendezvous:
     def __post_init__(self) -> None:
         self.deadline = time.monotonic() + self.timeout
 
-    async def meet(self) -> str:
-        """Returns the nonce. Raises EngineStateError. Cancellation: the rank withdraws."""
+    async def meet(self) -> tuple[str, str]:
+        """Returns the nonce and the name of the coordinator's machine. Raises EngineStateError. Cancellation:
+        the rank withdraws."""
         call = self.mailbox.wait_with(self._run)
         try:
             await self._watch(call)
@@ -62,7 +65,7 @@ class Rendezvous:
             raise EngineStateError(f"the process group's store did not answer within {self.timeout:g} s")
         return call.result()
 
-    async def _watch(self, call: concurrent.futures.Future[str]) -> None:
+    async def _watch(self, call: concurrent.futures.Future[tuple[str, str]]) -> None:
         """Until ``call`` is done or its deadline is over."""
         waiter = asyncio.wrap_future(call)
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -74,7 +77,7 @@ class Rendezvous:
                 self.mailbox.post_with(self.mailbox.skip_gap).add_done_callback(lambda done: done.exception())
             unread = self.mailbox.unread
 
-    def _run(self) -> str:
+    def _run(self) -> tuple[str, str]:
         """In the thread that waits."""
         self.mailbox.connect()
         return _Host(self).run() if self.rank == 0 else self._visit()
@@ -83,18 +86,19 @@ class Rendezvous:
         """In the other thread, in order with all that is posted."""
         return self.mailbox.post_with(fn, *args).result()
 
-    def _visit(self) -> str:
+    def _visit(self) -> tuple[str, str]:
         token = secrets.token_hex(8)
         self.mailbox.read_from(f"lobby/{token}")
         seen = False
-        self._tell("hello", token, self.digest, self.coordinator_rank)
+        self._tell("hello", token, (self.digest, self.coordinator_rank), socket.gethostname())
         try:
             while True:
                 kind, value = self.mailbox.take()
                 if kind == "refused":
                     raise EngineStateError(value)
                 if kind == "go":
-                    return str(value)
+                    nonce, host = value
+                    return nonce, host
                 seen = True
                 nonce, left = value
                 # a little longer than the host, which can say who is missing
@@ -122,11 +126,12 @@ class _Host:
         self._mailbox = meeting.mailbox
         self._nonce = secrets.token_hex(8)
         self._digests = {0: (meeting.digest, meeting.coordinator_rank)}
+        self._hosts = {0: socket.gethostname()}
         self._tokens: dict[int, str] = {}
         self._present: set[int] = set()
         """Who acknowledged the answer to its newest hello."""
 
-    def run(self) -> str:
+    def run(self) -> tuple[str, str]:
         meeting, post = self._meeting, self._meeting.post
         others = set(range(1, meeting.world_size))
         post(self._mailbox.add, heartbeat(self._nonce, 0), 1)
@@ -142,14 +147,15 @@ class _Host:
                 f"within {meeting.timeout:g} s"
             ) from None
         self._compare()
+        found = self._nonce, self._hosts[meeting.coordinator_rank]
         for rank in others:
-            self._answer(rank, "go", self._nonce)
-        return self._nonce
+            self._answer(rank, "go", found)
+        return found
 
     def _hear(self, kind: str, rank: int, token: str, value: Any, more: Any) -> None:
         if kind == "hello":
             self._tokens[rank] = token
-            self._digests[rank] = (value, more)
+            self._digests[rank], self._hosts[rank] = tuple(value), more
             self._present.discard(rank)
             left = max(0.0, self._meeting.deadline - time.monotonic())
             self._answer(rank, "welcome", (self._nonce, left))

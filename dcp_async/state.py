@@ -12,7 +12,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,12 +113,15 @@ class Captured:
         found |= {name: self.tensors[index] for name, index in structure.ties}
         return found | self.live
 
-    def keep(self, tensors: Sequence[int], leaves: Sequence[int]) -> None:
-        """Let go of all but these: other ranks write the rest."""
-        self.tensors = [self.tensors[index] for index in tensors]
-        self.leaf_items = [self.leaf_items[index] for index in leaves]
-        if self.versions is not None:
-            self.versions = [self.versions[index] for index in tensors]
+    def part(self, tensors: Sequence[int], leaves: Sequence[int]) -> Captured:
+        """These alone: other ranks write the rest."""
+        versions = self.versions
+        return replace(
+            self,
+            tensors=[self.tensors[index] for index in tensors],
+            leaf_items=[self.leaf_items[index] for index in leaves],
+            versions=versions and [versions[index] for index in tensors],
+        )
 
     def release(self) -> None:
         """Drop every reference to the trainer's tensors."""

@@ -22,7 +22,7 @@ import xxhash
 from ._concurrency import settle
 from .courier import Courier
 from .errors import EngineStateError
-from .gathering import Gathering, stood_still, unanswered
+from .gathering import Gathering, stood_still, stopped, unanswered
 from .mailbox import Mailbox, StoreGoneError, Woken
 from .options import Timeouts
 from .pulse import Pulse, heartbeat
@@ -81,8 +81,9 @@ class StoreCoordinator:
         self._unread: dict[int, int | None] = {}
         """Of ranks that said goodbye: what they did not read, None for one that reads on until it is told to
         leave."""
-        self._last_answer = "open"
-        """What the coordinator was at when it was last heard of."""
+        self._answered: dict[str, str] = {}
+        """Of uids that this rank waits for: the phase that the coordinator answered last."""
+        self.coordinator_host = ""
 
     def __repr__(self) -> str:
         return f"<StoreCoordinator rank {self.rank} of {self.world_size} {self._state}>"
@@ -126,7 +127,7 @@ class StoreCoordinator:
             timeout=self._timeouts.coordination,
         )
         try:
-            self._nonce = await meeting.meet()
+            self._nonce, self.coordinator_host = await meeting.meet()
         except BaseException:
             self._state = "closed"
             self._mailbox.close()
@@ -195,10 +196,11 @@ class StoreCoordinator:
                 self._courier.send_in("message", uid, phase, ordinal, name, message, exchange=(uid, phase))
             answer = (await waiter)()
         if not self.is_coordinator:
-            self._last_answer = phase
             return cast(A, answer)
-        if not self._pulse.steady():
-            self._gathering.fail(uid, {self.rank: stood_still(self.rank, phase, self._timeouts.coordination)})
+        try:
+            self.check_pulse(phase)
+        except RemoteError as error:
+            self._gathering.fail(uid, {self.rank: error})
             self._waiters.check(uid)
         with self._gathering.deciding(uid, phase):
             answers = list(await decide(answer))
@@ -208,6 +210,12 @@ class StoreCoordinator:
             with anyio.CancelScope(shield=True):
                 await self._courier.send_answers(uid, phase, answers)
         return answers[self.rank]
+
+    def check_pulse(self, phase: str) -> None:
+        """To be called right before what can't be undone. Raises RemoteError if this process stood still for
+        so long that others may have given up on it."""
+        if not self._pulse.steady():
+            raise stood_still(self.rank, phase, self._timeouts.coordination)
 
     def fail(self, uid: str, phase: str, error: BaseException) -> None:
         """Tell every other rank that this rank's part of ``uid`` failed, or was cancelled; does not wait.
@@ -236,6 +244,7 @@ class StoreCoordinator:
         if self.is_coordinator:
             self._gathering.forget(uid)
         self._known.pop(uid, None)
+        self._answered.pop(uid, None)
         self._waiters.forget(uid)
 
     async def close(self) -> None:
@@ -320,8 +329,8 @@ class StoreCoordinator:
             self._gathering.arrived(*fields)
         elif kind == "answer":
             uid, phase, answer = fields
-            self._last_answer = phase
-            self._waiters.answer(uid, phase, lambda: answer)
+            if self._waiters.answer(uid, phase, lambda: answer):
+                self._answered[uid] = phase
         elif kind == "failure" and self.is_coordinator:
             reporter, uid, rank, error = fields
             self._gathering.fail(uid, {rank: RemoteError.from_plain(error)}, reporter=reporter)
@@ -368,25 +377,16 @@ class StoreCoordinator:
 
     def _lose(self, ranks: set[int], why: str) -> None:
         """``ranks`` are silent: what waits for them fails."""
-        seen = (
-            self._gathering.last_phase if self.is_coordinator else {self.coordinator_rank: self._last_answer}
-        )
-        failures = {
-            rank: RemoteError(
-                phase=(phase := seen.get(rank, "open")),
-                type_name="TimeoutError",
-                message=f"rank {rank} {why}; it was last heard of in phase {phase!r}",
-            )
-            for rank in ranks
-        }
         if self.is_coordinator:
             # one that died while it sent must not keep the messages behind its own unread
             self._courier.skip_gap()
             for uid in self._gathering.lacking(ranks) | set(self._waiters.uids):
-                self._gathering.fail(uid, failures)
+                self._gathering.fail(uid, self._gathering.silent(uid, ranks, why))
             self._note_goodbyes(ranks)
             return
         for uid in self._waiters.uids:
+            answered, waited_for = self._answered.get(uid), self._waiters.phase(uid) or "open"
+            failures = {rank: stopped(rank, why, answered, waited_for) for rank in ranks}
             self._waiters.fail(uid, failures, common=False)
             # in case it only slept: this rank has given up
             for rank, error in failures.items():

@@ -93,12 +93,19 @@ class Storage(Protocol):
         """
 
     async def begin(
-        self, name: str, files: Mapping[str, int | None], *, uid: str, replace: bool, lead: bool = True
+        self,
+        name: str,
+        files: Mapping[str, int | None],
+        *,
+        uid: str,
+        replace: bool,
+        led_from: str | None = None,
     ) -> Transaction:
         """Start to write ``name`` with these files (name -> length, None if not known before the end).
 
-        ``lead``: this rank commits. The others begin after it and find what it has begun, or say in a
-        StorageError that they do not see it: then the ranks have no root in common.
+        ``led_from``: the host of the rank that commits, None on that rank itself. The others begin after it
+        and find what it has begun, or say in a StorageError that they do not see it: then the ranks have no
+        root in common.
 
         ``uid`` is part of every file's name and tells this save's files from any other's.
         Raises: FileExistsError if the name is committed and ``replace`` is False. Cancellation: nothing is

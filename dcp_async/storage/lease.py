@@ -99,8 +99,8 @@ def take_lease(directory: Path, uid: str) -> Lease:
             directory.mkdir(parents=True, exist_ok=True)
 
 
-def sees_lease(directory: Path, uid: str, since: float) -> bool:
-    """Whether the lease of ``uid``, which another rank took, is seen here.
+def sees_lease(directory: Path, uid: str, since: float, host: str) -> bool:
+    """Whether the lease of ``uid``, which a rank on ``host`` took, is seen here.
 
     Raises: OSError if it is not a while after ``since`` (time.monotonic()): then this rank and that one do
     not have the same root.
@@ -113,7 +113,8 @@ def sees_lease(directory: Path, uid: str, since: float) -> bool:
     if time.monotonic() > since + _VISIBLE_SECONDS:
         raise OSError(
             errno.ENOENT,
-            f"on host {socket.gethostname()} there is no {path}, which the coordinator has just made: "
+            f"on host {socket.gethostname()} there is no {path}, which the coordinator has just made on host "
+            f"{host}: "
             "the ranks have different roots. Give all of them one directory on a shared file system, or "
             "each its own with Coordination(mode='local')",
         )

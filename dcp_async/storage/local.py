@@ -146,20 +146,27 @@ class LocalStorage:
                 threads.abandon()
 
     async def begin(
-        self, name: str, files: Mapping[str, int | None], *, uid: str, replace: bool, lead: bool = True
+        self,
+        name: str,
+        files: Mapping[str, int | None],
+        *,
+        uid: str,
+        replace: bool,
+        led_from: str | None = None,
     ) -> LocalTransaction:
         directory = self.root / name
         since = time.monotonic()
         # the leading rank has taken its lease already; should it fail and take it away again, a cancellation
         # ends this wait
-        seen = lead
+        seen = led_from is None
         while not seen:
-            seen = await self.run("create", directory, sees_lease, directory, uid, since)
+            seen = await self.run("create", directory, sees_lease, directory, uid, since, led_from or "")
             if not seen:
                 await anyio.sleep(_LOOK_SECONDS)
+        leads, begin = led_from is None, LocalTransaction._begin
         with anyio.CancelScope(shield=True):
             transaction = await self.run(
-                "create", directory, LocalTransaction._begin, self, directory, files, uid, replace, lead
+                "create", directory, begin, self, directory, files, uid, replace, leads
             )
         return transaction
 

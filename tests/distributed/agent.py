@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
@@ -234,7 +235,9 @@ class Agent:
         def post() -> None:
             box = Mailbox(group.get_group_store(), "dcp_async")
             box.connect()
-            box.post_with(box.send_shared, "lobby/in", ("hello", self._rank, "dead", "other", 0)).result()
+            box.post_with(
+                box.send_shared, "lobby/in", ("hello", self._rank, "dead", ("other", 0), "")
+            ).result()
             box.post_with(box.add, "lobby/in", 1).result()
             box.close()
 
@@ -258,6 +261,11 @@ class Agent:
     async def _pause(self, messages: Sequence[Any]) -> list[Any]:
         self._gate("deciding").set()
         await self._gate("decide").wait()
+        return await self._tell(messages)
+
+    async def _stand_still(self, messages: Sequence[Any]) -> list[Any]:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._engines["main"].check_pulse("commit")
         return await self._tell(messages)
 
     def _gate(self, name: str) -> asyncio.Event:
@@ -291,8 +299,9 @@ class Agent:
         """How much this rank's coordinator remembers: entries in all its tables."""
         made = self._engines["main"]
         waiters, gathering = made._waiters, made._gathering
-        tables = (waiters._waiting, waiters._failed, made._known, gathering._rounds, gathering._held)
-        return sum(len(table) for table in tables)
+        mine = (waiters._waiting, waiters._failed, made._known, made._answered)
+        books = (gathering._rounds, gathering._held, gathering._reached)
+        return sum(len(table) for table in (*mine, *books))
 
     async def die_while_posting(self) -> None:
         """Take a number of the coordinator's box, as a message does, and be killed before it is filled."""

@@ -10,6 +10,7 @@ import asyncio
 import ctypes
 import os
 import signal
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -63,13 +64,14 @@ class Trap:
 
     def __init__(self) -> None:
         self.act: Callable[[], None] = lambda: None
+        self.act_on_load: Callable[[], None] = lambda: None
 
     def state_dict(self) -> dict[str, Any]:
         self.act()
         return {"harmless": 1}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.act()
+        self.act_on_load()
 
 
 def replicated(value: int) -> dict[str, torch.Tensor]:
@@ -230,6 +232,22 @@ class EngineAgent(Agent):
             return described(error)
         return {"kind": "committed", "id": info.checkpoint_id, "num_files": info.num_files}
 
+    async def watch_staging(self) -> None:
+        """From here on ``until_copied`` can be awaited."""
+        stager: Any = self._checkpoints["main"]._life.stager
+        loop, copied = asyncio.get_running_loop(), self._gate("copied")
+        copied.clear()
+        self._gate("mutated").clear()
+
+        def tell(*_: object) -> None:  # on the engine's loop
+            loop.call_soon_threadsafe(copied.set)
+
+        _after(stager, "stage", tell)
+
+    async def until_copied(self) -> None:
+        """Until a part has been staged."""
+        await self._gate("copied").wait()
+
     async def until_mutated(self) -> None:
         await self._gate("mutated").wait()
 
@@ -343,6 +361,8 @@ class EngineAgent(Agent):
         life: Any = self._checkpoints["main"]._life
         if point == "capture":
             self._trap.act = act
+        elif point == "restore":
+            self._trap.act_on_load = act
         elif point == "stage":
             _before(life.stager, "stage", lambda *_: act())
         elif point in ("verdict", "plan", "place", "commit", "ready", "done"):
@@ -369,22 +389,25 @@ class EngineAgent(Agent):
     def _disarm(self, point: str) -> None:
         if point == "capture":
             self._trap.act = lambda: None
+        elif point == "restore":
+            self._trap.act_on_load = lambda: None
         else:
             del self._checkpoints["main"]._life.stager.stage
 
     # Hosts.
 
     async def own_disk(self, at: str) -> None:
-        """Mount a file system of this process's own at ``at``, as each node has one."""
+        """Mount a file system of this process's own at ``at``, as each node has one, and be called as one."""
         libc = ctypes.CDLL(None, use_errno=True)
         private = 1 << 18 | 1 << 14  # MS_PRIVATE | MS_REC
         for done in (
-            libc.unshare(0x00020000),  # CLONE_NEWNS; engines' threads come later, so they inherit it
+            libc.unshare(0x04020000),  # CLONE_NEWUTS | CLONE_NEWNS; threads come later, so they inherit them
             libc.mount(b"none", b"/", None, private, None),
             libc.mount(b"tmpfs", at.encode(), b"tmpfs", 0, b"size=16m"),
         ):
             if done:
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        socket.sethostname(f"node-{self._rank}")
 
     async def hasten_visibility(self, seconds: float) -> None:
         """How long a rank waits for a network file system to show it the coordinator's lease."""

@@ -407,6 +407,20 @@ def test_a_silent_coordinator_is_named_by_all(make_world: MakeWorld, how: signal
         assert max(world.all("close", [0, 2, 3])) < LATEST
 
 
+def test_a_coordinator_that_stood_still_while_it_decided_does_not_go_on(make_world: MakeWorld) -> None:
+    """The other rank has given up on it: what it would commit now, that one has called failed."""
+    world = make_world(2)
+    world.open(coordination=SHORT, coordinator_rank=1)
+    waits = world[0].exchange(phase="commit")
+    decides = world[1].exchange(phase="commit", decide="stand_still")
+    assert list(remote(waits).failures) == [1]
+    world[1].signal(signal.SIGCONT)
+    assert "rank 1 stood still for 2 s" in decides.error().text
+    wait_until_steady(world)
+    assert world.all("exchange", ordinal=2, message=0) == [[0, [0, 0]], [1, [0, 0]]]
+    world.end()
+
+
 def test_a_rank_that_dies_while_it_posts_blocks_nobody(make_world: MakeWorld) -> None:
     world = make_world(4)
     world.open(coordination=SHORT)

@@ -466,6 +466,23 @@ def test_a_state_that_one_rank_cannot_load_into_is_refused_on_all(pair: Shared, 
         end_well(pair, job)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_state_that_refuses_what_was_read_on_one_rank_fails_the_load_of_all(
+    pair: Shared, root: Path, rank: int
+) -> None:
+    with pair.job(root) as job:
+        job.open(coordination=SHORT)
+        job.save_well(1)
+        job.world[rank].do("fail_in", point="restore", failure="memory")
+        outcomes = [call.result(LATEST) for call in job.world.begin("load")]
+        assert [each["kind"] for each in outcomes] == ["LoadError", "LoadError"]
+        for outcome in outcomes:
+            assert "cannot allocate" in outcome["text"]
+        assert f"rank {rank}" in outcomes[1 - rank]["text"]
+        job.save_well(2)
+        end_well(pair, job)
+
+
 # (f) The store's process is killed.
 
 
@@ -654,7 +671,8 @@ def test_a_disk_of_each_hosts_own_at_one_path_is_refused_at_the_first_save(
     outcomes = job.save(1)
     assert {each["kind"] for each in outcomes} == {"SaveError"}, outcomes
     for outcome in outcomes:
-        assert socket.gethostname() in outcome["text"]
+        assert "on host node-1 there is no" in outcome["text"]
+        assert "made on host node-0" in outcome["text"]
         assert str(job.root) in outcome["text"]
     assert job.world.all("listed", root=str(disk)) in ([["run"], []], [[], []])
     assert list(disk.iterdir()) == [], "the disks were the processes' own"
@@ -862,6 +880,30 @@ def test_a_structure_that_changes_on_one_rank_is_planned_anew_by_all(shared: Sha
                 assert late is None or (late == extra).all()
                 assert_same(state, whole(job.size, number))
         end_well(shared, job)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["reuse", "replan"])
+def test_a_rank_stages_before_the_others_have_come(pair: Shared, root: Path, changed: bool) -> None:
+    """And holds its state until they have, since then all may have to plan anew."""
+    with pair.job(root) as job:
+        job.open()
+        job.save_well(1)
+        job.world.all("fill", value=2)
+        job.world[0].do("watch_staging")
+        early = job.world[0].start("save", step=2, mutate=True)
+        job.world[0].do("until_copied")
+        waiting = job.world[0].start("until_mutated")
+        if changed:
+            job.world[1].do("edit", what="model.late", value=2.0)
+        assert not waiting.done(), "staged is said when all have come"
+        late = job.world[1].start("save", step=2)
+        assert [call.result(LATEST)["kind"] for call in (early, late)] == ["committed", "committed"]
+        waiting.result()
+        with CheckpointEngine(root) as engine:
+            state = engine.read(2)
+        assert (state["model"].pop("late", None) is not None) == changed
+        assert_same(state, whole(2, 2))
+        end_well(pair, job)
 
 
 @pytest.mark.parametrize("steady", [False, True], ids=["first save", "steady state"])

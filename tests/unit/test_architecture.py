@@ -58,6 +58,7 @@ LAYERS: list[set[str]] = [
         "store_coordinator",
         "coordinator",
         "agreement",
+        "plan_exchange",
         "catalog",
         "reading",
         "spans",

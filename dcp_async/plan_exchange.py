@@ -1,0 +1,120 @@
+"""How the ranks of one save come to plans that belong together.
+
+Enters: what this rank captured, the plan that it has. Leaves: whether all ranks can go on with theirs, or a
+new plan on each. Invariant: no rank is told to go on before the coordinator's transaction holds the
+directory, and a leaf that all ranks share has the same bytes on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from ._concurrency import BlockingThreads
+from .coordinator import Coordinator
+from .global_plan import GlobalPlan, Placement, check_leaves
+from .offer import group_hashes, leaf_hashes
+from .planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
+from .state import Captured
+
+
+class PlanExchange:
+    """One save's. ``captured`` must hold the whole state until the last call."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        plan: CompiledPlan | None,
+        *,
+        uid: str,
+        coordinator: Coordinator,
+        threads: BlockingThreads,
+        options: PlanningOptions,
+        lead: Callable[[CompiledPlan], Awaitable[None]],
+    ) -> None:
+        """``plan`` is what this rank has for the structure of ``captured``; ``lead``, called on the
+        coordinator of several ranks, makes the directory ready for them to write."""
+        self._captured = captured
+        self._plan = plan
+        self._uid = uid
+        self._coordinator = coordinator
+        self._threads = threads
+        self._options = options
+        self._lead = lead
+
+    async def is_agreed(self) -> bool:
+        """Whether every rank can go on with the plan that it has. Ranks: all must call it, whether they have
+        one or not. Raises: as ``Coordinator.exchange``; ValueError for a shared leaf that differs."""
+        plan = self._plan
+        hashes: list[int] = []
+        message: dict[str, Any] = {"generation": None, "groups": [], "shared": []}
+        if plan is not None:
+            if plan.groups:
+                hashes = await self._threads.run(leaf_hashes, self._captured)
+            message = {
+                "generation": plan.generation,
+                "groups": [group for group, _ in plan.groups],
+                "shared": group_hashes(hashes, [leaves for _, leaves in plan.groups]),
+            }
+        verdict = await self._coordinator.exchange(self._uid, "verdict", message, self._judge)
+        if verdict == "compare" and plan is not None:
+            named = dict(zip(plan.structure.leaf_names, hashes, strict=True))
+            shared = {plan.structure.leaf_names[index] for _, leaves in plan.groups for index in leaves}
+            mine = {name: value for name, value in named.items() if name in shared}
+            await self._coordinator.exchange(self._uid, "leaves", mine, self._compare)
+        return verdict != "replan"
+
+    async def _judge(self, messages: Sequence[dict[str, Any]]) -> list[str]:
+        """The coordinator's verdict."""
+        plan = self._plan
+        if plan is None or any(message["generation"] != plan.generation for message in messages):
+            return ["replan"] * len(messages)
+        seen: dict[int, str] = {}
+        for message in messages:
+            for group, digest in zip(message["groups"], message["shared"], strict=True):
+                if seen.setdefault(group, digest) != digest:
+                    return ["compare"] * len(messages)
+        await self._go_ahead(plan)
+        return ["reuse"] * len(messages)
+
+    async def _compare(self, hashes: Sequence[dict[str, int]]) -> list[None]:
+        assert self._plan is not None
+        check_leaves(hashes)
+        await self._go_ahead(self._plan)
+        return [None] * len(hashes)
+
+    async def _go_ahead(self, plan: CompiledPlan) -> None:
+        if self._coordinator.world_size > 1:
+            await self._lead(plan)
+
+    async def compile(self) -> CompiledPlan:
+        """A new plan. Ranks: all must call it. Planning takes a while for tens of thousands of tensors, so it
+        runs in a thread."""
+        coordinator, run = self._coordinator, self._threads.run
+        shared: GlobalPlan | None = None
+        draft = await run(
+            draft_plan,
+            self._captured,
+            self._plan,
+            self._options,
+            is_coordinator=coordinator.is_coordinator,
+        )
+
+        async def merge(messages: Sequence[Any]) -> list[Any]:
+            nonlocal shared
+            answers, shared = await run(draft.merge, messages)
+            return answers
+
+        async def place(placements: Sequence[Placement]) -> list[None]:
+            assert shared is not None
+            for rank, each in enumerate(placements):
+                await run(shared.place, rank, each)
+            await self._go_ahead(plan)
+            return [None] * len(placements)
+
+        answer = await coordinator.exchange(self._uid, "plan", draft.message, merge)
+        plan, placement = await run(
+            compile_plan, self._captured.structure, draft.offer, draft.assigned(answer), self._uid, shared
+        )
+        await coordinator.exchange(self._uid, "place", placement, place)
+        return plan
