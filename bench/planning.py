@@ -12,7 +12,6 @@ Belongs here: layouts, steps, the table. Not here: saves with real processes.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import gc
 import json
@@ -25,8 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -43,8 +41,8 @@ import report
 from dcp_async.formats.manifest import FileEntry, encode_manifest
 from dcp_async.global_plan import GlobalPlan
 from dcp_async.offer import Offer, group_hashes, leaf_hashes, make_offer
-from dcp_async.pipeline import SavePipeline
 from dcp_async.plain import dumps, loads
+from dcp_async.plan_exchange import judge
 from dcp_async.planner import CompiledPlan, DefaultDraft, compile_plan
 from dcp_async.sharding import Shard as Piece
 from dcp_async.state import Captured, capture
@@ -307,7 +305,7 @@ def run_ours(ranks: Ranks) -> tuple[Times, Times, dict[str, int]]:
     with clock.span("loads"):
         messages = [loads(raw) for raw in verdicts]
     with clock.span("verdict"):
-        judged = asyncio.run(judge(plan, messages))
+        judged = [judge(plan, messages)] * len(messages)
     assert judged == ["reuse"] * ranks.world_size
     with clock.span("dumps"):
         reply = [dumps(answer) for answer in judged]
@@ -316,16 +314,6 @@ def run_ours(ranks: Ranks) -> tuple[Times, Times, dict[str, int]]:
     commit(clock, shared, entries)
     nbytes |= {"verdict up": sum(map(len, verdicts)), "verdict down": sum(map(len, reply))}
     return first, clock.times(), nbytes
-
-
-async def judge(plan: CompiledPlan, messages: Sequence[dict[str, Any]]) -> list[str]:
-    """The coordinator's verdict, without the directory that it leases before it says so."""
-
-    async def lead(_: CompiledPlan) -> None:
-        return None
-
-    saving = SimpleNamespace(_request=SimpleNamespace(plan=plan), _lead=lead)
-    return await SavePipeline._judge(cast(SavePipeline, saving), messages)
 
 
 def commit(clock: Clock, shared: GlobalPlan, entries: Sequence[bytes]) -> None:

@@ -8,7 +8,7 @@ directory, and a leaf that all ranks share has the same bytes on each.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ._concurrency import BlockingThreads
 from .coordinator import Coordinator
@@ -16,6 +16,21 @@ from .global_plan import GlobalPlan, Placement, check_leaves
 from .offer import group_hashes, leaf_hashes
 from .planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
 from .state import Captured
+
+
+def judge(
+    plan: CompiledPlan | None, messages: Sequence[dict[str, Any]]
+) -> Literal["reuse", "replan", "compare"]:
+    """The coordinator's verdict, given its own plan and all ranks' messages: whether they can go on, or have
+    to plan anew, or to look for the shared leaf that differs."""
+    if plan is None or any(message["generation"] != plan.generation for message in messages):
+        return "replan"
+    seen: dict[int, str] = {}
+    for message in messages:
+        for group, digest in zip(message["groups"], message["shared"], strict=True):
+            if seen.setdefault(group, digest) != digest:
+                return "compare"
+    return "reuse"
 
 
 class PlanExchange:
@@ -65,17 +80,10 @@ class PlanExchange:
         return verdict != "replan"
 
     async def _judge(self, messages: Sequence[dict[str, Any]]) -> list[str]:
-        """The coordinator's verdict."""
-        plan = self._plan
-        if plan is None or any(message["generation"] != plan.generation for message in messages):
-            return ["replan"] * len(messages)
-        seen: dict[int, str] = {}
-        for message in messages:
-            for group, digest in zip(message["groups"], message["shared"], strict=True):
-                if seen.setdefault(group, digest) != digest:
-                    return ["compare"] * len(messages)
-        await self._go_ahead(plan)
-        return ["reuse"] * len(messages)
+        verdict = judge(self._plan, messages)
+        if verdict == "reuse" and self._plan is not None:
+            await self._go_ahead(self._plan)
+        return [verdict] * len(messages)
 
     async def _compare(self, hashes: Sequence[dict[str, int]]) -> list[None]:
         assert self._plan is not None
