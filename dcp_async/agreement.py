@@ -129,9 +129,10 @@ class Agreement:
             contents = await self._open(uid, name)
             try:
                 value = await load(contents, ranks)
+                # closing takes out of the page cache what another rank of this host may still want to read
+                await coordinator.exchange(uid, "done", None, _nothing)
             finally:
                 await contents.close()
-            await coordinator.exchange(uid, "done", None, _nothing)
         except RemoteFailure as failure:
             raise _load_error(failure, name, touched=ranks.are_ready) from failure
         except BaseException as error:

@@ -35,6 +35,7 @@ from .files import (
     why_no_checkpoint,
 )
 from .lease import Lease, remove_if_empty, sees_lease, sweep_directory, take_lease
+from .page_cache import absent_ranges, give_back
 
 logger = logging.getLogger(__name__)
 
@@ -406,6 +407,8 @@ class LocalReader:
         self._storage = storage
         self._directory = directory
         self._fds: dict[str, int] = {}
+        self._absent: dict[int, list[tuple[int, int]]] = {}
+        """By descriptor: what the page cache did not hold."""
 
     async def _read_small(self, path: Path) -> bytes:
         try:
@@ -446,7 +449,8 @@ class LocalReader:
                 raise OSError(
                     errno.EPERM, "the path leaves the root; a checkpoint may not name files outside of it"
                 )
-            self._fds[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fds[file] = fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._absent[fd] = absent_ranges(fd, os.fstat(fd).st_size)
         return self._fds[file]
 
     async def size(self, file: str) -> int:
@@ -460,6 +464,13 @@ class LocalReader:
         )
 
     async def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        try:
+            with anyio.CancelScope(shield=True):
+                for fd, ranges in self._absent.items():
+                    if ranges:
+                        await self._storage.run("close", self._directory, give_back, fd, ranges)
+        finally:
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds.clear()
+            self._absent.clear()

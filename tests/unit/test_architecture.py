@@ -41,6 +41,7 @@ LAYERS: list[set[str]] = [
         "storage.base",
         "storage.files",
         "storage.lease",
+        "storage.page_cache",
         "storage.local",
     },
     {

@@ -1,0 +1,45 @@
+"""Reads leave the system's page cache as they found it: a restore must not push a data set out of memory.
+
+Enters: an open file. Leaves: which of its ranges the cache did not hold, and, later, these ranges given back.
+Where the system does not tell (Linux before 6.5, other systems, a file that this process may neither write
+nor owns) everything counts as held, and nothing is given back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Iterable, Iterator
+
+_CACHESTAT = 451
+"""The number of the system call, the same on all architectures; the C library has no name for it yet."""
+_GRAIN_BYTES = 1 << 20
+"""A range that is held in part is looked at no closer than this, and stays."""
+
+
+def absent_ranges(fd: int, nbytes: int) -> list[tuple[int, int]]:
+    """(offset, length) of what the page cache does not hold of the file's first ``nbytes``, ascending."""
+    if sys.platform != "linux" or nbytes == 0:
+        return []
+    return list(_absent(ctypes.CDLL(None), fd, 0, nbytes))
+
+
+def _absent(libc: ctypes.CDLL, fd: int, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    counts = (ctypes.c_uint64 * 5)()  # cached pages come first
+    span = (ctypes.c_uint64 * 2)(offset, nbytes)
+    if libc.syscall(_CACHESTAT, fd, span, counts, 0) != 0:
+        return
+    if counts[0] == 0:
+        yield offset, nbytes
+    elif counts[0] < -(-nbytes // mmap.PAGESIZE) and nbytes > _GRAIN_BYTES:
+        half = -(-nbytes // (2 * _GRAIN_BYTES)) * _GRAIN_BYTES
+        yield from _absent(libc, fd, offset, half)
+        yield from _absent(libc, fd, offset + half, nbytes - half)
+
+
+def give_back(fd: int, ranges: Iterable[tuple[int, int]]) -> None:
+    """Let the page cache forget ``ranges``; what is being written or mapped stays."""
+    for offset, nbytes in ranges:
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
