@@ -41,11 +41,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import report
 from dcp_async.formats.manifest import FileEntry, encode_manifest
-from dcp_async.global_plan import GlobalPlan
 from dcp_async.offer import Offer, group_hashes, leaf_hashes, make_offer
 from dcp_async.pipeline import SavePipeline
 from dcp_async.plain import dumps, loads
 from dcp_async.planner import CompiledPlan, DefaultDraft, compile_plan
+from dcp_async.publication import GlobalPlan
 from dcp_async.sharding import Shard as Piece
 from dcp_async.state import Captured, capture
 from driver import progress

@@ -33,11 +33,12 @@ from .formats.distcp import BLOCK_BYTES, Footer, block_digests
 from .formats.manifest import FileEntry, encode_manifest
 from .formats.metadata import data_file_name
 from .formats.structure import JSON
-from .global_plan import GlobalPlan, Placement, check_leaves
+from .global_plan import check_leaves
 from .observer import Event, SaveProgress, SaveStaged
 from .offer import group_hashes, leaf_hashes
 from .planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
 from .pool import Lease
+from .publication import GlobalPlan, Placement
 from .remote import PhaseFailure, RemoteFailure
 from .response import AsyncSaveResponse
 from .staging import StageJob, Stager, num_parts, parts_between

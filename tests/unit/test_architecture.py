@@ -46,6 +46,7 @@ LAYERS: list[set[str]] = [
     {
         "offer",
         "global_plan",
+        "publication",
         "planner",
         "pool",
         "staging",

@@ -30,16 +30,14 @@ from dcp_async.formats.stock_pickle import decode_metadata
 from dcp_async.global_plan import (
     Assignment,
     ConflictError,
-    GlobalPlan,
     Offers,
-    Placement,
-    Publication,
     assign,
     check_leaves,
 )
 from dcp_async.offer import Offer, make_offer, unpack_leaves, unpack_tensors
 from dcp_async.plain import dumps, loads
 from dcp_async.planner import CompiledPlan, compile_plan
+from dcp_async.publication import GlobalPlan, Placement, Publication
 from dcp_async.state import Captured, capture
 from dcp_async.stateful import PerRank
 
