@@ -148,10 +148,13 @@ class GlobalPlan:
         for number, holders in enumerate(pieces.values()):
             for rank, entry in holders:
                 numbers[entry][rank] = number
+        # its own pieces last, since they count more than those of what it is tied to
+        entries = list(enumerate(numbers))[::-1]
         for name in names:
             row: list[Place | None] = [None] * len(pieces)
-            # its own pieces last, since they count more than those of what it is tied to
-            for (part, index), number_of in zip(reversed(offers.held[name]), reversed(numbers), strict=True):
+            held = offers.held[name]
+            for entry, number_of in entries:
+                part, index = held[entry]
                 for place in self._written[part].get(index, ()):
                     row[number_of[place[0]]] = place
             yield row

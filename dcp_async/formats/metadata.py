@@ -76,35 +76,24 @@ def metadata_template(
     rest = [constants(key) + constants(value) for key, value in others.items() if key not in known]
     whole = constants(Metadata) + _NEW
     strings = _Strings(constants.num_remembered)
-    # fmt: off
-    raw = b"".join((
-        constants.raw(), whole,
-        keys["state_dict_metadata"], *_dict(
-            piece for group, entry in zip(groups, entries, strict=True)
-            for name in group.names for piece in (strings[name], entry)
-        ),
-        keys["planner_data"], *_dict(
-            piece for name, path in paths.items() for piece in (strings[name], strings.path(path))
-        ),
-        keys["storage_data"], *_dict(items.encoded(strings, groups)),
-        *rest, _BUILT, pickle.STOP,
-    ))
-    # fmt: on
-    return MetadataTemplate(tuple(raw.split(_PLACEHOLDER.encode())))
+    out = io.BytesIO()
+    out.writelines((constants.head(), whole, keys["state_dict_metadata"], _DICT))
+    for group, entry in zip(groups, entries, strict=True):
+        out.writelines(strings[name] + entry for name in group.names)
+    out.writelines((pickle.SETITEMS, keys["planner_data"], _DICT))
+    out.writelines(strings[name] + strings.path(path) for name, path in paths.items())
+    out.writelines((pickle.SETITEMS, keys["storage_data"], _DICT))
+    out.writelines(items.encoded(strings, groups))
+    out.writelines((pickle.SETITEMS, *rest, _BUILT, pickle.STOP))
+    return MetadataTemplate(tuple(out.getvalue().split(_PLACEHOLDER.encode())))
 
 
 _PROTOCOL = 3
 """The newest without frames, which could not be taken apart."""
-_NEW = pickle.EMPTY_TUPLE + pickle.NEWOBJ + pickle.EMPTY_DICT + pickle.MARK
+_DICT = pickle.EMPTY_DICT + pickle.MARK
+_NEW = pickle.EMPTY_TUPLE + pickle.NEWOBJ + _DICT
 """After a class: an object of it, whose attributes follow."""
 _BUILT = pickle.SETITEMS + pickle.BUILD
-
-
-def _dict(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """A dict; ``pieces`` push its keys and values."""
-    yield pickle.EMPTY_DICT + pickle.MARK
-    yield from pieces
-    yield pickle.SETITEMS
 
 
 class _Constants:
@@ -129,7 +118,8 @@ class _Constants:
         """How many of the unpickler's memories are taken."""
         return len(self._pickler.memo.copy())
 
-    def raw(self) -> bytes:
+    def head(self) -> bytes:
+        """What the pickle begins with."""
         return b"".join(self._head)
 
     def _encoded(self, value: object) -> bytes:
@@ -213,14 +203,14 @@ class _Items:
 
     def encoded(self, strings: _Strings, groups: Sequence[Group]) -> Iterator[bytes]:
         file_name = cache(lambda rank: data_file_name(rank, self._file_number, _PLACEHOLDER))
-        numbers, offset_key, length_key = strings.numbers, self._offset, self._length
+        start, numbers, offset_key, length_key = self._start, strings.numbers, self._offset, self._length
         for group, heads in zip(groups, self._heads, strict=True):
             for name, places in zip(group.names, group.places, strict=True):
-                start = self._start + strings[name]
+                pushed = start + strings[name]
                 for head, (rank, offset, length) in zip(heads, places, strict=True):
                     # fmt: off
                     yield b"".join((
-                        start, head, strings[file_name(rank)],
+                        pushed, head, strings[file_name(rank)],
                         offset_key, numbers[offset], length_key, numbers[length], _BUILT,
                     ))
                     # fmt: on
