@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from ._concurrency import BlockingThreads
 from .coordinator import Coordinator
-from .global_plan import GlobalPlan, Placement, check_leaves
+from .global_plan import check_leaves
 from .offer import group_hashes, leaf_hashes
 from .planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
+from .publication import GlobalPlan, Placement
 from .state import Captured
 
 

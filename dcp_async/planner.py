@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 
 from .formats.distcp import FileLayout, plan_file
-from .global_plan import Assignment, ConflictError, GlobalPlan, Offers, Placement, assign, shared_leaves
+from .global_plan import Assignment, ConflictError, Offers, assign, shared_leaves
 from .offer import Offer, make_offer
+from .publication import GlobalPlan, Placement
 from .sharding import Offsets
 from .state import Captured, Structure
 from .walk import CaptureError

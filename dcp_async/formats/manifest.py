@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from .structure import JSON, Tree, tree_to_json
+from .structure import JSON
 
 MANIFEST_VERSION = 1
 
@@ -61,9 +61,10 @@ class Manifest:
     notes: Mapping[str, JSON] = field(default_factory=dict)
 
 
-def structure_json(structure: Tree, strides: Mapping[str, tuple[int, ...]], exotic: tuple[str, ...]) -> str:
-    """The part of a manifest that stays the same from save to save, encoded once per plan."""
-    parts = {"structure": tree_to_json(structure), "strides": strides, "exotic": exotic}
+def structure_json(structure: JSON, strides: Mapping[str, tuple[int, ...]], exotic: tuple[str, ...]) -> str:
+    """The part of a manifest that stays the same from save to save, encoded once per plan; ``structure`` as
+    ``tree_to_json`` encodes it."""
+    parts = {"structure": structure, "strides": strides, "exotic": exotic}
     return json.dumps(parts, separators=(",", ":"))[1:-1]
 
 

@@ -1,25 +1,26 @@
 """`.metadata`: DCP's pickle of stock classes, encoded once per plan and reused with another uid in its file
 names.
 
-Enters: DCP's Metadata and where each item lies. Leaves: bytes that stock reads. Invariant: nothing but the
-uid changes from save to save until the layout does.
+Enters: what DCP's Metadata says of each name, and where each item lies. Leaves: bytes that stock reads.
+Invariant: nothing but the uid changes from save to save until the layout does.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
-from typing import TypeVar
+from functools import cache
+from typing import Any
 
-import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-
-_V = TypeVar("_V")
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 UID_DIGITS = 16
 _PLACEHOLDER = "\x01uid-goes-here\x02\x03"
@@ -43,98 +44,173 @@ class MetadataTemplate:
         return uid.encode().join(self.pieces)
 
 
-Item = tuple[str, torch.Size | None, int | None, int, int, int]
-"""(name, offsets, number among the tensor's chunks, rank, offset in its file, length); no offsets and number
-for what is no tensor."""
+Place = tuple[int, int, int]
+"""(rank, offset in that rank's file, length)."""
 
 
-def metadata_template(metadata: Metadata, items: Iterable[Item], *, file_number: int = 0) -> MetadataTemplate:
-    """Encode ``metadata`` with the places of ``items``, those of one name in a row.
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Names of which `.metadata` says the same, but for where they lie."""
 
-    ``storage_data`` is written opcode by opcode: its two objects and two dicts per item, which for many ranks
-    took most of the time and the memory, are never made. Each file's name, and with it the uid, is stored
-    once.
+    entry: STORAGE_TYPES
+    names: Sequence[str]
+    places: Iterable[Sequence[Place]]
+    """Per name, where each chunk of ``entry`` lies; what is no tensor lies at one place."""
+
+
+def metadata_template(
+    groups: Sequence[Group], paths: Mapping[str, Sequence[str | int]], *, file_number: int = 0
+) -> MetadataTemplate:
+    """Encode what ``groups`` hold, with ``paths`` for planner_data.
+
+    Written opcode by opcode: the objects per item that a pickler would be given, five dicts and more, took
+    most of the time and the memory for many ranks. What many items have in common comes first; then a name is
+    stored once and referred to from then on.
     """
-    encoder = _Encoder()
-    state = dict(vars(metadata), storage_meta=None, version=CURRENT_DCP_VERSION)
-    state.pop("storage_data")
+    constants = _Constants()
+    entries = [_entry(constants, group.entry) for group in groups]
+    items = _Items(constants, [_chunk_heads(constants, group.entry) for group in groups], file_number)
+    known = ("state_dict_metadata", "planner_data", "storage_data")
+    keys = {key: constants(key) for key in known}
+    others = dict(vars(Metadata({})), storage_meta=None, version=CURRENT_DCP_VERSION)
+    rest = [constants(key) + constants(value) for key, value in others.items() if key not in known]
+    whole = constants(Metadata) + _NEW
+    strings = _Strings(constants.num_remembered)
     out = io.BytesIO()
-    out.write(pickle.PROTO + bytes([_PROTOCOL]))
-    out.write(encoder(Metadata) + pickle.EMPTY_TUPLE + pickle.NEWOBJ)
-    out.write(encoder(state) + encoder("storage_data") + pickle.EMPTY_DICT)
-    # once in full, so that they are a few bytes each from here on
-    for constant in (MetadataIndex, _StorageInfo, "fqn", "offset", "index", "relative_path", "length"):
-        out.write(encoder(constant) + pickle.POP)
-    new = pickle.EMPTY_TUPLE + pickle.NEWOBJ + pickle.EMPTY_DICT + pickle.MARK
-    built = pickle.SETITEMS + pickle.BUILD
-    index_start = encoder(MetadataIndex) + new + encoder("fqn")
-    info_start = built + encoder(_StorageInfo) + new + encoder("relative_path")
-    at, number_at, length_at = encoder("offset"), encoder("index"), encoder("length")
-    values: _References[torch.Size | int | None] = _References(encoder)
-    files: _References[str] = _References(encoder)
-    names = _FileNames(file_number)
-    for name, group in groupby(items, itemgetter(0)):
-        named, again = encoder(name), encoder(name)
-        out.write(pickle.MARK)
-        for _, offsets, number, rank, offset, length in group:
-            # fmt: off
-            out.write(b"".join((
-                index_start, named, at, values[offsets], number_at, values[number],
-                info_start, files[names[rank]], at, values[offset], length_at, values[length], built,
-            )))
-            # fmt: on
-            named = again
-        out.write(pickle.SETITEMS)
-    out.write(pickle.SETITEM + pickle.BUILD + pickle.STOP)
+    out.writelines((constants.head(), whole, keys["state_dict_metadata"], _DICT))
+    for group, entry in zip(groups, entries, strict=True):
+        out.writelines(strings[name] + entry for name in group.names)
+    out.writelines((pickle.SETITEMS, keys["planner_data"], _DICT))
+    out.writelines(strings[name] + strings.path(path) for name, path in paths.items())
+    out.writelines((pickle.SETITEMS, keys["storage_data"], _DICT))
+    out.writelines(items.encoded(strings, groups))
+    out.writelines((pickle.SETITEMS, *rest, _BUILT, pickle.STOP))
     return MetadataTemplate(tuple(out.getvalue().split(_PLACEHOLDER.encode())))
 
 
 _PROTOCOL = 3
 """The newest without frames, which could not be taken apart."""
-_LONG_BYTES = 1 << 16
+_DICT = pickle.EMPTY_DICT + pickle.MARK
+_NEW = pickle.EMPTY_TUPLE + pickle.NEWOBJ + _DICT
+"""After a class: an object of it, whose attributes follow."""
+_BUILT = pickle.SETITEMS + pickle.BUILD
 
 
-class _Encoder:
-    """The opcodes that push a value, in full for the first time, and as a reference from then on, if pickle
-    remembers values of its type. To be written in the order in which they were made."""
+class _Constants:
+    """The opcodes that push a value: a reference to where it stands in full, at the head of the pickle."""
 
     def __init__(self) -> None:
+        self._head = [pickle.PROTO + bytes([_PROTOCOL])]
         self._file = io.BytesIO()
         self._pickler = pickle.Pickler(self._file, _PROTOCOL)
+        self._known: dict[int, bytes] = {}
 
     def __call__(self, value: object) -> bytes:
+        """``value`` must outlive this object: it is known by its id."""
+        found = self._known.get(id(value))
+        if found is None:
+            self._head.append(self._encoded(value) + pickle.POP)
+            found = self._known[id(value)] = self._encoded(value)
+        return found
+
+    @property
+    def num_remembered(self) -> int:
+        """How many of the unpickler's memories are taken."""
+        return len(self._pickler.memo.copy())
+
+    def head(self) -> bytes:
+        """What the pickle begins with."""
+        return b"".join(self._head)
+
+    def _encoded(self, value: object) -> bytes:
         self._file.seek(0)
         self._file.truncate()
         self._pickler.dump(value)
-        raw = self._file.getvalue()[2:-1]  # without PROTO and STOP
-        if len(raw) > _LONG_BYTES:
-            # a pickler begins each dump with a buffer as long as its longest yet
-            memo = self._pickler.memo
-            self._pickler = pickle.Pickler(self._file, _PROTOCOL)
-            self._pickler.memo = memo
-        return raw
+        return self._file.getvalue()[2:-1]  # without PROTO and STOP
 
 
-class _References(dict[_V, bytes]):
-    """Value -> its opcodes, of equal values those of the first."""
+class _Strings(dict[str, bytes]):
+    """The opcodes that push a string, in full for the first time and as a reference from then on; to be
+    written in the order in which they were asked for."""
 
-    def __init__(self, encoder: _Encoder) -> None:
+    def __init__(self, first_memory: int) -> None:
         super().__init__()
-        self._encoder = encoder
+        self._first_memory = first_memory
+        self.numbers = _Numbers()
 
-    def __missing__(self, value: _V) -> bytes:
-        first = self._encoder(value)
-        self[value] = self._encoder(value)
-        return first
+    def __missing__(self, text: str) -> bytes:
+        raw = text.encode("utf-8", "surrogatepass")  # as pickle does
+        memory = (self._first_memory + len(self)).to_bytes(4, "little")
+        self[text] = pickle.LONG_BINGET + memory
+        return pickle.BINUNICODE + len(raw).to_bytes(4, "little") + raw + pickle.LONG_BINPUT + memory
+
+    def path(self, path: Sequence[str | int]) -> bytes:
+        """A tuple of strings and indices."""
+        pushed = [self[part] if type(part) is str else self.numbers[part] for part in path]
+        if 0 < len(path) <= len(_SHORT_TUPLES):
+            return b"".join(pushed) + _SHORT_TUPLES[len(path) - 1]
+        return pickle.MARK + b"".join(pushed) + pickle.TUPLE
 
 
-class _FileNames(dict[int, str]):
-    """Rank -> its file's name, one object per file."""
+_SHORT_TUPLES = (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self._number = number
 
-    def __missing__(self, rank: int) -> str:
-        name = self[rank] = data_file_name(rank, self._number, _PLACEHOLDER)
-        return name
+class _Numbers(dict[Any, bytes]):
+    """The opcodes that push a number or None."""
+
+    def __missing__(self, value: int | None) -> bytes:
+        found = self[value] = pickle.dumps(value, _PROTOCOL)[2:-1]
+        return found
+
+
+def _entry(constants: _Constants, entry: STORAGE_TYPES) -> bytes:
+    """An object of its own for each name, since a reader may change its list of chunks; what is no tensor has
+    nothing to change."""
+    if type(entry) is not TensorStorageMetadata:
+        return constants(entry)
+    chunks = b"".join(map(constants, entry.chunks))
+    listed = pickle.EMPTY_LIST + pickle.MARK + chunks + pickle.APPENDS
+    fields = (
+        constants(key) + (listed if key == "chunks" else constants(value))
+        for key, value in vars(entry).items()
+    )
+    return constants(TensorStorageMetadata) + _NEW + b"".join(fields) + _BUILT
+
+
+def _chunk_heads(constants: _Constants, entry: STORAGE_TYPES) -> list[bytes]:
+    """Per chunk, what stands between its name and that of its file."""
+    chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else None
+    numbers = _Numbers()
+    info = _BUILT + constants(_StorageInfo) + _NEW + constants("relative_path")
+    offset, index = constants("offset"), constants("index")
+    if chunks is None:
+        return [offset + numbers[None] + index + numbers[None] + info]
+    return [
+        offset + constants(chunk.offsets) + index + numbers[number] + info
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+class _Items:
+    """storage_data: MetadataIndex -> _StorageInfo."""
+
+    def __init__(self, constants: _Constants, heads: Sequence[Sequence[bytes]], file_number: int) -> None:
+        """``heads``: per group, of its chunks."""
+        self._start = constants(MetadataIndex) + _NEW + constants("fqn")
+        self._offset, self._length = constants("offset"), constants("length")
+        self._heads = heads
+        self._file_number = file_number
+
+    def encoded(self, strings: _Strings, groups: Sequence[Group]) -> Iterator[bytes]:
+        file_name = cache(lambda rank: data_file_name(rank, self._file_number, _PLACEHOLDER))
+        start, numbers, offset_key, length_key = self._start, strings.numbers, self._offset, self._length
+        for group, heads in zip(groups, self._heads, strict=True):
+            for name, places in zip(group.names, group.places, strict=True):
+                pushed = start + strings[name]
+                for head, (rank, offset, length) in zip(heads, places, strict=True):
+                    # fmt: off
+                    yield b"".join((
+                        pushed, head, strings[file_name(rank)],
+                        offset_key, numbers[offset], length_key, numbers[length], _BUILT,
+                    ))
+                    # fmt: on

@@ -240,40 +240,69 @@ def subtree(node: Tree, name: str, prefix: str | None = None) -> Tree:
     return None
 
 
-def merged_trees(trees: Sequence[Tree]) -> Tree:
-    """One tree of all that is in any of ``trees``: ranks may hold different parts of a state."""
-    containers = [tree for tree in trees if tree is not None]
+def merged_trees(trees: Sequence[JSON]) -> JSON:
+    """One tree of all that is in any of ``trees``, as ``tree_to_json`` encodes them: ranks may hold different
+    parts of a state."""
+    containers: list[Any] = [tree for tree in trees if tree is not None]
     if not containers:
         return None
     first = containers[0]
     if all(other is first or other == first for other in containers):
-        return first
+        return cast(JSON, first)
+    kind, entries = first[0], [tree[1] for tree in containers]
+    if all(isinstance(each, dict) for each in entries):
+        return [kind, _merged_entries(entries)]
     # all at once: pair by pair would look at what is merged already once per tree
-    below: dict[tuple[type, Any], tuple[Any, list[Tree]]] = {}
+    below: dict[Any, tuple[JSON, list[JSON]]] = {}
     for tree in containers:
-        for key, child in children_of(tree):
+        for key, child in _pairs(tree):
             below.setdefault(_identity(key), (key, []))[1].append(child)
     merged = [(key, merged_trees(children)) for key, children in below.values()]
-    kind = kind_of(first)
-    return list_node([child for _, child in merged]) if kind == "list" else mapping_node(str(kind), merged)
+    if kind == "list":
+        return [kind, [child for _, child in merged]]
+    if all(type(key) is str for key, _ in merged):
+        return [kind, {str(key): child for key, child in merged}]
+    return [kind, [[key, child] for key, child in merged]]
+
+
+def _merged_entries(mappings: Sequence[dict[str, JSON]]) -> dict[str, JSON]:
+    """The same for mappings whose keys are all str: those that one tree alone has cost nothing."""
+    found: dict[str, JSON] = {}
+    common: dict[str, list[JSON]] = {}
+    for entries in mappings:
+        for key in found.keys() & entries.keys():
+            common.setdefault(key, [found[key]]).append(entries[key])
+        found.update(entries)
+    found.update((key, merged_trees(children)) for key, children in common.items())
+    return found
+
+
+def _pairs(node: list[Any]) -> Iterable[tuple[JSON, JSON]]:
+    """(key or index, node) of each child of a container, as ``tree_to_json`` encodes it."""
+    kind, entries = node
+    if kind == "list":
+        return enumerate(entries)
+    return entries.items() if isinstance(entries, dict) else ((key, child) for key, child in entries)
 
 
 def _identity(key: Any) -> tuple[type, Any]:
-    return type(key), key  # 1, 1.0 and True are equal, but not the same key
+    # 1, 1.0 and True are equal, but not the same key
+    return type(key), (key["text"], key["pickle"]) if isinstance(key, dict) else key
 
 
-def dcp_paths(tree: Tree) -> dict[str, tuple[str | int, ...]]:
+def dcp_paths(tree: JSON) -> dict[str, tuple[str | int, ...]]:
     """DCP's ``planner_data``: name -> path, as its ``flatten_state_dict`` gives it (str for keys, int in
-    lists)."""
+    lists). ``tree`` as ``tree_to_json`` encodes it."""
     paths: dict[str, tuple[str | int, ...]] = {}
 
-    def visit(node: Tree, name: str, path: tuple[str | int, ...]) -> None:
-        kind = kind_of(node)
-        if kind is None:
-            paths[name] = path
-        for key, child in children_of(node):
-            part = key if kind == "list" else str(key)
-            visit(child, f"{name}.{part}" if path else part, (*path, part))
+    def visit(node: Any, prefix: str, path: tuple[str | int, ...]) -> None:
+        is_list = node[0] == "list"
+        for key, child in _pairs(node):
+            part: Any = key if is_list else key["text"] if isinstance(key, dict) else str(key)
+            if child is None:
+                paths[f"{prefix}{part}"] = (*path, part)
+            else:
+                visit(child, f"{prefix}{part}.", (*path, part))
 
     visit(tree, "", ())
     return paths

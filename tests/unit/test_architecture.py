@@ -47,6 +47,7 @@ LAYERS: list[set[str]] = [
     {
         "offer",
         "global_plan",
+        "publication",
         "planner",
         "pool",
         "staging",

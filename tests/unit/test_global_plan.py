@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import pickle
 from array import array
@@ -27,19 +28,18 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from dcp_async.formats.metadata import data_file_name
 from dcp_async.formats.stock_pickle import decode_metadata
+from dcp_async.formats.structure import tree_to_json
 from dcp_async.global_plan import (
     Assignment,
     ConflictError,
-    GlobalPlan,
     Offers,
-    Placement,
-    Publication,
     assign,
     check_leaves,
 )
 from dcp_async.offer import Offer, make_offer, unpack_leaves, unpack_tensors
 from dcp_async.plain import dumps, loads
 from dcp_async.planner import CompiledPlan, compile_plan
+from dcp_async.publication import GlobalPlan, Placement, Publication
 from dcp_async.state import Captured, capture
 from dcp_async.stateful import PerRank
 
@@ -444,6 +444,43 @@ def test_published_bytes_equal_a_pickle_of_the_same_metadata() -> None:
     entry = planned.metadata.state_dict_metadata["n"]
     assert isinstance(entry, BytesStorageMetadata)
     assert len(planned.publication.metadata.pieces) == 3, "each of the two files is named once"
+
+
+def test_trees_of_ranks_that_hold_different_parts_are_published_as_one() -> None:
+    deep = {"b": {"c": {"d": {"e": 1}}}}
+    states: list[State] = [
+        {"m": {"x": 1, "y": 2}, "l": [{"p": 1}], "o": {1: 2}, "deep": deep, "same": [{"n": 1}]},
+        {
+            "m": {"y": 2, "z": 3},
+            "l": [{"p": 1}, {"q": 2}],
+            "o": {"k": 0, (2, 3): 1, 1: 2},
+            "same": [{"n": 1}],
+        },
+        {"own": {}, "o": {"k": 0}},
+    ]
+    whole = {
+        "m": {"x": 1, "y": 2, "z": 3},
+        "l": [{"p": 1}, {"q": 2}],
+        "o": {1: 2, "k": 0, (2, 3): 1},
+        "deep": deep,
+        "same": [{"n": 1}],
+        "own": {},
+    }
+    planned = plan(states)
+    manifest = json.loads("{" + planned.publication.manifest_json + "}")
+    assert manifest["structure"] == tree_to_json(capture(whole, None).tree)
+    assert_equals_stock(planned, states)
+
+
+def test_names_of_one_description_have_lists_of_their_own() -> None:
+    """A reader may change what it got of one tensor."""
+    entries = plan([{"a": torch.ones(2), "b": torch.ones(2)}]).metadata.state_dict_metadata
+    one, other = entries["a"], entries["b"]
+    assert isinstance(one, TensorStorageMetadata)
+    assert isinstance(other, TensorStorageMetadata)
+    assert one == other
+    assert one is not other
+    assert one.chunks is not other.chunks
 
 
 def test_offer_of_a_known_structure_is_the_same_but_for_the_hashes() -> None:
