@@ -14,8 +14,8 @@ import functools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, Generic, ParamSpec, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from typing import Any, Generic, Never, ParamSpec, TypeVar
 
 import anyio
 import torch
@@ -36,6 +36,28 @@ def default_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     except ImportError:  # Windows, PyPy: it is not a requirement there
         return asyncio.new_event_loop
     return uvloop.new_event_loop
+
+
+def first_failure(error: BaseException) -> BaseException:
+    """The first of several: the others are its echo in sibling tasks, or lose nothing by not being told."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def run_unless(failing: Callable[[], Coroutine[Any, Any, Never]], fn: Callable[[], Awaitable[T]]) -> T:
+    """``fn()``, cancelled when ``failing()`` raises. Raises what the first of them raises."""
+    failed: BaseException | None = None
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(failing)
+            value = await fn()
+            group.cancel_scope.cancel()
+    except BaseExceptionGroup as errors:
+        failed = first_failure(errors)
+    if failed is not None:  # here it is the context of nothing
+        raise failed
+    return value
 
 
 class NotStartedError(TimeoutError):

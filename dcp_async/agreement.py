@@ -9,11 +9,13 @@ finished its checks. With one rank it is the catalog alone.
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import anyio
 
+from ._concurrency import run_unless
 from .catalog import Catalog, Contents
 from .coordinator import Coordinator
 from .errors import (
@@ -40,12 +42,16 @@ _LOAD_ERRORS: dict[str, type[LoadError]] = {
     )
 }
 _RETRY_SECONDS = 0.2
-_CHOOSE = "choose"
-_RESTORE = "restore"
+_LOAD = "load"
 
 
 class Agreement:
-    """The catalog as all ranks see it. Owns nothing."""
+    """The catalog as all ranks see it. Owns nothing.
+
+    A load has one uid from its choice of a checkpoint to the state's word that it took what was read, and one
+    more for each checkpoint that it tries: a rank that leaves the load, at whatever point, fails the first,
+    and with it whatever the others are at.
+    """
 
     def __init__(self, catalog: Catalog, coordinator: Coordinator, *, timeout: float) -> None:
         """``timeout``: seconds for a file system to show every rank what one has seen."""
@@ -60,79 +66,66 @@ class Agreement:
             info = await self._catalog.latest()
             return info and info._plain()
 
-        found = await self._told(ordinal, "latest", find)
-        return found and self._catalog.info_from(found)
-
-    async def resolve(self, ordinal: int, ref: CheckpointRef) -> list[str]:
-        """The names to try, best first. Ranks: all must call it. Raises CheckpointNotFoundError."""
-        names: list[str] = await self._told(ordinal, _CHOOSE, lambda: self._catalog.resolve(ref))
-        return names
-
-    def refuse(self, ordinal: int, error: BaseException) -> None:
-        """This rank's state can't be loaded into, so it will not ``resolve``. On the engine's loop."""
-        self._fail(ordinal, _CHOOSE, error)
-
-    async def restored(self, ordinal: int, name: str) -> None:
-        """The state took what was read of ``name``. Ranks: all must call it, or ``not_restored``. Raises:
-        LoadError for the ranks whose state did not."""
-        uid = self._coordinator.uid(ordinal, _RESTORE)
+        uid = self._coordinator.uid(ordinal, "latest")
         try:
-            await self._coordinator.exchange(uid, _RESTORE, None, _nothing)
-        except RemoteFailure as failure:
-            raise _load_error(failure, name, touched=True) from failure
+            found = await self._told(uid, "latest", find)
         except BaseException as error:
-            self._coordinator.fail(uid, _RESTORE, error)
+            self._coordinator.fail(uid, "latest", error)
             raise
         finally:
             self._coordinator.forget(uid)
+        return found and self._catalog.info_from(found)
 
-    def not_restored(self, ordinal: int, error: BaseException) -> None:
-        """This rank's state refused what was read. On the engine's loop."""
-        self._fail(ordinal, _RESTORE, error)
+    async def resolve(self, ordinal: int, ref: CheckpointRef) -> list[str]:
+        """The names to try, best first. Ranks: all must call it, and ``restored`` or ``leave`` in the end.
+        Raises CheckpointNotFoundError."""
+        uid = self._coordinator.uid(ordinal, _LOAD)
+        names: list[str] = await self._told(uid, "choose", lambda: self._catalog.resolve(ref))
+        return names
 
-    def _fail(self, ordinal: int, what: str, error: BaseException) -> None:
-        uid = self._coordinator.uid(ordinal, what)
-        self._coordinator.fail(uid, what, error)
-        self._coordinator.forget(uid)
-
-    async def _told(self, ordinal: int, what: str, ask: Callable[[], Awaitable[Any]]) -> Any:
+    async def _told(self, uid: str, phase: str, ask: Callable[[], Awaitable[Any]]) -> Any:
         """The coordinator asks, all get its answer."""
-        if self._coordinator.world_size == 1:
-            return await ask()
 
         async def decide(messages: Sequence[None]) -> list[Any]:
             return [await ask()] * len(messages)
 
-        uid = self._coordinator.uid(ordinal, what)
         try:
-            return await self._coordinator.exchange(uid, what, None, decide)
+            return await self._coordinator.exchange(uid, phase, None, decide)
         except RemoteFailure as failure:
             raise _load_error(failure, None, touched=False) from failure
-        except BaseException as error:
-            self._coordinator.fail(uid, what, error)
-            raise
-        finally:
-            self._coordinator.forget(uid)
+
+    async def restored(self, ordinal: int, name: str) -> None:
+        """The state took what was read of ``name``. Ranks: all must call it. Raises LoadError for ranks whose
+        state did not."""
+        uid = self._coordinator.uid(ordinal, _LOAD)
+        try:
+            await self._coordinator.exchange(uid, "restore", None, _nothing)
+        except RemoteFailure as failure:
+            raise _load_error(failure, name, touched=True) from failure
+        self._coordinator.forget(uid)
+
+    def leave(self, ordinal: int, error: BaseException) -> None:
+        """This rank loads no further, because of ``error``. On the engine's loop."""
+        uid = self._coordinator.uid(ordinal, _LOAD)
+        self._coordinator.fail(uid, "load", error)
+        self._coordinator.forget(uid)
 
     async def attempt(
         self,
         ordinal: int,
+        number: int,
         name: str,
         load: Callable[[Contents, Together], Awaitable[T]],
     ) -> T:
-        """Open ``name`` and ``load`` it. Ranks: all must call it. Raises: what ``load`` raises, on every
-        rank."""
+        """Open ``name`` and ``load`` it, the load's attempt ``number``. Ranks: all must call it. Raises: what
+        ``load`` raises, on every rank."""
         coordinator = self._coordinator
-        uid = coordinator.uid(ordinal, f"load {name}")
+        whole = coordinator.uid(ordinal, _LOAD)
+        uid = coordinator.uid(ordinal, _LOAD, part=f"{number} {name}")
         ranks = Together(coordinator, uid)
+        left = functools.partial(coordinator.failed, whole)
         try:
-            contents = await self._open(uid, name)
-            try:
-                value = await load(contents, ranks)
-                # closing takes out of the page cache what another rank of this host may still want to read
-                await coordinator.exchange(uid, "done", None, _nothing)
-            finally:
-                await contents.close()
+            return await run_unless(left, lambda: self._load(uid, name, load, ranks))
         except RemoteFailure as failure:
             raise _load_error(failure, name, touched=ranks.are_ready) from failure
         except BaseException as error:
@@ -140,6 +133,18 @@ class Agreement:
             raise
         finally:
             coordinator.forget(uid)
+
+    async def _load(
+        self, uid: str, name: str, load: Callable[[Contents, Together], Awaitable[T]], ranks: Together
+    ) -> T:
+        contents = await self._open(uid, name)
+        try:
+            value = await load(contents, ranks)
+            await self._coordinator.exchange(uid, "done", None, _nothing)
+            # not before: other ranks of this host may want to read the same
+            await contents.reader.give_back()
+        finally:
+            await contents.close()
         return value
 
     async def _open(self, uid: str, name: str) -> Contents:

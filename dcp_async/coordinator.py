@@ -60,8 +60,9 @@ class Coordinator(Protocol):
     async def open(self) -> None:
         """Meet the other ranks and agree on a nonce."""
 
-    def uid(self, ordinal: int, name: str) -> str:
-        """The save's id, 16 hex digits, the same on every rank without a message."""
+    def uid(self, ordinal: int, name: str, part: str = "") -> str:
+        """The save's id, 16 hex digits, the same on every rank without a message; ``part`` tells one of a
+        verb's several ids from the others."""
 
     async def exchange(
         self, uid: str, phase: str, message: M, decide: Callable[[Sequence[M]], Awaitable[Sequence[A]]]
@@ -104,8 +105,8 @@ class LocalCoordinator:
     async def open(self) -> None:
         self._nonce = secrets.token_hex(8)
 
-    def uid(self, ordinal: int, name: str) -> str:
-        return xxhash.xxh3_64_hexdigest(f"{self._nonce}/{ordinal}/{name}".encode())
+    def uid(self, ordinal: int, name: str, part: str = "") -> str:
+        return xxhash.xxh3_64_hexdigest(f"{self._nonce}/{ordinal}/{name}/{part}".encode())
 
     async def exchange(
         self, uid: str, phase: str, message: M, decide: Callable[[Sequence[M]], Awaitable[Sequence[A]]]

@@ -19,8 +19,7 @@ from .remote import REMEMBERED, RemoteError, Waiters, name_ranks
 MEETINGS = {"verdict": "save()", "choose": "load()", "latest": "latest()"}
 """Verbs of the engine, by their first phase. In it all ranks have to arrive within a time of the first: later
 ones take as long as writing or reading takes."""
-_OF_LOADS = frozenset({"open", "unexpected", "ready", "done", "restore"})
-"""Phases of loads, beside their meeting."""
+_OF_LOADS = frozenset({"choose", "open", "unexpected", "ready", "done", "restore"})
 
 
 @dataclass(slots=True)
@@ -76,9 +75,6 @@ class Gathering:
 
     def arrived(self, rank: int, uid: str, phase: str, ordinal: int | None, name: str, message: Any) -> None:
         """``rank`` sent its message."""
-        self._reached.setdefault(uid, {})[rank] = phase
-        while len(self._reached) > REMEMBERED:
-            self._reached.popitem(last=False)
         if self._waiters.failure(uid) is not None:
             return  # all have been told
         if self._waiters.is_over(uid):
@@ -87,6 +83,9 @@ class Gathering:
             return
         if ordinal is not None and self._differs(rank, uid, ordinal, name, phase):
             return
+        self._reached.setdefault(uid, {})[rank] = phase
+        while len(self._reached) > REMEMBERED:
+            self._reached.popitem(last=False)
         of = self._rounds.setdefault((uid, phase), _Round(ordinal, name))
         of.messages[rank] = message
         if len(of.messages) == self._world_size:
@@ -100,11 +99,9 @@ class Gathering:
         """Whether ranks do different things under one ordinal, which can never meet."""
         names = self._names.setdefault(ordinal, {})
         if phase in _OF_LOADS:
-            did = f"was at {name!r}"
-        elif phase in MEETINGS and phase != "verdict":
-            did = f"called {MEETINGS[phase]}"
+            did = "called load()"
         else:
-            did = f"saved {name!r}"
+            did = "called latest()" if phase == "latest" else f"saved {name!r}"
         names.setdefault(did, (uid, set()))[1].add(rank)
         while len(self._names) > REMEMBERED:
             self._names.popitem(last=False)

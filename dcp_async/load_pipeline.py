@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ._concurrency import BlockingThreads, Pipe, run_blocking
+from ._concurrency import BlockingThreads, Pipe, first_failure, run_blocking
 from .agreement import Together
 from .catalog import Contents
 from .errors import (
@@ -34,7 +34,6 @@ from .formats.stock_metadata import usable_paths
 from .formats.structure import Tree, build, children_of, leaf_names, pickled_keys, pruned
 from .item import UnsupportedError
 from .matching import Dtypes, Match, check_fit, check_groups, fresh_tensor, is_raw, match_state
-from .pipeline import first_failure
 from .reading import Collector, CoverageError, Source, copy_exotic
 from .sharding import is_known_to_autograd
 from .spans import DamagedError, FetchBuffers, Span, make_batches, make_spans

@@ -8,6 +8,7 @@ error.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ._drive import Verb
 from .agreement import Agreement, Together
 from .catalog import Catalog, Contents
+from .coordinator import Coordinator
 from .errors import CorruptCheckpointError, IncompatibleStateError, LoadError, StorageError
 from .lifetime import Lifetime
 from .load_pipeline import Loaded, LoadOptions, LoadServices, load_into, read_fresh
@@ -58,27 +60,23 @@ class LoadRunner:
         """Fill ``state``. Ranks: all must call it."""
         started = time.monotonic()
         book, coordinator = self._life.book, self._life.coordinator
-        ordinal = book.next_ordinal()
+        ordinal, numbers = book.next_ordinal(), itertools.count()
         try:
-            targets = capture_targets(state, rank=coordinator.rank, world_size=coordinator.world_size)
-        except (CaptureError, CheckpointException) as error:
-            refused = IncompatibleStateError(f"the state can't be loaded into: {error}")
-            self._life.loop.call_soon(self._agreement.refuse, ordinal, refused)
-            raise refused from error
-        names = yield from self.ask(self._agreement.resolve(ordinal, source))
-        (info, loaded), skipped = yield from self._try_each(
-            names,
-            lambda name, touched: self._load_one(book.next_ordinal(), name, targets, how, refill=touched),
-            falls_back=source == "latest",
-        )
-        ordinal = book.next_ordinal()
-        try:
+            targets = _targets_of(state, coordinator)
+            names = yield from self.ask(self._agreement.resolve(ordinal, source))
+            (info, loaded), skipped = yield from self._try_each(
+                names,
+                lambda name, touched: self._load_one(
+                    ordinal, next(numbers), name, targets, how, refill=touched
+                ),
+                falls_back=source == "latest",
+            )
             self._restore(state, targets, loaded, info)
-        except BaseException as error:  # an interrupt as well: the others wait for this rank
-            self._life.loop.call_soon(self._agreement.not_restored, ordinal, error)
+            if coordinator.world_size > 1:
+                yield from self.ask(self._agreement.restored(ordinal, info.checkpoint_id))
+        except BaseException as error:  # a cancellation as well: the other ranks wait for this one
+            self._life.loop.call_soon(self._agreement.leave, ordinal, error)
             raise
-        if coordinator.world_size > 1:
-            yield from self.ask(self._agreement.restored(ordinal, info.checkpoint_id))
         return LoadReport(
             checkpoint_id=info.checkpoint_id,
             step=info.step,
@@ -103,13 +101,13 @@ class LoadRunner:
             ) from error
 
     async def _load_one(
-        self, ordinal: int, name: str, targets: Targets, how: LoadOptions, *, refill: bool
+        self, ordinal: int, number: int, name: str, targets: Targets, how: LoadOptions, *, refill: bool
     ) -> tuple[CheckpointInfo, Loaded]:
         async def load(contents: Contents, ranks: Together) -> tuple[CheckpointInfo, Loaded]:
             loaded = await load_into(contents, targets, self._services, how, refill=refill, ranks=ranks)
             return contents.info, loaded
 
-        return await self._agreement.attempt(ordinal, name, load)
+        return await self._agreement.attempt(ordinal, number, name, load)
 
     def reading(
         self, source: CheckpointRef, keys: Sequence[str] | None, device: torch.device | str
@@ -159,6 +157,13 @@ class LoadRunner:
         if touched and not first.partially_loaded:
             raise _overwritten(skipped[0], f"{first}; and the older ones are corrupt as well") from first
         raise first
+
+
+def _targets_of(state: Mapping[str, Any], coordinator: Coordinator) -> Targets:
+    try:
+        return capture_targets(state, rank=coordinator.rank, world_size=coordinator.world_size)
+    except (CaptureError, CheckpointException) as error:
+        raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
 
 
 def _overwritten(name: str, what: str) -> CorruptCheckpointError:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import logging
 import time
 from array import array
@@ -25,7 +26,7 @@ import anyio
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ._concurrency import BlockingThreads, Pipe, StuckThreadError, run_blocking
+from ._concurrency import BlockingThreads, Pipe, StuckThreadError, run_blocking, run_unless
 from .coordinator import Coordinator
 from .device import Event as DeviceEvent
 from .errors import Phase
@@ -60,13 +61,6 @@ def in_phase(phase: Phase) -> Iterator[None]:
     except (Exception, CheckpointException, SystemExit, KeyboardInterrupt) as error:
         # the last two, raised by a storage of the user's, would end the engine's loop with its saves on it
         raise PhaseFailure(phase, error) from error
-
-
-def first_failure(error: BaseException) -> BaseException:
-    """The first of several: the others are its echo in sibling tasks, or lose nothing by not being told."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 @dataclass(slots=True, kw_only=True)
@@ -162,20 +156,12 @@ class SavePipeline:
 
         Raises: PhaseFailure. Cancellation: everything is undone, unless the commit has begun.
         """
+        failed = functools.partial(self._services.coordinator.failed, self._request.uid)
         try:
-            async with anyio.create_task_group() as group:
-                if self._services.coordinator.world_size > 1:
-                    group.start_soon(self._services.coordinator.failed, self._request.uid)
-                outcome = await self._run()
-                group.cancel_scope.cancel()
-            return outcome
-        except anyio.get_cancelled_exc_class() as cancelled:
-            self._tell(cancelled)
+            return await run_unless(failed, self._run)
+        except BaseException as error:
+            self._tell(error)
             raise
-        except BaseExceptionGroup as group_error:
-            failure = first_failure(group_error)
-            self._tell(failure)
-            raise failure from group_error
         finally:
             self._let_go()
             with anyio.CancelScope(shield=True):
@@ -205,10 +191,16 @@ class SavePipeline:
             options=services.planning,
             lead=self._lead,
         )
-        if request.plan is None:
+        cached, agreed = request.plan, False
+        # under a budget, memory that waits for a late rank would be missed by other saves
+        if cached is not None and not services.stager.pool.has_budget:
+            agreed = await self._flow(cached, ranks.is_agreed)
+        else:
             with in_phase("plan"):
-                await ranks.is_agreed()
-        if request.plan is None or not await self._flow(request.plan, ranks.is_agreed):
+                agreed = await ranks.is_agreed()
+            if agreed and cached is not None:
+                await self._flow(cached, None)
+        if not agreed:
             with in_phase("plan"):
                 plan = await ranks.compile()
             services.on_plan(plan)

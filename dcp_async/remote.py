@@ -57,6 +57,8 @@ class RemoteError(Exception):
         """``error`` in a form that travels. ``phase`` holds unless the error knows better."""
         if isinstance(error, PhaseFailure):
             phase, error = error.phase, error.cause
+        if isinstance(error, RemoteError):
+            return error
         try:
             message = str(error)
         except Exception as failure:  # a class of the user's may fail at anything

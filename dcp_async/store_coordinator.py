@@ -160,11 +160,11 @@ class StoreCoordinator:
         self._reading.add_done_callback(self._courier.watch)
         self._beating = self._loop.create_task(self._pulse.run())
 
-    def uid(self, ordinal: int, name: str) -> str:
+    def uid(self, ordinal: int, name: str, part: str = "") -> str:
         """The save's id, 16 hex digits, the same on every rank without a message. Its first message tells the
         coordinator ``ordinal`` and ``name``, which may differ in nothing between the ranks: one series of
-        ordinals for all that one engine exchanges."""
-        uid = xxhash.xxh3_64_hexdigest(f"{self._nonce}/{ordinal}/{name}".encode())
+        ordinals for all that one engine exchanges. ``part`` tells one of a verb's several ids from others."""
+        uid = xxhash.xxh3_64_hexdigest(f"{self._nonce}/{ordinal}/{name}/{part}".encode())
         self._known[uid] = (ordinal, name)
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)

@@ -73,6 +73,9 @@ class Reader(Protocol):
     async def read_into(self, file: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
         """Fill each buffer from its offset of ``file``. Raises StorageError if the file ends before."""
 
+    async def give_back(self) -> None:
+        """Nothing more will be read: what reading brought into the system's caches may go. Raises nothing."""
+
     async def close(self) -> None:
         """Release the files."""
 

@@ -12,9 +12,8 @@ import fcntl
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Concatenate
 
 METADATA = ".metadata"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")
@@ -129,11 +128,10 @@ class DataFile:
                 os.close(self.direct_fd)
 
 
-def read_pieces(
-    descriptor: Callable[Concatenate[str, ...], int], file: str, pieces: Sequence[tuple[int, memoryview]]
-) -> None:
-    """Read each run of adjacent pieces with as few calls as the kernel's limit on buffers allows."""
-    fd = descriptor(file)
+def read_pieces(fd: int, pieces: Sequence[tuple[int, memoryview]]) -> list[tuple[int, int]]:
+    """Read each run of adjacent pieces with as few calls as the kernel's limit on buffers allows; gives
+    (start, stop) of the runs."""
+    runs: list[tuple[int, int]] = []
     index = 0
     while index < len(pieces):
         start = end = pieces[index][0]
@@ -142,6 +140,7 @@ def read_pieces(
             buffers.append(pieces[index][1])
             end += len(pieces[index][1])
             index += 1
+        runs.append((start, end))
         while buffers:
             done = os.preadv(fd, buffers, start)
             if done == 0:
@@ -152,3 +151,4 @@ def read_pieces(
                 buffers.pop(0)
             if done:
                 buffers[0] = buffers[0][done:]
+    return runs

@@ -35,7 +35,7 @@ from .files import (
     why_no_checkpoint,
 )
 from .lease import Lease, remove_if_empty, sees_lease, sweep_directory, take_lease
-from .page_cache import absent_ranges, give_back
+from .page_cache import absent_ranges, give_back, overlaps
 
 logger = logging.getLogger(__name__)
 
@@ -407,8 +407,10 @@ class LocalReader:
         self._storage = storage
         self._directory = directory
         self._fds: dict[str, int] = {}
-        self._absent: dict[int, list[tuple[int, int]]] = {}
-        """By descriptor: what the page cache did not hold."""
+        self._absent: dict[str, list[tuple[int, int]]] = {}
+        """By file: what the page cache did not hold before the first read."""
+        self._read: dict[str, list[tuple[int, int]]] = {}
+        """By file: what was read, (start, stop)."""
 
     async def _read_small(self, path: Path) -> bytes:
         try:
@@ -449,8 +451,7 @@ class LocalReader:
                 raise OSError(
                     errno.EPERM, "the path leaves the root; a checkpoint may not name files outside of it"
                 )
-            self._fds[file] = fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._absent[fd] = absent_ranges(fd, os.fstat(fd).st_size)
+            self._fds[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._fds[file]
 
     async def size(self, file: str) -> int:
@@ -459,18 +460,24 @@ class LocalReader:
         )
 
     async def read_into(self, file: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
-        await self._storage.run_bulk(
-            "read", self._directory / file, read_pieces, self._descriptor, file, pieces
-        )
+        await self._storage.run_bulk("read", self._directory / file, self._read_pieces, file, pieces)
+
+    def _read_pieces(self, file: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        fd = self._descriptor(file)
+        if file not in self._absent:
+            self._absent[file] = absent_ranges(fd, os.fstat(fd).st_size)
+        self._read.setdefault(file, []).extend(read_pieces(fd, pieces))
+
+    async def give_back(self) -> None:
+        try:
+            for file, absent in self._absent.items():
+                mine = overlaps(absent, self._read.get(file, ()))
+                if mine:
+                    await self._storage.run("close", self._directory / file, give_back, self._fds[file], mine)
+        except (StorageError, StuckThreadError) as error:
+            logger.debug("what was read stays in the page cache: %s", error)
 
     async def close(self) -> None:
-        try:
-            with anyio.CancelScope(shield=True):
-                for fd, ranges in self._absent.items():
-                    if ranges:
-                        await self._storage.run("close", self._directory, give_back, fd, ranges)
-        finally:
-            for fd in self._fds.values():
-                os.close(fd)
-            self._fds.clear()
-            self._absent.clear()
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()

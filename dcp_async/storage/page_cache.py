@@ -1,6 +1,7 @@
-"""Reads leave the system's page cache as they found it: a restore must not push a data set out of memory.
+"""Loads leave the system's page cache as they found it: a restore must not push a data set out of memory.
 
-Enters: an open file. Leaves: which of its ranges the cache did not hold, and, later, these ranges given back.
+Enters: an open file. Leaves: which of its ranges the cache did not hold, and, later, those of them given back
+that were read. What another process brought in meanwhile goes with them: to it that costs time, nothing else.
 Where the system does not tell (Linux before 6.5, other systems, a file that this process may neither write
 nor owns) everything counts as held, and nothing is given back.
 """
@@ -11,7 +12,7 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 _CACHESTAT = 451
 """The number of the system call, the same on all architectures; the C library has no name for it yet."""
@@ -37,6 +38,25 @@ def _absent(libc: ctypes.CDLL, fd: int, offset: int, nbytes: int) -> Iterator[tu
         half = -(-nbytes // (2 * _GRAIN_BYTES)) * _GRAIN_BYTES
         yield from _absent(libc, fd, offset, half)
         yield from _absent(libc, fd, offset + half, nbytes - half)
+
+
+def overlaps(absent: Sequence[tuple[int, int]], read: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(offset, length) of what lies both in ``absent``, as ``absent_ranges`` gives it, and in ``read``, which
+    holds (start, stop) in any order."""
+    found: list[tuple[int, int]] = []
+    index, done = 0, 0
+    for start, stop in sorted(read):
+        done = max(done, start)  # reads may overlap, blocks of checksums being read whole
+        while index < len(absent) and done < stop:
+            offset, length = absent[index]
+            low, high = max(offset, done), min(offset + length, stop)
+            if low < high:
+                found.append((low, high - low))
+            if offset + length > stop:
+                break
+            index += 1
+        done = max(done, stop)
+    return found
 
 
 def give_back(fd: int, ranges: Iterable[tuple[int, int]]) -> None:

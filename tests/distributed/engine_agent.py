@@ -335,6 +335,17 @@ class EngineAgent(Agent):
 
         self._arm(point, act)
 
+    async def cancel_in_restore(self) -> None:
+        """Let the state ask for the cancellation of the load that fills it, once."""
+
+        def act() -> None:
+            self._disarm("restore")
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+
+        self._arm("restore", act)
+
     async def kill_in(self, point: str) -> None:
         """Die at a point of the next save, or at a verb of the storage."""
         self._arm(point, die)
@@ -367,8 +378,9 @@ class EngineAgent(Agent):
             _before(life.stager, "stage", lambda *_: act())
         elif point in ("verdict", "plan", "place", "commit", "ready", "done"):
             _before(life.coordinator, "exchange", lambda _uid, phase, *_: act() if phase == point else None)
-        elif point == "after commit":
-            _after(life.coordinator, "exchange", lambda _uid, phase, *_: act() if phase == "commit" else None)
+        elif point.startswith("after ") and point != "after link":
+            after = point.removeprefix("after ")
+            _after(life.coordinator, "exchange", lambda _uid, phase, *_: act() if phase == after else None)
         elif point in ("before link", "after link"):
             link = os.link
 
@@ -391,6 +403,8 @@ class EngineAgent(Agent):
             self._trap.act = lambda: None
         elif point == "restore":
             self._trap.act_on_load = lambda: None
+        elif point.startswith("after "):
+            del self._checkpoints["main"]._life.coordinator.exchange
         else:
             del self._checkpoints["main"]._life.stager.stage
 

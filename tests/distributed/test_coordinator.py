@@ -263,7 +263,9 @@ def test_fail_after_forget_is_dropped(make_world: MakeWorld) -> None:
     world.all("forget", [0])
     world[1].do("fail")
     assert world.all("exchange", ordinal=2, message=0) == [[0, [0, 0]], [1, [0, 0]]]
-    assert world.all("held") == [1, 3]  # the two ids of rank 1, which forgot none, and its failure
+    # of rank 0 the id of its second save and who has sent what of it; of rank 1, which forgot none, both ids,
+    # what was answered to them, and its failure
+    assert world.all("held") == [2, 5]
     world.end()
 
 

@@ -483,6 +483,40 @@ def test_a_state_that_refuses_what_was_read_on_one_rank_fails_the_load_of_all(
         end_well(pair, job)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", ["choose", "open", "ready", "done"])
+def test_a_rank_that_leaves_a_load_at_any_point_fails_it_for_all(
+    pair: Shared, root: Path, phase: str, rank: int
+) -> None:
+    with pair.job(root) as job:
+        job.open(coordination=SHORT)
+        job.save_well(1)
+        job.world[rank].do("fail_in", point=f"after {phase}", failure="memory")
+        leaves, other = (job.world[each].start("load") for each in (rank, 1 - rank))
+        assert "cannot allocate" in leaves.error(LATEST).text
+        outcome = other.result(LATEST)
+        assert outcome["kind"] == "LoadError"
+        assert f"rank {rank}: MemoryError: cannot allocate" in outcome["text"]
+        assert [call.result(LATEST)["kind"] for call in job.world.begin("load")] == ["loaded", "loaded"]
+        job.save_well(2)
+        end_well(pair, job)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_load_that_is_cancelled_while_a_state_is_restored_is_told_to_all(
+    pair: Shared, root: Path, rank: int
+) -> None:
+    with pair.job(root) as job:
+        job.open(coordination=SHORT)
+        job.save_well(1)
+        job.world[rank].do("cancel_in_restore")
+        cancelled, other = (job.world[each].start("load") for each in (rank, 1 - rank))
+        assert cancelled.error(LATEST).kind == "CancelledError"
+        assert f"rank {rank}" in other.result(LATEST)["text"]
+        job.save_well(2)
+        end_well(pair, job)
+
+
 # (f) The store's process is killed.
 
 
