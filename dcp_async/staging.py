@@ -188,11 +188,18 @@ def _make_views(plan: CompiledPlan, start: int, stop: int, lease: Lease, small_b
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:
-    """How often autograd saw each tensor change; None for those that it does not watch."""
+    """How often each tensor was changed, as autograd counts; None for inference tensors, which it ignores."""
     try:
         return list(map(attrgetter("_version"), tensors))
     except RuntimeError:  # asking each inference tensor what it is would be felt
         return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _differing(indices: list[int], now: Sequence[object], expected: Sequence[object]) -> set[int]:
+    """The indices at which two lists differ."""
+    if now == expected:  # compared in C, since it is so nearly always
+        return set()
+    return {index for index, *pair in zip(indices, now, expected, strict=True) if pair[0] != pair[1]}
 
 
 def copy_aside(captured: Captured) -> None:
@@ -204,14 +211,15 @@ def copy_aside(captured: Captured) -> None:
     """
     tensors = captured.tensors
     versions = _versions(tensors)
-    pointers = None if captured.pointers is None else captured.pointers.copy()
+    smallest = captured.structure.trail.smallest(tensors, _ASIDE_TENSOR_BYTES, _ASIDE_BYTES)
     with torch.no_grad():
-        for index in captured.structure.trail.smallest(tensors, _ASIDE_TENSOR_BYTES, _ASIDE_BYTES):
-            tensors[index] = tensors[index].clone()
-            versions[index] = None
-            if pointers is not None:
-                pointers[index] = tensors[index].data_ptr()
-    captured.pointers = pointers
+        copies = list(map(torch.Tensor.clone, [tensors[index] for index in smallest]))
+    for index, copy, version in zip(smallest, copies, _versions(copies), strict=True):
+        tensors[index], versions[index] = copy, version
+    if captured.pointers is not None:
+        captured.pointers = captured.pointers.copy()
+        for index, pointer in zip(smallest, map(torch.Tensor.data_ptr, copies), strict=True):
+            captured.pointers[index] = pointer
     captured.versions = versions
 
 
@@ -276,7 +284,10 @@ class Stager:
     def prepare(self, captured: Captured) -> dict[torch.device, Event]:
         """In the caller's thread, right after capture: copies aside what overlap needs, marks the devices'
         queues."""
-        devices = self.backend.devices(captured.tensors)
+        trail = captured.structure.trail
+        if trail.devices is None:
+            trail.devices = self.backend.devices(captured.tensors)
+        devices = trail.devices
         if any(device.type == "meta" for device in devices):
             names = captured.structure.tensor_names
             raise meta_error(next(n for n, t in zip(names, captured.tensors, strict=True) if t.is_meta))
@@ -415,19 +426,14 @@ class Stager:
         versions = captured.versions
         if versions is None:
             return
-        indices = [*views.indices, *views.cut, *views.small]
-        moved = {
-            index
-            for index in indices
-            if versions[index] is not None and captured.tensors[index]._version != versions[index]
-        }
-        if views.small and captured.pointers is not None:  # other memory than was copied from
-            now = map(torch.Tensor.data_ptr, [captured.tensors[index] for index in views.small])
-            moved |= {
-                index
-                for index, pointer in zip(views.small, now, strict=True)
-                if pointer != captured.pointers[index]
-            }
+        moved: set[int] = set()
+        for indices in (views.indices, views.cut, views.small):
+            tensors = [captured.tensors[index] for index in indices]
+            expected = [versions[index] for index in indices]
+            moved |= _differing(indices, _versions(tensors), expected)
+            if indices is views.small and captured.pointers is not None:  # other memory than was copied from
+                now = list(map(torch.Tensor.data_ptr, tensors))
+                moved |= _differing(indices, now, views.gathers(captured.pointers))
         if moved:
             raise MutatedTensors([job.plan.names[index] for index in sorted(moved)])
 

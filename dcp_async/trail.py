@@ -133,12 +133,12 @@ class _Way:
 
     root: _Branch
     tensors: Callable[[list[Any]], list[Any]]
+    """Those that are stored, then those that have the bytes of one of them."""
+    num_stored: int
     leaves: Callable[[list[Any]], list[Any]]
     guards: list[tuple[int, int, TensorGuards]]
     pointers: list[int]
-    kept: Callable[[list[Any]], list[Any]] | None
-    """Which tensors are left when ties are taken out; None if there are no ties."""
-    kept_pointers: list[int]
+    stored_pointers: list[int]
     is_raw: bool
 
     def follow(self, state: object, given: Given) -> Repeat | None:
@@ -155,17 +155,14 @@ class _Way:
             if not guard.check(*chunk):
                 return None
             pointers += map(torch.Tensor.data_ptr, chunk)
-        if pointers == self.pointers:
-            pointers = self.pointers  # the same list, so that what was made of it is known to be good still
-            kept = self.kept_pointers
-        elif self.kept is not None or len(set(pointers)) != len(pointers):
-            return None  # ties may have come or gone
-        else:
-            self.pointers = self.kept_pointers = kept = pointers
-        if self.kept is not None:
-            tensors = self.kept(tensors)
+        if pointers != self.pointers:
+            if len(tensors) != self.num_stored or len(set(pointers)) != len(pointers):
+                return None  # ties may have come or gone
+            self.pointers = self.stored_pointers = pointers
+        # the same list as long as they are the same, so that what was made of it is known to be good still
+        stored = self.stored_pointers if self.is_raw else None
         return Repeat(
-            tensors=tensors, leaves=leaves, optimizers=optimizers, pointers=kept if self.is_raw else None
+            tensors=tensors[: self.num_stored], leaves=leaves, optimizers=optimizers, pointers=stored
         )
 
     def _collect(
@@ -202,6 +199,8 @@ class Trail:
     """The last walk of the states of one structure, if there was one that can be followed."""
 
     def __init__(self) -> None:
+        self.devices: set[torch.device] | None = None
+        """The accelerators on which tensors lie that are built so; None before somebody has looked."""
         self._way: _Way | None = None
         self._smallest: list[int] | None = None
 
@@ -234,7 +233,7 @@ class Trail:
 
         ``raw`` says whether the bytes in the tensors' memory are their elements, and the CPU reads them.
         """
-        self._way = None
+        self._way = self.devices = None
         if TensorGuards is None or walk.distributed or walk.bare or walk.per_rank:
             return
         recorder = _Recorder(walk.statefuls)
@@ -246,31 +245,34 @@ class Trail:
         # nested tensors, for one, have become leaves meanwhile
         if not (same and all(map(is_, recorder.tensors, found)) and all(map(is_, recorder.leaves, leaves))):
             return
-        self._way = _make_way(recorder, root, found, walk.kept, raw)
+        self._way = _make_way(recorder, root, found, walk.kept or list(range(len(found))), raw)
 
 
 def _make_way(
-    recorder: _Recorder, root: _Branch, found: list[torch.Tensor], left: list[int], raw: bool
+    recorder: _Recorder, root: _Branch, found: list[torch.Tensor], stored: list[int], raw: bool
 ) -> _Way:
-    pointers = list(map(torch.Tensor.data_ptr, found))
-    kept = _pick(left) if left else None
+    # a guard refuses an object that it sees twice, so those that occur again come last, with their own guards
+    order = [*stored, *sorted(set(range(len(found))) - set(stored))]
+    places = recorder.places(recorder.tensor_marks)
+    tensors = [found[index] for index in order]
+    pointers = list(map(torch.Tensor.data_ptr, tensors))
+    starts = [*range(0, len(stored), _CHUNK), *range(len(stored), len(order), _CHUNK)]
+    chunks = list(zip(starts, [*starts[1:], len(order)], strict=True))
     return _Way(
         root=root,
-        tensors=_pick(recorder.places(recorder.tensor_marks)),
+        tensors=_pick([places[index] for index in order]),
+        num_stored=len(stored),
         leaves=_pick(recorder.places(recorder.leaf_marks)),
         guards=[
             (
                 start,
-                min(start + _CHUNK, len(found)),
-                TensorGuards(
-                    *found[start : start + _CHUNK], dynamic_dims_sizes=None, dynamic_dims_strides=None
-                ),
+                stop,
+                TensorGuards(*tensors[start:stop], dynamic_dims_sizes=None, dynamic_dims_strides=None),
             )
-            for start in range(0, len(found), _CHUNK)
+            for start, stop in chunks
         ],
         pointers=pointers,
-        kept=kept,
-        kept_pointers=kept(pointers) if kept else pointers,
+        stored_pointers=pointers if len(stored) == len(order) else pointers[: len(stored)],
         is_raw=raw,
     )
 
