@@ -25,10 +25,10 @@ from tests.doubles import ASIDE_BYTES, KIB, MIB, random_tensor
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-# A ceiling is what was measured and a tenth; where that is next to nothing and a few calls come and go with the
-# loop's schedule, it is what one call or object per tensor would exceed. A change that makes a figure smaller
-# lowers its ceiling; one that has to make it larger raises it and says in its message what that buys. `-rA` shows
-# the measured figures.
+# A ceiling is what was measured and a tenth; where that is next to nothing, and a few calls come and go with
+# the loop's schedule, it is what one call or object per tensor would exceed. A change that makes a figure
+# smaller lowers its ceiling; one that has to make it larger raises it, and its message says what that buys.
+# `-rA` shows the measured figures.
 CEILINGS = {
     "save: calls per tensor": 0.1,
     "save with overlap: calls per tensor": 0.1,
