@@ -285,9 +285,9 @@ class Stager:
         """In the caller's thread, right after capture: copies aside what overlap needs, marks the devices'
         queues."""
         trail = captured.structure.trail
-        if trail.devices is None:
-            trail.devices = self.backend.devices(captured.tensors)
         devices = trail.devices
+        if devices is None:
+            devices = trail.devices = self.backend.devices(captured.tensors)
         if any(device.type == "meta" for device in devices):
             names = captured.structure.tensor_names
             raise meta_error(next(n for n, t in zip(names, captured.tensors, strict=True) if t.is_meta))

@@ -137,8 +137,8 @@ class _Way:
     num_stored: int
     leaves: Callable[[list[Any]], list[Any]]
     guards: list[tuple[int, int, TensorGuards]]
-    pointers: list[int]
-    stored_pointers: list[int]
+    pointers: tuple[list[int], list[int]]
+    """Of all tensors, and of those that are stored; one value, since several threads may save."""
     is_raw: bool
 
     def follow(self, state: object, given: Given) -> Repeat | None:
@@ -155,14 +155,18 @@ class _Way:
             if not guard.check(*chunk):
                 return None
             pointers += map(torch.Tensor.data_ptr, chunk)
-        if pointers != self.pointers:
+        # the same list as long as they are the same, so that what was made of it is known to be good still
+        known, stored = self.pointers
+        if pointers != known:
             if len(tensors) != self.num_stored or len(set(pointers)) != len(pointers):
                 return None  # ties may have come or gone
-            self.pointers = self.stored_pointers = pointers
-        # the same list as long as they are the same, so that what was made of it is known to be good still
-        stored = self.stored_pointers if self.is_raw else None
+            self.pointers = (pointers, pointers)
+            stored = pointers
         return Repeat(
-            tensors=tensors[: self.num_stored], leaves=leaves, optimizers=optimizers, pointers=stored
+            tensors=tensors[: self.num_stored],
+            leaves=leaves,
+            optimizers=optimizers,
+            pointers=stored if self.is_raw else None,
         )
 
     def _collect(
@@ -257,7 +261,7 @@ def _make_way(
     tensors = [found[index] for index in order]
     pointers = list(map(torch.Tensor.data_ptr, tensors))
     starts = [*range(0, len(stored), _CHUNK), *range(len(stored), len(order), _CHUNK)]
-    chunks = list(zip(starts, [*starts[1:], len(order)], strict=True))
+    chunks = list(zip(starts, [*starts, len(order)][1:], strict=True))
     return _Way(
         root=root,
         tensors=_pick([places[index] for index in order]),
@@ -271,8 +275,7 @@ def _make_way(
             )
             for start, stop in chunks
         ],
-        pointers=pointers,
-        stored_pointers=pointers if len(stored) == len(order) else pointers[: len(stored)],
+        pointers=(pointers, pointers if len(stored) == len(order) else pointers[: len(stored)]),
         is_raw=raw,
     )
 

@@ -233,7 +233,11 @@ def tied_objects() -> dict[str, Any]:
     return {"a": tensor, "b": {"a": tensor, "c": [other, tensor[:2]]}, "d": torch.nn.Parameter(tensor)}
 
 
-@pytest.mark.parametrize("make", [make_state, tied_objects])
+def only_leaves() -> dict[str, Any]:
+    return {"a": 1, "b": []}
+
+
+@pytest.mark.parametrize("make", [make_state, tied_objects, only_leaves])
 def test_a_state_that_did_not_change_is_not_walked_again(make: Callable[[], dict[str, Any]]) -> None:
     state = {"plain": make(), "asked": Counting(make())}
     first = capture(state, None)
