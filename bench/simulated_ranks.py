@@ -125,6 +125,7 @@ class Ranks:
             leaf_items=first.leaf_items,
             optimizers=[],
             live=first.live,
+            pointers=first.pointers,
         )
 
     def plan_of(self, rank: int) -> SavePlan:

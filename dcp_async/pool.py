@@ -2,15 +2,17 @@
 
 Enters: requests for consecutive slots. Leaves: leases. Invariant: bytes in flight never exceed the budget,
 and a slot is given out again only after whoever leased it has released it; one that a hanging thread may
-still touch is never given out again. The arena is MAP_SHARED and MADV_DONTFORK: direct I/O on private memory
-concurrent with fork() may corrupt it (open(2)).
+still touch is never given out again. The arena is shared memory, or else MADV_DONTFORK: direct I/O on private
+memory that a concurrent fork() marks for copying may corrupt it (open(2)).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import os
+import sys
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -45,15 +47,19 @@ class Arena:
 
     @staticmethod
     def _map(nbytes: int) -> mmap.mmap:
-        if not hasattr(os, "memfd_create"):
+        if sys.platform != "linux":
             return mmap.mmap(-1, nbytes)
-        fd = os.memfd_create("dcp_async-pool", os.MFD_CLOEXEC)
+        # /dev/zero gives anonymous memory that /proc/self/maps can tell from the trainer's
+        fd = os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC)
         try:
-            os.ftruncate(fd, nbytes)
-            mapping = mmap.mmap(fd, nbytes)
+            mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE)
         finally:
             os.close(fd)
         mapping.madvise(mmap.MADV_DONTFORK)
+        # the first touch of huge pages is four times as fast, and shared memory gains nothing from them (ADR
+        # 0011)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            mapping.madvise(mmap.MADV_HUGEPAGE)
         return mapping
 
     @property

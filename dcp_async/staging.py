@@ -8,9 +8,12 @@ trainer's tensors any more. Few, large calls: beside a busy Python thread each r
 
 from __future__ import annotations
 
+import concurrent.futures
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import TracebackType
 from typing import Self
 
@@ -21,11 +24,16 @@ from .device import Backend, Event, TorchBackend
 from .errors import EngineStateError
 from .formats.distcp import BLOCK_BYTES
 from .formats.zip_item import contiguous_strides
+from .gather import Gather, RefusedError
 from .planner import CompiledPlan
 from .pool import Arena, BufferPool, Lease
 from .state import Captured, meta_error, padded_items
 
+logger = logging.getLogger(__name__)
+
 MiB = 1 << 20
+_SMALL_BYTES = 64 * 1024
+"""Up to here a tensor is gathered."""
 _ASIDE_TENSOR_BYTES = 64 * 1024
 _ASIDE_BYTES = 8 * MiB
 _KEPT_PLANS = 4
@@ -85,15 +93,24 @@ class StageJob:
     """Padded items of the leaves."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _BatchViews:
     """Where the tensors of a run of parts go; kept with the slots, since making views costs more than copying
     small tensors."""
 
-    indices: list[int]
-    targets: list[torch.Tensor]
-    cut: list[int]
+    indices: list[int] = field(default_factory=list)
+    targets: list[torch.Tensor] = field(default_factory=list)
+    cut: list[int] = field(default_factory=list)
     """Tensors that reach over the run's ends."""
+    small: list[int] = field(default_factory=list)
+    """Tensors that ``gather`` copies."""
+    gather: Gather | None = None
+
+    def gathers(self, pointers: list[int]) -> list[int]:
+        """Of these, the addresses of the small tensors; the same list if that is all of them."""
+        if len(self.small) == len(pointers):
+            return pointers
+        return [pointers[index] for index in self.small]
 
 
 @dataclass(slots=True)
@@ -102,7 +119,7 @@ class _PlanViews:
     again."""
 
     plan: CompiledPlan
-    batches: dict[tuple[int, int, int, int], tuple[Arena, _BatchViews]] = field(default_factory=dict)
+    batches: dict[tuple[int, int, int, int, bool], tuple[Arena, _BatchViews]] = field(default_factory=dict)
 
 
 def flat_slices(
@@ -136,6 +153,55 @@ def flat_slices(
             yield (last, *index), last * row + low, last * row + high
 
 
+def _make_views(plan: CompiledPlan, start: int, stop: int, lease: Lease, small_bytes: int) -> _BatchViews:
+    """Where the tensors go that overlap the image's bytes [start, stop); those up to ``small_bytes`` are
+    gathered."""
+    layout, structure = plan.layout, plan.structure
+    views = _BatchViews()
+    base = lease.arena.tensor.data_ptr() + lease.offset - start
+    run_starts: list[int] = []
+    alone = True
+    for index in layout.tensors_between(start, stop):
+        low, nbytes = layout.payload_offsets[index], layout.payload_bytes[index]
+        if nbytes == 0:
+            continue
+        piece = plan.tensors[index]
+        if low < start or low + nbytes > stop:
+            views.cut.append(index)
+            alone = True
+        elif nbytes <= small_bytes and structure.strides[piece] is None:
+            if alone:
+                run_starts.append(len(views.small))
+            views.small.append(index)
+            alone = False
+        else:
+            dtype, shape = structure.dtypes[piece], structure.shapes[piece]
+            flat = lease.arena.typed(dtype)
+            at = (lease.offset + low - start) // dtype.itemsize
+            views.indices.append(index)
+            views.targets.append(flat.as_strided(shape, contiguous_strides(shape), at))
+            alone = True
+    if views.small:
+        targets = [base + layout.payload_offsets[index] for index in views.small]
+        views.gather = Gather(targets, [layout.payload_bytes[index] for index in views.small], run_starts)
+    return views
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:
+    """How often each tensor was changed, as autograd counts; None for inference tensors, which it ignores."""
+    try:
+        return list(map(attrgetter("_version"), tensors))
+    except RuntimeError:  # asking each inference tensor what it is would be felt
+        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _differing(indices: list[int], now: Sequence[object], expected: Sequence[object]) -> set[int]:
+    """The indices at which two lists differ."""
+    if now == expected:  # compared in C, since it is so nearly always
+        return set()
+    return {index for index, *pair in zip(indices, now, expected, strict=True) if pair[0] != pair[1]}
+
+
 def copy_aside(captured: Captured) -> None:
     """Replace small tensors by copies, smallest first: a forward changes those (BatchNorm's counters), and
     they are cheap.
@@ -144,16 +210,16 @@ def copy_aside(captured: Captured) -> None:
     come first.
     """
     tensors = captured.tensors
-    versions: list[int | None] = [None if tensor.is_inference() else tensor._version for tensor in tensors]
-    sizes = [tensor.nbytes for tensor in tensors]
-    left = _ASIDE_BYTES
+    versions = _versions(tensors)
+    smallest = captured.structure.trail.smallest(tensors, _ASIDE_TENSOR_BYTES, _ASIDE_BYTES)
     with torch.no_grad():
-        for index in sorted(range(len(tensors)), key=sizes.__getitem__):
-            if sizes[index] > _ASIDE_TENSOR_BYTES or sizes[index] > left:
-                break
-            tensors[index] = tensors[index].clone()
-            versions[index] = None
-            left -= sizes[index]
+        copies = list(map(torch.Tensor.clone, [tensors[index] for index in smallest]))
+    for index, copy, version in zip(smallest, copies, _versions(copies), strict=True):
+        tensors[index], versions[index] = copy, version
+    if captured.pointers is not None:
+        captured.pointers = captured.pointers.copy()
+        for index, pointer in zip(smallest, map(torch.Tensor.data_ptr, copies), strict=True):
+            captured.pointers[index] = pointer
     captured.versions = versions
 
 
@@ -169,6 +235,9 @@ class Stager:
         self.backend: Backend = backend or TorchBackend()
         self.pool = BufferPool(slot_bytes=options.part_bytes, budget_bytes=options.pool_bytes)
         self._threads: BlockingThreads | None = None
+        self._helper: BlockingThreads | None = None
+        self._gathers = True
+        """Whether the kernel copies small tensors for us."""
         self._views: OrderedDict[int, _PlanViews] = OrderedDict()
         self._pinned: Arena | None = None
 
@@ -179,6 +248,8 @@ class Stager:
         """Start the copying thread; a second call does nothing."""
         if self._threads is None:
             self._threads = BlockingThreads("dcp_async-stage", 1)
+            if not self.options.overlap:
+                self._helper = BlockingThreads("dcp_async-stage-helper", 1)
         return self
 
     async def close(self) -> None:
@@ -186,6 +257,9 @@ class Stager:
         if self._threads is not None:
             self._threads.shutdown()
             self._threads = None
+        if self._helper is not None:
+            self._helper.shutdown()
+            self._helper = None
         if self._pinned is not None:
             self.backend.unpin(self._pinned.tensor.data_ptr())
             self._pinned = None
@@ -196,6 +270,8 @@ class Stager:
         """Stop waiting for a copy that hangs."""
         if self._threads is not None:
             self._threads.abandon()
+        if self._helper is not None:
+            self._helper.abandon()
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -208,7 +284,10 @@ class Stager:
     def prepare(self, captured: Captured) -> dict[torch.device, Event]:
         """In the caller's thread, right after capture: copies aside what overlap needs, marks the devices'
         queues."""
-        devices = self.backend.devices(captured.tensors)
+        trail = captured.structure.trail
+        devices = trail.devices
+        if devices is None:
+            devices = trail.devices = self.backend.devices(captured.tensors)
         if any(device.type == "meta" for device in devices):
             names = captured.structure.tensor_names
             raise meta_error(next(n for n, t in zip(names, captured.tensors, strict=True) if t.is_meta))
@@ -255,7 +334,13 @@ class Stager:
             low, high = max(offset, start), min(offset + length, stop)
             if low < high:
                 memory[low - start : high - start] = item[low - offset : high - offset]
-        views = self._batch_views(job.plan, first, start, stop, lease)
+        views = self._batch_views(job, first, start, stop, lease)
+        try:
+            self._gather(views, job.captured)
+        except RefusedError as error:
+            logger.info("small tensors are copied one by one: %s", error)
+            self._gathers = False
+            views = self._batch_views(job, first, start, stop, lease)
         sources = [job.captured.tensors[index] for index in views.indices]
         targets = list(views.targets)
         for index in views.cut:
@@ -263,32 +348,18 @@ class Stager:
                 sources.append(source)
                 targets.append(target)
         self._copy_tensors(job.events, targets, sources)
-        self._check_versions(job, [*views.indices, *views.cut])
+        self._check_versions(job, views)
         arena.resident[here] = marks
 
-    def _batch_views(
-        self, plan: CompiledPlan, first: int, start: int, stop: int, lease: Lease
-    ) -> _BatchViews:
+    def _batch_views(self, job: StageJob, first: int, start: int, stop: int, lease: Lease) -> _BatchViews:
+        plan = job.plan
         kept = self._views.get(id(plan))
-        key = (first, id(lease.arena), lease.first, lease.count)
+        gathers = self._gathers and job.captured.pointers is not None and not job.events
+        key = (first, id(lease.arena), lease.first, lease.count, gathers)
         if kept is not None and key in kept.batches:
             self._views.move_to_end(id(plan))
             return kept.batches[key][1]
-        layout = plan.layout
-        views = _BatchViews([], [], [])
-        for index in layout.tensors_between(start, stop):
-            low, nbytes = layout.payload_offsets[index], layout.payload_bytes[index]
-            if nbytes == 0:
-                continue
-            if low < start or low + nbytes > stop:
-                views.cut.append(index)
-                continue
-            piece = plan.tensors[index]
-            dtype, shape = plan.structure.dtypes[piece], plan.structure.shapes[piece]
-            flat = lease.arena.typed(dtype)
-            at = (lease.offset + low - start) // dtype.itemsize
-            views.indices.append(index)
-            views.targets.append(flat.as_strided(shape, contiguous_strides(shape), at))
+        views = _make_views(plan, start, stop, lease, _SMALL_BYTES if gathers else 0)
         # a small budget deals slots out in ever new combinations; views of those would only pile up
         if self.options.budget_bytes is None:
             kept = self._views.setdefault(id(plan), _PlanViews(plan))
@@ -296,6 +367,26 @@ class Stager:
             if len(self._views) > _KEPT_PLANS:
                 self._views.popitem(last=False)
         return views
+
+    def _gather(self, views: _BatchViews, captured: Captured) -> None:
+        """Copy the small tensors. Raises RefusedError."""
+        gather = views.gather
+        if gather is None:
+            return
+        assert captured.pointers is not None
+        gather.aim(views.gathers(captured.pointers))
+        # while the trainer waits its core is free; beside a running one a second thread costs more than it
+        # gives
+        half = gather.num_calls // 2 if self._helper is not None else 0
+        if not half or self._helper is None:
+            gather.copy(0, gather.num_calls)
+            return
+        rest = self._helper.submit(gather.copy, half, gather.num_calls)
+        try:
+            gather.copy(0, half)
+        finally:
+            concurrent.futures.wait([rest])
+        rest.result()
 
     def _cut(
         self, job: StageJob, index: int, start: int, stop: int, lease: Lease
@@ -330,18 +421,21 @@ class Stager:
         if sources:
             torch._foreach_copy_(targets, sources)
 
-    def _check_versions(self, job: StageJob, indices: Sequence[int]) -> None:
-        versions = job.captured.versions
+    def _check_versions(self, job: StageJob, views: _BatchViews) -> None:
+        captured = job.captured
+        versions = captured.versions
         if versions is None:
             return
-        tensors = job.captured.tensors
-        moved = [
-            index
-            for index in indices
-            if versions[index] is not None and tensors[index]._version != versions[index]
-        ]
+        moved: set[int] = set()
+        for indices in (views.indices, views.cut, views.small):
+            tensors = [captured.tensors[index] for index in indices]
+            expected = [versions[index] for index in indices]
+            moved |= _differing(indices, _versions(tensors), expected)
+            if indices is views.small and captured.pointers is not None:  # other memory than was copied from
+                now = list(map(torch.Tensor.data_ptr, tensors))
+                moved |= _differing(indices, now, views.gathers(captured.pointers))
         if moved:
-            raise MutatedTensors([job.plan.names[index] for index in moved])
+            raise MutatedTensors([job.plan.names[index] for index in sorted(moved)])
 
     def _pin(self, arena: Arena) -> None:
         wanted = torch.accelerator.is_available() if self.options.pinned is None else self.options.pinned

@@ -11,8 +11,10 @@ from __future__ import annotations
 import inspect
 import io
 import pickle
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import attrgetter, le
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ from .formats.structure import Tree, heads_of
 from .formats.zip_item import object_item, pad_item, slot_bytes
 from .sharding import Offsets, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
-from .walk import CaptureError, Walk, duplicate_name, structure_of, walk_state
+from .trail import Repeat, Trail
+from .walk import CaptureError, Given, Walk, duplicate_name, structure_of, walk_state
 
 
 def pickle_leaf(name: str, value: Any) -> bytes:
@@ -73,6 +76,8 @@ class Structure:
     """Which tensors are pieces of distributed ones, and where they lie in those."""
     bare: list[tuple[str, torch.dtype, Offsets]]
     """Distributed tensors of which nothing lies here."""
+    trail: Trail = field(default_factory=Trail, compare=False, repr=False)
+    """How the last state of this structure was walked."""
 
     @property
     def names(self) -> list[str]:
@@ -94,6 +99,8 @@ class Captured:
     optimizers: list[Optimizer]
     live: dict[str, Any]
     """Name -> leaf and distributed tensor, for DCP's planner."""
+    pointers: list[int] | None
+    """Address of each tensor; None unless the bytes there are its elements and the CPU reads them."""
     versions: list[int | None] | None = None
     """Version counters at capture, with ``overlap=True``; None for a tensor that was copied aside."""
 
@@ -114,11 +121,14 @@ class Captured:
         return found | self.live
 
     def part(self, tensors: Sequence[int], leaves: Sequence[int]) -> Captured:
-        """These alone: other ranks write the rest."""
-        versions = self.versions
+        """These alone, both ascending: other ranks write the rest."""
+        if len(tensors) == len(self.tensors) and len(leaves) == len(self.leaf_items):
+            return self  # a rank alone writes everything
+        versions, pointers = self.versions, self.pointers
         return replace(
             self,
             tensors=[self.tensors[index] for index in tensors],
+            pointers=pointers and [pointers[index] for index in tensors],
             leaf_items=[self.leaf_items[index] for index in leaves],
             versions=versions and [versions[index] for index in tensors],
         )
@@ -150,8 +160,14 @@ def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int =
         rank: this process's.
     Raises: CaptureError; whatever a ``state_dict()`` raises.
     """
-    walk = walk_state(state, rank)
+    given: Given = deque()
+    if previous is not None and (repeat := previous.trail.follow(state, given)) is not None:
+        captured = _repeated(repeat, previous)
+        if captured is not None:
+            return captured
+    walk = walk_state(state, rank, given)
     shapes = walk.shapes()
+    tensors, leaves = walk.tensors, walk.leaves
     names = walk.tensor_names
     if walk.separate_ties():
         shapes = walk.shapes()
@@ -162,6 +178,10 @@ def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int =
         whole = [name for name in names if name not in walk.distributed]
         _check_unique([*whole, *walk.distributed, *walk.leaf_names])
         tree = structure_of(state, walk)
+    else:
+        structure = previous
+    raw = _is_raw(walk.tensors)
+    structure.trail.record(state, walk, tensors, leaves, raw=raw)
     return Captured(
         structure=structure,
         tree=tree,
@@ -169,7 +189,45 @@ def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int =
         leaf_items=items,
         optimizers=walk.optimizers,
         live=walk.distributed | dict(zip(walk.leaf_names, walk.leaves, strict=True)),
+        pointers=list(map(torch.Tensor.data_ptr, walk.tensors)) if raw else None,
     )
+
+
+def _is_raw(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the bytes in the memory of all of them are their elements, and the CPU reads them."""
+    return (
+        all(map(attrgetter("is_cpu"), tensors))
+        and not any(map(torch.Tensor.is_neg, tensors))
+        and not any(map(torch.Tensor.is_conj, tensors))
+    )
+
+
+def _repeated(repeat: Repeat, previous: Structure) -> Captured | None:
+    """The capture of a state that is built as before; None if its leaves don't fit into their slots."""
+    leaves = dict(zip(previous.leaf_names, repeat.leaves, strict=True))
+    items = [pickle_leaf(name, value) for name, value in leaves.items()]
+    needed = [slot_bytes(len(item), SECTOR_BYTES) for item in items]
+    fits = all(map(le, needed, previous.slots))
+    without_bytes = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in repeat.leaves)
+    if not fits or without_bytes or _exotic(repeat.leaves) != previous.exotic:
+        return None
+    return Captured(
+        structure=previous,
+        tree=None,
+        tensors=repeat.tensors,
+        leaf_items=items,
+        optimizers=repeat.optimizers,
+        live=leaves,
+        pointers=repeat.pointers,
+    )
+
+
+def _exotic(leaves: Sequence[Any]) -> list[tuple[int, str, tuple[int, ...]]]:
+    return [
+        (index, f"{leaf.dtype} {leaf.layout} {leaf.requires_grad}", tuple(leaf.size()))
+        for index, leaf in enumerate(leaves)
+        if is_exotic(leaf)
+    ]
 
 
 def _check_unique(names: list[str]) -> None:
@@ -183,7 +241,6 @@ def _structure(
     """What the layout of ``walk``'s tensors and its leaves' ``items`` depends on."""
     # a slot only grows: a counter that shrinks by a digit must not move every offset behind it
     floor = dict(zip(previous.leaf_names, previous.slots, strict=True)) if previous else {}
-    exotic = [(index, leaf) for index, leaf in enumerate(walk.leaves) if is_exotic(leaf)]
     for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
         if isinstance(leaf, torch.Tensor) and leaf.is_meta:
             raise meta_error(name)
@@ -193,10 +250,7 @@ def _structure(
         shapes=shapes,
         strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in walk.tensors],
         leaf_names=walk.leaf_names,
-        exotic=[
-            (index, f"{leaf.dtype} {leaf.layout} {leaf.requires_grad}", tuple(leaf.size()))
-            for index, leaf in exotic
-        ],
+        exotic=_exotic(walk.leaves),
         slots=[
             max(slot_bytes(len(item), SECTOR_BYTES), floor.get(name, 0))
             for name, item in zip(walk.leaf_names, items, strict=True)

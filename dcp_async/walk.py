@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import inspect
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,23 +26,29 @@ from .sharding import LayoutCache, Offsets, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_SCALARS = frozenset({int, float, str, bool, bytes, complex, type(None)})
+
+Given = deque[tuple[Any, Any]]
+"""(Stateful, what it gave) of those that were asked before the walk, in its order."""
 
 
 class CaptureError(ValueError):
     """The state can't be saved as it is; the message names the leaf."""
 
 
-def _is_terminal(values: list[Any]) -> bool:
+def is_terminal(values: list[Any]) -> bool:
     """Whether DCP pickles this list whole: it does unless a tensor or a mapping is in it."""
+    if _SCALARS.issuperset(map(type, values)):  # an optimizer's list of parameters is long
+        return True
     for entry in values:
         if isinstance(entry, (torch.Tensor, Mapping, PerRank)) or is_stateful(entry):
             return False
-        if isinstance(entry, list) and not _is_terminal(entry):
+        if isinstance(entry, list) and not is_terminal(entry):
             return False
     return True
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
     """Whether its bytes can be copied raw; others go through ``torch.save``. A conjugate or negative view is
     resolved by the copy itself. Nested tensors are told apart later: asking each tensor would be felt."""
     return type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided and tensor.dtype in PLAIN_DTYPES
@@ -69,6 +75,8 @@ class Walk:
     """(name, dtype, global size) of distributed tensors of which nothing lies here."""
     distributed: dict[str, torch.Tensor] = field(default_factory=dict)
     """Name -> distributed tensor."""
+    kept: list[int] = field(default_factory=list)
+    """Which of the tensors ``separate_ties`` has left, if there were ties."""
     ties: list[tuple[str, int]] = field(default_factory=list)
     """(name, index of the tensor that has the same bytes) of tensors that occur again; filled by
     ``separate_ties``."""
@@ -86,12 +94,13 @@ class Walk:
     rank: int = 0
     """This process's, for what is PerRank."""
     per_rank: dict[str, PerRank] = field(default_factory=dict)
+    given: Given = field(default_factory=deque)
     _layouts: LayoutCache = field(default_factory=dict)
 
     def visit(self, name: str, value: Any) -> None:
         """Walk ``value``, which lies at ``name``."""
         if isinstance(value, torch.Tensor):
-            if _is_plain(value):
+            if is_plain(value):
                 self.tensor_names.append(name)
                 self.tensors.append(value)
             elif is_sharded(value):
@@ -107,7 +116,7 @@ class Walk:
             self.per_rank[name] = value
             self._enter(name, "dict", 1)
             self.visit(f"{name}.{PerRank.key(self.rank)}", value.value)
-        elif isinstance(value, list) and not _is_terminal(value):
+        elif isinstance(value, list) and not is_terminal(value):
             self._enter(name, "list", len(value))
             for index, entry in enumerate(value):
                 self.visit(f"{name}.{index}", entry)
@@ -160,6 +169,7 @@ class Walk:
             else:
                 self.ties.append((self.tensor_names[at], index))
         self._keep(kept)
+        self.kept = kept
         return bool(self.ties)
 
     def _visit_sharded(self, name: str, tensor: torch.Tensor) -> None:
@@ -169,7 +179,7 @@ class Walk:
             raise CaptureError(f"{name}: a {type(tensor).__name__} can't be saved: {error}") from error
         self.distributed[name] = tensor
         for shard, local in found.pieces:
-            if not _is_plain(local):
+            if not is_plain(local):
                 raise CaptureError(
                     f"{name}: the local part of this {type(tensor).__name__} is a {type(local).__name__} of "
                     f"{local.dtype}, {local.layout}, which has no bytes that could be cut; convert it first"
@@ -182,28 +192,11 @@ class Walk:
             self.bare.append((name, found.dtype, found.size))
 
     def _visit_stateful(self, name: str, stateful: Any) -> None:
-        if isinstance(stateful, Optimizer):
-            self.optimizers.append(stateful)
-        elif isinstance(stateful, AppState):
-            self.optimizers.extend(stateful.optimizers)
-        try:
-            inner = stateful._snapshot() if isinstance(stateful, AppState) else stateful.state_dict()
-        except (Exception, CheckpointException) as error:  # the trainer's own code, which may raise anything
-            kind = type(error).__name__
-            raise CaptureError(
-                f"{name}: {type(stateful).__name__}.state_dict() failed ({kind}: {error})"
-            ) from error
-        if (
-            inspect.isawaitable(inner)
-            or inspect.isasyncgen(inner)
-            or isinstance(inner, concurrent.futures.Future)
-        ):
-            if inspect.iscoroutine(inner):
-                inner.close()
-            raise CaptureError(
-                f"{name}: {type(stateful).__name__}.state_dict() is asynchronous; a snapshot must be taken "
-                "in one piece, so give the state an object whose state_dict() returns a plain dict"
-            )
+        self.optimizers += owned_optimizers(stateful)
+        if self.given and self.given[0][0] is stateful:
+            _, inner = self.given.popleft()
+        else:
+            inner = snapshot(name, stateful)
         self.statefuls.append((name, stateful, inner))
         self.visit(name, inner)
 
@@ -232,7 +225,7 @@ class Walk:
             below = f"{name}.{key}"
             if type(key) is not str:
                 self._visit_odd_key(below, key)
-            if isinstance(value, torch.Tensor) and _is_plain(
+            if isinstance(value, torch.Tensor) and is_plain(
                 value
             ):  # inlined: the common case of a large state
                 tensor_names.append(below)
@@ -241,11 +234,42 @@ class Walk:
                 self.visit(below, value)
 
 
-def walk_state(state: Mapping[str, Any], rank: int) -> Walk:
-    """Visit every leaf of ``state``; calls each Stateful's ``state_dict()`` once, in the mapping's order."""
+def owned_optimizers(stateful: object) -> Sequence[Optimizer]:
+    """The optimizers that a Stateful is or holds."""
+    if isinstance(stateful, Optimizer):
+        return (stateful,)
+    return stateful.optimizers if isinstance(stateful, AppState) else ()
+
+
+def snapshot(name: str, stateful: Any) -> Any:
+    """What the ``state_dict()`` of ``stateful``, which lies at ``name``, gives. Raises CaptureError."""
+    try:
+        inner = stateful._snapshot() if isinstance(stateful, AppState) else stateful.state_dict()
+    except (Exception, CheckpointException) as error:  # the trainer's own code, which may raise anything
+        kind = type(error).__name__
+        raise CaptureError(
+            f"{name}: {type(stateful).__name__}.state_dict() failed ({kind}: {error})"
+        ) from error
+    if (
+        inspect.isawaitable(inner)
+        or inspect.isasyncgen(inner)
+        or isinstance(inner, concurrent.futures.Future)
+    ):
+        if inspect.iscoroutine(inner):
+            inner.close()
+        raise CaptureError(
+            f"{name}: {type(stateful).__name__}.state_dict() is asynchronous; a snapshot must be taken "
+            "in one piece, so give the state an object whose state_dict() returns a plain dict"
+        )
+    return inner
+
+
+def walk_state(state: Mapping[str, Any], rank: int, given: Given | None = None) -> Walk:
+    """Visit every leaf of ``state``; calls each Stateful's ``state_dict()`` once, in the mapping's order, but
+    for those that have ``given`` theirs already."""
     if not isinstance(state, Mapping):
         raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
-    walk = Walk(rank=rank)
+    walk = Walk(rank=rank, given=given or deque())
     walk.containers.append(("", "root", len(state), 0))
     for key, value in state.items():
         if not isinstance(key, str):
@@ -275,7 +299,7 @@ def structure_of(state: Mapping[str, Any], walk: Walk) -> Tree:
             return mapping_node(mapping_kind(value), ((key, node(entry)) for key, entry in value.items()))
         if isinstance(value, PerRank):
             return mapping_node("dict", [(PerRank.key(walk.rank), node(value.value))])
-        if isinstance(value, list) and not _is_terminal(value):
+        if isinstance(value, list) and not is_terminal(value):
             return list_node([node(entry) for entry in value])
         return None
 

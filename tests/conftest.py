@@ -20,7 +20,7 @@ from tests.doubles import (
     LoopSpy,
     TrainingRun,
     faulty_storage,
-    mapped_memfd_bytes,
+    mapped_arena_bytes,
     open_descriptors,
     replace_loops,
 )
@@ -118,7 +118,7 @@ def no_leaks(_warm_process: None) -> Iterator[None]:
     """No thread, no descriptor, no arena and no unretrieved task may outlive the test."""
     threads = set(threading.enumerate())
     descriptors = open_descriptors()
-    arena = mapped_memfd_bytes()
+    arena = mapped_arena_bytes()
     complaints = _Complaints()
     logger = logging.getLogger("asyncio")
     logger.addHandler(complaints)
@@ -138,11 +138,11 @@ def no_leaks(_warm_process: None) -> Iterator[None]:
     fresh = [thread for thread in threading.enumerate() if thread not in threads]
     for thread in fresh:
         thread.join(PATIENCE)
-    if left_open() or mapped_memfd_bytes() > arena:
+    if left_open() or mapped_arena_bytes() > arena:
         gc.collect()  # a tenth of a second beside torch, so only where it may make a difference
     assert [thread.name for thread in fresh if thread.is_alive()] == []
     assert left_open() == {}
-    assert mapped_memfd_bytes() <= arena
+    assert mapped_arena_bytes() <= arena
     assert complaints.texts == []
 
 

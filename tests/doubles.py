@@ -560,11 +560,11 @@ def flip(path: Path, position: int, mask: int = 0x20) -> None:
         file.write(bytes([value ^ mask]))
 
 
-def mapped_memfd_bytes() -> int:
-    """Bytes of memfd arenas mapped into this process: the pool, seen from outside."""
+def mapped_arena_bytes() -> int:
+    """Bytes of arenas mapped into this process: the pool, seen from outside."""
     total = 0
     for line in Path("/proc/self/maps").read_text().splitlines():
-        if "/memfd:" in line:
+        if line.endswith("/dev/zero"):
             low, high = line.split(" ", 1)[0].split("-")
             total += int(high, 16) - int(low, 16)
     return total

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from tests.doubles import mapped_memfd_bytes, open_descriptors
+from tests.doubles import mapped_arena_bytes, open_descriptors
 
 LENGTH = 24
 
@@ -86,4 +86,4 @@ class Witness(Dataset[tuple[int, int, int]]):
 
     def __getitem__(self, index: int) -> tuple[int, int, int]:
         leases = [target for target in open_descriptors().values() if ".lease-" in target]
-        return os.getpid(), len(leases), mapped_memfd_bytes()
+        return os.getpid(), len(leases), mapped_arena_bytes()

@@ -51,7 +51,7 @@ from tests.doubles import (
     chain,
     committed,
     faulty_storage,
-    mapped_memfd_bytes,
+    mapped_arena_bytes,
     random_tensor,
 )
 
@@ -280,7 +280,7 @@ async def test_tied_weights_are_written_once(root: Path) -> None:
     async with CheckpointEngine(root) as engine:
         info = await saved(engine, {"embed": TIED, "head": TIED, "again": [TIED]})
         assert info.nbytes < TIED.nbytes + MIB
-        assert mapped_memfd_bytes() < 2 * TIED.nbytes + 33 * MIB
+        assert mapped_arena_bytes() < 2 * TIED.nbytes + 33 * MIB
         result = await engine.read()
         assert result["embed"].data_ptr() == result["head"].data_ptr()
     target = {"embed": torch.ones(512 * KIB), "head": torch.ones(512 * KIB)}
@@ -291,10 +291,10 @@ async def test_tied_weights_are_written_once(root: Path) -> None:
 async def test_a_small_view_does_not_drag_its_storage_along(root: Path) -> None:
     """Stock's stager copies whole storages, to keep views together."""
     whole = random_tensor(torch.uint8, (24 * MIB,), 3)
-    before = mapped_memfd_bytes()
+    before = mapped_arena_bytes()
     async with CheckpointEngine(root, staging=StagingOptions(part_bytes=PART)) as engine:
         info = await saved(engine, {"view": whole[5:1005], "rows": whole.view(-1, KIB)[::4000]})
-        assert mapped_memfd_bytes() - before <= MIB
+        assert mapped_arena_bytes() - before <= MIB
         assert info.nbytes <= MIB
         assert_same((await engine.read())["view"], whole[5:1005])
 
@@ -328,36 +328,36 @@ async def test_memory_does_not_grow_with_the_number_of_saves(root: Path, overlap
         "big": torch.zeros(6 * MIB, dtype=torch.uint8),
         "small": [torch.zeros(8 * KIB) for _ in range(64)],
     }
-    before = mapped_memfd_bytes()
+    before = mapped_arena_bytes()
     async with CheckpointEngine(root, staging=StagingOptions(overlap=overlap)) as engine:
         pool, resident = [], []
         for _ in range(30):
             await (await engine.save(state, checkpoint_id="latest-state", replace=True)).upload_completion
-            pool.append(mapped_memfd_bytes())
+            pool.append(mapped_arena_bytes())
             resident.append(resident_bytes())
         assert len(set(pool[3:])) == 1
         assert resident[-1] - resident[5] < 3 * 8 * MIB, [value // MIB for value in resident]
-    assert mapped_memfd_bytes() == before
+    assert mapped_arena_bytes() == before
 
 
 async def test_staged_memory_is_given_back_at_close_and_after_failures(
     root: Path, faulty: FaultyStorage
 ) -> None:
     """183413: the second use of a stager must find it as the first one did, a failed save between them."""
-    before = mapped_memfd_bytes()
+    before = mapped_arena_bytes()
     state = {"w": torch.zeros(4 * MIB, dtype=torch.uint8)}
     for _ in range(3):
         async with CheckpointEngine(faulty) as engine:
             await saved(engine, state)
-            used = mapped_memfd_bytes()
+            used = mapped_arena_bytes()
             for _ in range(5):
                 faulty.fail("seal", OSError(errno.EIO, "Input/output error"))
                 with pytest.raises(SaveError):
                     await saved(engine, state)
                 faulty.heal()
             await saved(engine, state)
-            assert mapped_memfd_bytes() == used
-        assert mapped_memfd_bytes() == before
+            assert mapped_arena_bytes() == used
+        assert mapped_arena_bytes() == before
 
 
 # --- disks and threads ----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from tests.doubles import (
     committed,
     faulty_storage,
     leftovers,
-    mapped_memfd_bytes,
+    mapped_arena_bytes,
     random_tensor,
 )
 
@@ -445,7 +445,7 @@ async def test_an_aborted_engine_leaves_the_users_stager_whole(tmp_path: Path, f
 
 
 async def test_a_shared_stager_keeps_one_budget(tmp_path: Path) -> None:
-    before = mapped_memfd_bytes()
+    before = mapped_arena_bytes()
     wide = {"w": random_tensor(torch.uint8, (20 * PART,), 3)}
     async with (
         Stager(SMALL) as stager,
@@ -453,7 +453,7 @@ async def test_a_shared_stager_keeps_one_budget(tmp_path: Path) -> None:
         CheckpointEngine(tmp_path / "b", staging=stager) as two,
     ):
         await asyncio.gather(saved(one, state=wide), saved(two, state=wide))
-        assert mapped_memfd_bytes() - before <= 4 * PART
+        assert mapped_arena_bytes() - before <= 4 * PART
 
 
 async def test_failed_saves_leave_no_file_after_the_next(root: Path, faulty: FaultyStorage) -> None:

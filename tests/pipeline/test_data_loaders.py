@@ -23,7 +23,7 @@ from tests.doubles import (
     FaultyStorage,
     assert_holds_only,
     assert_same,
-    mapped_memfd_bytes,
+    mapped_arena_bytes,
     open_descriptors,
     random_tensor,
 )
@@ -223,7 +223,7 @@ async def test_workers_forked_while_a_save_is_in_flight_have_nothing_of_it(
             response = await engine.save(state)
             await gate.until_arrived()
             assert sum(".lease-" in target for target in open_descriptors().values()) == 1
-            assert mapped_memfd_bytes() > 0
+            assert mapped_arena_bytes() > 0
             batches = iter(loader(Witness(), batch_size=BATCH, num_workers=2))
             pids, leases, pool = map(torch.cat, zip(*batches, strict=True))
             del batches

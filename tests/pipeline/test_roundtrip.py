@@ -23,7 +23,7 @@ from tests.doubles import (
     blank,
     data_files,
     frozen,
-    mapped_memfd_bytes,
+    mapped_arena_bytes,
     random_tensor,
 )
 
@@ -110,11 +110,11 @@ async def test_two_thousand_small_tensors(root: Path) -> None:
 
 
 async def test_pool_stays_within_the_budget(root: Path) -> None:
-    before = mapped_memfd_bytes()
+    before = mapped_arena_bytes()
     saved = {f"w{i}": random_tensor(torch.uint8, (4 * PART + i,), i) for i in range(16)}
     async with CheckpointEngine(root, staging=SMALL) as engine:
         await (await engine.save(saved)).upload_completion
-        assert 0 < mapped_memfd_bytes() - before <= 4 * PART
+        assert 0 < mapped_arena_bytes() - before <= 4 * PART
 
 
 # --- strides and other views ---------------------------------------------------------------------
