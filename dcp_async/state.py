@@ -244,10 +244,11 @@ def _structure(
     for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
         if isinstance(leaf, torch.Tensor) and leaf.is_meta:
             raise meta_error(name)
+    one_of_each: dict[torch.Size, torch.Size] = {}  # a garbage collection goes over each that is kept
     return Structure(
         tensor_names=walk.tensor_names,
         dtypes=[tensor.dtype for tensor in walk.tensors],
-        shapes=shapes,
+        shapes=[one_of_each.setdefault(shape, shape) for shape in shapes],
         strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in walk.tensors],
         leaf_names=walk.leaf_names,
         exotic=_exotic(walk.leaves),

@@ -40,6 +40,7 @@ CEILINGS = {
     "load: read calls per GB": 49,
     "save: collections by the garbage collector": 0,
     "save: objects left behind": 500,
+    "plan: objects that a garbage collection goes over, per tensor": 0.1,
 }
 SUBMIT = BlockingThreads.submit.__code__
 FEW, MANY = 1000, 3000
@@ -160,3 +161,16 @@ async def test_a_warm_save_makes_nothing_that_stays(tmp_path: Path) -> None:
             blocks = sys.getallocatedblocks() - blocks
     check("save: collections by the garbage collector", collections)
     check("save: objects left behind", blocks)
+
+
+async def test_a_plan_is_no_burden_on_the_garbage_collector(tmp_path: Path) -> None:
+    state = small_tensors(MANY)
+    async with CheckpointEngine(tmp_path) as engine:
+        await (await engine.save({"warm": torch.ones(1)}, step=0)).upload_completion
+        gc.collect()
+        before = len(gc.get_objects())
+        await (await engine.save(state, step=1)).upload_completion
+        await engine.wait()
+        gc.collect()
+        kept = len(gc.get_objects()) - before
+    check("plan: objects that a garbage collection goes over, per tensor", kept / MANY)
