@@ -234,8 +234,8 @@ def types(session: nox.Session) -> None:
     session.run(DEV_PYTHON, "-m", "mypy", *session.posargs, external=True)
 
 
-# Its own environment holds the peers and what draws the charts, none of which brings its dependencies; what runs is
-# .nox/dev, with the package and the torch that the tests passed with, and finds them through PYTHONPATH.
+# Its own environment holds the peers and what draws the charts, none of which brings its dependencies. What
+# runs is .nox/dev, with the package and the torch that the tests passed with; PYTHONPATH leads it to these.
 @nox.session(reuse_venv=is_current(PEERS, *PEERS_INPUTS), requires=["dev"], default=False)
 def bench(session: nox.Session) -> None:
     """Measure beside stock DCP and every peer: about 35 minutes, with --quick a few; --help has the options.
