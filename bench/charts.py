@@ -1,4 +1,4 @@
-"""Pictures of a run: bars for each workload, curves of steps for the trainer.
+"""Pictures of a run: bars for each workload, curves of steps for the trainer, curves of growth.
 
 In: a run's JSON and a directory. Out: `<workload>.png` for each workload that has figures.
 Belongs here: everything that needs matplotlib, which only the environment of the bench has.
@@ -14,6 +14,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+import curves
 import results
 from results import Data
 from roster import OURS, RAW
@@ -26,6 +27,8 @@ PANELS = (
 )
 COLOURS = {"ours": "#0b6e4f", "ours, other options": "#7fb69e", "stock": "#7b8794", "peer": "#c08552"}
 FLOOR = "#b3261e"
+STYLES = ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (6, 2)))
+GROWTH_LINES = {"durable": "durable", "staged": "stall", "cold": "load, cold", "plan": "plan"}
 WIDEST_RANGE = 15.0
 """From this ratio of the longest to the shortest bar on, the axis is logarithmic."""
 
@@ -110,10 +113,9 @@ def _trainer(data: Data) -> Any:
     figure.suptitle("A real training step on the CPU, a save every 20 steps")
     plain = sorted(v for engine in engines for v in results.pooled(data, engine, "plain_steps"))
     _cumulated(steps, plain, "no saves", "#000000", "--")
-    styles = ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (6, 2)))
     for number, engine in enumerate(engines):
         colour = COLOURS[_kind(engine)]
-        _cumulated(steps, sorted(results.pooled(data, engine, "steps")), engine, colour, styles[number % 7])
+        _cumulated(steps, sorted(results.pooled(data, engine, "steps")), engine, colour, STYLES[number % 7])
     steps.set_xlabel("ms a step, save() not in it")
     steps.set_ylabel("share of steps that took no longer")
     steps.legend(fontsize=8, loc="lower right")
@@ -128,3 +130,32 @@ def _trainer(data: Data) -> Any:
 def _cumulated(axis: Any, values: list[float], name: str, colour: str, style: Any) -> None:
     shares = [(number + 1) / len(values) for number in range(len(values))]
     axis.plot([value * 1e3 for value in values], shares, label=name, color=colour, linestyle=style)
+
+
+def draw_growth(data: Data, directory: Path) -> None:
+    """Both sweeps of `growth.py`, ours and stock."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    figure.suptitle("How cost grows (medians)")
+    labels = {"bytes": "GiB in 64 tensors", "tensors": "tensors, 256 MiB in all"}
+    for axis, sweep in zip(axes, ("bytes", "tensors"), strict=True):
+        for engine in data.get("engines", {}):
+            for number, (name, words) in enumerate(GROWTH_LINES.items()):
+                points = curves.curve(data, sweep, engine, name)
+                points = [(x / 2**30 if sweep == "bytes" else x, y) for x, y in points if y > 0]
+                if len(points) > 1 and not (name == "plan" and sweep == "bytes"):
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        color=COLOURS[_kind(engine)],
+                        linestyle=STYLES[number],
+                        marker="o",
+                        markersize=3,
+                        label=f"{engine}: {words}",
+                    )
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel(labels[sweep])
+        axis.set_ylabel("s")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7)
+    figure.savefig(directory / "growth.png", dpi=110, metadata={"Software": None})
+    plt.close(figure)

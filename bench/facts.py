@@ -23,7 +23,7 @@ def machine(directory: Path) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "cpu": model[0] if model else platform.machine(),
         "memory_bytes": int(meminfo["MemTotal"].split()[0]) * 1024,
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
         "file_system": file_system(directory),
         "transparent_hugepages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled"),

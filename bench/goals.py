@@ -6,6 +6,7 @@ Belongs here: goals. Not here: how a figure is taken or shown otherwise.
 
 from __future__ import annotations
 
+import math
 import operator
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -229,4 +230,6 @@ def _suffix(unit: str) -> str:
 
 
 def _rounded(value: float) -> str:
+    if math.isinf(value):
+        return "ours: none measurable"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"

@@ -4,7 +4,8 @@
     python bench/report.py RESULTS.json --readme                   the README's table, printed
     python bench/report.py RESULTS.json --docs docs/performance    the tables and charts that the docs show
 
-In: results.json of bench/run.py, whole or of a run that was cut. Out: text and PNG files.
+In: results.json of bench/run.py, or growth.json of bench/growth.py, whole or of a run that was cut. Out:
+text and PNG files.
 Keeps: a figure that was not taken shows as "-", an engine that failed as a line with its reason.
 Belongs here: which figures a table has, units, words. Not here: what a figure is (measure.py), medians and
 ratios (results.py), goals (goals.py), pictures (charts.py).
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import curves
 import goals
 import results
 from driver import progress
@@ -276,7 +278,12 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, metavar="DIR", help="write what the documentation includes")
     given = parser.parse_args()
     data = results.read(given.results)
-    if given.readme:
+    if data.get("kind") == "growth":
+        if given.docs:
+            curves.write_docs(data, given.docs)
+        else:
+            print(curves.write_all(data, given.results.parent))
+    elif given.readme:
         print(readme(data))
     elif given.docs:
         write_docs(data, given.docs)

@@ -93,11 +93,14 @@ def cell(data: Data, workload: str, engine: str, figure: str) -> Cell | None:
 def compare(
     data: Data, workload: str, above: tuple[str, str], below: tuple[str, str]
 ) -> tuple[float, float, float] | None:
-    """Two medians, of (engine, figure) each, and their ratio, from the first group that has both."""
+    """Two medians, of (engine, figure) each, and their ratio, from the first group that has both.
+
+    A loss can come out as nothing or less, where the loops' own rate wandered: then the ratio is infinite.
+    """
     for group in data["workloads"].get(workload, {}).get("groups", ()):
         first, second = median(group, *above), median(group, *below)
-        if first is not None and second:
-            return first, second, first / second
+        if first is not None and second is not None:
+            return first, second, first / second if second > 0 else math.inf
     return None
 
 

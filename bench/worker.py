@@ -48,6 +48,7 @@ class EngineWorker:
             "describe": self.describe,
             "first": self.first,
             "save": lambda: measure.save(self._engine, self._next_step()),
+            "replan": self.replan,
             "lost": self.lost,
             "memory": self.memory,
             "prepare_load": self.prepare_load,
@@ -61,6 +62,16 @@ class EngineWorker:
     def first(self) -> Answer:
         with self._memory.helpers():
             return measure.save(self._engine, self._next_step())
+
+    def replan(self) -> Answer:
+        """A save of a structure that was never saved before, in memory that is warm."""
+        step = self._next_step()
+        name = f"structure{step}"
+        self._workload.state[name] = torch.zeros(1)
+        try:
+            return measure.save(self._engine, step)
+        finally:
+            del self._workload.state[name]
 
     def lost(self, loop: Literal["tiny", "python"], seconds: float) -> Answer:
         figures = measure.lost_time(self._engine, self._next_step(), loop=loop, seconds=seconds)
