@@ -136,7 +136,7 @@ def draw_growth(data: Data, directory: Path) -> None:
     """Both sweeps of `growth.py`, ours and stock."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     figure.suptitle("How cost grows (medians)")
-    labels = {"bytes": "GiB in 64 tensors", "tensors": "tensors, 256 MiB in all"}
+    labels = {"bytes": "GiB in 64 tensors", "tensors": f"tensors, {curves.total(data)} in all"}
     for axis, sweep in zip(axes, ("bytes", "tensors"), strict=True):
         for engine in data.get("engines", {}):
             for number, (name, words) in enumerate(GROWTH_LINES.items()):
@@ -156,6 +156,7 @@ def draw_growth(data: Data, directory: Path) -> None:
         axis.set_xlabel(labels[sweep])
         axis.set_ylabel("s")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
     figure.savefig(directory / "growth.png", dpi=110, metadata={"Software": None})
     plt.close(figure)
