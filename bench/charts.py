@@ -133,11 +133,14 @@ def _cumulated(axis: Any, values: list[float], name: str, colour: str, style: An
 
 
 def draw_growth(data: Data, directory: Path) -> None:
-    """Both sweeps of `growth.py`, ours and stock."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    """The sweeps of `growth.py`, ours and stock."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 5), layout="constrained")
     figure.suptitle("How cost grows (medians)")
-    labels = {"bytes": "GiB in 64 tensors", "tensors": f"tensors, {curves.total(data)} in all"}
-    for axis, sweep in zip(axes, ("bytes", "tensors"), strict=True):
+    labels = {
+        "bytes": "GiB in 64 tensors",
+        **{sweep: f"{sweep}, {curves.total(data, sweep)} in all" for sweep in ("tensors", "ranks")},
+    }
+    for axis, sweep in zip(axes, labels, strict=True):
         for engine in data.get("engines", {}):
             for number, (name, words) in enumerate(GROWTH_LINES.items()):
                 points = curves.curve(data, sweep, engine, name)
@@ -151,8 +154,11 @@ def draw_growth(data: Data, directory: Path) -> None:
                         markersize=3,
                         label=f"{engine}: {words}",
                     )
-        axis.set_xscale("log")
         axis.set_yscale("log")
+        if sweep == "ranks":
+            axis.set_xticks(sorted({point["num_ranks"] for point in data["points"]}))
+        else:
+            axis.set_xscale("log")
         axis.set_xlabel(labels[sweep])
         axis.set_ylabel("s")
         axis.spines[["top", "right"]].set_visible(False)

@@ -22,15 +22,18 @@ FIGURES = {
     "warm": "load, warm",
 }
 FEWEST_POINTS = 3
+SIZES = {"bytes": "nbytes", "tensors": "num_tensors", "ranks": "num_ranks"}
+"""What grows in each sweep."""
+SLOPES = {"bytes": (1e12, "ms/GB"), "tensors": (1e6, "us/tensor"), "ranks": (1e3, "ms/rank")}
 
 
 def curve(data: Data, sweep: str, engine: str, figure: str) -> list[tuple[float, float]]:
-    """Points of size (bytes, or tensors) and median seconds."""
+    """Points of size (bytes, tensors or ranks) and median seconds."""
     found = []
     for point in data["points"]:
         seconds = _seconds(point["samples"].get(engine, {}), figure)
         if point["sweep"] == sweep and seconds is not None:
-            found.append((float(point["nbytes" if sweep == "bytes" else "num_tensors"]), seconds))
+            found.append((float(point[SIZES[sweep]]), seconds))
     return found
 
 
@@ -55,20 +58,19 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float] | 
 
 
 def fits(data: Data) -> list[dict[str, Any]]:
-    """Every curve's line; a slope is seconds per GB or seconds per tensor."""
+    """Every curve's line; a slope is seconds per byte, tensor or rank."""
     found = []
-    for sweep in ("bytes", "tensors"):
+    for sweep in SIZES:
         for engine in data.get("engines", {}):
             for figure in FIGURES:
                 points = curve(data, sweep, engine, figure)
                 if (fit := line(points)) is not None:
-                    slope = fit[0] * 1e9 if sweep == "bytes" else fit[0]
                     found.append(
                         {
                             "sweep": sweep,
                             "engine": engine,
                             "figure": figure,
-                            "slope": slope,
+                            "slope": fit[0],
                             "intercept": fit[1],
                             "r_squared": fit[2],
                             "num_points": len(points),
@@ -86,8 +88,8 @@ def table(data: Data) -> str:
         "| --- | --- | --- | ---: | ---: | ---: | --- |",
     ]
     for fit in sorted(fits(data), key=lambda fit: (fit["sweep"], list(FIGURES).index(fit["figure"]))):
-        by_bytes = fit["sweep"] == "bytes"
-        slope = f"{fit['slope'] * 1e3:.0f} ms/GB" if by_bytes else f"{fit['slope'] * 1e6:.2f} us/tensor"
+        factor, unit = SLOPES[fit["sweep"]]
+        slope = f"{fit['slope'] * factor:.3g} {unit}"
         ends = [_size(fit["sweep"], fit[end]) for end in ("from", "to")]
         lines.append(
             f"| {fit['sweep']} | {FIGURES[fit['figure']]} | {fit['engine']} | {slope} | "
@@ -100,15 +102,16 @@ def table(data: Data) -> str:
 def points_table(data: Data) -> str:
     """Every point's medians."""
     lines = [
-        "| tensors | size | engine | " + " | ".join(FIGURES[figure] for figure in FIGURES) + " |",
-        "| ---: | ---: | --- |" + " ---: |" * len(FIGURES),
+        "| ranks | tensors | size | engine | " + " | ".join(FIGURES[figure] for figure in FIGURES) + " |",
+        "| ---: | ---: | ---: | --- |" + " ---: |" * len(FIGURES),
     ]
     for point in data["points"]:
         for engine, samples in point["samples"].items():
             values = [_seconds(samples, figure) for figure in FIGURES]
             shown = ["-" if value is None else f"{value * 1e3:.1f} ms" for value in values]
             size = _size("bytes", point["nbytes"])
-            lines.append(f"| {point['num_tensors']:,} | {size} | {engine} | " + " | ".join(shown) + " |")
+            where = f"{point['num_ranks']} | {point['num_tensors']:,}"
+            lines.append(f"| {where} | {size} | {engine} | " + " | ".join(shown) + " |")
     failed = [
         f"\nFailed: {engine}, {point['num_tensors']:,} tensors, {_size('bytes', point['nbytes'])}: `{reason}`"
         for point in data["points"]
@@ -119,13 +122,16 @@ def points_table(data: Data) -> str:
 
 def whole(data: Data) -> str:
     """Both tables on one page."""
-    head = f"Bytes: 64 equal tensors. Tensors: {total(data)} in all, equal ones. Points are medians."
+    head = (
+        f"Bytes: 64 equal tensors. Tensors: {total(data, 'tensors')} in all, equal ones. Ranks: "
+        f"{total(data, 'ranks')} in all, each tensor cut over all ranks. Points are medians."
+    )
     return "\n".join(["# How cost grows", "", head, "", table(data), "", points_table(data), ""])
 
 
-def total(data: Data) -> str:
-    """The size of the states that grow in tensors only."""
-    sizes = {point["nbytes"] for point in data["points"] if point["sweep"] == "tensors"}
+def total(data: Data, sweep: str) -> str:
+    """The size of the states of a sweep in which bytes do not grow."""
+    sizes = {point["nbytes"] for point in data["points"] if point["sweep"] == sweep}
     return " or ".join(_size("bytes", size) for size in sorted(sizes)) or "nothing"
 
 
@@ -154,6 +160,6 @@ def draw(data: Data, directory: Path) -> None:
 
 
 def _size(sweep: str, size: float) -> str:
-    if sweep == "tensors":
+    if sweep != "bytes":
         return f"{size:,.0f}"
     return f"{size / 2**30:g} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

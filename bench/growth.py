@@ -1,10 +1,10 @@
-"""How does the cost of a checkpoint grow with its bytes, and with its number of tensors?
+"""How does the cost of a checkpoint grow with its bytes, its number of tensors, and the number of ranks?
 
-Run as `python3 noxfile.py bench growth`, or `python bench/growth.py`. Two sweeps: 64 equal tensors of
-64 MiB to 8 GiB in all, and 10 to 200,000 equal tensors of 256 MiB in all. For each point ours, and stock DCP
-beside it for as long as a save or load of stock can be expected to take less than a minute. Writes
-growth.json after each point, with the least-squares line of every curve, then growth.md and growth.png;
-`report.py` makes the same again from the JSON.
+Run as `python3 noxfile.py bench growth`, or `python bench/growth.py`. Three sweeps: 64 equal tensors of
+64 MiB to 8 GiB in all, 10 to 200,000 equal tensors of 256 MiB in all, and 1,000 tensors of 256 MiB cut over 1
+to 4 ranks. For each point ours, and stock DCP beside it for as long as a save or load of stock can be
+expected to take less than a minute. Writes growth.json after each point, with the least-squares line of every
+curve, then growth.md and growth.png; `report.py` makes the same again from the JSON.
 Belongs here: points and rounds. Not here: lines and pictures (curves.py).
 """
 
@@ -14,15 +14,17 @@ import argparse
 import json
 import os
 import shutil
+import socket
+import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import curves
 import facts
-from driver import Group, progress, running
+import results
+from driver import HERE, Group, progress, running, short_reason
 from roster import OURS, memory_needed
 from run import scratch
 
@@ -31,6 +33,9 @@ SWEEP_TENSORS = 64
 SWEEP_BYTES = 256 << 20
 BYTES = tuple(mib << 20 for mib in (64, 256, 1024, 2048, 4096, 8192))
 TENSORS = (10, 100, 1_000, 10_000, 20_000, 50_000, 100_000, 200_000)
+RANKS = (1, 2, 4)
+RANKS_TENSORS = 1_000
+RANKS_SECONDS = 600.0
 ROUNDS = 3
 SLOW_SECONDS = 10.0
 """From here on one round has to do."""
@@ -52,7 +57,7 @@ def expected(found: Sequence[Mapping[str, Any]], sweep: str, engine: str, size: 
         if point["sweep"] == sweep and engine in point["samples"]:
             samples = point["samples"][engine]
             slowest = max(max(samples.get(figure, [0.0])) for figure in ("durable", "cold", "warm"))
-            return float(slowest * size / point["nbytes" if sweep == "bytes" else "num_tensors"])
+            return float(slowest * size / point[curves.SIZES[sweep]])
     return 0.0
 
 
@@ -80,12 +85,59 @@ def groups(engines: Sequence[str], nbytes: int, room: int) -> list[list[str]]:
     return [[engine] for engine in engines if memory_needed([engine], nbytes) <= room]
 
 
+def over_ranks(num_ranks: int, nbytes: int, directory: Path) -> dict[str, Any]:
+    """The point of one number of ranks: as many processes of ranks.py, which meet on the loopback."""
+    directory.mkdir(parents=True)
+    answer = directory / "samples.json"
+    given = {
+        "num_tensors": RANKS_TENSORS,
+        "nbytes": nbytes,
+        "rounds": ROUNDS,
+        "root": str(directory),
+        "answer": str(answer),
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(num_ranks),
+    }
+    command = [sys.executable, str(HERE / "ranks.py"), json.dumps(given)]
+    log = directory / "ranks.log"
+    with log.open("wb") as output:
+        processes = [
+            subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=output, stderr=output)
+            for rank in range(num_ranks)
+        ]
+    point = {"sweep": "ranks", "num_ranks": num_ranks, "num_tensors": RANKS_TENSORS, "nbytes": nbytes}
+    try:
+        statuses = [process.wait(RANKS_SECONDS) for process in processes]
+    except subprocess.TimeoutExpired:
+        statuses = [-1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    if any(statuses):
+        text = log.read_text(encoding="utf-8", errors="replace")
+        progress(text)
+        return {**point, "samples": {}, "failures": {OURS: short_reason(text)}}
+    return {**point, "samples": json.loads(answer.read_text(encoding="ascii")), "failures": {}}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--max-mib", type=int, default=BYTES[-1] >> 20, help="largest state (8192)")
     parser.add_argument("--max-tensors", type=int, default=TENSORS[-1], help="most tensors (200000)")
+    parser.add_argument("--max-ranks", type=int, default=RANKS[-1], help="most ranks (4); 0: no such sweep")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="default: %(default)s")
     parser.add_argument("--dir", type=Path, help="where checkpoints go (a temporary folder of this one)")
     return parser.parse_args()
@@ -94,7 +146,6 @@ def parse() -> argparse.Namespace:
 def run(given: argparse.Namespace, directory: Path, path: Path) -> curves.Data:
     """Measure every point; the file at `path` is whole after each."""
     data: curves.Data = {"kind": "growth", "version": 1, "machine": facts.machine(directory), "points": []}
-    started = time.monotonic()
     for number, (sweep, num_tensors, nbytes) in enumerate(points(given)):
         size = nbytes if sweep == "bytes" else num_tensors
         found = data["points"]
@@ -105,7 +156,7 @@ def run(given: argparse.Namespace, directory: Path, path: Path) -> curves.Data:
         engines = [OURS]
         if expected(found, sweep, STOCK, size) < LONGEST_SECONDS:
             engines.append(STOCK)
-        point: dict[str, Any] = {"sweep": sweep, "num_tensors": num_tensors, "nbytes": nbytes}
+        point: dict[str, Any] = {"sweep": sweep, "num_ranks": 1, "num_tensors": num_tensors, "nbytes": nbytes}
         point |= {"samples": {}, "failures": {}}
         for place, names in enumerate(groups(engines, nbytes, int(facts.memory_available() * 0.85))):
             progress(f"{num_tensors} tensors, {nbytes >> 20} MiB: {', '.join(names)}")
@@ -118,14 +169,20 @@ def run(given: argparse.Namespace, directory: Path, path: Path) -> curves.Data:
             point["samples"] |= group.samples
             point["failures"] |= group.failures
             shutil.rmtree(below)
-        found.append(point)
-        data["fits"] = curves.fits(data)
-        data["seconds_taken"] = round(time.monotonic() - started)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(path.name + ".tmp")
-        fresh.write_text(json.dumps(data, indent=1) + "\n", encoding="ascii")
-        os.replace(fresh, path)
+        keep(data, point, path)
+    for num_ranks in (num for num in RANKS if num <= given.max_ranks):
+        progress(f"{num_ranks} ranks")
+        below = directory / f"ranks-{num_ranks}"
+        keep(data, over_ranks(num_ranks, min(SWEEP_BYTES, given.max_mib << 20), below), path)
+        shutil.rmtree(below)
     return data
+
+
+def keep(data: curves.Data, point: dict[str, Any], path: Path) -> None:
+    """Add a point, and replace the file by one that has it."""
+    data["points"].append(point)
+    data["fits"] = curves.fits(data)
+    results.write(data, path)
 
 
 def main() -> int:

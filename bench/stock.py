@@ -22,7 +22,7 @@ THREADS = 2
 
 
 class Stock:
-    """`torch.distributed.checkpoint` over a gloo group of one rank.
+    """`torch.distributed.checkpoint` over a gloo group of one rank, or over the one that was `joined`.
 
     `best` reuses one `DefaultStager`, tunes the writer and caches plans; `overlap` lets that stager copy on
     its own thread; `how` is `save`, or `async_save` with its thread or its process.
@@ -36,12 +36,14 @@ class Stock:
         how: Literal["sync", "thread", "process"],
         best: bool,
         overlap: bool,
+        joined: bool = False,
     ) -> None:
         self._state = state
         self._root = root
         self._how = how
         self._best = best
         self._overlap = overlap
+        self._joined = joined
         import torch.distributed.checkpoint  # noqa: F401 - loaded before the baseline of the memory figure is taken
 
         self._stager: DefaultStager | None = None
@@ -63,7 +65,8 @@ class Stock:
     def open(self) -> None:
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-        join_group(self._root)
+        if not self._joined:
+            join_group(self._root)
         if self._best and self._how != "sync":
             # Pinned memory and non-blocking copies need an accelerator; shared memory serves only the process
             # executor.
@@ -131,7 +134,8 @@ class Stock:
 
         if self._stager is not None:
             self._stager.close()
-        dist.destroy_process_group()
+        if not self._joined:
+            dist.destroy_process_group()
 
     def _path(self, step: int) -> Path:
         return self._root / f"stock-{step:08d}"

@@ -162,7 +162,7 @@ def test_one_changed_bit_is_a_difference() -> None:
 
 
 def test_line_finds_the_slope_of_points_on_one() -> None:
-    points = [{"sweep": "bytes", "num_tensors": 64, "nbytes": gb * 10**9} for gb in (1, 2, 4)]
+    points = [{"sweep": "bytes", "num_ranks": 1, "num_tensors": 64, "nbytes": gb * 10**9} for gb in (1, 2, 4)]
     samples: list[dict[str, Any]] = [{"dcp_async": {"durable": [0.1 + gb / 2] * 3}} for gb in (1, 2, 4)]
     data = {
         "points": [
