@@ -37,7 +37,6 @@ def save(engine: Engine, step: int) -> Figures:
     pending.result()
     durable = time.perf_counter() - start
     cpu = cpu_seconds() - cpu
-    engine.discard(step)
     return {"blocked": pending.blocked, "staged": staged, "durable": durable, "cpu": cpu}
 
 

@@ -62,7 +62,10 @@ DESCRIPTIONS = {
     "trainer": "the text transformer of `examples/async_trainer.py` with AdamW, really trained",
 }
 NOTES = (
-    "Times are medians over rounds; in brackets, how many times ours in the same group of processes.",
+    (
+        "Times are medians of n rounds, fewer for slow engines; in brackets, how many times ours in the same "
+        "group of processes."
+    ),
     "`*`: does not sync what it writes; its files and directories are synced from outside, in the time.",
     "stall: from the call until the state may be mutated. blocked: until the call returns.",
     (
@@ -119,14 +122,14 @@ def section(data: Data, workload: str) -> str:
 
 def table(data: Data, workload: str, columns: Sequence[tuple[str, str, Unit]]) -> str:
     """Engines down, figures across."""
-    rows = [["", *(name for name, _, _ in columns)]]
+    rows = [["", *(name for name, _, _ in columns), "n"]]
     for engine in results.measured(data, workload):
         cells = [results.cell(data, workload, engine, figure) for _, figure, _ in columns]
         if any(cells):
             shown = [
                 shown_cell(cell, unit, engine) for cell, (_, _, unit) in zip(cells, columns, strict=True)
             ]
-            rows.append([label(data, engine), *shown])
+            rows.append([label(data, engine), *shown, str(max(cell.num_samples for cell in cells if cell))])
     return aligned(rows)
 
 

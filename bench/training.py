@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 from async_trainer import Trainer, parse_options
 
 SAVE_EVERY = 20
-TARGET_SECONDS = 0.15
+TARGET_SECONDS = 0.2
 LARGEST_BATCH = 64
 
 
@@ -62,11 +62,11 @@ class TrainerWorker:
     def calibrate(self) -> dict[str, Any]:
         """The batch size for steps of about `TARGET_SECONDS`."""
         seconds = {}
-        for batch in (4, 12):
+        for batch in (1, 3):
             self._batch = batch
-            seconds[batch] = min(self._train_step() for _ in range(5))
-        slope = max((seconds[12] - seconds[4]) / 8, 1e-4)
-        wanted = round(4 + (TARGET_SECONDS - seconds[4]) / slope)
+            seconds[batch] = min(self._train_step() for _ in range(4))
+        slope = max((seconds[3] - seconds[1]) / 2, 1e-4)
+        wanted = round(1 + (TARGET_SECONDS - seconds[1]) / slope)
         return {"batch": min(LARGEST_BATCH, max(1, wanted))}
 
     def train(self, batch: int, plain: int, saving: int) -> dict[str, Any]:

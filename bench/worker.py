@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from training import TrainerWorker
 
 Answer = dict[str, Any]
-LOAD_STEP = 1
-"""The checkpoint that load samples read."""
 
 
 class EngineWorker:
@@ -43,11 +41,12 @@ class EngineWorker:
         self._engine = engines.make(engine, workload.state, root)
         self._memory = measure.MemoryPeak()
         self._engine.open()
-        self._step = LOAD_STEP + 1
+        self._step = 0
+        self._kept = 0
         self.commands: dict[str, Callable[..., Answer]] = {
             "describe": self.describe,
             "first": self.first,
-            "save": lambda: measure.save(self._engine, self._next_step()),
+            "save": self.save,
             "replan": self.replan,
             "lost": self.lost,
             "memory": self.memory,
@@ -61,17 +60,26 @@ class EngineWorker:
 
     def first(self) -> Answer:
         with self._memory.helpers():
-            return measure.save(self._engine, self._next_step())
+            return self.save()
+
+    def save(self) -> Answer:
+        """The newest checkpoint stays until the next is there: what is loaded later."""
+        step = self._next_step()
+        figures = measure.save(self._engine, step)
+        if self._kept:
+            self._engine.discard(self._kept)
+        self._kept = step
+        return figures
 
     def replan(self) -> Answer:
         """A save of a structure that was never saved before, in memory that is warm."""
         step = self._next_step()
         name = f"structure{step}"
         self._workload.state[name] = torch.zeros(1)
-        try:
-            return measure.save(self._engine, step)
-        finally:
-            del self._workload.state[name]
+        figures = measure.save(self._engine, step)
+        del self._workload.state[name]
+        self._engine.discard(step)
+        return figures
 
     def lost(self, loop: Literal["tiny", "python"], seconds: float) -> Answer:
         figures = measure.lost_time(self._engine, self._next_step(), loop=loop, seconds=seconds)
@@ -83,7 +91,6 @@ class EngineWorker:
         return {**self._memory.figures(), "memory_method": self._memory.method}
 
     def prepare_load(self) -> Answer:
-        self._engine.save(LOAD_STEP).result()
         # Loads belong to a process that has not saved: no warm staging memory, no cached plan.
         self._engine.close()
         self._engine = engines.make(self._name, self._workload.state, self._root)
@@ -97,7 +104,7 @@ class EngineWorker:
         memory = measure.MemoryPeak()
         cpu = measure.cpu_seconds()
         start = time.perf_counter()
-        self._engine.load(LOAD_STEP)
+        self._engine.load(self._kept)
         seconds = time.perf_counter() - start
         cpu = measure.cpu_seconds() - cpu
         peak = memory.figures()["peak_extra_bytes"]
@@ -107,12 +114,10 @@ class EngineWorker:
         return {**figures, "num_different": different}
 
     def check(self) -> Answer:
-        """Save, load, compare: nothing is timed."""
-        self._engine.save(LOAD_STEP).result()
+        """Load the newest checkpoint and compare: nothing is timed."""
         for tensor in self._workload.tensors:
             tensor.zero_()
-        self._engine.load(LOAD_STEP)
-        self._engine.discard(LOAD_STEP)
+        self._engine.load(self._kept)
         return {"num_different": workloads.num_different(self._workload.tensors)}
 
     def close(self) -> None:

@@ -171,7 +171,7 @@ def test_line_finds_the_slope_of_points_on_one() -> None:
         "engines": {"dcp_async": "call()"},
     }
     (fit,) = curves.fits(data)
-    assert fit["slope"] == pytest.approx(0.5)
+    assert fit["slope"] == pytest.approx(0.5e-9)
     assert fit["intercept"] == pytest.approx(0.1)
     assert fit["r_squared"] == pytest.approx(1.0)
     assert "500 ms/GB" in curves.table(data)
