@@ -70,13 +70,11 @@ class TrainerWorker:
         return {"batch": min(LARGEST_BATCH, max(1, wanted))}
 
     def train(self, batch: int, plain: int, saving: int) -> dict[str, Any]:
-        """`plain` steps without saves, then `saving` steps with one every `SAVE_EVERY`."""
+        """`saving` steps with a save every `SAVE_EVERY`, between two halves of `plain` steps without."""
         self._batch = batch
         for _ in range(2):  # the first ones with this batch size
             self._train_step()
-        begin = time.perf_counter()
-        plain_steps = [self._train_step() for _ in range(plain)]
-        plain_wall = time.perf_counter() - begin
+        before, seconds_before = self._plain(plain // 2)
         steps, saves = [], []
         begin = time.perf_counter()
         for number in range(saving):
@@ -87,18 +85,24 @@ class TrainerWorker:
         assert self._pending is not None
         self._pending.result()
         self._pending = None
+        after, seconds_after = self._plain(plain - plain // 2)
         for old in range(1, self._step + 1):
             self._engine.discard(old)
         return {
-            "plain_steps": _rounded(plain_steps),
+            "plain_steps": _rounded([*before, *after]),
             "steps": _rounded(steps),
             "save_calls": _rounded(saves),
-            "plain_seconds_a_step": plain_wall / plain,
+            "plain_seconds_a_step": (seconds_before + seconds_after) / plain,
             "saving_seconds_a_step": wall / saving,
         }
 
     def close(self) -> None:
         self._engine.close()
+
+    def _plain(self, number: int) -> tuple[list[float], float]:
+        begin = time.perf_counter()
+        steps = [self._train_step() for _ in range(number)]
+        return steps, time.perf_counter() - begin
 
     def _save(self) -> float:
         start = time.perf_counter()
