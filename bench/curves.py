@@ -146,9 +146,12 @@ def write_all(data: Data, directory: Path) -> str:
 def write_docs(data: Data, directory: Path) -> None:
     """What docs/performance.md includes of this."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "growth.inc").write_text(table(data) + "\n", encoding="ascii")
-    (directory / "growth-points.inc").write_text(points_table(data) + "\n", encoding="ascii")
     draw(data, directory)
+    text = table(data)
+    if (directory / "growth.png").exists():
+        text += f"\n\n![Curves: seconds against bytes, tensors and ranks]({directory.name}/growth.png)"
+    (directory / "growth.inc").write_text(text + "\n", encoding="ascii")
+    (directory / "growth-points.inc").write_text(points_table(data) + "\n", encoding="ascii")
 
 
 def draw(data: Data, directory: Path) -> None:

@@ -181,6 +181,8 @@ def table(data: Data) -> str:
     lines = ["| workload | figure | goal | measured | met |", "| --- | --- | ---: | ---: | --- |"]
     for workload, words, relation, limit, value, unit in (*_rows(data), *_trainer_rows(data)):
         met = "yes" if RELATIONS[relation](value, limit) else "**no**"
+        if words.startswith(f"{STOCK}:"):
+            met = "-"  # it stands beside ours; the goal is not its own
         lines.append(
             f"| {workload} | {words} | {relation} {limit:g}{_suffix(unit)} | "
             f"{_rounded(value)}{_suffix(unit)} | {met} |"

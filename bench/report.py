@@ -61,6 +61,10 @@ DESCRIPTIONS = {
     "mixed": "a mixture of experts: thousands of medium tensors and a few huge ones",
     "trainer": "the text transformer of `examples/async_trainer.py` with AdamW, really trained",
 }
+ALTERNATIVES = (
+    "Bars: stall, time to durable, load and extra memory of every engine",
+    "Distribution of the training step's time, and how long save() keeps the trainer",
+)
 NOTES = (
     (
         "Times are medians of n rounds, fewer for slow engines; in brackets, how many times ours in the same "
@@ -183,8 +187,12 @@ def readme(data: Data) -> str:
 
 
 def write_docs(data: Data, directory: Path) -> None:
-    """What docs/performance.md includes, and the charts that it shows."""
+    """What docs/performance.md includes, and the charts that these show."""
     directory.mkdir(parents=True, exist_ok=True)
+    for old in directory.glob("*.png"):
+        if old.stem in DESCRIPTIONS:
+            old.unlink()
+    draw(data, directory)
     included = {
         "machine": machine_line(data),
         "goals": goals.table(data),
@@ -194,10 +202,13 @@ def write_docs(data: Data, directory: Path) -> None:
     for workload in DESCRIPTIONS:
         found = workload in data["workloads"]
         heading = f"{title(data, workload)}.\n\n" if found else ""
-        included[workload] = heading + (section(data, workload) if found else "Not in this run.")
+        text = heading + (section(data, workload) if found else "Not in this run.")
+        if (directory / f"{workload}.png").exists():
+            # From the page that includes this, beside the directory.
+            text += f"\n\n![{ALTERNATIVES[workload == 'trainer']}]({directory.name}/{workload}.png)"
+        included[workload] = text
     for name, text in included.items():
         (directory / f"{name}.inc").write_text(text + "\n", encoding="ascii")
-    draw(data, directory)
 
 
 def draw(data: Data, directory: Path) -> None:
