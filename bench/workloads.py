@@ -1,8 +1,8 @@
-"""The states that the benches save and load: `large`, `llm`, `many`.
+"""The states that the benches save and load: `large`, `llm`, `many`, `mixed`, and `grid:NUMxBYTES`.
 
 In: a name and a scale (a fraction of the tensor count, for short runs). Out: a `Workload`, a nested state
 dict of CPU tensors filled with a pattern that is different in each tensor and does not repeat at a block
-boundary.
+boundary. `grid:1000x67108864` is 1,000 equal tensors of 64 MiB in all, for curves.
 Keeps: the same name and scale give the same names, shapes and bits in each process, so a loaded state is
 compared with the pattern and no process needs a second copy of the state.
 Belongs here: shapes, names, fill and comparison. Not here: anything that saves, loads or takes time.
@@ -11,13 +11,24 @@ Belongs here: shapes, names, fill and comparison. Not here: anything that saves,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-NAMES = ("large", "llm", "many")
+NAMES = ("large", "llm", "many", "mixed")
+NUM_MEDIUM = 4000
+MEDIUM_KIB = (16, 32, 64, 128, 256, 512, 512, 512)
+HUGE_BYTES = 128 << 20
+STATE_BYTES = {
+    "large": 64 << 24,
+    "llm": 2_298_876_480,
+    "many": 20_000 << 12,
+    "mixed": NUM_MEDIUM // len(MEDIUM_KIB) * sum(MEDIUM_KIB) * 1024 + 4 * HUGE_BYTES,
+}
+"""Sizes at scale 1, known without building them; a test compares."""
 PATTERN_PERIOD = 1_999_993
 """Elements of the base pattern; a prime, so that no repetition falls on a block, page or part boundary."""
 
@@ -45,11 +56,18 @@ def build(name: str, scale: float = 1.0) -> Workload:
         state = _llm(_some(16, scale))
     elif name == "many":
         state = {"model": {f"layer{i:05d}.weight": torch.empty(32, 32) for i in range(_some(20_000, scale))}}
+    elif name == "mixed":
+        state = _mixed(_some(NUM_MEDIUM, scale), _some(4, scale))
+    elif name.startswith("grid:"):
+        count, total = (int(number) for number in name.removeprefix("grid:").split("x"))
+        length = max(1, total // count // 4)
+        state = {"model": {f"layer{i:06d}.weight": torch.empty(length) for i in range(_some(count, scale))}}
     else:
         raise ValueError(f"no workload named {name!r}: choose from {', '.join(NAMES)}")
     tensors = tuple(iter_tensors(state))
-    for index, tensor in enumerate(tensors):
-        _fill(tensor, index)
+    with _one_thread():
+        for index, tensor in enumerate(tensors):
+            _fill(tensor, index)
     return Workload(name=name, state=state, tensors=tensors, nbytes=sum(t.nbytes for t in tensors))
 
 
@@ -67,7 +85,19 @@ def iter_tensors(node: Any) -> Iterator[torch.Tensor]:
 
 def num_different(tensors: tuple[torch.Tensor, ...]) -> int:
     """How many tensors do not hold exactly the bits that `build` wrote."""
-    return sum(not _holds_pattern(tensor, index) for index, tensor in enumerate(tensors))
+    with _one_thread():
+        return sum(not _holds_pattern(tensor, index) for index, tensor in enumerate(tensors))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # Thousands of barriers between threads take a minute where another process has one of the cores.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _some(count: int, scale: float) -> int:
@@ -91,14 +121,34 @@ def _factor(index: int) -> float:
 
 def _fill(tensor: torch.Tensor, index: int) -> None:
     for piece in _pieces(tensor):
-        torch.mul(_BASE[: piece.numel()], _factor(index), out=piece)
+        piece.copy_(_BASE[: piece.numel()] * _factor(index))
 
 
 def _holds_pattern(tensor: torch.Tensor, index: int) -> bool:
+    bits = torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32
     return all(
-        torch.equal(piece.view(torch.int32), (_BASE[: piece.numel()] * _factor(index)).view(torch.int32))
+        torch.equal(piece.view(bits), (_BASE[: piece.numel()] * _factor(index)).to(tensor.dtype).view(bits))
         for piece in _pieces(tensor)
     )
+
+
+def _mixed(num_medium: int, num_huge: int) -> dict[str, Any]:
+    # A mixture of experts: thousands of matrices of 16 to 512 KiB, in turn float32 and bfloat16 by blocks of
+    # eight, and the few huge ones that embedding and head are.
+    def medium(index: int) -> torch.Tensor:
+        dtype = torch.bfloat16 if index // len(MEDIUM_KIB) % 2 else torch.float32
+        rows = MEDIUM_KIB[index % len(MEDIUM_KIB)] * 1024 // 256 // dtype.itemsize
+        return torch.empty(rows, 256, dtype=dtype)
+
+    def huge(index: int) -> torch.Tensor:
+        dtype = torch.bfloat16 if index % 2 else torch.float32
+        return torch.empty(HUGE_BYTES // 1024 // dtype.itemsize, 1024, dtype=dtype)
+
+    experts = {
+        f"layers.{index // 250}.experts.{index % 250 // 5}.w{index % 5}": medium(index)
+        for index in range(num_medium)
+    }
+    return {"model": {**experts, **{f"embed{index}": huge(index) for index in range(num_huge)}}}
 
 
 class _Attention(nn.Module):

@@ -1,0 +1,283 @@
+"""What does a checkpoint cost: dcp_async beside stock DCP, every peer and the bare machine, in one run.
+
+Run as `python3 noxfile.py bench`, or `python bench/run.py` where the peers are installed. Writes
+results.json (every sample) after each part of the run, then the tables and charts that `report.py` makes
+of it. Each engine has a process of its own; one round asks each in turn for one sample of each figure; a
+figure's number is the median over the rounds. What the goals compare comes first, in every workload; then
+the other engines, beside ours again. When the time is up, no further round is begun past the third.
+Belongs here: the order of things and the time they may take. Not here: how a figure is taken (measure.py),
+how it is shown (report.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import facts
+import report
+import results
+from driver import Group, progress, running
+from roster import (
+    CORE,
+    ENGINES,
+    OTHERS,
+    OURS,
+    RAW,
+    TRAINER_CORE,
+    TRAINER_OTHERS,
+    groups_that_fit,
+    memory_needed,
+)
+from workloads import STATE_BYTES
+
+FEWEST_ROUNDS = 3
+LOST_WORKLOADS = ("large", "many")
+"""Where the loops beside saves run: few large tensors, many small ones."""
+CORE_SECONDS = {"large": 210, "many": 260, "llm": 180, "mixed": 150, "trainer": 220}
+OTHERS_SECONDS = {"large": 270, "many": 330, "llm": 320, "mixed": 260, "trainer": 130}
+"""About what each part takes on two cores: how the time that was given is shared out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The run that was asked for."""
+
+    workloads: tuple[str, ...]
+    engines: tuple[str, ...]
+    runs: int
+    """Rounds; each gives one sample of each figure and engine."""
+    minutes: float
+    scale: float
+    """Fraction of each workload's tensors; 1 for figures that are quoted."""
+    quick: bool
+    out: Path
+    directory: Path | None
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """The options of this process."""
+    everything = (*STATE_BYTES, "trainer")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workloads", default=",".join(everything), help="default: %(default)s")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="ours is always among them (all)")
+    parser.add_argument("--runs", type=int, help="rounds (5; with --quick 2)")
+    parser.add_argument("--minutes", type=float, default=35.0, help="no round past the third then (35)")
+    parser.add_argument("--scale", type=float, help="fraction of each workload's tensors (1; --quick 0.05)")
+    parser.add_argument("--quick", action="store_true", help="a look in a few minutes; not to be quoted")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/results"),
+        help="where JSON, tables and charts go (%(default)s)",
+    )
+    parser.add_argument("--dir", type=Path, help="where checkpoints go (a temporary folder of this one)")
+    given = parser.parse_args(arguments)
+    workloads, engines = tuple(given.workloads.split(",")), tuple(given.engines.split(","))
+    for asked, known in ((workloads, everything), (engines, tuple(ENGINES))):
+        if unknown := set(asked) - set(known):
+            parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    runs = (2 if given.quick else 5) if given.runs is None else given.runs
+    scale = (0.05 if given.quick else 1.0) if given.scale is None else given.scale
+    if runs < 1 or not 0 < scale <= 1 or given.minutes <= 0:
+        parser.error("--runs is at least 1, --scale above 0 and at most 1, --minutes above 0")
+    return Options(
+        workloads=workloads,
+        engines=tuple(engine for engine in ENGINES if engine in engines or engine == OURS),
+        runs=runs,
+        minutes=given.minutes,
+        scale=scale,
+        quick=given.quick,
+        out=given.out,
+        directory=given.dir,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Engines that are measured side by side over one workload."""
+
+    workload: str
+    engines: list[str]
+    core: bool
+    seconds: float
+    """Its share of the time."""
+
+
+def parts(given: Options, room: int) -> list[Part]:
+    """What is measured, in order: first what the goals compare, then everybody else."""
+
+    def asked(engines: Sequence[str]) -> list[str]:
+        return [engine for engine in engines if engine in given.engines]
+
+    planned = []
+    for workload in given.workloads:
+        engines = TRAINER_CORE if workload == "trainer" else CORE
+        planned.append(
+            Part(workload=workload, engines=asked(engines), core=True, seconds=CORE_SECONDS[workload])
+        )
+    for workload in given.workloads:
+        if workload == "trainer":
+            groups = [asked(TRAINER_OTHERS)]
+        else:
+            # Raw is in it again for the ratios of our other configurations.
+            others = asked((RAW, *OTHERS))
+            groups = groups_that_fit(others, int(STATE_BYTES[workload] * given.scale), room)
+        seconds = OTHERS_SECONDS[workload] / len(groups)
+        planned += [
+            Part(workload=workload, engines=group, core=False, seconds=seconds)
+            for group in groups
+            if set(group) - {OURS, RAW}
+        ]
+    return planned
+
+
+class Clock:
+    """When a part has had its share; a part that was quick leaves its time to those behind it."""
+
+    def __init__(self, minutes: float, planned: Sequence[Part]) -> None:
+        self._start = time.monotonic()
+        self._factor = minutes * 60 / max(1.0, sum(part.seconds for part in planned))
+        self._given = 0.0
+        self._began = self._until = self._start
+
+    def begin(self, part: Part) -> None:
+        self._given += part.seconds * self._factor
+        self._began, self._until = time.monotonic(), self._start + self._given
+
+    def is_up(self, share: float) -> bool:
+        """Whether the part has used that share of its time."""
+        return time.monotonic() > self._began + share * (self._until - self._began)
+
+
+def measure(group: Group, part: Part, given: Options, clock: Clock) -> None:
+    """All samples of one part."""
+    slow = [engine for engine in group.engines() if ENGINES[engine].slow_many and part.workload == "many"]
+    group.take("first", prefix="first_", only=group.engines())
+    for round_ in _rounds(given, clock, 0.4):
+        group.take("save", rotate=round_, only=group.engines(but=slow if round_ >= FEWEST_ROUNDS else ()))
+        if round_ == 0:
+            group.take("memory", only=group.engines(but=[RAW]))
+    if part.workload in LOST_WORKLOADS:
+        _measure_lost(group, part, given, slow)
+    loading = [engine for engine in group.engines() if ENGINES[engine].loads and (part.core or engine != RAW)]
+    group.take("prepare_load", only=loading)
+    for round_ in _rounds(given, clock, 1.0):
+        for cold in (True, False):
+            now = [e for e in loading if e not in slow or round_ < FEWEST_ROUNDS]
+            group.take("load", rotate=round_, only=now, cold=cold)
+    group.take("check", only=group.engines(but=[RAW, *loading]))
+    for engine, figures in list(group.samples.items()):
+        if wrong := sum(figures.get("num_different", ())):
+            group.fail(engine, f"{MISMATCH}: {wrong} tensors of all loads differ from what was saved")
+
+
+MISMATCH = "wrong bits"
+
+
+def _measure_lost(group: Group, part: Part, given: Options, slow: Sequence[str]) -> None:
+    seconds = 0.5 if given.quick else 5.0
+    asynchronous = [engine for engine in group.engines() if ENGINES[engine].asynchronous]
+    for round_ in range(min(given.runs, FEWEST_ROUNDS) if part.core else 1):
+        # Each of these samples is a mean over seconds of saves already; for the slow ones one will do.
+        now = [engine for engine in asynchronous if round_ == 0 or engine not in slow]
+        for loop in ("tiny", "python"):
+            # A slow engine that no goal names has the one loop only: it would take half a minute.
+            some = now if part.core or loop == "tiny" else [e for e in now if e not in slow]
+            group.take("lost", rotate=round_, only=some, loop=loop, seconds=seconds)
+
+
+def measure_trainer(group: Group, part: Part, given: Options, clock: Clock) -> None:
+    """Real steps, without and with saves, in turns of some seconds."""
+    group.take("calibrate", only=group.engines()[:1])
+    batch = next((int(figures["batch"][0]) for figures in group.samples.values()), 1)
+    plain, saving = (3, 20) if given.quick else (10, 40)
+    for round_ in _rounds(given, clock, 1.0):
+        group.take("train", rotate=round_, only=group.engines(), batch=batch, plain=plain, saving=saving)
+
+
+def _rounds(given: Options, clock: Clock, share: float) -> Iterator[int]:
+    for round_ in range(given.runs):
+        if round_ >= FEWEST_ROUNDS and clock.is_up(share):
+            progress(f"  the time of this part is up after {round_} rounds")
+            return
+        yield round_
+
+
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A directory of our own for the checkpoints, removed at the end."""
+    parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix="bench-tmp-", dir=parent))
+    try:
+        if facts.file_system(directory) == "tmpfs":
+            raise SystemExit(f"{parent} is in memory (tmpfs): nothing there is durable; give --dir on a disk")
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def run(given: Options, directory: Path, path: Path) -> results.Data:
+    """Measure everything; the file at `path` is whole after each part."""
+    configuration = {
+        "runs": given.runs,
+        "scale": given.scale,
+        "quick": given.quick,
+        "minutes": given.minutes,
+    }
+    data = results.new(configuration, facts.machine(directory))
+    room = int(facts.memory_available() * 0.85)
+    planned = parts(given, room)
+    clock = Clock(given.minutes, planned)
+    started = time.monotonic()
+    take: Callable[[Group, Part, Options, Clock], None]
+    for number, part in enumerate(planned):
+        clock.begin(part)
+        progress(f"part {number + 1} of {len(planned)}: {part.workload}: {', '.join(part.engines)}")
+        nbytes = int(STATE_BYTES.get(part.workload, 0) * given.scale)
+        needed = memory_needed(part.engines, nbytes)
+        if needed > room:
+            reason = f"{' + '.join(part.engines)} need {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB can be used"
+            results.add(data, part.workload, Group([], failures=dict.fromkeys(part.engines, reason)))
+        else:
+            take = measure_trainer if part.workload == "trainer" else measure
+            with running(part.engines, part.workload, given.scale, directory / str(number)) as group:
+                take(group, part, given, clock)
+            results.add(data, part.workload, group, core=part.core)
+            shutil.rmtree(directory / str(number))
+        data["configuration"]["seconds_taken"] = round(time.monotonic() - started)
+        data["machine"]["load_average_at_end"] = round(os.getloadavg()[0], 2)
+        results.write(data, path)
+    return data
+
+
+def main() -> int:
+    given = parse()
+    path = given.out / "results.json"
+    with scratch(given.directory or Path.cwd()) as directory:
+        data = run(given, directory, path)
+    print(report.write_all(data, given.out))
+    progress(f"written: {path}, tables and charts beside it")
+    bad = {
+        f"{workload}, {engine}: {reason}"
+        for workload in data["workloads"]
+        for engine, reason in results.failures(data, workload).items()
+        if engine.startswith(OURS) or engine == RAW or reason.startswith(MISMATCH)
+    }
+    for line in sorted(bad):
+        print(line, file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
