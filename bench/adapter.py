@@ -113,6 +113,13 @@ def join_group(root: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
 
 
+def plain(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with modules and optimizers taken apart, for engines that would pickle them whole."""
+    return {
+        key: value.state_dict() if hasattr(value, "state_dict") else value for key, value in state.items()
+    }
+
+
 def named_tensors(node: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors below `node` under dotted names."""
     if isinstance(node, torch.Tensor):

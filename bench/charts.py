@@ -162,7 +162,8 @@ def draw_growth(data: Data, directory: Path) -> None:
         axis.set_xlabel(labels[sweep])
         axis.set_ylabel("s")
         axis.spines[["top", "right"]].set_visible(False)
-        if axis.lines:
-            axis.legend(fontsize=7)
+    lines = {line.get_label(): line for axis in axes for line in axis.lines}
+    if lines:
+        figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(directory / "growth.png", dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -24,6 +24,7 @@ FIGURES = {
 FEWEST_POINTS = 3
 SIZES = {"bytes": "nbytes", "tensors": "num_tensors", "ranks": "num_ranks"}
 """What grows in each sweep."""
+FAR = {"bytes": 1 << 30, "tensors": 50_000}
 SLOPES = {"bytes": (1e12, "ms/GB"), "tensors": (1e6, "us/tensor"), "ranks": (1e3, "ms/rank")}
 
 
@@ -83,7 +84,8 @@ def fits(data: Data) -> list[dict[str, Any]]:
 
 def table(data: Data) -> str:
     """The lines, in units that people think in."""
-    lines = [
+    lines = [] if reaches_far(data) else ["**Short sweeps, a quick look: not to be quoted.**", ""]
+    lines += [
         "| grows with | figure | engine | slope | at size 0 | r2 | points |",
         "| --- | --- | --- | ---: | ---: | ---: | --- |",
     ]
@@ -127,6 +129,15 @@ def whole(data: Data) -> str:
         f"{total(data, 'ranks')} in all, each tensor cut over all ranks. Points are medians."
     )
     return "\n".join(["# How cost grows", "", head, "", table(data), "", points_table(data), ""])
+
+
+def reaches_far(data: Data) -> bool:
+    """Whether the sweeps go far enough for their slopes to mean something."""
+    points = data["points"]
+    return all(
+        max((point[SIZES[sweep]] for point in points if point["sweep"] == sweep), default=0) >= far
+        for sweep, far in FAR.items()
+    )
 
 
 def total(data: Data, sweep: str) -> str:

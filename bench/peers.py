@@ -23,6 +23,7 @@ from adapter import (
     join_group,
     named_tensors,
     nothing,
+    plain,
     remove,
     sync_tree,
     synced_afterwards,
@@ -79,7 +80,7 @@ class TorchSave(_OneFile):
         return "torch.save(state, path); torch.load(path, mmap=True, weights_only=True), then copy_"
 
     def _write(self, path: Path) -> None:
-        torch.save(self._state, path)
+        torch.save(plain(self._state), path)
 
     def _read(self, path: Path) -> None:
         copy_into(self._state, torch.load(path, mmap=True, weights_only=True))
@@ -100,7 +101,7 @@ class Safetensors(_OneFile):
     def _write(self, path: Path) -> None:
         from safetensors.torch import save_file
 
-        save_file(dict(named_tensors(self._state)), path)
+        save_file(dict(named_tensors(plain(self._state))), path)
 
     def _read(self, path: Path) -> None:
         from safetensors.torch import load_file
@@ -140,7 +141,7 @@ class TorchCheckpointing:
         manager = self._opened()
         path = self._path(step)
         start = time.perf_counter()
-        written = manager.save(str(path), self._state)
+        written = manager.save(str(path), plain(self._state))
         blocked = time.perf_counter() - start
 
         def staged() -> None:
@@ -220,7 +221,7 @@ class TorchSnapshot:
     def _application(self) -> dict[str, Any]:
         from torchsnapshot import StateDict
 
-        return {"state": StateDict(**self._state)}
+        return {"state": StateDict(**plain(self._state))}
 
     def _path(self, step: int) -> Path:
         return self._root / f"step-{step:08d}"
