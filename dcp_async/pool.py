@@ -9,7 +9,6 @@ memory that a concurrent fork() marks for copying may corrupt it (open(2)).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import mmap
 import os
 import sys
@@ -49,17 +48,15 @@ class Arena:
     def _map(nbytes: int) -> mmap.mmap:
         if sys.platform != "linux":
             return mmap.mmap(-1, nbytes)
-        # /dev/zero gives anonymous memory that /proc/self/maps can tell from the trainer's
+        # /dev/zero gives anonymous memory that /proc/self/maps can tell from the trainer's; its first touch is
+        # cheaper than that of shared memory
         fd = os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC)
         try:
             mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE)
         finally:
             os.close(fd)
         mapping.madvise(mmap.MADV_DONTFORK)
-        # the first touch of huge pages is four times as fast, and shared memory gains nothing from them (ADR
-        # 0011)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+        # no MADV_HUGEPAGE: where a host backs memory late, the first save took three times as long (ADR 0011)
         return mapping
 
     @property
