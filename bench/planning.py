@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-import report
+import facts
 from driver import progress
 from planning_report import Case, as_json, as_markdown
 from planning_steps import Times, run_ours, run_stock, store_seconds
@@ -55,7 +55,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="(%(default)s)")
     given = parser.parse_args()
-    facts = report.machine(Path.cwd()) | {"torch": torch.__version__}
+    machine = facts.machine(Path.cwd()) | {"torch": torch.__version__}
     configuration = {"items": given.items, "leaves": NUM_LEAVES, "runs": given.runs}
     store = store_seconds()
     cases: list[Case] = []
@@ -64,11 +64,11 @@ def main() -> int:
         for world_size in map(int, given.ranks.split(",")):
             progress(f"{layout}, {world_size} ranks")
             cases.append(measure(layout, world_size, given))
-            facts["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            facts["load_average_at_end"] = round(os.getloadavg()[0], 2)
+            machine["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            machine["load_average_at_end"] = round(os.getloadavg()[0], 2)
             for suffix, text in (
-                ("json", as_json(configuration, facts, store, cases)),
-                ("md", as_markdown(configuration, facts, store, cases)),
+                ("json", as_json(configuration, machine, store, cases)),
+                ("md", as_markdown(configuration, machine, store, cases)),
             ):
                 (given.out / f"planning.{suffix}").write_text(text, encoding="ascii")
     print((given.out / "planning.md").read_text(encoding="ascii"))

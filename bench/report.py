@@ -23,7 +23,6 @@ import curves
 import goals
 import results
 from driver import progress
-from facts import machine as machine  # bench/planning.py takes it from here
 from results import Data
 from roster import OURS, RAW
 
