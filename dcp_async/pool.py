@@ -48,8 +48,8 @@ class Arena:
     def _map(nbytes: int) -> mmap.mmap:
         if sys.platform != "linux":
             return mmap.mmap(-1, nbytes)
-        # /dev/zero gives anonymous memory that /proc/self/maps can tell from the trainer's; its first touch costs
-        # less than that of shared memory
+        # /dev/zero gives anonymous memory that /proc/self/maps can tell from the trainer's; its first touch
+        # costs less than that of shared memory
         fd = os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC)
         try:
             mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE)
