@@ -49,7 +49,7 @@ class Arena:
         if sys.platform != "linux":
             return mmap.mmap(-1, nbytes)
         # /dev/zero gives anonymous memory that /proc/self/maps can tell from the trainer's; its first touch
-        # is cheaper than that of shared memory
+        # costs less than that of shared memory
         fd = os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC)
         try:
             mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE)
@@ -120,11 +120,6 @@ class BufferPool:
 
     def __repr__(self) -> str:
         return f"<BufferPool {self._total()} x {self.slot_bytes} bytes, {self.leased} leased>"
-
-    @property
-    def has_budget(self) -> bool:
-        """Whether the engines share less than what each of them wants."""
-        return self._budget is not None
 
     @property
     def leased(self) -> int:
