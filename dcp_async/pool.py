@@ -122,6 +122,11 @@ class BufferPool:
         return f"<BufferPool {self._total()} x {self.slot_bytes} bytes, {self.leased} leased>"
 
     @property
+    def has_budget(self) -> bool:
+        """Whether the engines share less than what each of them wants."""
+        return self._budget is not None
+
+    @property
     def leased(self) -> int:
         """How many slots are out."""
         return sum(arena.taken.count(1) for arena in self._arenas)
