@@ -238,7 +238,7 @@ def types(session: nox.Session) -> None:
 # runs is .nox/dev, with the package and the torch that the tests passed with; PYTHONPATH leads it to these.
 @nox.session(reuse_venv=is_current(PEERS, *PEERS_INPUTS), requires=["dev"], default=False)
 def bench(session: nox.Session) -> None:
-    """Measure beside stock DCP and every peer: about 35 minutes, with --quick a few; --help has the options.
+    """Measure beside stock DCP and every peer, an hour or, with --quick, minutes; --help has the options.
 
     With `growth` as first argument: curves of cost against bytes and number of tensors.
     """
