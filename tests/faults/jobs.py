@@ -424,6 +424,9 @@ def leave_block(
             raise
 
     async def main() -> None:
+        # A signal that comes right before select() does not end it, unless some signal has a handler of the
+        # loop's: then all of them write to a descriptor that the loop waits for.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, lambda: None)
         other = asyncio.create_task(sibling())
         timeouts = Timeouts(exit_grace=exit_grace)
         async with CheckpointEngine(
