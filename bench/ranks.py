@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+import measure
 import raw
 from adapter import Engine
 from engines import DcpAsync
@@ -60,13 +61,8 @@ def timed(call: Callable[[], None]) -> float:
 def save(engine: Engine, step: int) -> dict[str, float]:
     """One save of all ranks: the slowest rank's stall, and its time to durable."""
     dist.barrier()
-    start = time.perf_counter()
-    pending = engine.save(step)
-    pending.staged()
-    staged = time.perf_counter() - start
-    pending.result()
-    durable = time.perf_counter() - start
-    return {"staged": slowest(staged), "durable": slowest(durable)}
+    figures = measure.save(engine, step)
+    return {figure: slowest(figures[figure]) for figure in ("staged", "durable")}
 
 
 def load(engine: Engine, step: int, state: dict[str, Any], root: Path) -> dict[str, float]:
