@@ -465,7 +465,8 @@ class LocalReader:
     def _read_pieces(self, file: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
         fd = self._descriptor(file)
         if file not in self._absent:
-            self._absent[file] = absent_ranges(fd, os.fstat(fd).st_size)
+            # two threads may ask at once: what counts is the answer from before either has read
+            self._absent.setdefault(file, absent_ranges(fd, os.fstat(fd).st_size))
         self._read.setdefault(file, []).extend(read_pieces(fd, pieces))
 
     async def give_back(self) -> None:
