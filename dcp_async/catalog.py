@@ -34,6 +34,7 @@ from .formats.manifest import Manifest, ManifestError, NewerVersionError, decode
 from .formats.stock_metadata import merge_ranks, usable_paths
 from .formats.stock_pickle import decode_metadata
 from .formats.structure import Tree, leaf_names, structure_from_paths, tree_from_json
+from .garbage import collection_paused
 from .response import CheckpointInfo, CheckpointRef
 from .storage.base import Reader, Storage, StoredCheckpoint
 from .trust import UntrustedGlobal
@@ -277,17 +278,18 @@ class Catalog:
                 if manifest is not None
                 else await self._stock_info(name, reader, raw, metadata)
             )
-            contents = Contents(
-                info=info,
-                reader=reader,
-                metadata=metadata,
-                digest=xxhash.xxh3_64_hexdigest(b"".join(raw.values())),
-                manifest=manifest,
-                places=_places(name, metadata),
-                transforms=_transforms(name, metadata),
-                exotic=frozenset(manifest.exotic if manifest else ()),
-                strides=manifest.strides if manifest else {},
-            )
+            with collection_paused():
+                contents = Contents(
+                    info=info,
+                    reader=reader,
+                    metadata=metadata,
+                    digest=xxhash.xxh3_64_hexdigest(b"".join(raw.values())),
+                    manifest=manifest,
+                    places=_places(name, metadata),
+                    transforms=_transforms(name, metadata),
+                    exotic=frozenset(manifest.exotic if manifest else ()),
+                    strides=manifest.strides if manifest else {},
+                )
             await self._check_files(contents)
         except StorageError as error:
             await reader.close()
@@ -448,9 +450,12 @@ class Catalog:
 
 
 def _decode_raw(raw: _RawMetadata) -> Metadata:
-    if None in raw:
-        return decode_metadata(raw[None])
-    return merge_ranks({rank: decode_metadata(content) for rank, content in raw.items() if rank is not None})
+    with collection_paused():
+        if None in raw:
+            return decode_metadata(raw[None])
+        return merge_ranks(
+            {rank: decode_metadata(content) for rank, content in raw.items() if rank is not None}
+        )
 
 
 def _transforms(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, ...]]:

@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
         "device",
         "observer",
         "boxes",
+        "garbage",
         "sharding",
         "stateful",
         "walk",
