@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec
 
 import anyio
 import torch
@@ -32,15 +32,17 @@ from .errors import (
 )
 from .formats.stock_metadata import usable_paths
 from .formats.structure import Tree, build, children_of, leaf_names, pickled_keys, pruned
+from .garbage import collection_paused
 from .item import UnsupportedError
 from .matching import Dtypes, Match, check_fit, check_groups, fresh_tensor, is_raw, match_state
 from .reading import Collector, CoverageError, Source, copy_exotic
 from .sharding import is_known_to_autograd
-from .spans import DamagedError, FetchBuffers, Span, make_batches, make_spans
+from .spans import Check, DamagedError, FetchBuffers, Span, make_batches, make_spans
 from .state import OpenMapping, Region, Targets
 from .trust import Trust, UntrustedGlobal, load_pickle
 from .unfolding import folded, take_apart
 
+P = ParamSpec("P")
 _QUEUE_BATCHES = 2
 
 BeforeTouch = Callable[[Mapping[str, Any]], Awaitable[None]]
@@ -117,16 +119,17 @@ class LoadPipeline:
             heads, doubtful = Collector(self._source), Collector(self._source)
             small, large = Collector(self._source), Collector(self._source)
             inside: list[tuple[torch.Tensor, torch.Tensor]] = []
-            for leaf in leaves:
-                if (part := self._contents.part(leaf)) is not None:
-                    values[leaf] = part.value
-                else:
-                    small.want_leaf(leaf, values.__setitem__)
-            for fqn, regions in tensors.items():
-                if (part := self._contents.part(fqn)) is not None:
-                    inside += [(region.tensor, region.of(part.value)) for region in regions]
-                else:
-                    large.want_tensor(fqn, regions)
+            with collection_paused():
+                for leaf in leaves:
+                    if (part := self._contents.part(leaf)) is not None:
+                        values[leaf] = part.value
+                    else:
+                        small.want_leaf(leaf, values.__setitem__)
+                for fqn, regions in tensors.items():
+                    if (part := self._contents.part(fqn)) is not None:
+                        inside += [(region.tensor, region.of(part.value)) for region in regions]
+                    else:
+                        large.want_tensor(fqn, regions)
             if not (fresh or self._services.trust.unsafe):  # else nothing is at stake, or nothing is refused
                 for item in large.items:
                     heads.want_head(item, doubtful)
@@ -238,27 +241,23 @@ class LoadPipeline:
 
     async def _read(self, batches: Pipe[list[Span]], fetched: Pipe[list[FetchBuffers]]) -> None:
         async for batch in batches:
-            buffers = [FetchBuffers(span) for span in batch]
+            with collection_paused():
+                buffers = [FetchBuffers(span) for span in batch]
             segments = [segment for part in buffers for segment in part.segments]
-            await self._contents.reader.read_into(batch[0].file, segments)
-            if batch[0].digests is not None:
-                await self._blocking(_verify, buffers)
-            await fetched.put(buffers)
+            check = Check(buffers)
+            await self._contents.reader.read_into(batch[0].file, segments, check.arrived)
+            if not check.done:  # a storage need not say what has arrived
+                await self._blocking(check.finish)
+            if any(part.is_unfinished for part in buffers):
+                await fetched.put(buffers)
         await fetched.close()
 
     async def _place(self, fetched: Pipe[list[FetchBuffers]]) -> None:
         async for buffers in fetched:
             await self._blocking(_scatter, buffers)
 
-    async def _blocking(
-        self, fn: Callable[[Iterable[FetchBuffers]], None], buffers: list[FetchBuffers]
-    ) -> None:
-        await run_blocking(self._services.threads, self._services.timeout, fn, buffers)
-
-
-def _verify(buffers: Iterable[FetchBuffers]) -> None:
-    for part in buffers:
-        part.verify()
+    async def _blocking(self, fn: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        await run_blocking(self._services.threads, self._services.timeout, fn, *args, **kwargs)
 
 
 def _scatter(buffers: Iterable[FetchBuffers]) -> None:
@@ -288,7 +287,8 @@ async def load_into(
     """
     pipeline = LoadPipeline(contents, services, touched=refill)
     await pipeline.unfold({*targets.tensors, *targets.leaves})
-    match = match_state(targets, contents, dtypes=how.dtypes)
+    with collection_paused():
+        match = match_state(targets, contents, dtypes=how.dtypes)
     match.unexpected = await ranks.unexpected(match.unexpected, targets.prefixes)
     if how.strict or refill:
         check_fit(match, contents.info.checkpoint_id, unexpected=how.strict)

@@ -81,7 +81,7 @@ def is_raw(
 
 
 def _is_expanded(tensor: torch.Tensor) -> bool:
-    if tensor.layout is not torch.strided or tensor.is_nested:
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_contiguous():
         return False
     return any(step == 0 and extent > 1 for step, extent in zip(tensor.stride(), tensor.shape, strict=True))
 

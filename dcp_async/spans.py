@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,12 @@ from .formats.distcp import BLOCK_BYTES
 _SMALL_BYTES = BLOCK_BYTES
 """Pieces below this are read through a scratch buffer and copied: a buffer of their own in the call would
 cost more."""
+
+
+_memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
+_WRITABLE = 0x200
 
 
 class DamagedError(ValueError):
@@ -38,13 +45,10 @@ class DamagedError(ValueError):
 
 def host_memory(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable; valid while the tensor is alive."""
-    view = ctypes.pythonapi.PyMemoryView_FromMemory
-    view.restype = ctypes.py_object
-    view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-    writable = 0x200
-    if tensor.nbytes == 0:
+    nbytes = tensor.nbytes
+    if nbytes == 0:
         return memoryview(bytearray())
-    memory: memoryview = view(tensor.data_ptr(), tensor.nbytes, writable)
+    memory: memoryview = _memory_at(tensor.data_ptr(), nbytes, _WRITABLE)
     return memory
 
 
@@ -113,6 +117,10 @@ class FetchBuffers:
         self.segments: list[tuple[int, memoryview]] = []
         """(offset in the file, memory), adjacent, from span.start to span.stop."""
         self._scattered: list[tuple[Piece, memoryview]] = []
+        self._verified = span.start
+        self._segment = 0
+        """Where the next block begins: its byte in the file, and the first segment that may hold it."""
+        self._bad: list[tuple[int, int]] = []
         direct = [piece for piece in span.pieces if piece.nbytes >= _SMALL_BYTES]
         scratch = memoryview(bytearray(span.stop - span.start - sum(piece.nbytes for piece in direct)))
         used = 0
@@ -138,16 +146,15 @@ class FetchBuffers:
                     (piece, memory[piece.offset - start : piece.offset - start + piece.nbytes])
                 )
 
-    def verify(self) -> None:
-        """Check every block. Raises DamagedError with the names of the tensors in the bad ones."""
+    def verify(self, nbytes: int) -> None:
+        """Check the blocks that lie in the span's first ``nbytes``, each once. Raises DamagedError at the end
+        of the span, with the names of all tensors in bad blocks."""
         digests, span = self.span.digests, self.span
-        if digests is None:
+        if digests is None or self._verified == span.stop:
             return
-        bad: list[int] = []
-        index = 0
+        low, index = self._verified, self._segment
         one_shot = xxhash.xxh3_64_intdigest
-        for block in range(span.start // BLOCK_BYTES, -(-span.stop // BLOCK_BYTES)):
-            low, high = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, span.stop)
+        while low < span.stop and (high := min(low + BLOCK_BYTES, span.stop)) <= span.start + nbytes:
             while index + 1 < len(self.segments) and self.segments[index + 1][0] <= low:
                 index += 1
             start, memory = self.segments[index]
@@ -155,22 +162,27 @@ class FetchBuffers:
                 value = one_shot(memory[low - start : high - start])
             else:
                 value = self._stream(index, low, high)
-            if value != digests[block]:
-                bad.append(block)
-        if bad:
-            ranges = [(block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES) for block in bad]
-            names = {
-                piece.name: None
-                for piece in span.pieces
-                if any(piece.offset < high and low < piece.offset + piece.nbytes for low, high in ranges)
-            }
-            shown = ", ".join(f"[{low}, {high})" for low, high in ranges[:3])
-            raise DamagedError(
-                f"{len(bad)} block(s) of {span.file} do not match their checksum, first at bytes {shown}",
-                list(names),
-                file=span.file,
-                ranges=ranges,
-            )
+            if value != digests[low // BLOCK_BYTES]:
+                self._bad.append((low, low + BLOCK_BYTES))
+            low = high
+        self._verified, self._segment = low, index
+        if self._bad and low == span.stop:
+            raise self._damage(self._bad)
+
+    def _damage(self, ranges: Sequence[tuple[int, int]]) -> DamagedError:
+        span = self.span
+        names = {
+            piece.name: None
+            for piece in span.pieces
+            if any(piece.offset < high and low < piece.offset + piece.nbytes for low, high in ranges)
+        }
+        shown = ", ".join(f"[{low}, {high})" for low, high in ranges[:3])
+        return DamagedError(
+            f"{len(ranges)} block(s) of {span.file} do not match their checksum, first at bytes {shown}",
+            list(names),
+            file=span.file,
+            ranges=ranges,
+        )
 
     def _stream(self, index: int, low: int, high: int) -> int:
         digest = xxhash.xxh3_64()
@@ -180,6 +192,11 @@ class FetchBuffers:
             digest.update(memory[max(low - start, 0) : high - start])
         return digest.intdigest()
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether anything is left to do once the bytes are there and verified."""
+        return bool(self._scattered) or any(isinstance(piece.target, Fill) for piece in self.span.pieces)
+
     def scatter(self) -> None:
         """Copy the small pieces out of scratch, then finish what became whole."""
         for piece, memory in self._scattered:
@@ -187,6 +204,39 @@ class FetchBuffers:
         for piece in self.span.pieces:
             if isinstance(piece.target, Fill):
                 piece.target.filled(piece.nbytes)
+
+
+class Check:
+    """Verifies the spans of a batch in the order in which they arrive, while their bytes are still in the
+    processor's caches. Not for two threads at once."""
+
+    def __init__(self, batch: Iterable[FetchBuffers]) -> None:
+        self._waiting = deque(part for part in batch if part.span.stop > part.span.start)
+        self._before = 0
+        """Bytes of the spans that are done."""
+
+    @property
+    def done(self) -> bool:
+        """Whether every block of the batch was verified."""
+        return not self._waiting
+
+    def arrived(self, nbytes: int) -> None:
+        """The first ``nbytes`` of the batch, counted over its spans, are in their buffers. Raises
+        DamagedError."""
+        while self._waiting:
+            part = self._waiting[0]
+            whole = part.span.stop - part.span.start
+            part.verify(nbytes - self._before)
+            if self._before + whole > nbytes:
+                return
+            self._before += whole
+            self._waiting.popleft()
+
+    def finish(self) -> None:
+        """Everything is in its buffers. Raises DamagedError."""
+        while self._waiting:
+            part = self._waiting.popleft()
+            part.verify(part.span.stop - part.span.start)
 
 
 def make_spans(

@@ -8,7 +8,7 @@ threads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,8 +70,19 @@ class Reader(Protocol):
     async def size(self, file: str) -> int:
         """Length of ``file``. Raises StorageError if there is none, or if its path leaves the root."""
 
-    async def read_into(self, file: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
-        """Fill each buffer from its offset of ``file``. Raises StorageError if the file ends before."""
+    async def read_into(
+        self,
+        file: str,
+        pieces: Sequence[tuple[int, memoryview]],
+        arrived: Callable[[int], None] | None = None,
+    ) -> None:
+        """Fill each buffer from its offset of ``file``.
+
+        ``arrived``: may be called while reading, from any thread but never twice at once, with the number of
+        bytes that are there, counted over ``pieces`` in their order: they are verified while the processor
+        has them at hand. A storage may leave it alone; what it raises, this raises.
+        Raises: StorageError if the file ends before.
+        """
 
     async def give_back(self) -> None:
         """Nothing more will be read: what reading brought into the system's caches may go. Raises nothing."""

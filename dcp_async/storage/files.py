@@ -12,8 +12,11 @@ import fcntl
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from .page_cache import absent_ranges, give_back, overlaps
 
 METADATA = ".metadata"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")
@@ -21,6 +24,9 @@ _FIRST_RANK_METADATA = "__0.metadata"
 
 _ALIGN = 4096
 _MAX_IOVECS = 1024
+_HELD_CALL_BYTES = 4 << 20
+"""The most that one call takes out of the page cache: what the processor's caches still hold when it is
+verified."""
 _REFUSES_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
@@ -128,21 +134,53 @@ class DataFile:
                 os.close(self.direct_fd)
 
 
-def read_pieces(fd: int, pieces: Sequence[tuple[int, memoryview]]) -> list[tuple[int, int]]:
-    """Read each run of adjacent pieces with as few calls as the kernel's limit on buffers allows; gives
-    (start, stop) of the runs."""
-    runs: list[tuple[int, int]] = []
-    index = 0
-    while index < len(pieces):
-        start = end = pieces[index][0]
-        buffers: list[memoryview] = []
-        while index < len(pieces) and pieces[index][0] == end and len(buffers) < _MAX_IOVECS:
-            buffers.append(pieces[index][1])
-            end += len(pieces[index][1])
-            index += 1
-        runs.append((start, end))
+class ReadFile:
+    """A file being read, and what that has brought into the page cache."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.nbytes = os.fstat(self.fd).st_size
+        self._absent = absent_ranges(self.fd, self.nbytes)
+        """What the page cache did not hold when the file was opened; None if nobody knows."""
+        self._read: list[tuple[int, int]] = []
+        """(start, stop) of what was read."""
+
+    def read(self, pieces: Sequence[tuple[int, memoryview]], arrived: Callable[[int], None] | None) -> None:
+        """Fill each buffer from its offset, adjacent ones by one call.
+
+        ``arrived`` is told how many bytes are there, over all pieces: after each of many calls where the page
+        cache has what is wanted, and not at all where the disk may have to be read. There few large calls
+        serve best, and the next one shall not wait until these bytes are verified.
+        """
+        waiting = deque(pieces)
+        done = 0
+        while waiting:
+            start = end = waiting[0][0]
+            held = self._holds(start)
+            most = _HELD_CALL_BYTES if held else sys.maxsize
+            buffers: list[memoryview] = []
+            while waiting and waiting[0][0] == end and len(buffers) < _MAX_IOVECS and end - start < most:
+                offset, memory = waiting.popleft()
+                room = most - (end - start)
+                if len(memory) > room:
+                    waiting.appendleft((offset + room, memory[room:]))
+                buffers.append(memory[:room])
+                end += len(buffers[-1])
+            self._read_run(start, end, buffers)
+            self._read.append((start, end))
+            done += end - start
+            if held and arrived is not None:
+                arrived(done)
+
+    def _holds(self, at: int) -> bool:
+        """Whether the page cache surely has the byte ``at``."""
+        return self._absent is not None and not any(
+            offset <= at < offset + length for offset, length in self._absent
+        )
+
+    def _read_run(self, start: int, end: int, buffers: list[memoryview]) -> None:
         while buffers:
-            done = os.preadv(fd, buffers, start)
+            done = os.preadv(self.fd, buffers, start)
             if done == 0:
                 raise OSError(errno.EIO, f"it ends at byte {start}; {end - start} more were expected")
             start += done
@@ -151,4 +189,10 @@ def read_pieces(fd: int, pieces: Sequence[tuple[int, memoryview]]) -> list[tuple
                 buffers.pop(0)
             if done:
                 buffers[0] = buffers[0][done:]
-    return runs
+
+    def give_back(self) -> None:
+        """Let the page cache forget what reading has brought into it."""
+        give_back(self.fd, overlaps(self._absent or (), self._read))
+
+    def close(self) -> None:
+        os.close(self.fd)

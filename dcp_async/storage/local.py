@@ -26,16 +26,15 @@ from .base import StoredCheckpoint
 from .files import (
     METADATA,
     DataFile,
+    ReadFile,
     commit_mark,
     make_directory,
     rank_metadata_files,
-    read_pieces,
     sync,
     sync_directory,
     why_no_checkpoint,
 )
 from .lease import Lease, remove_if_empty, sees_lease, sweep_directory, take_lease
-from .page_cache import absent_ranges, give_back, overlaps
 
 logger = logging.getLogger(__name__)
 
@@ -406,11 +405,7 @@ class LocalReader:
     def __init__(self, storage: LocalStorage, directory: Path) -> None:
         self._storage = storage
         self._directory = directory
-        self._fds: dict[str, int] = {}
-        self._absent: dict[str, list[tuple[int, int]]] = {}
-        """By file: what the page cache did not hold before the first read."""
-        self._read: dict[str, list[tuple[int, int]]] = {}
-        """By file: what was read, (start, stop)."""
+        self._files: dict[str, ReadFile] = {}
 
     async def _read_small(self, path: Path) -> bytes:
         try:
@@ -443,42 +438,39 @@ class LocalReader:
                     raise
         return found
 
-    def _descriptor(self, file: str) -> int:
-        if file not in self._fds:
+    def _open(self, file: str) -> ReadFile:
+        if file not in self._files:
             path = self._directory / file
             root = os.path.realpath(self._storage.root)
             if os.path.commonpath((os.path.realpath(path), root)) != root:
                 raise OSError(
                     errno.EPERM, "the path leaves the root; a checkpoint may not name files outside of it"
                 )
-            self._fds[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._fds[file]
+            self._files[file] = ReadFile(path)
+        return self._files[file]
 
     async def size(self, file: str) -> int:
-        return await self._storage.run(
-            "open", self._directory / file, lambda: os.fstat(self._descriptor(file)).st_size
-        )
+        return (await self._storage.run("open", self._directory / file, self._open, file)).nbytes
 
-    async def read_into(self, file: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
-        await self._storage.run_bulk("read", self._directory / file, self._read_pieces, file, pieces)
+    async def read_into(
+        self,
+        file: str,
+        pieces: Sequence[tuple[int, memoryview]],
+        arrived: Callable[[int], None] | None = None,
+    ) -> None:
+        def read() -> None:
+            self._open(file).read(pieces, arrived)
 
-    def _read_pieces(self, file: str, pieces: Sequence[tuple[int, memoryview]]) -> None:
-        fd = self._descriptor(file)
-        if file not in self._absent:
-            # two threads may ask at once: what counts is the answer from before either has read
-            self._absent.setdefault(file, absent_ranges(fd, os.fstat(fd).st_size))
-        self._read.setdefault(file, []).extend(read_pieces(fd, pieces))
+        await self._storage.run_bulk("read", self._directory / file, read)
 
     async def give_back(self) -> None:
         try:
-            for file, absent in self._absent.items():
-                mine = overlaps(absent, self._read.get(file, ()))
-                if mine:
-                    await self._storage.run("close", self._directory / file, give_back, self._fds[file], mine)
+            for name, file in self._files.items():
+                await self._storage.run("close", self._directory / name, file.give_back)
         except (StorageError, StuckThreadError) as error:
             logger.debug("what was read stays in the page cache: %s", error)
 
     async def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()

@@ -3,7 +3,7 @@
 Enters: an open file. Leaves: which of its ranges the cache did not hold, and, later, those of them given back
 that were read. What another process brought in meanwhile goes with them: to it that costs time, nothing else.
 Where the system does not tell (Linux before 6.5, other systems, a file that this process may neither write
-nor owns) everything counts as held, and nothing is given back.
+nor owns) nothing is known, and nothing is given back.
 """
 
 from __future__ import annotations
@@ -20,18 +20,28 @@ _GRAIN_BYTES = 1 << 20
 """A range that is held in part is looked at no closer than this, and stays."""
 
 
-def absent_ranges(fd: int, nbytes: int) -> list[tuple[int, int]]:
-    """(offset, length) of what the page cache does not hold of the file's first ``nbytes``, ascending."""
-    if sys.platform != "linux" or nbytes == 0:
+class _UnknownError(OSError):
+    """The system does not tell."""
+
+
+def absent_ranges(fd: int, nbytes: int) -> list[tuple[int, int]] | None:
+    """(offset, length) of what the page cache does not hold of the file's first ``nbytes``, ascending; None
+    where the system does not tell."""
+    if sys.platform != "linux":
+        return None
+    if nbytes == 0:
         return []
-    return list(_absent(ctypes.CDLL(None), fd, 0, nbytes))
+    try:
+        return list(_absent(ctypes.CDLL(None, use_errno=True), fd, 0, nbytes))
+    except _UnknownError:
+        return None
 
 
 def _absent(libc: ctypes.CDLL, fd: int, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
     counts = (ctypes.c_uint64 * 5)()  # cached pages come first
     span = (ctypes.c_uint64 * 2)(offset, nbytes)
     if libc.syscall(_CACHESTAT, fd, span, counts, 0) != 0:
-        return
+        raise _UnknownError(ctypes.get_errno(), "cachestat")
     if counts[0] == 0:
         yield offset, nbytes
     elif counts[0] < -(-nbytes // mmap.PAGESIZE) and nbytes > _GRAIN_BYTES:

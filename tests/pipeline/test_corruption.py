@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, CheckpointInfo, CorruptCheckpointError, StagingOptions
-from tests.doubles import BLOCK_BYTES, KIB, assert_same, data_files, flip, manifest_file, random_tensor
+from tests.doubles import (
+    BLOCK_BYTES,
+    KIB,
+    assert_same,
+    data_files,
+    faulty_storage,
+    flip,
+    manifest_file,
+    random_tensor,
+)
 
 SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
 
@@ -99,6 +108,35 @@ async def test_a_flipped_byte_anywhere_is_noticed_and_named(root: Path, way: str
             flip(file, position)
         assert harmless < 20
         assert_same(await engine.read(info), state)
+
+
+class _Silent:
+    """A storage, or a reader of it, that reads but does not say what has arrived."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    async def open(self, name: str) -> Any:
+        return _Silent(await self._inner.open(name))
+
+    async def read_into(self, file: str, pieces: Any, arrived: Any = None) -> None:
+        await self._inner.read_into(file, pieces)
+
+
+async def test_what_a_storage_reads_without_a_word_is_verified_all_the_same(root: Path) -> None:
+    state = make_state()
+    async with faulty_storage(root) as storage, CheckpointEngine(_Silent(storage)) as engine:
+        info = await (await engine.save(state)).upload_completion
+        assert_same(await engine.read(info), state)
+        (file,) = data_files(root / info.checkpoint_id)
+        begin, _ = (await items_of(info))["m.big1"]
+        flip(file, begin + 70_000)
+        with pytest.raises(CorruptCheckpointError) as caught:
+            await engine.load(target_of(state), info)
+        assert "m.big1" in caught.value.tensors
 
 
 async def test_every_single_bit_of_a_small_checkpoint_counts(root: Path) -> None:

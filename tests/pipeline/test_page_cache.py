@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp_async import CheckpointEngine
+from dcp_async.storage import page_cache
+from dcp_async.storage.files import ReadFile
 from dcp_async.storage.page_cache import absent_ranges, give_back, overlaps
 from tests.doubles import assert_same, data_files, random_tensor
 
@@ -40,10 +42,55 @@ def test_only_what_is_absent_is_found(fd: int) -> None:
     give_back(fd, [(0, 8 * MIB + 5)])
     os.pread(fd, 2 * MIB, 4 * MIB)
     found = absent_ranges(fd, 8 * MIB + 5)
+    assert found is not None
     assert sum(length for _, length in found) == 6 * MIB + 5
     assert all(high <= 4 * MIB or low >= 6 * MIB for low, high in ((a, a + n) for a, n in found))
     give_back(fd, found)
     assert absent_ranges(fd, 8 * MIB + 5) == found, "what was held still is"
+
+
+def test_what_is_held_is_announced_while_it_is_in_the_processors_caches(fd: int, tmp_path: Path) -> None:
+    file = ReadFile(tmp_path / "file")
+    first, second = bytearray(6 * MIB), bytearray(MIB)
+    told: list[int] = []
+
+    def arrived(nbytes: int) -> None:
+        told.append(nbytes)
+        expected = os.pread(fd, 7 * MIB, 1)
+        assert (first + second)[:nbytes] == expected[:nbytes]
+
+    file.read([(1, memoryview(first)), (1 + 6 * MIB, memoryview(second))], arrived)
+    file.close()
+    assert told == [4 * MIB, 7 * MIB]
+
+
+def test_what_the_disk_must_bring_is_not_announced(fd: int, tmp_path: Path) -> None:
+    give_back(fd, [(0, 8 * MIB + 5)])
+    file = ReadFile(tmp_path / "file")
+    told: list[int] = []
+    content = bytearray(8 * MIB + 5)
+    file.read([(0, memoryview(content))], told.append)
+    file.close()
+    assert (told, bytes(content)) == ([], (tmp_path / "file").read_bytes())
+
+
+async def test_where_the_system_does_not_tell_loads_work(
+    fd: int, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_cache, "_CACHESTAT", 100_000)
+    assert absent_ranges(fd, 8 * MIB + 5) is None
+    file = ReadFile(tmp_path / "file")
+    told: list[int] = []
+    file.read([(0, memoryview(bytearray(8 * MIB)))], told.append)
+    file.give_back()
+    file.close()
+    assert not told, "it may be the disk that brings it"
+    state = {"w": random_tensor(torch.float32, (1024, 1024), 1)}
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save(state, step=1)).upload_completion
+        loaded = {"w": torch.zeros(1024, 1024)}
+        await engine.load(loaded)
+    assert_same(loaded, state)
 
 
 def test_of_an_empty_file_nothing_is_absent(tmp_path: Path) -> None:
