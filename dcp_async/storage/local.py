@@ -156,19 +156,24 @@ class LocalStorage:
     ) -> LocalTransaction:
         directory = self.root / name
         since = time.monotonic()
-        # the leading rank has taken its lease already; should it fail and take it away again, a cancellation
-        # ends this wait
-        seen = led_from is None
-        while not seen:
-            seen = await self.run("create", directory, sees_lease, directory, uid, since, led_from or "")
-            if not seen:
-                await anyio.sleep(_LOOK_SECONDS)
         leads, begin = led_from is None, LocalTransaction._begin
-        with anyio.CancelScope(shield=True):
-            transaction = await self.run(
-                "create", directory, begin, self, directory, files, uid, replace, leads
-            )
-        return transaction
+        while True:
+            seen = leads
+            # the leading rank has taken its lease already; should it fail and take it away again, a
+            # cancellation ends this wait
+            while not seen:
+                seen = await self.run("create", directory, sees_lease, directory, uid, since, led_from or "")
+                if not seen:
+                    await anyio.sleep(_LOOK_SECONDS)
+            try:
+                with anyio.CancelScope(shield=True):
+                    return await self.run(
+                        "create", directory, begin, self, directory, files, uid, replace, leads
+                    )
+            except StorageError as error:
+                if leads or error.errno != errno.ENOENT:
+                    raise
+                logger.debug("%s went away with its lease: the rank that leads has failed", directory)
 
     async def list(self) -> Sequence[StoredCheckpoint]:
         def scan() -> list[StoredCheckpoint]:
@@ -406,6 +411,7 @@ class LocalReader:
         self._storage = storage
         self._directory = directory
         self._files: dict[str, ReadFile] = {}
+        self._stuck = False
 
     async def _read_small(self, path: Path) -> bytes:
         try:
@@ -461,16 +467,28 @@ class LocalReader:
         def read() -> None:
             self._open(file).read(pieces, arrived)
 
-        await self._storage.run_bulk("read", self._directory / file, read)
+        try:
+            await self._storage.run_bulk("read", self._directory / file, read)
+        except StuckThreadError:
+            self._stuck = True
+            raise
 
     async def give_back(self) -> None:
+        files = list(self._files.values())
+
+        def give_back() -> None:
+            for file in files:
+                file.give_back()
+
         try:
-            for name, file in self._files.items():
-                await self._storage.run("close", self._directory / name, file.give_back)
+            await self._storage.run("close", self._directory, give_back)
         except (StorageError, StuckThreadError) as error:
             logger.debug("what was read stays in the page cache: %s", error)
 
     async def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        if (
+            not self._stuck
+        ):  # a thread that hangs in a read must never find its descriptor's number given away
+            for file in self._files.values():
+                file.close()
         self._files.clear()

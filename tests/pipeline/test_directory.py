@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, StagingOptions
+from dcp_async.storage.local import LocalStorage, LocalTransaction
 from tests.doubles import (
     DATA_FILE,
     KIB,
@@ -242,3 +245,30 @@ async def test_a_relative_root_stays_where_it_was(root: Path, monkeypatch: pytes
         await save(engine, step=2)
         assert_same(await engine.read(1), STATE)
     assert_holds_only(root / "run", ["step-00000001", "step-00000002"])
+
+
+async def test_a_rank_that_is_led_waits_on_when_the_leading_one_fails_right_then(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not blame itself for a directory that went away under it."""
+    real = LocalTransaction._begin.__func__  # type: ignore[attr-defined]
+    gone = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def begin(cls: Any, storage: Any, directory: Path, files: Any, *rest: Any) -> Any:
+        if files and not gone.is_set():
+            shutil.rmtree(directory)
+            loop.call_soon_threadsafe(gone.set)
+        return real(cls, storage, directory, files, *rest)
+
+    storage = LocalStorage(root)
+    await storage.connect()
+    failed = await storage.begin("x", {}, uid=UID, replace=False)
+    monkeypatch.setattr(LocalTransaction, "_begin", classmethod(begin))
+    led = asyncio.create_task(storage.begin("x", {"a": 9}, uid=UID, replace=False, led_from="here"))
+    await asyncio.wait_for(gone.wait(), 30)
+    lead = await storage.begin("x", {}, uid=UID, replace=False)
+    mine = await asyncio.wait_for(led, 30)
+    for transaction in (mine, lead, failed):
+        await transaction.abort()
+    await storage.close()
