@@ -2,7 +2,8 @@
 
 Each of its full passes goes over every object of the process, some hundreds of thousands once torch is
 imported, and a burst of new objects sets off one after the other: a third of the time that a load of 20,000
-tensors took. Invariant: after the block the collector is as it was before, in a forked child as well.
+tensors took. Invariant: after the block the collector is as it was before, in a forked child as well. So a
+``gc.disable()`` that another thread calls meanwhile is undone: the interpreter does not tell of it.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ class _Pause:
         with self._lock:
             if self._blocks == 0:
                 self._was_enabled = gc.isenabled()
-                gc.disable()
-            self._blocks += 1
+            self._blocks += 1  # before: a child that is forked in between enables once too often, not never
+            gc.disable()
 
     def end(self) -> None:
         with self._lock:
-            self._blocks -= 1
-            if self._blocks == 0 and self._was_enabled:
+            if self._blocks == 1 and self._was_enabled:
                 gc.enable()
+            self._blocks -= 1
 
     def forget(self) -> None:
         """In a forked child: the threads that were in a block do not exist there."""
@@ -50,7 +51,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """No cyclic garbage collection in the block, which must not wait for anything."""
+    """No cyclic garbage collection in the block, which takes a second at most and waits for nothing."""
     _pause.begin()
     try:
         yield

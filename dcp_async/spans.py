@@ -147,10 +147,10 @@ class FetchBuffers:
                 )
 
     def verify(self, nbytes: int) -> None:
-        """Check the blocks that lie in the span's first ``nbytes``, each once. Raises DamagedError at the end
-        of the span, with the names of all tensors in bad blocks."""
+        """Check the blocks that lie in the span's first ``nbytes``, each once. Raises DamagedError once the
+        whole span was checked, with the names of all tensors in bad blocks, and then at each call."""
         digests, span = self.span.digests, self.span
-        if digests is None or self._verified == span.stop:
+        if digests is None:
             return
         low, index = self._verified, self._segment
         one_shot = xxhash.xxh3_64_intdigest
@@ -207,11 +207,11 @@ class FetchBuffers:
 
 
 class Check:
-    """Verifies the spans of a batch in the order in which they arrive, while their bytes are still in the
-    processor's caches. Not for two threads at once."""
+    """Verifies the spans of one file's batch in the order in which they arrive, while their bytes are still
+    in the processor's caches. What was found damaged is never done. Not for two threads at once."""
 
     def __init__(self, batch: Iterable[FetchBuffers]) -> None:
-        self._waiting = deque(part for part in batch if part.span.stop > part.span.start)
+        self._waiting = deque(part for part in batch if part.span.digests is not None)
         self._before = 0
         """Bytes of the spans that are done."""
 
@@ -235,8 +235,9 @@ class Check:
     def finish(self) -> None:
         """Everything is in its buffers. Raises DamagedError."""
         while self._waiting:
-            part = self._waiting.popleft()
+            part = self._waiting[0]
             part.verify(part.span.stop - part.span.start)
+            self._waiting.popleft()
 
 
 def make_spans(

@@ -80,7 +80,8 @@ class Reader(Protocol):
 
         ``arrived``: may be called while reading, from any thread but never twice at once, with the number of
         bytes that are there, counted over ``pieces`` in their order: they are verified while the processor
-        has them at hand. A storage may leave it alone; what it raises, this raises.
+        has them at hand, and must not be written to again. What it raises, this raises. A storage need not
+        call it.
         Raises: StorageError if the file ends before.
         """
 

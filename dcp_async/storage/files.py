@@ -12,8 +12,10 @@ import fcntl
 import os
 import re
 import sys
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from .page_cache import absent_ranges, give_back, overlaps
@@ -139,8 +141,12 @@ class ReadFile:
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.nbytes = os.fstat(self.fd).st_size
-        self._absent = absent_ranges(self.fd, self.nbytes)
+        try:
+            self.nbytes = os.fstat(self.fd).st_size
+            self._absent = absent_ranges(self.fd, self.nbytes)
+        except BaseException:
+            os.close(self.fd)
+            raise
         """What the page cache did not hold when the file was opened; None if nobody knows."""
         self._read: list[tuple[int, int]] = []
         """(start, stop) of what was read."""
@@ -148,11 +154,11 @@ class ReadFile:
     def read(self, pieces: Sequence[tuple[int, memoryview]], arrived: Callable[[int], None] | None) -> None:
         """Fill each buffer from its offset, adjacent ones by one call.
 
-        ``arrived`` is told how many bytes are there, over all pieces: after each of many calls where the page
-        cache has what is wanted, and not at all where the disk may have to be read. There few large calls
-        serve best, and the next one shall not wait until these bytes are verified.
+        ``arrived`` is told how many bytes are there, over all pieces, after each of many calls that begin
+        where the page cache has the file. Where the disk may have to be read, few large calls serve best, and
+        it shall not wait until what came is verified: ``arrived`` is not called.
         """
-        waiting = deque(pieces)
+        waiting = deque(piece for piece in pieces if len(piece[1]))
         done = 0
         while waiting:
             start = end = waiting[0][0]
@@ -173,10 +179,12 @@ class ReadFile:
                 arrived(done)
 
     def _holds(self, at: int) -> bool:
-        """Whether the page cache surely has the byte ``at``."""
-        return self._absent is not None and not any(
-            offset <= at < offset + length for offset, length in self._absent
-        )
+        """Whether the page cache had what lies around the byte ``at`` when the file was opened, some of it at
+        least."""
+        if self._absent is None:
+            return False
+        index = bisect_right(self._absent, at, key=itemgetter(0)) - 1
+        return index < 0 or at >= sum(self._absent[index])
 
     def _read_run(self, start: int, end: int, buffers: list[memoryview]) -> None:
         while buffers:

@@ -60,7 +60,10 @@ def overlaps(absent: Sequence[tuple[int, int]], read: Iterable[tuple[int, int]])
         while index < len(absent) and done < stop:
             offset, length = absent[index]
             low, high = max(offset, done), min(offset + length, stop)
-            if low < high:
+            if low < high and found and sum(found[-1]) == low:
+                # as one: a folio that two ranges share would stay
+                found[-1] = (found[-1][0], high - found[-1][0])
+            elif low < high:
                 found.append((low, high - low))
             if offset + length > stop:
                 break

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,30 +112,50 @@ async def test_a_flipped_byte_anywhere_is_noticed_and_named(root: Path, way: str
         assert_same(await engine.read(info), state)
 
 
-class _Silent:
-    """A storage, or a reader of it, that reads but does not say what has arrived."""
+class _Custom:
+    """A storage, or a reader of it, that calls ``arrived`` in a way of its own."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, arrived: Callable[[Any], Any]) -> None:
         self._inner = inner
+        self._arrived = arrived
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     async def open(self, name: str) -> Any:
-        return _Silent(await self._inner.open(name))
+        return _Custom(await self._inner.open(name), self._arrived)
 
     async def read_into(self, file: str, pieces: Any, arrived: Any = None) -> None:
-        await self._inner.read_into(file, pieces)
+        await self._inner.read_into(file, pieces, self._arrived(arrived))
 
 
-async def test_what_a_storage_reads_without_a_word_is_verified_all_the_same(root: Path) -> None:
+def _never(arrived: Any) -> None:
+    """It reads, but does not say what has arrived."""
+
+
+def _deaf(arrived: Any) -> Any:
+    """It does not hear what it is told, and says everything twice."""
+
+    def call(nbytes: int) -> None:
+        for _ in range(2):
+            with contextlib.suppress(ValueError):
+                arrived(nbytes)
+
+    return arrived and call
+
+
+@pytest.mark.parametrize("way", [_never, _deaf])
+async def test_however_a_storage_tells_what_has_arrived_it_is_verified(
+    root: Path, way: Callable[[Any], Any]
+) -> None:
     state = make_state()
-    async with faulty_storage(root) as storage, CheckpointEngine(_Silent(storage)) as engine:
+    async with faulty_storage(root) as storage, CheckpointEngine(_Custom(storage, way)) as engine:
         info = await (await engine.save(state)).upload_completion
         assert_same(await engine.read(info), state)
         (file,) = data_files(root / info.checkpoint_id)
         begin, _ = (await items_of(info))["m.big1"]
         flip(file, begin + 70_000)
+        file.read_bytes()  # so that the page cache holds it
         with pytest.raises(CorruptCheckpointError) as caught:
             await engine.load(target_of(state), info)
         assert "m.big1" in caught.value.tensors

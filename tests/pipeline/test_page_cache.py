@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp_async import CheckpointEngine
+from dcp_async._concurrency import StuckThreadError
 from dcp_async.storage import page_cache
 from dcp_async.storage.files import ReadFile
+from dcp_async.storage.local import LocalStorage
 from dcp_async.storage.page_cache import absent_ranges, give_back, overlaps
 from tests.doubles import assert_same, data_files, random_tensor
 
@@ -62,6 +64,38 @@ def test_what_is_held_is_announced_while_it_is_in_the_processors_caches(fd: int,
     file.read([(1, memoryview(first)), (1 + 6 * MIB, memoryview(second))], arrived)
     file.close()
     assert told == [4 * MIB, 7 * MIB]
+
+
+def test_empty_buffers_are_filled(fd: int, tmp_path: Path) -> None:
+    file = ReadFile(tmp_path / "file")
+    content = bytearray(4 * MIB)
+    empty = memoryview(bytearray())
+    file.read([(0, empty), (0, memoryview(content)), (4 * MIB, empty)], None)
+    file.close()
+    assert content == os.pread(fd, 4 * MIB, 0)
+
+
+async def test_a_descriptor_that_a_hanging_read_may_still_use_is_never_closed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(*args: object) -> None:
+        raise StuckThreadError("it hangs")
+
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save({"w": torch.zeros(9)}, step=1)).upload_completion
+    storage = LocalStorage(root)
+    reader = await storage.open("step-00000001")
+    (path,) = data_files(root / "step-00000001")
+    await reader.size(path.name)
+    (opened,) = reader._files.values()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "run_bulk", hang)
+        with pytest.raises(StuckThreadError):
+            await reader.read_into(path.name, [])
+    await reader.close()
+    os.fstat(opened.fd)
+    opened.close()
+    await storage.close()
 
 
 def test_what_the_disk_must_bring_is_not_announced(fd: int, tmp_path: Path) -> None:
