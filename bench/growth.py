@@ -3,8 +3,8 @@
 Run as `python3 noxfile.py bench growth`, or `python bench/growth.py`. Three sweeps: 64 equal tensors of
 64 MiB to 8 GiB in all, 10 to 200,000 equal tensors of 256 MiB in all, and 1,000 tensors of 256 MiB cut over 1
 to 4 ranks. For each point ours, and stock DCP beside it for as long as a save or load of stock can be
-expected to take less than a minute. Writes growth.json after each point, with the least-squares line of every
-curve, then growth.md and growth.png; `report.py` makes the same again from the JSON.
+expected to take less than 15 seconds. Writes growth.json after each point, with the least-squares line of
+every curve, then growth.md and growth.png; `report.py` makes the same again from the JSON.
 Belongs here: points and rounds. Not here: lines and pictures (curves.py).
 """
 
@@ -39,16 +39,17 @@ RANKS_SECONDS = 600.0
 ROUNDS = 3
 SLOW_SECONDS = 10.0
 """From here on one round has to do."""
-LONGEST_SECONDS = 60.0
+LONGEST_SECONDS = 15.0
 
 
 def points(given: argparse.Namespace) -> list[tuple[str, int, int]]:
     """Sweep, number of tensors, bytes of every point."""
     most_bytes, most_tensors = given.max_mib << 20, given.max_tensors
-    return [
+    every = [
         *(("bytes", SWEEP_TENSORS, nbytes) for nbytes in BYTES if nbytes <= most_bytes),
         *(("tensors", num, min(SWEEP_BYTES, most_bytes)) for num in TENSORS if num <= most_tensors),
     ]
+    return [point for point in every if point[0] in given.sweeps]
 
 
 def expected(found: Sequence[Mapping[str, Any]], sweep: str, engine: str, size: int) -> float:
@@ -64,10 +65,14 @@ def expected(found: Sequence[Mapping[str, Any]], sweep: str, engine: str, size: 
 def measure(group: Group, rounds: Mapping[str, int]) -> None:
     """All samples of one point."""
     group.take("first", prefix="first_", only=group.engines())
-    for round_ in range(ROUNDS):
-        now = [engine for engine in group.engines() if round_ < rounds[engine]]
-        group.take("save", rotate=round_, only=now)
-        group.take("replan", prefix="replan_", only=[engine for engine in now if engine == OURS])
+    for command, prefix in (
+        ("save", ""),
+        ("replan", "replan_"),
+    ):  # a save after a replan makes a plan as well
+        for round_ in range(ROUNDS):
+            now = [engine for engine in group.engines() if round_ < rounds[engine]]
+            asked = now if command == "save" else [engine for engine in now if engine == OURS]
+            group.take(command, prefix=prefix, rotate=round_, only=asked)
     group.take("prepare_load", only=group.engines())
     for round_ in range(ROUNDS):
         now = [engine for engine in group.engines() if round_ < rounds[engine]]
@@ -138,14 +143,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-mib", type=int, default=BYTES[-1] >> 20, help="largest state (8192)")
     parser.add_argument("--max-tensors", type=int, default=TENSORS[-1], help="most tensors (200000)")
     parser.add_argument("--max-ranks", type=int, default=RANKS[-1], help="most ranks (4); 0: no such sweep")
+    parser.add_argument(
+        "--sweeps", default=",".join(curves.SIZES), help="others stay as the file has them (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="default: %(default)s")
     parser.add_argument("--dir", type=Path, help="where checkpoints go (a temporary folder of this one)")
-    return parser.parse_args()
+    given = parser.parse_args()
+    given.sweeps = given.sweeps.split(",")
+    if unknown := set(given.sweeps) - set(curves.SIZES):
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(curves.SIZES)}")
+    return given
 
 
 def run(given: argparse.Namespace, directory: Path, path: Path) -> curves.Data:
     """Measure every point; the file at `path` is whole after each."""
     data: curves.Data = {"kind": "growth", "version": 1, "machine": facts.machine(directory), "points": []}
+    if path.exists() and set(given.sweeps) != set(curves.SIZES):
+        kept = json.loads(path.read_text(encoding="ascii"))
+        data["points"] = [point for point in kept["points"] if point["sweep"] not in given.sweeps]
+        data["engines"] = kept["engines"]
     for number, (sweep, num_tensors, nbytes) in enumerate(points(given)):
         size = nbytes if sweep == "bytes" else num_tensors
         found = data["points"]
@@ -170,7 +186,7 @@ def run(given: argparse.Namespace, directory: Path, path: Path) -> curves.Data:
             point["failures"] |= group.failures
             shutil.rmtree(below)
         keep(data, point, path)
-    for num_ranks in (num for num in RANKS if num <= given.max_ranks):
+    for num_ranks in (num for num in RANKS if num <= given.max_ranks and "ranks" in given.sweeps):
         progress(f"{num_ranks} ranks")
         below = directory / f"ranks-{num_ranks}"
         keep(data, over_ranks(num_ranks, min(SWEEP_BYTES, given.max_mib << 20), below), path)
