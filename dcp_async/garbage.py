@@ -51,7 +51,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """No cyclic garbage collection in the block, which takes a second at most and waits for nothing."""
+    """No cyclic garbage collection in the block, which must not wait for anything."""
     _pause.begin()
     try:
         yield

@@ -144,10 +144,10 @@ class ReadFile:
         try:
             self.nbytes = os.fstat(self.fd).st_size
             self._absent = absent_ranges(self.fd, self.nbytes)
+            """What the page cache did not hold when the file was opened; None if nobody knows."""
         except BaseException:
             os.close(self.fd)
             raise
-        """What the page cache did not hold when the file was opened; None if nobody knows."""
         self._read: list[tuple[int, int]] = []
         """(start, stop) of what was read."""
 
