@@ -65,14 +65,12 @@ def expected(found: Sequence[Mapping[str, Any]], sweep: str, engine: str, size: 
 def measure(group: Group, rounds: Mapping[str, int]) -> None:
     """All samples of one point."""
     group.take("first", prefix="first_", only=group.engines())
-    for command, prefix in (
-        ("save", ""),
-        ("replan", "replan_"),
-    ):  # a save after a replan makes a plan as well
-        for round_ in range(ROUNDS):
-            now = [engine for engine in group.engines() if round_ < rounds[engine]]
-            asked = now if command == "save" else [engine for engine in now if engine == OURS]
-            group.take(command, prefix=prefix, rotate=round_, only=asked)
+    for round_ in range(ROUNDS):
+        now = [engine for engine in group.engines() if round_ < rounds[engine]]
+        group.take("save", rotate=round_, only=now)
+    # not in turn with the saves: one that follows another structure makes its plan anew
+    for _ in range(rounds[OURS]):
+        group.take("replan", prefix="replan_", only=[OURS])
     group.take("prepare_load", only=group.engines())
     for round_ in range(ROUNDS):
         now = [engine for engine in group.engines() if round_ < rounds[engine]]

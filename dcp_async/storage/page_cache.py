@@ -20,10 +20,6 @@ _GRAIN_BYTES = 1 << 20
 """A range that is held in part is looked at no closer than this, and stays."""
 
 
-class _UnknownError(OSError):
-    """The system does not tell."""
-
-
 def absent_ranges(fd: int, nbytes: int) -> list[tuple[int, int]] | None:
     """(offset, length) of what the page cache does not hold of the file's first ``nbytes``, ascending; None
     where the system does not tell."""
@@ -33,7 +29,7 @@ def absent_ranges(fd: int, nbytes: int) -> list[tuple[int, int]] | None:
         return []
     try:
         return list(_absent(ctypes.CDLL(None, use_errno=True), fd, 0, nbytes))
-    except _UnknownError:
+    except OSError:
         return None
 
 
@@ -41,7 +37,7 @@ def _absent(libc: ctypes.CDLL, fd: int, offset: int, nbytes: int) -> Iterator[tu
     counts = (ctypes.c_uint64 * 5)()  # cached pages come first
     span = (ctypes.c_uint64 * 2)(offset, nbytes)
     if libc.syscall(_CACHESTAT, fd, span, counts, 0) != 0:
-        raise _UnknownError(ctypes.get_errno(), "cachestat")
+        raise OSError(ctypes.get_errno(), "cachestat")
     if counts[0] == 0:
         yield offset, nbytes
     elif counts[0] < -(-nbytes // mmap.PAGESIZE) and nbytes > _GRAIN_BYTES:

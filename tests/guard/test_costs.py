@@ -22,6 +22,7 @@ import torch
 
 from dcp_async import CheckpointEngine, StagingOptions
 from dcp_async._concurrency import BlockingThreads
+from dcp_async.storage.page_cache import give_back
 from tests.doubles import ASIDE_BYTES, KIB, MIB, data_files, random_tensor
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -94,7 +95,7 @@ async def measured(root: Path, state: dict[str, Any], verb: str, staging: Stagin
                 await (await engine.save(state, step=step)).upload_completion
             for step in range(3 if verb == "load" else 0):
                 for file in data_files(root / "step-00000000") if cache else ():
-                    _fetch(file) if cache == "warm" else _forget(file)
+                    _set_cache(cache, file)
                 tally.on = step == 2
                 await engine.load(state, 0)
                 tally.on = False
@@ -102,14 +103,12 @@ async def measured(root: Path, state: dict[str, Any], verb: str, staging: Stagin
     return tally
 
 
-def _fetch(file: Path) -> None:
-    file.read_bytes()
-
-
-def _forget(file: Path) -> None:
+def _set_cache(cache: str, file: Path) -> None:
     with file.open("rb") as opened:
+        nbytes = len(opened.read())
         os.fsync(opened.fileno())
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if cache == "cold":
+            give_back(opened.fileno(), [(0, nbytes)])
 
 
 def small_tensors(count: int, nbytes: int = 64) -> dict[str, Any]:

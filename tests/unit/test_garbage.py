@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -38,28 +39,9 @@ def test_a_collector_that_was_off_stays_off() -> None:
     assert not gc.isenabled()
 
 
-def test_the_last_of_two_threads_brings_it_back() -> None:
-    inside, leave = threading.Event(), threading.Event()
-
-    def other() -> None:
-        with collection_paused():
-            inside.set()
-            assert leave.wait(30)
-
-    thread = threading.Thread(target=other)
-    with collection_paused():
-        thread.start()
-        assert inside.wait(30)
-    assert not gc.isenabled(), "the other thread is in its block"
-    leave.set()
-    thread.join()
-    assert gc.isenabled()
-
-
-@pytest.mark.parametrize("was_enabled", [True, False])
-def test_a_child_forked_meanwhile_has_it_as_it_was(was_enabled: bool) -> None:
-    if not was_enabled:
-        gc.disable()
+@contextmanager
+def other_thread_inside() -> Iterator[None]:
+    """Another thread is in its block while this one is in here."""
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -70,13 +52,31 @@ def test_a_child_forked_meanwhile_has_it_as_it_was(was_enabled: bool) -> None:
     thread = threading.Thread(target=other)
     thread.start()
     assert inside.wait(30)
-    child = os.fork()
-    if child == 0:
-        as_it_was = gc.isenabled() is was_enabled
+    try:
+        yield
+    finally:
+        leave.set()
+        thread.join()
+
+
+def test_the_last_of_two_threads_brings_it_back() -> None:
+    with ExitStack() as second:
         with collection_paused():
-            paused = not gc.isenabled()
-        os._exit(0 if as_it_was and paused and gc.isenabled() is was_enabled else 1)
-    _, status = os.waitpid(child, 0)
-    leave.set()
-    thread.join()
+            second.enter_context(other_thread_inside())
+        assert not gc.isenabled(), "the other thread is in its block"
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_a_child_forked_meanwhile_has_it_as_it_was(was_enabled: bool) -> None:
+    if not was_enabled:
+        gc.disable()
+    with other_thread_inside():
+        child = os.fork()
+        if child == 0:
+            as_it_was = gc.isenabled() is was_enabled
+            with collection_paused():
+                paused = not gc.isenabled()
+            os._exit(0 if as_it_was and paused and gc.isenabled() is was_enabled else 1)
+        _, status = os.waitpid(child, 0)
     assert status == 0
