@@ -259,7 +259,8 @@ def types(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure beside stock DCP and every peer, an hour or, with --quick, minutes; --help has the options.
 
-    With `growth` as first argument: curves of cost against bytes and number of tensors.
+    With `growth` as first argument: curves of cost against bytes and number of tensors. With `against` and a
+    revision: this package beside the one of then.
     """
     if not is_current(PEERS, *PEERS_INPUTS):
         install(session, "--no-deps", *group("peers"))
@@ -268,7 +269,7 @@ def bench(session: nox.Session) -> None:
     packages = session.run("python", "-c", find, silent=True)
     assert isinstance(packages, str)
     program, arguments = "run", list(session.posargs)
-    if arguments[:1] == ["growth"]:
+    if arguments[:1] in (["growth"], ["against"]):
         program = arguments.pop(0)
     environment = {"PYTHONPATH": packages.strip()}
     session.run(DEV_PYTHON, f"bench/{program}.py", *arguments, env=environment, external=True)

@@ -39,14 +39,24 @@ def progress(text: str) -> None:
 class Child:
     """The process of one engine; closes it, and never touches another."""
 
-    def __init__(self, engine: str, workload: str, scale: float, directory: Path) -> None:
-        self.engine = engine
-        root = directory / engine.replace(" ", "-")
+    def __init__(
+        self,
+        engine: str,
+        workload: str,
+        scale: float,
+        directory: Path,
+        *,
+        label: str | None = None,
+        tree: Path = HERE.parent,
+    ) -> None:
+        """``label`` is what its samples are kept under, by default ``engine``; ``tree`` holds the package."""
+        self.engine = label or engine
+        root = directory / self.engine.replace(" ", "-")
         root.mkdir(parents=True)
         self._log = root.with_suffix(".log")
         arguments = {"engine": engine, "workload": workload, "scale": scale, "root": str(root)}
-        # The package of this tree is measured, installed or not; gloo must not go looking for a network.
-        paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # The package of `tree` is measured, installed or not; gloo must not go looking for a network.
+        paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
