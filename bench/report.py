@@ -45,14 +45,14 @@ LOST_COLUMNS: tuple[tuple[str, str, Unit], ...] = (
     ("first save: stall", "first_staged", "s"),
     ("first save: durable", "first_durable", "s"),
 )
-README_WORKLOADS = ("large", "llm", "many", "mixed")
-README_COLUMNS: tuple[tuple[str, str, Unit], ...] = (
-    ("`save()` stalls", "staged", "s"),
-    ("durable", "durable", "s"),
-    ("load, cold", "cold", "s"),
-    ("load, warm", "warm", "s"),
-    ("extra memory", "peak_extra_bytes", "MiB"),
+README_WORKLOADS = ("large", "llm", "many")
+README_FIGURES = (
+    ("`save()` stalls", "staged"),
+    ("durable", "durable"),
+    ("load, cold cache", "cold"),
+    ("load, warm cache", "warm"),
 )
+STOCK = "stock"
 DESCRIPTIONS = {
     "large": "few large tensors",
     "llm": "a small Llama with AdamW",
@@ -174,15 +174,25 @@ def trainer_table(data: Data) -> str:
 
 
 def readme(data: Data) -> str:
-    """The README's tables: every engine, the figures that people choose by."""
-    lines = [machine_line(data), ""]
+    """The README's table: ours, and how many times ours the bare machine, the best peer and stock take."""
+    rows = [["", "dcp_async", "raw limit", "best of the others", "stock DCP"]]
     for workload in README_WORKLOADS:
-        if workload in data["workloads"]:
-            lines += [f"**{title(data, workload)}**", "", table(data, workload, README_COLUMNS), ""]
-            lines += [line + "\n" for line in failed(data, workload)]
-    if "trainer" in data["workloads"]:
-        lines += [f"**{title(data, 'trainer')}**", "", trainer_table(data), ""]
-    return "\n".join([*lines, *(f"- {note}" for note in NOTES[:4])])
+        if workload not in data["workloads"]:
+            continue
+        others = [name for name in results.measured(data, workload) if not name.startswith(OURS)]
+        for words, figure in README_FIGURES:
+            ours = results.cell(data, workload, OURS, figure)
+            ratios = {
+                name: cell.ratio
+                for name in others
+                if (cell := results.cell(data, workload, name, figure)) is not None and cell.ratio is not None
+            }
+            raw, stock = (shown_ratio(ratios.pop(name, None)) for name in (RAW, STOCK))
+            best = min(ratios, key=ratios.__getitem__, default=None)
+            peer = f"{shown_ratio(ratios[best])} {label(data, best)}" if best else "-"
+            time = shown(ours.value, "s") if ours else "-"
+            rows.append([f"`{workload}`: {words}", time, raw, peer, stock])
+    return "\n\n".join([machine_line(data), aligned(rows)])
 
 
 def write_docs(data: Data, directory: Path) -> None:
@@ -255,6 +265,11 @@ def label(data: Data, engine: str) -> str:
     return f"**{engine}**" if engine == OURS else f"{engine}{' ' + mark if mark else ''}".replace("*", "\\*")
 
 
+def shown_ratio(ratio: float | None) -> str:
+    """How many times ours."""
+    return "-" if ratio is None else f"{ratio:.2g}x" if ratio < 10 else f"{ratio:.0f}x"
+
+
 def shown_cell(cell: results.Cell | None, unit: Unit, engine: str) -> str:
     """A median, and how many times ours it is."""
     if cell is None:
@@ -263,7 +278,7 @@ def shown_cell(cell: results.Cell | None, unit: Unit, engine: str) -> str:
     small = unit == "MiB" and cell.value < 2**20  # a ratio of next to nothing says nothing
     if engine == OURS or cell.ratio is None or cell.ratio <= 0 or small:
         return text
-    return f"{text} ({cell.ratio:.2g}x)" if cell.ratio < 10 else f"{text} ({cell.ratio:.0f}x)"
+    return f"{text} ({shown_ratio(cell.ratio)})"
 
 
 def shown(value: float, unit: Unit) -> str:

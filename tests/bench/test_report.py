@@ -83,6 +83,12 @@ def test_table_shows_every_engine_its_mark_and_its_failure(data: results.Data) -
     assert "| raw limits | 60 ms" in text
 
 
+def test_readme_table_has_ours_and_how_many_times_ours_the_others_take(data: results.Data) -> None:
+    text = report.readme(data)
+    assert "| `large`: durable |" in text, text
+    assert "dcp_async overlap" not in text, "our own variants are no peers"
+
+
 def test_goals_name_what_was_reached_and_what_was_not(data: results.Data) -> None:
     text = goals.table(data)
     assert "| large | stall / one copy into warm memory | <= 1.5 | 3.33 | **no** |" in text

@@ -229,7 +229,9 @@ async def test_a_stateful_that_refuses_keeps_its_own_mapping_as_it_was(root: Pat
 
 
 @pytest.mark.parametrize(
-    "key", [frozenset({"a", "b"}), torch.ones(1), (1, frozenset({2})), object()], ids=str
+    "key",
+    [frozenset({"a", "b"}), torch.ones(1), (1, frozenset({2})), object()],
+    ids=["frozenset", "tensor", "tuple", "object"],
 )
 async def test_keys_whose_text_differs_in_each_process_are_refused(root: Path, key: Any) -> None:
     async with CheckpointEngine(root) as engine:
