@@ -7,7 +7,6 @@ names others.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import os
@@ -20,13 +19,13 @@ from typing import ParamSpec, TypeVar
 import aiofiles
 import anyio
 
-from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
+from .._concurrency import StuckThreadError
 from ..errors import StorageError
 from .base import StoredCheckpoint
+from .calls import BlockingCalls
 from .files import (
     METADATA,
     DataFile,
-    ReadFile,
     commit_mark,
     make_directory,
     rank_metadata_files,
@@ -35,6 +34,7 @@ from .files import (
     why_no_checkpoint,
 )
 from .lease import Lease, remove_if_empty, sees_lease, sweep_directory, take_lease
+from .local_reader import LocalReader
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class LocalStorage:
+class LocalStorage(BlockingCalls):
     """A directory of checkpoints. Owns the threads that its blocking calls run in; ``close()`` ends them."""
 
     def __init__(
@@ -69,60 +69,15 @@ class LocalStorage:
                 verb="open",
                 path=os.fspath(root),
             )
+        super().__init__(io_concurrency=io_concurrency, timeout=timeout)
         self.root = Path(os.path.abspath(os.fspath(root)))
-        self._io_concurrency = io_concurrency
-        self._timeout = timeout
         self._max_age = lease_max_age
-        self._lock = asyncio.Lock()
-        self._small: BlockingThreads | None = None
-        self._bulk: BlockingThreads | None = None
         self._clean: dict[str, int] = {}
         """Directories in which a sweep found nothing to do -> when they last changed, so that the next one is
         quick."""
 
     def __repr__(self) -> str:
         return f"LocalStorage({os.fspath(self.root)!r})"
-
-    @property
-    def threads(self) -> BlockingThreads:
-        """For small calls, which must not wait behind writes of other saves."""
-        if self._small is None:
-            self._small = BlockingThreads("dcp_async-fs", 2)
-        return self._small
-
-    @property
-    def bulk_threads(self) -> BlockingThreads:
-        """For reads, writes and syncs."""
-        if self._bulk is None:
-            self._bulk = BlockingThreads("dcp_async-io", self._io_concurrency)
-        return self._bulk
-
-    async def run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a small call in a thread of ours; an OSError becomes a StorageError of ``verb`` and
-        ``path``."""
-        return await self._run_in(self.threads, verb, path, fn, *args, **kwargs)
-
-    async def run_bulk(
-        self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """The same for a call that moves many bytes."""
-        return await self._run_in(self.bulk_threads, verb, path, fn, *args, **kwargs)
-
-    async def _run_in(
-        self,
-        threads: BlockingThreads,
-        verb: str,
-        path: Path,
-        fn: Callable[P, T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
-        try:
-            return await run_blocking(threads, self._timeout, fn, *args, **kwargs)
-        except (StorageError, FileExistsError, StuckThreadError):
-            raise
-        except OSError as error:
-            raise StorageError.of(verb, os.fspath(path), error) from error
 
     async def connect(self) -> None:
         def check() -> None:
@@ -133,17 +88,6 @@ class LocalStorage:
 
         assert self.bulk_threads is not None  # started now: at interpreter exit it would be too late
         await self.run("open", self.root, check)
-
-    async def close(self) -> None:
-        for threads in (self._small, self._bulk):
-            if threads is not None:
-                threads.shutdown()
-        self._small = self._bulk = None
-
-    def abandon(self) -> None:
-        for threads in (self._small, self._bulk):
-            if threads is not None:
-                threads.abandon()
 
     async def begin(
         self,
@@ -237,7 +181,7 @@ class LocalStorage:
         if await self.run("open", directory, commit_mark, directory) is None:
             why = await self.run("open", directory, why_no_checkpoint, directory)
             raise FileNotFoundError(errno.ENOENT, why, os.fspath(directory))
-        return LocalReader(self, directory)
+        return LocalReader(self, self.root, directory)
 
 
 class LocalTransaction:
@@ -402,93 +346,3 @@ class LocalTransaction:
             self._lease.release()
         if commit_mark(self._directory) is None:
             remove_if_empty(self._directory)
-
-
-class LocalReader:
-    """Reads one checkpoint. Owns the descriptors that it opened."""
-
-    def __init__(self, storage: LocalStorage, directory: Path) -> None:
-        self._storage = storage
-        self._directory = directory
-        self._files: dict[str, ReadFile] = {}
-        self._stuck = False
-
-    async def _read_small(self, path: Path) -> bytes:
-        try:
-            file = await aiofiles.open(path, "rb", executor=self._storage.threads)
-            try:
-                content: bytes = await file.read()
-            finally:
-                await file.close()
-        except OSError as error:
-            raise StorageError.of("read", os.fspath(path), error) from error
-        return content
-
-    async def metadata(self) -> bytes:
-        return await self._read_small(self._directory / METADATA)
-
-    async def rank_metadata(self) -> Mapping[int, bytes]:
-        paths = await self._storage.run("list", self._directory, rank_metadata_files, self._directory)
-        return {rank: await self._read_small(path) for rank, path in paths.items()}
-
-    async def manifest(self) -> Sequence[bytes]:
-        paths = await self._storage.run(
-            "list", self._directory, lambda: sorted(self._directory.glob("manifest-*.json"))
-        )
-        found = []
-        for path in paths:
-            try:
-                found.append(await self._read_small(path))
-            except StorageError as error:
-                if error.errno != errno.ENOENT:  # removed by a replace since it was listed
-                    raise
-        return found
-
-    def _open(self, file: str) -> ReadFile:
-        if file not in self._files:
-            path = self._directory / file
-            root = os.path.realpath(self._storage.root)
-            if os.path.commonpath((os.path.realpath(path), root)) != root:
-                raise OSError(
-                    errno.EPERM, "the path leaves the root; a checkpoint may not name files outside of it"
-                )
-            self._files[file] = ReadFile(path)
-        return self._files[file]
-
-    async def size(self, file: str) -> int:
-        return (await self._storage.run("open", self._directory / file, self._open, file)).nbytes
-
-    async def read_into(
-        self,
-        file: str,
-        pieces: Sequence[tuple[int, memoryview]],
-        arrived: Callable[[int], None] | None = None,
-    ) -> None:
-        def read() -> None:
-            self._open(file).read(pieces, arrived)
-
-        try:
-            await self._storage.run_bulk("read", self._directory / file, read)
-        except StuckThreadError:
-            self._stuck = True
-            raise
-
-    async def give_back(self) -> None:
-        files = list(self._files.values())
-
-        def give_back() -> None:
-            for file in files:
-                file.give_back()
-
-        try:
-            await self._storage.run("close", self._directory, give_back)
-        except (StorageError, StuckThreadError) as error:
-            logger.debug("what was read stays in the page cache: %s", error)
-
-    async def close(self) -> None:
-        if (
-            not self._stuck
-        ):  # a thread that hangs in a read must never find its descriptor's number given away
-            for file in self._files.values():
-                file.close()
-        self._files.clear()

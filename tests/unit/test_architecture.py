@@ -41,10 +41,12 @@ LAYERS: list[set[str]] = [
         "restore",
         "storage",
         "storage.base",
+        "storage.calls",
         "storage.files",
         "storage.lease",
         "storage.page_cache",
         "storage.local",
+        "storage.local_reader",
     },
     {
         "offer",

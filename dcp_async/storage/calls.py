@@ -1,0 +1,80 @@
+"""Where a storage's blocking calls run: threads of its own, each call with a deadline.
+
+Enters: blocking functions, on the engine's loop. Leaves: what they return, or a StorageError that names verb
+and path. Invariant: a call returns, fails, or its thread is replaced after the deadline.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
+from ..errors import StorageError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class BlockingCalls:
+    """Runs blocking calls under a deadline. Owns the threads that they run in; ``close()`` ends them."""
+
+    def __init__(self, *, io_concurrency: int, timeout: float) -> None:
+        self._io_concurrency = io_concurrency
+        self._timeout = timeout
+        self._small: BlockingThreads | None = None
+        self._bulk: BlockingThreads | None = None
+
+    @property
+    def threads(self) -> BlockingThreads:
+        """For small calls, which must not wait behind writes of other saves."""
+        if self._small is None:
+            self._small = BlockingThreads("dcp_async-fs", 2)
+        return self._small
+
+    @property
+    def bulk_threads(self) -> BlockingThreads:
+        """For reads, writes and syncs."""
+        if self._bulk is None:
+            self._bulk = BlockingThreads("dcp_async-io", self._io_concurrency)
+        return self._bulk
+
+    async def run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a small call in a thread of ours; an OSError becomes a StorageError of ``verb`` and
+        ``path``."""
+        return await self._run_in(self.threads, verb, path, fn, *args, **kwargs)
+
+    async def run_bulk(
+        self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """The same for a call that moves many bytes."""
+        return await self._run_in(self.bulk_threads, verb, path, fn, *args, **kwargs)
+
+    async def _run_in(
+        self,
+        threads: BlockingThreads,
+        verb: str,
+        path: Path,
+        fn: Callable[P, T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        try:
+            return await run_blocking(threads, self._timeout, fn, *args, **kwargs)
+        except (StorageError, FileExistsError, StuckThreadError):
+            raise
+        except OSError as error:
+            raise StorageError.of(verb, os.fspath(path), error) from error
+
+    async def close(self) -> None:
+        for threads in (self._small, self._bulk):
+            if threads is not None:
+                threads.shutdown()
+        self._small = self._bulk = None
+
+    def abandon(self) -> None:
+        for threads in (self._small, self._bulk):
+            if threads is not None:
+                threads.abandon()
