@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import anyio
 
 from ._concurrency import run_unless
-from .catalog import Catalog, Contents
+from .catalog import Catalog
+from .contents import Contents
 from .coordinator import Coordinator
 from .errors import (
     CheckpointError,

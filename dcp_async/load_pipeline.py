@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from ._concurrency import BlockingThreads, Pipe, first_failure, run_blocking
 from .agreement import Together
-from .catalog import Contents
+from .contents import Contents
 from .errors import (
     CorruptCheckpointError,
     IncompatibleStateError,

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ._drive import Verb
 from .agreement import Agreement, Together
-from .catalog import Catalog, Contents
+from .catalog import Catalog
+from .contents import Contents
 from .coordinator import Coordinator
 from .errors import CorruptCheckpointError, IncompatibleStateError, LoadError, StorageError
 from .lifetime import Lifetime

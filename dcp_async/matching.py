@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from .catalog import Contents
+from .contents import Contents
 from .errors import IncompatibleStateError
 from .formats.structure import Tree, children_of, kind_of, leaf_names, mapping_node, subtree
 from .formats.zip_item import PLAIN_DTYPES

@@ -67,6 +67,8 @@ LAYERS: list[set[str]] = [
         "agreement",
         "plan_exchange",
         "catalog",
+        "contents",
+        "opening",
         "reading",
         "spans",
         "hooks",
