@@ -35,6 +35,7 @@ from .options import Limits, Timeouts
 from .outcome import save_error
 from .pipeline import SaveRequest
 from .planner import PlanningOptions
+from .reference import reference
 from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
 from .save_runner import SaveRunner
 from .staging import Stager, StagingOptions
@@ -70,13 +71,14 @@ class CheckpointEngine:
     ) -> None:
         """
         Args:
-            root: a directory, made by the first save, or a Storage, which stays the caller's to close.
+            root: a directory (``~`` is the home directory), made by the first save, or a Storage, which stays
+                the caller's to close.
             staging: how the state is copied, or a Stager to share, which stays the caller's to close.
             planning: DCP's planner, and whether plans are reused.
             coordination: which processes save together.
             limits: how much goes on at once.
             timeouts: how long to wait.
-            trust: which pickled leaves a load accepts.
+            trust: which pickled leaves a load accepts, and whether links out of the root are followed.
             observer: is told each event, on the engine's thread.
         """
         owns_storage = isinstance(root, (str, os.PathLike))
@@ -87,6 +89,7 @@ class CheckpointEngine:
                 io_concurrency=limits.io_concurrency,
                 timeout=timeouts.storage,
                 lease_max_age=2 * timeouts.coordination,
+                follow_links=trust.follow_links,
             )
         else:
             storage = root
@@ -149,7 +152,7 @@ class CheckpointEngine:
 
     async def _connected(self) -> None:
         life = self._life
-        self._catalog = Catalog(life.storage, life.threads, self._metadata_of)
+        self._catalog = Catalog(life.storage, life.threads, self._metadata_of, timeout=life.timeouts.storage)
         life.book.seen_steps(await self._catalog.steps())
         self._runner = SaveRunner(life, self._planning, self._observer, self._metadata_of)
         services = LoadServices(
@@ -291,7 +294,8 @@ class CheckpointEngine:
         Args:
             state: what ``save`` was given. Tensors are filled in place, Statefuls get ``load_state_dict``,
                 other leaves are replaced.
-            source: "latest" (which passes over corrupt checkpoints), a name, a step, or a CheckpointInfo.
+            source: "latest" (which passes over corrupt checkpoints), a name, a step, or a CheckpointInfo; a
+                name may be a path, a step any kind of integer.
             strict: whether every name must fit. If not, what fits is loaded and the report lists the rest.
             atomic: read and verify everything before the first target is touched; costs the state's memory
                 once more.
@@ -312,7 +316,7 @@ class CheckpointEngine:
         for response in self.pending:  # what is being staged must not change under the copy
             yield Ended(response.staging_completion._future)
         how = LoadOptions(strict=strict, atomic=atomic, dtypes=dtypes)
-        return (yield from self._loader.loading(state, source, how))
+        return (yield from self._loader.loading(state, reference(source), how))
 
     async def read(
         self,
@@ -339,7 +343,7 @@ class CheckpointEngine:
     ) -> Verb[dict[str, Any]]:
         self._life.check_open()
         wanted = [keys] if isinstance(keys, str) else keys
-        return (yield from self._loader.reading(source, wanted, device))
+        return (yield from self._loader.reading(reference(source), wanted, device))
 
     # -- catalog
 

@@ -7,15 +7,19 @@ without the manifest of its `.metadata` is corrupt, never taken for one of stock
 from __future__ import annotations
 
 import errno
+import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
 
+import anyio
 import xxhash
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ._concurrency import BlockingThreads
 from .contents import Contents, places_of, transforms_of
 from .errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     LoadError,
@@ -28,8 +32,12 @@ from .formats.stock_metadata import merge_ranks
 from .formats.stock_pickle import decode_metadata
 from .garbage import collection_paused
 from .response import CheckpointInfo
-from .storage.base import Reader, Storage
+from .storage.base import LinkError, Reader, Storage, UnreadableError
 from .trust import UntrustedGlobal
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _OUR_FILE = re.compile(rb"__\d+_\d+-[0-9a-f]{16}\.distcp")
 
@@ -44,16 +52,60 @@ def last_number(name: str) -> int | None:
     return int(found[-1]) if found else None
 
 
+def refused_link(name: str, error: LinkError) -> CheckpointError:
+    """What to tell whoever needs a checkpoint behind a link that is not followed."""
+    if error.errno == errno.ENOENT:
+        return StorageError(
+            f"checkpoint {name!r} can't be read: {error}", verb=error.verb, path=error.path, errno=error.errno
+        )
+    return UntrustedCheckpointError(f"checkpoint {name!r} is not read: {error}", checkpoint_id=name)
+
+
+def _may_be_replaced(error: CheckpointError) -> bool:
+    """Whether a replace under the reader's hands looks like this."""
+    if isinstance(error, StorageError):
+        return error.errno in (errno.ENOENT, errno.ESTALE) and not isinstance(error, LinkError)
+    return True
+
+
+def _verdict(name: str, error: CheckpointError) -> CheckpointError:
+    """What is told of a checkpoint that nobody has replaced."""
+    unreadable = isinstance(error, UnreadableError)
+    if isinstance(error, LinkError) or not isinstance(error, StorageError):
+        return error
+    if not unreadable and error.errno not in (errno.ENOENT, errno.EPERM):
+        return error  # a medium that is away for a moment must not cost a run its newest checkpoint
+    return CorruptCheckpointError(
+        f"checkpoint {name!r} can't be read: {error}; load an older one or restore the file",
+        checkpoint_id=name,
+    )
+
+
 class Opener:
-    """Opens the checkpoints of a storage. Owns nothing."""
+    """Opens the checkpoints of a storage. Owns nothing.
+
+    A checkpoint may be replaced while it is opened. Whatever is missing then, or does not belong to the
+    `.metadata` that was read, is no verdict: if `.metadata` is another one by now, opening starts again. All
+    files are opened before it ends, and stay readable.
+    """
 
     def __init__(
-        self, storage: Storage, threads: BlockingThreads, metadata_of: Callable[[str], Awaitable[Metadata]]
+        self,
+        storage: Storage,
+        threads: BlockingThreads,
+        metadata_of: Callable[[str], Awaitable[Metadata]],
+        *,
+        timeout: float,
     ) -> None:
-        """``metadata_of`` serves ``CheckpointInfo.metadata()``, which may be awaited on any loop."""
+        """
+        Args:
+            metadata_of: serves ``CheckpointInfo.metadata()``, which may be awaited on any loop.
+            timeout: seconds after which a checkpoint that is replaced again and again is given up.
+        """
         self._storage = storage
         self._threads = threads
         self._metadata_of = metadata_of
+        self._timeout = timeout
 
     async def open(self, name: str) -> Contents:
         """Open ``name`` and all its files, and check everything but the payload.
@@ -61,44 +113,107 @@ class Opener:
         Raises: CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError.
         """
         try:
-            reader = await self._storage.open(name)
+            return await self._look(name, self._contents, keep=True)
+        except LinkError as error:
+            raise refused_link(name, error) from error
+
+    async def metadata(self, name: str) -> Metadata:
+        """DCP's Metadata of ``name``. Raises: as ``open``."""
+        try:
+            return await self._look(name, lambda name, _, raw: self._decode(name, raw))
+        except LinkError as error:
+            raise refused_link(name, error) from error
+
+    async def describe(self, name: str) -> CheckpointInfo:
+        """What ``name`` is, all its files there and of their lengths.
+
+        Raises: as ``open``, but for LinkError: whoever looks for the newest must know.
+        """
+        return await self._look(name, self._describe)
+
+    async def is_current(self, contents: Contents) -> bool:
+        """Whether ``contents`` are of the checkpoint that is there now."""
+        return not await self._was_replaced(contents.info.checkpoint_id, contents.digest)
+
+    async def manifest(self, name: str) -> Manifest | None:
+        """The manifest of ``name``, if it can be read and has one: whoever opens it is told why not, this is
+        to put it in order."""
+        try:
+            if len(found := await self._manifests(name)) == 1:
+                return found[0]
+            # by none or several a replace shows, under way or killed: the one that belongs to .metadata
+            # counts
+            return await self._look(name, self._manifest_of)
+        except (FileNotFoundError, LoadError, LinkError, UnreadableError) as error:
+            logger.debug("checkpoint %r has no manifest to order it by: %s", name, error)
+            return None
+
+    async def _manifests(self, name: str) -> list[Manifest]:
+        reader = await self._storage.open(name)
+        try:
+            return [decode_manifest(raw) for raw in await reader.manifest()]
+        except ManifestError:
+            return []
+        finally:
+            await reader.close()
+
+    async def _look(
+        self, name: str, look: Callable[[str, Reader, _RawMetadata], Awaitable[T]], *, keep: bool = False
+    ) -> T:
+        """What ``look`` finds in one state of ``name``, from `.metadata` to the files. ``keep``: the reader
+        stays open if it succeeds."""
+        deadline = anyio.current_time() + self._timeout
+        while True:
+            seen: _RawMetadata | None = None
+            reader = await self._enter(name)
+            try:
+                seen = await self._raw(reader)
+                value = await look(name, reader, seen)
+            except (CorruptCheckpointError, StorageError) as error:
+                await reader.close()
+                known = None if seen is None else _digest(seen)
+                if not _may_be_replaced(error) or not await self._was_replaced(name, known):
+                    raise _verdict(name, error) from error
+                logger.debug("checkpoint %r was replaced while it was opened: %s", name, error)
+            except BaseException:
+                await reader.close()
+                raise
+            else:
+                if not keep:
+                    await reader.close()
+                return value
+            if anyio.current_time() > deadline:
+                raise LoadError(
+                    f"checkpoint {name!r} was replaced again and again for {self._timeout:g} s, each time "
+                    "before it was open; save it less often, or load another one",
+                    checkpoint_id=name,
+                )
+
+    async def _enter(self, name: str) -> Reader:
+        try:
+            return await self._storage.open(name)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"checkpoint {name!r} is not committed", checkpoint_id=name
             ) from error
-        try:
-            raw, manifest = await self._consistent(name, reader)
-            metadata = await self._decode(name, raw)
-            info = (
-                self._info(name, manifest)
-                if manifest is not None
-                else await self._stock_info(name, reader, raw, metadata)
-            )
-            with collection_paused():
-                contents = Contents(
-                    info=info,
-                    reader=reader,
-                    metadata=metadata,
-                    digest=xxhash.xxh3_64_hexdigest(b"".join(raw.values())),
-                    manifest=manifest,
-                    places=places_of(name, metadata),
-                    transforms=transforms_of(name, metadata),
-                    exotic=frozenset(manifest.exotic if manifest else ()),
-                    strides=manifest.strides if manifest else {},
-                )
-            await self._check_files(contents)
         except StorageError as error:
+            raise _verdict(name, error) from error
+
+    async def _was_replaced(self, name: str, digest: str | None) -> bool:
+        """Whether ``name`` has a `.metadata` of another ``digest`` (None: it could not be read), or is
+        gone."""
+        try:
+            reader = await self._storage.open(name)
+        except FileNotFoundError:
+            return True
+        try:
+            return _digest(await self._raw(reader)) != digest
+        except StorageError as error:
+            if _may_be_replaced(error):  # gone for the second time: that is how it is
+                return digest is not None
+            raise _verdict(name, error) from error
+        finally:
             await reader.close()
-            if error.errno not in (errno.ENOENT, errno.EPERM):
-                raise  # a medium that is away for a moment must not cost a run its newest checkpoint
-            raise CorruptCheckpointError(
-                f"checkpoint {name!r} can't be read: {error}; load an older one or restore the file",
-                checkpoint_id=name,
-            ) from error
-        except BaseException:
-            await reader.close()
-            raise
-        return contents
 
     @staticmethod
     async def _raw(reader: Reader) -> _RawMetadata:
@@ -112,21 +227,57 @@ class Opener:
                 raise
             return dict(by_rank.items())
 
-    async def _consistent(self, name: str, reader: Reader) -> tuple[_RawMetadata, Manifest | None]:
-        """`.metadata` and its manifest; read again if a replace came in between."""
-        raw = await self._raw(reader)
-        while True:
-            if None not in raw:
-                return raw, None
-            try:
-                return raw, await self._manifest_of(name, reader, raw[None])
-            except CorruptCheckpointError:
-                again = await self._raw(reader)
-                if again == raw:
-                    raise
-                raw = again
+    async def _describe(self, name: str, reader: Reader, raw: _RawMetadata) -> CheckpointInfo:
+        manifest = await self._manifest_of(name, reader, raw)
+        if manifest is None:
+            return await self._stock_info(name, reader, raw, await self._decode(name, raw))
+        await self._open_files(name, reader, manifest)
+        return self._info(name, manifest)
 
-    async def _manifest_of(self, name: str, reader: Reader, raw: bytes) -> Manifest | None:
+    async def _contents(self, name: str, reader: Reader, raw: _RawMetadata) -> Contents:
+        manifest = await self._manifest_of(name, reader, raw)
+        # what is open can't be taken away any more; decoding may take a second
+        sizes = await self._open_files(name, reader, manifest) if manifest is not None else {}
+        metadata = await self._decode(name, raw)
+        info = (
+            self._info(name, manifest)
+            if manifest is not None
+            else await self._stock_info(name, reader, raw, metadata)
+        )
+        with collection_paused():
+            contents = Contents(
+                info=info,
+                reader=reader,
+                metadata=metadata,
+                digest=_digest(raw),
+                manifest=manifest,
+                places=places_of(name, metadata),
+                transforms=transforms_of(name, metadata),
+                exotic=frozenset(manifest.exotic if manifest else ()),
+                strides=manifest.strides if manifest else {},
+            )
+        await self._check_files(contents, sizes)
+        return contents
+
+    async def _open_files(self, name: str, reader: Reader, manifest: Manifest) -> dict[str, int]:
+        """File -> length, of all that the manifest names, open from here on. Raises CorruptCheckpointError
+        for one that has another length."""
+        sizes: dict[str, int] = {}
+        for entry in manifest.files:
+            nbytes = sizes[entry.name] = await reader.size(entry.name)
+            if nbytes != entry.nbytes:
+                raise CorruptCheckpointError(
+                    f"checkpoint {name!r}: {entry.name} has {nbytes} bytes instead of {entry.nbytes}; it was "
+                    "cut off. Load an older checkpoint",
+                    checkpoint_id=name,
+                )
+        return sizes
+
+    async def _manifest_of(self, name: str, reader: Reader, seen: _RawMetadata) -> Manifest | None:
+        """The manifest that belongs to `.metadata`; None if stock wrote it."""
+        if None not in seen:
+            return None
+        raw = seen[None]
         digest = xxhash.xxh3_64_hexdigest(raw)
         problems: list[str] = []
         for content in await reader.manifest():
@@ -186,14 +337,7 @@ class Opener:
         """Of stock's: what its metadata and its files tell; without the latter it is not whole."""
         files = {place[0] for place in places_of(name, metadata).values()}
         modified = {stored.name: stored.modified for stored in await self._storage.list()}
-        sizes = []
-        for file in files:
-            try:
-                sizes.append(await reader.size(file))
-            except StorageError as error:
-                if error.errno != errno.ENOENT:
-                    raise
-                raise CorruptCheckpointError(f"checkpoint {name!r}: {error}", checkpoint_id=name) from error
+        sizes = [await reader.size(file) for file in files]
         return CheckpointInfo(
             checkpoint_id=name,
             step=last_number(name),
@@ -206,20 +350,21 @@ class Opener:
             _metadata=self._metadata_of,
         )
 
-    async def _check_files(self, contents: Contents) -> None:
-        """Open every file, check its size, and fetch the block checksums of ours."""
+    async def _check_files(self, contents: Contents, sizes: Mapping[str, int]) -> None:
+        """Open every file that is not yet (``sizes``), check its size, and fetch the block checksums of
+        ours."""
         name = contents.info.checkpoint_id
         ends: dict[str, int] = {}
         for file, offset, length in contents.places.values():
             ends[file] = max(ends.get(file, 0), offset + length)
         entries = {entry.name: entry for entry in contents.manifest.files} if contents.manifest else {}
         for file, end in ends.items():
-            nbytes = await contents.reader.size(file)
+            nbytes = sizes[file] if file in sizes else await contents.reader.size(file)
             entry = entries.get(file)
-            if nbytes < end or (entry is not None and nbytes != entry.nbytes):
+            if nbytes < end:
                 raise CorruptCheckpointError(
-                    f"checkpoint {name!r}: {file} has {nbytes} bytes instead of "
-                    f"{entry.nbytes if entry else end}; it was cut off. Load an older checkpoint",
+                    f"checkpoint {name!r}: {file} has {nbytes} bytes instead of {end}; it was cut off. "
+                    "Load an older checkpoint",
                     checkpoint_id=name,
                 )
             contents.image_bytes[file] = nbytes
@@ -244,57 +389,9 @@ class Opener:
             contents.digests[file] = footer.digests
             contents.image_bytes[file] = footer.image_bytes
 
-    async def any_manifest(self, name: str) -> Manifest | None:
-        try:
-            reader = await self._storage.open(name)
-            try:
-                found = [decode_manifest(raw) for raw in await reader.manifest()]
-                if (
-                    len(found) > 1
-                ):  # a replace was killed or is under way: the one that belongs to .metadata counts
-                    digest = xxhash.xxh3_64_hexdigest((await self._raw(reader)).get(None, b""))
-                    found = [manifest for manifest in found if manifest.metadata_digest == digest]
-            finally:
-                await reader.close()
-        except (FileNotFoundError, ManifestError):
-            return None  # whoever opens this checkpoint is told why; here it is only put in order
-        return max(found, key=lambda manifest: manifest.time, default=None)
 
-    async def info(self, name: str) -> CheckpointInfo | None:
-        """What ``name`` is; None if its `.metadata` and manifest do not belong together."""
-        try:
-            reader = await self._storage.open(name)
-        except FileNotFoundError:
-            return None  # removed meanwhile
-        try:
-            raw, manifest = await self._consistent(name, reader)
-            if manifest is None:
-                return await self._stock_info(name, reader, raw, await self._decode(name, raw))
-            for file in manifest.files:
-                if await reader.size(file.name) != file.nbytes:
-                    return None
-            return self._info(name, manifest)
-        except LoadError:
-            return None
-        except StorageError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            return None
-        finally:
-            await reader.close()
-
-    async def metadata(self, name: str) -> Metadata:
-        """DCP's Metadata of ``name``."""
-        try:
-            reader = await self._storage.open(name)
-        except FileNotFoundError as error:
-            raise CheckpointNotFoundError(
-                f"checkpoint {name!r} is not committed", checkpoint_id=name
-            ) from error
-        try:
-            return await self._decode(name, await self._raw(reader))
-        finally:
-            await reader.close()
+def _digest(raw: _RawMetadata) -> str:
+    return xxhash.xxh3_64_hexdigest(b"".join(raw.values()))
 
 
 def _decode_raw(raw: _RawMetadata) -> Metadata:

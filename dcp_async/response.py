@@ -14,7 +14,7 @@ import os
 import traceback
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, SupportsIndex, TypeAlias, TypeVar
 
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -62,7 +62,7 @@ class CheckpointInfo:
         return {name: getattr(self, name) for name in names} | {"notes": dict(self.notes)}
 
 
-CheckpointRef: TypeAlias = "Literal['latest'] | str | int | CheckpointInfo"
+CheckpointRef: TypeAlias = "Literal['latest'] | str | os.PathLike[str] | SupportsIndex | CheckpointInfo"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

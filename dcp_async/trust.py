@@ -40,13 +40,16 @@ from .rebuilding import UntrustedGlobal as UntrustedGlobal
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trust:
     """Which pickled leaves a load accepts beyond tensors, numbers, text, containers, numpy and the standard
-    library's values."""
+    library's values, and which links it follows."""
 
     safe_globals: tuple[type | Callable[..., object], ...] = ()
     """Classes (and functions that rebuild them) of yours that leaves may name."""
     unsafe: bool = False
     """Unpickle leaves without any check, as stock DCP does. Whoever wrote the checkpoint can then run code
     here."""
+    follow_links: bool = False
+    """Follow a checkpoint, or a file of one, that is a link out of the root, because it was moved to another
+    disk, say. The link must have been made by the root's owner, and lead to what is that owner's."""
 
     def __post_init__(self) -> None:
         for item in self.safe_globals:

@@ -12,6 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..errors import StorageError
+
+
+class UnreadableError(StorageError):
+    """What lies there can't be part of a checkpoint, now or later: not a regular file, closed to this
+    process, of no sensible length. Whoever looks for the newest checkpoint passes over it, with a warning;
+    any other StorageError says that the medium is at fault, and nothing is passed over."""
+
+
+class LinkError(StorageError):
+    """What lies there is a link that is not followed, or leads to nothing (ENOENT). It may be the newest
+    checkpoint, so no older one is given in its place."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredCheckpoint:
@@ -22,6 +35,8 @@ class StoredCheckpoint:
     """Whether its `.metadata` exists, or else rank 0's of stock's."""
     modified: float
     """When it was committed (or, if it was not, last changed), in Unix seconds."""
+    alias_of: str = ""
+    """The name that this is another one for, a link to it, say; such an entry is never ``committed``."""
 
 
 class Transaction(Protocol):
@@ -55,7 +70,13 @@ class Transaction(Protocol):
 
 
 class Reader(Protocol):
-    """Reads one committed checkpoint; the files it opened stay readable even if somebody removes it."""
+    """Reads one committed checkpoint; the files it opened stay readable even if somebody removes it.
+
+    Somebody may replace the checkpoint meanwhile. Then a reader shows the old one, the new one, or both in
+    part, and raises StorageError (ENOENT) for a file that is gone: whoever opens a checkpoint finds out by
+    `.metadata`, and opens it again. Besides StorageError a reader may raise its kinds UnreadableError and
+    LinkError, to say what an entry is.
+    """
 
     async def metadata(self) -> bytes:
         """The bytes of `.metadata`. Raises StorageError (ENOENT) if there are only those of stock's ranks."""
@@ -128,7 +149,10 @@ class Storage(Protocol):
         """
 
     async def list(self) -> Sequence[StoredCheckpoint]:
-        """All names under the root, committed or not, in no order."""
+        """All names under the root, committed or not, in no order.
+
+        What may be a checkpoint and can't be looked at counts as committed: ``open`` says what it is.
+        """
 
     async def remove(self, name: str) -> None:
         """Remove a checkpoint: what makes it one (`.metadata`, stock's of each rank) first, then the rest."""
@@ -137,4 +161,7 @@ class Storage(Protocol):
         """Remove what dead saves left under the root, and nothing that a live save or stock owns."""
 
     async def open(self, name: str) -> Reader:
-        """Start to read ``name``. Raises FileNotFoundError if it is not committed."""
+        """Start to read ``name``.
+
+        Raises: FileNotFoundError if it is not committed; LinkError; UnreadableError; StorageError.
+        """

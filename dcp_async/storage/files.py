@@ -19,9 +19,11 @@ from operator import itemgetter
 from pathlib import Path
 
 from .page_cache import absent_ranges, give_back, overlaps
+from .safe_open import open_regular
 
 METADATA = ".metadata"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")
+_MANIFEST = re.compile(r"manifest-.*\.json", re.DOTALL)
 _FIRST_RANK_METADATA = "__0.metadata"
 
 _ALIGN = 4096
@@ -32,22 +34,25 @@ verified."""
 _REFUSES_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
-def commit_mark(directory: str | os.PathLike[str]) -> os.stat_result | None:
-    """The status of the file that makes ``directory`` a checkpoint; None if it is none.
+def commit_mark(directory: str | os.PathLike[str] | int) -> os.stat_result | None:
+    """The status of what makes ``directory`` (or its descriptor) a checkpoint, of whatever kind it is; None
+    if it is none.
 
     Stock's ``use_collectives=False`` writes no `.metadata` but one per rank, and looks for rank 0's itself.
     """
     for name in (METADATA, _FIRST_RANK_METADATA):
         try:
-            return os.stat(os.path.join(directory, name))
+            if isinstance(directory, int):
+                return os.stat(name, dir_fd=directory, follow_symlinks=False)
+            return os.lstat(os.path.join(directory, name))
         except FileNotFoundError:
             continue
     return None
 
 
-def why_no_checkpoint(directory: Path) -> str:
-    """What to tell whoever takes ``directory`` for a checkpoint."""
-    if any(directory.glob("*.safetensors")):
+def why_no_checkpoint(directory: int) -> str:
+    """What to tell whoever takes the directory of this descriptor for a checkpoint."""
+    if any(name.endswith(".safetensors") for name in os.listdir(directory)):
         return (
             "it holds safetensors files, as Hugging Face's writer makes them, which dcp_async does not read; "
             "load it with HuggingFaceStorageReader and save it again"
@@ -55,12 +60,15 @@ def why_no_checkpoint(directory: Path) -> str:
     return "there is no .metadata, so no checkpoint"
 
 
-def rank_metadata_files(directory: Path) -> dict[int, Path]:
-    """rank -> its metadata file, ascending."""
+def manifest_files(directory: int) -> list[str]:
+    """The names of the manifests in the directory of this descriptor."""
+    return sorted(name for name in os.listdir(directory) if _MANIFEST.fullmatch(name))
+
+
+def rank_metadata_files(directory: str | os.PathLike[str] | int) -> dict[int, str]:
+    """rank -> the name of its metadata file, ascending."""
     found = {
-        int(match[1]): directory / name
-        for name in os.listdir(directory)
-        if (match := _RANK_METADATA.fullmatch(name))
+        int(match[1]): name for name in os.listdir(directory) if (match := _RANK_METADATA.fullmatch(name))
     }
     return dict(sorted(found.items()))
 
@@ -78,6 +86,16 @@ def sync_directory(path: Path) -> None:
         sync(fd)
     finally:
         os.close(fd)
+
+
+def refuse_link(path: Path) -> None:
+    """Raises OSError if a checkpoint of this name would be written through a link."""
+    if path.is_symlink():
+        raise OSError(
+            errno.ELOOP,
+            f"it is a link to {os.readlink(path)}, and nothing is written through links; remove it, or save "
+            "under another name",
+        )
 
 
 def make_directory(path: Path) -> None:
@@ -137,10 +155,11 @@ class DataFile:
 
 
 class ReadFile:
-    """A file being read, and what that has brought into the page cache."""
+    """A file being read, and what that has brought into the page cache. Owns its descriptor."""
 
-    def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, file: Path | int) -> None:
+        """``file``: a regular file's path, or its descriptor, which this closes then."""
+        self.fd = file if isinstance(file, int) else open_regular(file)
         try:
             self.nbytes = os.fstat(self.fd).st_size
             self._absent = absent_ranges(self.fd, self.nbytes)

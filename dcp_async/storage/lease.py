@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ..formats.stock_pickle import decode_metadata
 from ..trust import UntrustedGlobal
+from .safe_open import open_regular, read_small
 
 logger = logging.getLogger(__name__)
 
@@ -145,9 +146,12 @@ def _lock_if_free(directory: Path, uid: str, max_age: float) -> int | None:
     """
     path = directory / f".lease-{uid}"
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return -1  # taken before the first file and released after publishing
+    except OSError as error:
+        logger.debug("%s can't be taken, so its save may live: %s", path, error)
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not is_remote(directory) or time.time() - os.fstat(fd).st_mtime > max_age:
@@ -210,10 +214,13 @@ def _sweep_free(directory: Path, by_uid: dict[str, list[str]], free: set[str]) -
     """Delete what free leases leave behind; False if an unreadable `.metadata` protects the directory."""
     committed = True
     try:
-        metadata = (directory / ".metadata").read_bytes()
+        metadata = read_small(open_regular(directory / ".metadata"))
     except FileNotFoundError:
         named: set[str] | None = set()
         committed = False
+    except OSError as error:
+        logger.debug("%s protects its directory: %s", directory / ".metadata", error)
+        named = None
     else:
         # decoding is slow, and all are named but after a crash
         named = free if all(uid.encode() in metadata for uid in free) else _named_in(metadata, free)

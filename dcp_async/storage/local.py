@@ -29,11 +29,12 @@ from .files import (
     commit_mark,
     make_directory,
     rank_metadata_files,
+    refuse_link,
     sync,
     sync_directory,
-    why_no_checkpoint,
 )
 from .lease import Lease, remove_if_empty, sees_lease, sweep_directory, take_lease
+from .listing import list_checkpoints
 from .local_reader import LocalReader
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class LocalStorage(BlockingCalls):
         io_concurrency: int = 2,
         timeout: float = 600.0,
         lease_max_age: float = 600.0,
+        follow_links: bool = False,
     ) -> None:
         """
         Args:
@@ -62,6 +64,8 @@ class LocalStorage(BlockingCalls):
             timeout: seconds after which a call that does not return fails its save.
             lease_max_age: seconds after which, on NFS and FUSE, a lease that nobody touched is taken for
             dead.
+            follow_links: whether a checkpoint, or a file of one, may be a link out of the root. Only links
+            that the root's owner made are followed, and only to what is that owner's.
         """
         if sys.platform == "win32":
             raise StorageError(
@@ -70,11 +74,14 @@ class LocalStorage(BlockingCalls):
                 path=os.fspath(root),
             )
         super().__init__(io_concurrency=io_concurrency, timeout=timeout)
-        self.root = Path(os.path.abspath(os.fspath(root)))
+        self.root = Path(os.path.abspath(os.path.expanduser(os.fsdecode(root))))
         self._max_age = lease_max_age
+        self._follow_links = follow_links
         self._clean: dict[str, int] = {}
         """Directories in which a sweep found nothing to do -> when they last changed, so that the next one is
         quick."""
+        self._unswept: set[str] = set()
+        """Directories that could not be swept, each told once."""
 
     def __repr__(self) -> str:
         return f"LocalStorage({os.fspath(self.root)!r})"
@@ -120,36 +127,20 @@ class LocalStorage(BlockingCalls):
                 logger.debug("%s went away with its lease: the rank that leads has failed", directory)
 
     async def list(self) -> Sequence[StoredCheckpoint]:
-        def scan() -> list[StoredCheckpoint]:
-            found = []
-            try:
-                entries = list(os.scandir(self.root))
-            except FileNotFoundError:
-                return []
-            for entry in entries:
-                if not entry.name.startswith(".") and entry.is_dir():
-                    try:
-                        mark = commit_mark(entry.path)
-                        status = mark or entry.stat()
-                    except (FileNotFoundError, PermissionError, NotADirectoryError):
-                        continue  # removed meanwhile; or lost+found and the like, which is not ours
-                    found.append(
-                        StoredCheckpoint(
-                            name=entry.name, committed=mark is not None, modified=status.st_mtime
-                        )
-                    )
-            return found
-
-        return await self.run("list", self.root, scan)
+        return await self.run("list", self.root, list_checkpoints, self.root)
 
     async def remove(self, name: str) -> None:
         directory = self.root / name
 
         def remove() -> None:
+            if directory.is_symlink():  # what it leads to is somebody else's
+                directory.unlink()
+                sync_directory(self.root)
+                return
             # rank 0's comes first: without a `.metadata` it is what makes the checkpoint, with one it is dead
             # weight that must not come to life when `.metadata` goes
-            for path in (*rank_metadata_files(directory).values(), directory / METADATA):
-                path.unlink(missing_ok=True)
+            for file in (*rank_metadata_files(directory).values(), METADATA):
+                (directory / file).unlink(missing_ok=True)
             sync_directory(directory)
             sweep_directory(directory, max_age=self._max_age)
             sync_directory(self.root)
@@ -162,26 +153,32 @@ class LocalStorage(BlockingCalls):
                 return
             clean: dict[str, int] = {}
             for entry in os.scandir(self.root):
-                if entry.name.startswith(".") or not entry.is_dir():
+                if entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
                     continue
                 try:
-                    changed = entry.stat().st_mtime_ns
+                    changed = entry.stat(follow_symlinks=False).st_mtime_ns
                     if self._clean.get(entry.name) == changed or sweep_directory(
                         Path(entry.path), max_age=self._max_age
                     ):
                         clean[entry.name] = changed
                 except FileNotFoundError:  # another sweeper or its owner was faster
-                    logger.debug("%s went away while it was swept", entry.path)
+                    logger.debug("%r went away while it was swept", entry.path)
+                except OSError as error:  # one directory that can't be swept must not keep the others from it
+                    if entry.name not in self._unswept:
+                        self._unswept.add(entry.name)
+                        logger.warning("can't sweep %r: %s", entry.path, error)
             self._clean = clean
 
         await self.run("sweep", self.root, sweep)
 
     async def open(self, name: str) -> LocalReader:
-        directory = self.root / name
-        if await self.run("open", directory, commit_mark, directory) is None:
-            why = await self.run("open", directory, why_no_checkpoint, directory)
-            raise FileNotFoundError(errno.ENOENT, why, os.fspath(directory))
-        return LocalReader(self, self.root, directory)
+        reader = LocalReader(self, self.root, name, follow_links=self._follow_links)
+        try:
+            await self.run("open", self.root / name, reader.enter)
+        except BaseException:
+            reader.release()
+            raise
+        return reader
 
 
 class LocalTransaction:
@@ -214,6 +211,7 @@ class LocalTransaction:
         lead: bool,
     ) -> LocalTransaction:
         if lead:
+            refuse_link(directory)
             make_directory(directory)
             if not replace and commit_mark(directory) is not None:
                 raise FileExistsError(

@@ -11,71 +11,95 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import aiofiles
+from typing import ParamSpec, TypeVar
 
 from .._concurrency import StuckThreadError
 from ..errors import StorageError
+from .base import UnreadableError
 from .calls import BlockingCalls
-from .files import METADATA, ReadFile, rank_metadata_files
+from .files import METADATA, ReadFile, commit_mark, manifest_files, rank_metadata_files, why_no_checkpoint
+from .safe_open import CheckpointDirectory, read_small, unfit_entries
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class LocalReader:
-    """Reads one checkpoint. Owns the descriptors that it opened."""
+    """Reads one checkpoint. Owns the descriptors that it opened, its directory's first."""
 
-    def __init__(self, storage: BlockingCalls, root: Path, directory: Path) -> None:
-        self._storage = storage
+    def __init__(self, calls: BlockingCalls, root: Path, name: str, *, follow_links: bool) -> None:
+        self._calls = calls
         self._root = root
-        self._directory = directory
+        self._name = name
+        self._follow_links = follow_links
+        self._path = root / name
+        self._directory: CheckpointDirectory | None = None
         self._files: dict[str, ReadFile] = {}
-        self._stuck = False
+        self._reading_hangs = False
+        self._looking_hangs = False
 
-    async def _read_small(self, path: Path) -> bytes:
+    def enter(self) -> None:
+        """Open the directory. Blocks. Raises: FileNotFoundError if it holds no checkpoint; LinkError;
+        UnreadableError; OSError."""
+        self._directory = CheckpointDirectory(self._root, self._name, follow_links=self._follow_links)
+        with unfit_entries("open", self._path):
+            if commit_mark(self._directory.fd) is None:
+                raise FileNotFoundError(
+                    errno.ENOENT, why_no_checkpoint(self._directory.fd), os.fspath(self._path)
+                )
+
+    @property
+    def _opened(self) -> CheckpointDirectory:
+        assert self._directory is not None, "the reader was entered"
+        return self._directory
+
+    async def _run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a call that looks into the directory."""
         try:
-            file = await aiofiles.open(path, "rb", executor=self._storage.threads)
-            try:
-                content: bytes = await file.read()
-            finally:
-                await file.close()
-        except OSError as error:
-            raise StorageError.of("read", os.fspath(path), error) from error
-        return content
+            return await self._calls.run(verb, path, fn, *args, **kwargs)
+        except StuckThreadError:
+            self._looking_hangs = True
+            raise
+
+    async def _read_small(self, name: str) -> bytes:
+        def read() -> bytes:
+            with unfit_entries("read", self._path / name):
+                return read_small(self._opened.open_file(name))
+
+        return await self._run("open", self._path / name, read)
 
     async def metadata(self) -> bytes:
-        return await self._read_small(self._directory / METADATA)
+        return await self._read_small(METADATA)
 
     async def rank_metadata(self) -> Mapping[int, bytes]:
-        paths = await self._storage.run("list", self._directory, rank_metadata_files, self._directory)
-        return {rank: await self._read_small(path) for rank, path in paths.items()}
+        names = await self._run("list", self._path, rank_metadata_files, self._opened.fd)
+        return {rank: await self._read_small(name) for rank, name in names.items()}
 
     async def manifest(self) -> Sequence[bytes]:
-        paths = await self._storage.run(
-            "list", self._directory, lambda: sorted(self._directory.glob("manifest-*.json"))
-        )
-        found = []
-        for path in paths:
+        names = await self._run("list", self._path, manifest_files, self._opened.fd)
+        found: list[bytes] = []
+        unreadable: UnreadableError | None = None
+        for name in names:
             try:
-                found.append(await self._read_small(path))
+                found.append(await self._read_small(name))
+            except UnreadableError as error:  # if it is not the one that counts, it does no harm
+                unreadable = error
             except StorageError as error:
                 if error.errno != errno.ENOENT:  # removed by a replace since it was listed
                     raise
+        if unreadable is not None and not found:
+            raise unreadable
         return found
 
     def _open(self, file: str) -> ReadFile:
         if file not in self._files:
-            path = self._directory / file
-            root = os.path.realpath(self._root)
-            if os.path.commonpath((os.path.realpath(path), root)) != root:
-                raise OSError(
-                    errno.EPERM, "the path leaves the root; a checkpoint may not name files outside of it"
-                )
-            self._files[file] = ReadFile(path)
+            self._files[file] = ReadFile(self._opened.open_file(file))
         return self._files[file]
 
     async def size(self, file: str) -> int:
-        return (await self._storage.run("open", self._directory / file, self._open, file)).nbytes
+        return (await self._run("open", self._path / file, self._open, file)).nbytes
 
     async def read_into(
         self,
@@ -83,13 +107,12 @@ class LocalReader:
         pieces: Sequence[tuple[int, memoryview]],
         arrived: Callable[[int], None] | None = None,
     ) -> None:
-        def read() -> None:
-            self._open(file).read(pieces, arrived)
-
+        if file not in self._files:
+            await self.size(file)
         try:
-            await self._storage.run_bulk("read", self._directory / file, read)
+            await self._calls.run_bulk("read", self._path / file, self._files[file].read, pieces, arrived)
         except StuckThreadError:
-            self._stuck = True
+            self._reading_hangs = True
             raise
 
     async def give_back(self) -> None:
@@ -100,14 +123,20 @@ class LocalReader:
                 file.give_back()
 
         try:
-            await self._storage.run("close", self._directory, give_back)
+            await self._calls.run("close", self._path, give_back)
         except (StorageError, StuckThreadError) as error:
             logger.debug("what was read stays in the page cache: %s", error)
 
     async def close(self) -> None:
-        if (
-            not self._stuck
-        ):  # a thread that hangs in a read must never find its descriptor's number given away
+        self.release()
+
+    def release(self) -> None:
+        """Close the descriptors but those of calls that hang: their threads must never find a descriptor's
+        number given to another file."""
+        if not self._reading_hangs:
             for file in self._files.values():
                 file.close()
         self._files.clear()
+        if self._directory is not None and not self._looking_hangs:
+            self._directory.close()
+        self._directory = None
