@@ -8,12 +8,9 @@ finished its checks. With one rank it is the catalog alone.
 
 from __future__ import annotations
 
-import errno
 import functools
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeVar
-
-import anyio
 
 from ._concurrency import run_unless
 from .catalog import Catalog
@@ -25,9 +22,9 @@ from .errors import (
     CorruptCheckpointError,
     IncompatibleStateError,
     LoadError,
-    StorageError,
     UntrustedCheckpointError,
 )
+from .joint_opening import open_same
 from .remote import RemoteFailure
 from .response import CheckpointInfo, CheckpointRef
 
@@ -42,7 +39,6 @@ _LOAD_ERRORS: dict[str, type[LoadError]] = {
         UntrustedCheckpointError,
     )
 }
-_RETRY_SECONDS = 0.2
 _LOAD = "load"
 
 
@@ -149,44 +145,8 @@ class Agreement:
         return value
 
     async def _open(self, uid: str, name: str) -> Contents:
-        """Open ``name`` as the coordinator sees it."""
-        mine = await self._catalog.open(name) if self._coordinator.is_coordinator else None
-
-        async def decide(messages: Sequence[None]) -> list[str]:
-            assert mine is not None
-            return [mine.digest] * len(messages)
-
-        try:
-            digest = await self._coordinator.exchange(uid, "open", None, decide)
-        except BaseException:
-            if mine is not None:
-                await mine.close()
-            raise
-        return mine or await self._open_same(name, digest)
-
-    async def _open_same(self, name: str, digest: str) -> Contents:
-        """A file system may show a rank an older state for a while."""
-        deadline = anyio.current_time() + self._timeout
-        while True:
-            problem = "it is not the one that the coordinator sees"
-            try:
-                contents = await self._catalog.open(name)
-                if contents.digest == digest:
-                    return contents
-                await contents.close()
-            except (CheckpointNotFoundError, CorruptCheckpointError) as error:
-                problem = str(error)
-            except StorageError as error:
-                if error.errno != errno.ESTALE:
-                    raise
-                problem = str(error)
-            if anyio.current_time() > deadline:
-                raise LoadError(
-                    f"checkpoint {name!r} can't be opened on this rank: {problem}; "
-                    "are all ranks given the same root?",
-                    checkpoint_id=name,
-                )
-            await anyio.sleep(_RETRY_SECONDS)
+        """Open ``name``, the same state of it on all ranks."""
+        return await open_same(self._catalog, self._coordinator, uid, name, timeout=self._timeout)
 
 
 def _unexpected_of_all(reports: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[str]:

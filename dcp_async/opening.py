@@ -133,7 +133,11 @@ class Opener:
 
     async def is_current(self, contents: Contents) -> bool:
         """Whether ``contents`` are of the checkpoint that is there now."""
-        return not await self._was_replaced(contents.info.checkpoint_id, contents.digest)
+        name = contents.info.checkpoint_id
+        try:
+            return not await self._was_replaced(name, contents.digest)
+        except LinkError as error:
+            raise refused_link(name, error) from error
 
     async def manifest(self, name: str) -> Manifest | None:
         """The manifest of ``name``, if it can be read and has one: whoever opens it is told why not, this is

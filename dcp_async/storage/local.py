@@ -174,7 +174,8 @@ class LocalStorage(BlockingCalls):
     async def open(self, name: str) -> LocalReader:
         reader = LocalReader(self, self.root, name, follow_links=self._follow_links)
         try:
-            await self.run("open", self.root / name, reader.enter)
+            if why := await self.run("open", self.root / name, reader.enter):
+                raise FileNotFoundError(errno.ENOENT, why, os.fspath(self.root / name))
         except BaseException:
             reader.release()
             raise

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from .._concurrency import StuckThreadError
 from ..errors import StorageError
-from .base import UnreadableError
+from .base import LinkError, UnreadableError
 from .calls import BlockingCalls
 from .files import METADATA, ReadFile, commit_mark, manifest_files, rank_metadata_files, why_no_checkpoint
 from .safe_open import CheckpointDirectory, read_small, unfit_entries
@@ -40,15 +39,15 @@ class LocalReader:
         self._reading_hangs = False
         self._looking_hangs = False
 
-    def enter(self) -> None:
-        """Open the directory. Blocks. Raises: FileNotFoundError if it holds no checkpoint; LinkError;
+    def enter(self) -> str:
+        """Open the directory; why there is no checkpoint, "" if there is one. Blocks. Raises: LinkError;
         UnreadableError; OSError."""
-        self._directory = CheckpointDirectory(self._root, self._name, follow_links=self._follow_links)
+        try:
+            self._directory = CheckpointDirectory(self._root, self._name, follow_links=self._follow_links)
+        except FileNotFoundError:
+            return "there is no such directory"
         with unfit_entries("open", self._path):
-            if commit_mark(self._directory.fd) is None:
-                raise FileNotFoundError(
-                    errno.ENOENT, why_no_checkpoint(self._directory.fd), os.fspath(self._path)
-                )
+            return "" if commit_mark(self._directory.fd) else why_no_checkpoint(self._directory.fd)
 
     @property
     def _opened(self) -> CheckpointDirectory:
@@ -64,11 +63,16 @@ class LocalReader:
             raise
 
     async def _read_small(self, name: str) -> bytes:
+        path = self._path / name
+
         def read() -> bytes:
-            with unfit_entries("read", self._path / name):
+            with unfit_entries("read", path):
                 return read_small(self._opened.open_file(name))
 
-        return await self._run("open", self._path / name, read)
+        try:
+            return await self._run("open", path, read)
+        except LinkError as error:  # nobody moves these away for their size: it is no checkpoint's
+            raise UnreadableError(str(error), verb=error.verb, path=error.path, errno=errno.EPERM) from error
 
     async def metadata(self) -> bytes:
         return await self._read_small(METADATA)

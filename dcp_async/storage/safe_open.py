@@ -96,19 +96,17 @@ def read_small(fd: int) -> bytes:
     Raises OSError (EFBIG) before anything is read where the length is no such file's, or only pretended by
     holes.
     """
-    try:
+    with open(fd, "rb", buffering=0) as file:
         size = os.fstat(fd).st_size
         if size > SMALL_FILE_BYTES:
             raise OSError(errno.EFBIG, f"it is {size} bytes long, which no such file is")
         if (hole := _first_hole(fd, size)) < size:
             raise OSError(errno.EFBIG, f"it is {size} bytes long and has holes, from byte {hole} on")
         parts: list[bytes] = []
-        while size and (part := os.read(fd, size)):
+        while size and (part := file.read(size)):
             parts.append(part)
             size -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
-    finally:
-        os.close(fd)
 
 
 def _first_hole(fd: int, size: int) -> int:

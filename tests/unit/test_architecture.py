@@ -68,6 +68,7 @@ LAYERS: list[set[str]] = [
         "store_coordinator",
         "coordinator",
         "agreement",
+        "joint_opening",
         "plan_exchange",
         "catalog",
         "contents",
