@@ -188,6 +188,12 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)
+def soak(session: nox.Session) -> None:
+    """Replace a checkpoint for half an hour under four readers and two pollers; --minutes takes less."""
+    session.run(DEV_PYTHON, "tests/faults/replace_race.py", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
 def ranks(session: nox.Session) -> None:
     """Run all tests over several processes: faults of every kind on every rank, a story of a lost rank."""
     session.run(DEV_PYTHON, "-m", "pytest", "tests/distributed", *session.posargs, external=True)
