@@ -110,7 +110,8 @@ class IncompatibleStateError(LoadError):
 
 
 class UntrustedCheckpointError(LoadError):
-    """The checkpoint names a global that ``Trust`` does not allow; nothing of it was run."""
+    """The checkpoint names a global, or is behind a link, that ``Trust`` does not allow; nothing of it was
+    run or read."""
 
 
 class StorageError(CheckpointError, OSError):

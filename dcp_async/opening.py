@@ -26,7 +26,7 @@ from .errors import (
     StorageError,
     UntrustedCheckpointError,
 )
-from .formats.distcp import Footer, FooterError, footer_span
+from .formats.distcp import SECTOR_BYTES, Footer, FooterError, footer_span, read_trailer
 from .formats.manifest import Manifest, ManifestError, NewerVersionError, decode_manifest
 from .formats.stock_metadata import merge_ranks
 from .formats.stock_pickle import decode_metadata
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _OUR_FILE = re.compile(rb"__\d+_\d+-[0-9a-f]{16}\.distcp")
+
+_LONG_FOOTER_BYTES = 1 << 20
+"""Of files from 8 GiB on."""
 
 _RawMetadata = Mapping[int | None, bytes]
 """What makes a checkpoint one: `.metadata` under None, or else, under its number, that of each of stock's
@@ -380,10 +383,8 @@ class Opener:
                 )
             if entry is None:
                 continue
-            raw = bytearray(footer_span(nbytes))
-            await contents.reader.read_into(file, [(nbytes - len(raw), memoryview(raw))])
             try:
-                footer = Footer.decode(bytes(raw), nbytes)
+                footer = await _read_footer(contents.reader, file, nbytes)
                 if footer.digest != entry.digest:
                     raise FooterError("the footer's table is not the one that the manifest names")
             except FooterError as error:
@@ -392,6 +393,21 @@ class Opener:
                 ) from error
             contents.digests[file] = footer.digests
             contents.image_bytes[file] = footer.image_bytes
+
+
+async def _read_footer(reader: Reader, file: str, nbytes: int) -> Footer:
+    """Raises FooterError."""
+    span = footer_span(nbytes)
+    if span > _LONG_FOOTER_BYTES:  # a file may only pretend to be so long
+        last = bytearray(SECTOR_BYTES)
+        await reader.read_into(file, [(nbytes - len(last), memoryview(last))])
+        read_trailer(bytes(last), nbytes)
+    try:
+        raw = bytearray(span)
+    except (MemoryError, OverflowError) as error:
+        raise FooterError(f"its footer would take {span} bytes") from error
+    await reader.read_into(file, [(nbytes - len(raw), memoryview(raw))])
+    return Footer.decode(bytes(raw), nbytes)
 
 
 def _digest(raw: _RawMetadata) -> str:

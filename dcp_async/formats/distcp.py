@@ -207,15 +207,7 @@ class Footer:
 
         Raises: FooterError.
         """
-        if len(raw) < _TRAILER.size:
-            raise FooterError("the file is too short for a footer")
-        magic, version, block, count, image, table_digest = _TRAILER.unpack(raw[-_TRAILER.size :])
-        if magic != _MAGIC:
-            raise FooterError("there is no footer at the end of the file")
-        if version > FOOTER_VERSION:
-            raise FooterError(f"the footer has version {version}; this release reads up to {FOOTER_VERSION}")
-        if block != BLOCK_BYTES or count != num_blocks(image) or image + footer_bytes(image) != file_bytes:
-            raise FooterError("the footer does not describe a file of this size")
+        count, image, table_digest = read_trailer(raw, file_bytes)
         table = raw[len(raw) - footer_bytes(image) :][: 8 * count]
         if len(table) != 8 * count or xxhash.xxh3_64_intdigest(table) != table_digest:
             raise FooterError("the footer's table does not match its own checksum")
@@ -224,6 +216,21 @@ class Footer:
         if sys.byteorder == "big":
             digests.byteswap()
         return cls(image_bytes=image, digests=digests)
+
+
+def read_trailer(raw: bytes, file_bytes: int) -> tuple[int, int, int]:
+    """(number of blocks, length of the image, digest of the table) by the last bytes of a file of
+    ``file_bytes``. Raises FooterError."""
+    if len(raw) < _TRAILER.size:
+        raise FooterError("the file is too short for a footer")
+    magic, version, block, count, image, table_digest = _TRAILER.unpack(raw[-_TRAILER.size :])
+    if magic != _MAGIC:
+        raise FooterError("there is no footer at the end of the file")
+    if version > FOOTER_VERSION:
+        raise FooterError(f"the footer has version {version}; this release reads up to {FOOTER_VERSION}")
+    if block != BLOCK_BYTES or count != num_blocks(image) or image + footer_bytes(image) != file_bytes:
+        raise FooterError("the footer does not describe a file of this size")
+    return count, image, table_digest
 
 
 def footer_span(file_bytes: int) -> int:

@@ -167,7 +167,7 @@ class CheckpointDirectory:
         UnreadableError; OSError."""
         path = os.path.join(self.path, name)
         with unfit_entries("open", path):
-            if "\0" in name:
+            if not _is_a_name(name):
                 raise OSError(errno.EPERM, "no file has such a name")
             if "/" not in name:
                 try:
@@ -242,6 +242,13 @@ class CheckpointDirectory:
             os.close(fd)
             raise refused(f"that does not belong to the root's owner (uid {self._owner}); copy it")
         return fd
+
+
+def _is_a_name(name: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _links_on(base: str, relative: str) -> list[str]:

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import socket
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from dcp_async import CheckpointEngine, CheckpointNotFoundError, CorruptCheckpointError
 from dcp_async.storage.local import LocalStorage
-from tests.doubles import assert_same, manifest_file
+from tests.doubles import MIB, assert_same, manifest_file
 
 STATE = {"w": torch.arange(100.0), "n": 1}
 BAD = "step-00000009"
@@ -163,6 +165,45 @@ async def test_a_checkpoint_whose_data_file_is_no_regular_file_is_passed_over(
     (path,) = (root / BAD).glob("*.distcp")
     path.unlink()
     kind(path)
+    await assert_passed_over(root, caplog)
+
+
+def sign(manifest: Path, old: str, new: str) -> None:
+    """Put ``new`` in place of ``old`` in a manifest, as whoever writes one by hand would."""
+    body = manifest.read_text()[:-29]
+    assert old in body
+    changed = body.replace(old, new).encode()
+    manifest.write_bytes(changed + b',"digest":"%s"}' % xxhash.xxh3_64_hexdigest(changed).encode())
+
+
+async def test_a_data_file_that_only_pretends_to_be_long_is_not_read(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its footer's table would take a gigabyte."""
+    await save(root, 5, 9)
+    (path,) = (root / BAD).glob("*.distcp")
+    nbytes = path.stat().st_size
+    os.truncate(path, 8 << 40)
+    sign(manifest_file(root / BAD), f'"nbytes":{nbytes}', f'"nbytes":{8 << 40}')
+    tracemalloc.start()
+    try:
+        async with CheckpointEngine(root) as engine:
+            report = await engine.load({"w": torch.zeros(100), "n": 0})
+        assert (report.checkpoint_id, report.skipped) == (GOOD, (BAD,))
+        assert tracemalloc.get_traced_memory()[1] < 64 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "name", ["a\\u0000b", "a\\ud800b", "x" * 300, "..", ".", "", "a/", "../..", "/etc/passwd", "manifest/.."]
+)
+async def test_a_manifest_that_names_what_no_file_is_called_is_passed_over(
+    root: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    await save(root, 5, 9)
+    (path,) = (root / BAD).glob("*.distcp")
+    sign(manifest_file(root / BAD), f'"{path.name}"', f'"{name}"')
     await assert_passed_over(root, caplog)
 
 
