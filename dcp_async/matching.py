@@ -142,8 +142,8 @@ def _match_tensor(
         match.mismatch(name, f"is {here} in the state, {there} in the checkpoint")
     elif saved != tensor.dtype and dtypes == "exact":
         match.mismatch(name, f"is {here} in the state, {there} in the checkpoint")
-        match.convertible = match.convertible or torch.can_cast(saved, tensor.dtype)
-    elif saved != tensor.dtype and not torch.can_cast(saved, tensor.dtype):
+        match.convertible = match.convertible or _can_cast(saved, tensor.dtype)
+    elif saved != tensor.dtype and not _can_cast(saved, tensor.dtype):
         match.mismatch(name, f"is {here} in the state; {saved}, as in the checkpoint, can't become that")
     elif any(_is_expanded(region.tensor) for region in regions):
         match.mismatch(name, "is expanded: its elements share one place; clone() it first")
@@ -155,6 +155,11 @@ def _match_tensor(
         match.fresh[name] = fresh_tensor(meta, None, targets.device, tensor.dtype)
     else:
         match.leaves.append(name)
+
+
+def _can_cast(saved: object, dtype: torch.dtype) -> bool:
+    """Whether ``saved``, which a newer torch may have and this one not, can become ``dtype``."""
+    return isinstance(saved, torch.dtype) and torch.can_cast(saved, dtype)
 
 
 def _match_per_rank(targets: Targets, structure: Tree, known: Sequence[str], match: Match) -> set[str]:

@@ -7,20 +7,27 @@ Invariant: nothing but the uid changes from save to save until the layout does.
 
 from __future__ import annotations
 
+import copyreg
 import io
+import logging
 import pickle
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     Metadata,
     MetadataIndex,
+    TensorProperties,
     TensorStorageMetadata,
 )
+
+logger = logging.getLogger(__name__)
 
 UID_DIGITS = 16
 _PLACEHOLDER = "\x01uid-goes-here\x02\x03"
@@ -96,6 +103,38 @@ _NEW = pickle.EMPTY_TUPLE + pickle.NEWOBJ + _DICT
 _BUILT = pickle.SETITEMS + pickle.BUILD
 
 
+_FIELDS = 5
+"""Of the state of TensorProperties: what stock before torch 2.15 reads, and every later one."""
+_UNREAD = 6
+"""The sixth is the strides: no stock reads them back, and ours are in the manifest (docs/adr/0014)."""
+
+
+def _properties_state(properties: Any) -> tuple[Any, ...]:
+    """The state of a TensorProperties in the form that every stock reads, unless that would lose
+    something."""
+    state: tuple[Any, ...] = properties.__getstate__()
+    if len(state) <= _FIELDS:
+        return state
+    plain: Any = TensorProperties(dtype=properties.dtype)
+    defaults: tuple[Any, ...] = plain.__getstate__()
+    if state[_UNREAD:] == defaults[_UNREAD:]:
+        return state[:_FIELDS]
+    logger.warning(
+        "the planner says %r of a tensor, which only torch %s and later can read: stock of an older torch "
+        "will not load this checkpoint",
+        properties,
+        torch.__version__,
+    )
+    return state
+
+
+def _reduced(properties: TensorProperties) -> tuple[Any, ...]:
+    return copyreg.__newobj__, (TensorProperties,), _properties_state(properties)  # type: ignore[attr-defined]  # as object.__reduce_ex__ gives it
+
+
+_PICKLED_AS: ChainMap[Any, Any] = ChainMap({TensorProperties: _reduced}, copyreg.dispatch_table)
+
+
 class _Constants:
     """The opcodes that push a value: a reference to where it stands in full, at the head of the pickle."""
 
@@ -103,6 +142,7 @@ class _Constants:
         self._head = [pickle.PROTO + bytes([_PROTOCOL])]
         self._file = io.BytesIO()
         self._pickler = pickle.Pickler(self._file, _PROTOCOL)
+        self._pickler.dispatch_table = _PICKLED_AS
         self._known: dict[int, bytes] = {}
 
     def __call__(self, value: object) -> bytes:

@@ -4,7 +4,7 @@ Enters: bytes of unknown origin. Leaves: a Metadata whose every field that a loa
 and a sensible value. Invariants: nothing that a `.metadata` names is imported or called; the unpickler, which
 is C's because that of many tensors must decode fast, and can't be told what not to do, gets nothing that it
 could change: stand-ins that are sealed, and types that are immutable. What it makes of them becomes torch's
-own objects once it was checked.
+own objects once it was checked. What a newer stock adds to what a load needs is passed over, docs/adr/0014.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -34,10 +36,24 @@ from ..opcodes import end_of_pickle
 from ..trust import Inert, UntrustedGlobal
 
 _MAX_DIMS = 64
+_MAX_NAME = 64
+_DTYPE = re.compile(rf"[a-z][a-z0-9_]{{0,{_MAX_NAME - 1}}}")
+_KNOWN_FIELDS: dict[type, frozenset[str]] = {
+    cls: frozenset(field.name for field in fields(cls))
+    for cls in (
+        TensorStorageMetadata,
+        ChunkStorageMetadata,
+        BytesStorageMetadata,
+        MetadataIndex,
+        _StorageInfo,
+    )
+}
 _MAX_ELEMENTS = 1 << 48
 """Of a byte each, more than an address space holds."""
 _get_layout: Any = torch.serialization._get_layout  # untyped
 _FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
+_PROPERTIES = (torch.dtype, torch.layout, bool, torch.memory_format, bool)
+"""Types of the fields of TensorProperties, in their order."""
 
 
 class _Sealed(type):
@@ -65,12 +81,47 @@ class _Properties(metaclass=_Sealed):
 
 class _Format(metaclass=_Sealed):
     def __new__(cls, value: Any) -> Any:
-        return _FORMATS[value]
+        """No load asks for it, so one that this torch lacks does not stand in the way."""
+        known = type(value) is int and 0 <= value < len(_FORMATS)
+        return _FORMATS[value] if known else torch.preserve_format
+
+
+class Unknown:
+    """A dtype or layout that this torch does not have. Whoever needs that tensor is refused; a load of the
+    others is not. Has no state that a pickle could set."""
+
+    __slots__ = ("_name",)
+    _name: str
+    itemsize = 16
+    """As of the largest dtype that there is: where it counts, it is an upper bound."""
+
+    def __init__(self, name: str) -> None:
+        object.__setattr__(self, "_name", name)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise UntrustedGlobal(f"{self} (to change it)")
+
+    def __setstate__(self, state: object) -> NoReturn:
+        raise UntrustedGlobal(f"{self} (to change it)")
+
+    def __repr__(self) -> str:
+        return f"{self._name}, which torch {torch.__version__} does not have"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unknown) and self._name == other._name
+
+    def __hash__(self) -> int:
+        return hash(self._name)
 
 
 class _Layout(metaclass=_Sealed):
     def __new__(cls, name: Any) -> Any:
-        return _get_layout(name)
+        if type(name) is not str:
+            raise ValueError(f"a layout in it is a {type(name).__name__}")
+        try:
+            return _get_layout(name)
+        except KeyError:
+            return Unknown(name[:_MAX_NAME])
 
 
 class _Path(metaclass=_Sealed):
@@ -122,6 +173,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str, /) -> Any:
         found = _stock_globals().get((module, name))
+        if found is None and module == "torch" and _DTYPE.fullmatch(name) and not hasattr(torch, name):
+            return Unknown(f"torch.{name}")
         if found is None:
             self.foreign.append(f"{module}.{name}")
             return Inert
@@ -143,7 +196,7 @@ def decode_metadata(raw: bytes) -> Metadata:
         whole = unpickler.load()
         if type(whole) is not _Whole:
             raise ValueError(f"it holds a {type(whole).__name__}, not DCP's Metadata")
-        return _Checker(most_chunks=len(raw)).metadata(whole, has_foreign=bool(unpickler.foreign))
+        return _Checker(most_chunks=len(raw), has_foreign=bool(unpickler.foreign)).metadata(whole)
     except (UntrustedGlobal, MemoryError):
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
@@ -155,15 +208,26 @@ def decode_metadata(raw: bytes) -> Metadata:
 
 
 class _Checker:
-    """Turns stand-ins into what they stand for, if their fields are as stock makes them."""
+    """Turns stand-ins into what they stand for, if the fields that a load needs are as stock makes them."""
 
-    def __init__(self, *, most_chunks: int) -> None:
+    def __init__(self, *, most_chunks: int, has_foreign: bool) -> None:
         self._chunks_left = most_chunks
         """A chunk takes some bytes of a pickle; more of them are one list under many names."""
+        self._has_foreign = has_foreign
+        """Whether anything in it could not be made."""
         self._sizes: set[torch.Size] = set()
+        self._made: dict[_Properties, TensorProperties] = {}
+        """By the very object: ours has one for all tensors that are alike."""
         self._properties: dict[Any, TensorProperties] = {}
+        """By value: stock has one for each tensor."""
 
-    def metadata(self, whole: Any, *, has_foreign: bool) -> Metadata:
+    def _strip(self, stand_in: Any, cls: type) -> None:
+        """Leave out the fields that only a newer torch's ``cls`` has: what could not be made may be there."""
+        attributes = vars(stand_in)
+        for name in attributes.keys() - _KNOWN_FIELDS[cls]:
+            del attributes[name]
+
+    def metadata(self, whole: Any) -> Metadata:
         fields = vars(whole)
         entries = fields.get("state_dict_metadata")
         if not isinstance(entries, dict):
@@ -174,18 +238,23 @@ class _Checker:
             if type(entry) is _Tensor:
                 self._tensor(name, entry)
             elif type(entry) is _Leaf:
+                if self._has_foreign:
+                    self._strip(entry, BytesStorageMetadata)
                 entry.__class__ = BytesStorageMetadata
             elif type(entry) not in (BytesStorageMetadata, TensorStorageMetadata):
                 raise ValueError(f"{name} is described by a {type(entry).__name__}")
             elif type(entry) is TensorStorageMetadata:  # under another name once more
                 self._count(entry.chunks)
         if isinstance(stored := fields.get("storage_data"), dict):
-            fields["storage_data"] = {self._index(index): self._info(info) for index, info in stored.items()}
+            places = {self._index(index): self._info(info) for index, info in stored.items()}
+            if len(places) != len(stored):
+                raise ValueError("it gives several places for one item, told apart by what is not known here")
+            fields["storage_data"] = places
         elif stored is not None:
             raise ValueError("it does not say where its items lie")
         if "storage_meta" in fields:
             fields["storage_meta"] = self._storage_meta(fields["storage_meta"])
-        if has_foreign:
+        if self._has_foreign:
             for attribute, value in list(fields.items()):
                 if attribute not in ("state_dict_metadata", "storage_data") and _holds_inert(value):
                     fields[attribute] = None
@@ -207,6 +276,8 @@ class _Checker:
         self._count(chunks)
         for chunk in chunks:
             if type(chunk) is _Chunk:
+                if self._has_foreign:
+                    self._strip(chunk, ChunkStorageMetadata)
                 chunk.__class__ = ChunkStorageMetadata
             elif type(chunk) is not ChunkStorageMetadata:
                 raise ValueError(f"a chunk of {name} is a {type(chunk).__name__}")
@@ -216,22 +287,34 @@ class _Checker:
             if len(offsets) != len(size) or len(sizes) != len(size):
                 raise ValueError(f"a chunk of {name} has other dimensions than the tensor")
         if type(properties) is _Properties:
-            state = properties.state
-            made = self._properties.get(state)
+            made = self._made.get(properties)
             if made is None:
-                made = self._properties[state] = self._made_properties(name, state)
+                made = self._made[properties] = self._made_properties(name, properties.state)
             fields["properties"] = made
         elif type(properties) is not TensorProperties:
             raise ValueError(f"the properties of {name} are a {type(properties).__name__}")
+        if self._has_foreign:
+            self._strip(entry, TensorStorageMetadata)
         entry.__class__ = TensorStorageMetadata
 
-    @staticmethod
-    def _made_properties(name: str, state: Any) -> TensorProperties:
-        types = (torch.dtype, torch.layout, bool, torch.memory_format, bool)
-        if type(state) is not tuple or tuple(map(type, state)) != types:
-            raise ValueError(f"the properties of {name} make no sense")
-        dtype, layout, requires_grad, memory_format, pin_memory = state
-        return TensorProperties(dtype, layout, requires_grad, memory_format, pin_memory)
+    def _made_properties(self, name: str, state: Any) -> TensorProperties:
+        """The first fields of ``state`` are those that each stock writes; what a newer one has behind them,
+        as torch 2.15 its strides, tells nothing that a load needs."""
+        needed = state[: len(_PROPERTIES)] if type(state) is tuple else ()
+        types = tuple(map(type, needed))
+        if types != _PROPERTIES:
+            instead = tuple(
+                known if kind is Unknown and known in (torch.dtype, torch.layout) else kind
+                for kind, known in zip(types, _PROPERTIES, strict=False)
+            )
+            if instead != _PROPERTIES:
+                raise ValueError(f"the properties of {name} make no sense")
+        made = self._properties.get(needed)
+        if made is None:
+            dtype, layout, requires_grad, memory_format, pin_memory = needed
+            made = TensorProperties(dtype, layout, requires_grad, memory_format, pin_memory)
+            self._properties[needed] = made
+        return made
 
     def _check_size(self, name: str, size: object) -> None:
         """A torch.Size holds ints; which ones, it does not mind."""
@@ -252,17 +335,20 @@ class _Checker:
             raise ValueError(f"a place in it is that of {name!r:.80}, {number!r:.80}")
         if offset is not None:
             self._check_size(name, offset)
+        if self._has_foreign:
+            self._strip(index, MetadataIndex)
         index.__class__ = MetadataIndex
         made: MetadataIndex = index
         return made
 
-    @staticmethod
-    def _info(info: Any) -> _StorageInfo:
+    def _info(self, info: Any) -> _StorageInfo:
         if type(info) is _Info:
             fields = vars(info)
             path, offset, length = fields["relative_path"], fields["offset"], fields["length"]
             if type(path) is not str or type(offset) is not int or type(length) is not int:
                 raise ValueError(f"a place in it is {path!r:.80}, {offset!r:.80}, {length!r:.80}")
+            if self._has_foreign:
+                self._strip(info, _StorageInfo)
             info.__class__ = _StorageInfo
         elif type(info) is not _StorageInfo:
             raise ValueError(f"a place in it is a {type(info).__name__}")
