@@ -19,11 +19,19 @@ from torch.distributed.checkpoint import (
     _version,
 )
 from torch.distributed.checkpoint._extension import StreamTransformExtension, ZStandard
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
+
+try:
+    from torch.distributed.checkpoint.fsspec_filesystem import (  # type: ignore[import-not-found, unused-ignore]
+        FsspecWriter,
+    )
+except ImportError:  # its home until torch 2.14
+    from torch.distributed.checkpoint._fsspec_filesystem import (  # type: ignore[assignment, unused-ignore]
+        FsspecWriter,
+    )
 
 from dcp_async import (
     CheckpointEngine,

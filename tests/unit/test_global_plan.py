@@ -168,6 +168,8 @@ def assert_equals_stock(planned: Planned, states: Sequence[State]) -> None:
         mine = ours.state_dict_metadata[name]
         assert type(mine) is type(entry), name
         if isinstance(mine, TensorStorageMetadata) and isinstance(entry, TensorStorageMetadata):
+            # stock has the strides of whatever piece it saw last there, and never reads them
+            entry.properties.__dict__.pop("strides", None)
             assert (mine.properties, mine.size) == (entry.properties, entry.size)
             # the order among ranks that hold the same is the planner's own business
             assert chunks_of(mine) == chunks_of(entry)
