@@ -234,12 +234,41 @@ class Offers:
 
 
 def _check_covered(name: str, size: Offsets, pieces: Pieces) -> None:
+    for offsets, shape in pieces:
+        if any(low < 0 or low + n > extent for low, n, extent in zip(offsets, shape, size, strict=True)):
+            raise ConflictError(f"{name}: the piece of {shape} at {offsets} lies outside of its {size}")
     covered, whole = sum(math.prod(shape) for _, shape in pieces), math.prod(size)
     if covered != whole:
         raise ConflictError(
             f"{name}: the ranks hold {covered} of its {whole} elements; "
             "pieces must cover a tensor exactly once"
         )
+    if len(pieces) > 1 and (twice := _overlapping(list(pieces))) is not None:
+        raise ConflictError(
+            f"{name}: the pieces at {twice[0]} and {twice[1]} overlap; "
+            "pieces must cover a tensor exactly once"
+        )
+
+
+def _overlapping(pieces: list[tuple[Offsets, Offsets]]) -> tuple[Offsets, Offsets] | None:
+    """The places of two (offsets, shape) that have an element in common, if there are any.
+
+    A sweep along the dimension in which they differ most: shards of rows, columns or a mesh meet few others.
+    """
+    pieces = [(offsets, shape) for offsets, shape in pieces if 0 not in shape]
+    if len(pieces) < 2 or not pieces[0][0]:
+        return None
+    along = max(range(len(pieces[0][0])), key=lambda dim: len({offsets[dim] for offsets, _ in pieces}))
+    open_: list[tuple[Offsets, Offsets]] = []
+    for offsets, shape in sorted(pieces, key=lambda piece: piece[0][along]):
+        open_ = [each for each in open_ if each[0][along] + each[1][along] > offsets[along]]
+        for other, extents in open_:
+            if all(
+                a < b + m and b < a + n for a, n, b, m in zip(offsets, shape, other, extents, strict=True)
+            ):
+                return other, offsets
+        open_.append((offsets, shape))
+    return None
 
 
 def _by_name(names: Sequence[Sequence[str]]) -> dict[str, Places]:

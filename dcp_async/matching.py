@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
+from .checkpointable import empty_like, global_size
 from .contents import Contents
 from .errors import IncompatibleStateError
 from .formats.structure import Tree, children_of, kind_of, leaf_names, mapping_node, subtree
@@ -137,8 +137,9 @@ def _match_tensor(
     saved = meta.properties.dtype
     # what lies here is asked, not the tensor itself: a ShardedTensor has few answers
     regions = targets.local[name] if name in targets.local else [Region.whole(tensor)]
-    here, there = f"{tuple(tensor.shape)} {tensor.dtype}", f"{tuple(meta.size)} {saved}"
-    if meta.size != tensor.shape:
+    size = global_size(tensor)
+    here, there = f"{tuple(size)} {tensor.dtype}", f"{tuple(meta.size)} {saved}"
+    if meta.size != size:
         match.mismatch(name, f"is {here} in the state, {there} in the checkpoint")
     elif saved != tensor.dtype and dtypes == "exact":
         match.mismatch(name, f"is {here} in the state, {there} in the checkpoint")
@@ -226,7 +227,7 @@ def _take(
     names: Mapping[str, TensorStorageMetadata | BytesStorageMetadata],
     contents: Contents,
     match: Match,
-    entries: Mapping[str, DTensor],
+    entries: Mapping[str, torch.Tensor],
 ) -> None:
     """Have all of ``wanted`` read, into tensors of our own; those of an optimizer's ``entries`` are cut as
     their parameters are."""
@@ -234,8 +235,8 @@ def _take(
         meta = names[name]
         if is_raw(meta, name, contents):
             parameter = entries.get(name.rpartition(".")[0])
-            if parameter is not None and parameter.shape == meta.size:
-                match.fresh[name] = torch.empty_like(parameter, dtype=meta.properties.dtype)
+            if parameter is not None and global_size(parameter) == meta.size:
+                match.fresh[name] = empty_like(parameter, meta.properties.dtype)
             else:
                 match.fresh[name] = fresh_tensor(meta, contents.strides.get(name), "cpu")
         else:

@@ -1,4 +1,5 @@
-"""What of a distributed tensor lies on this rank: DTensor, ShardedTensor, and whatever has DCP's own hooks.
+"""What of a distributed tensor lies on this rank: DTensor, ShardedTensor, and whatever has DCP's own hooks
+or carries its protocol.
 
 Enters: a tensor that represents more than its local memory. Leaves: its global size and, per local piece,
 where that piece begins in the whole. Invariant: nothing is gathered, no collective runs.
@@ -15,6 +16,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from .checkpointable import is_checkpointable, local_pieces
 
 Offsets = tuple[int, ...]
 
@@ -50,7 +53,12 @@ LayoutCache = dict[Any, Offsets]
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` stands for more than its own memory."""
     kind = type(tensor)
-    return kind is DTensor or isinstance(tensor, ShardedTensor) or hasattr(kind, "__create_chunk_list__")
+    return (
+        kind is DTensor
+        or isinstance(tensor, ShardedTensor)
+        or hasattr(kind, "__create_chunk_list__")
+        or is_checkpointable(tensor)
+    )
 
 
 def is_known_to_autograd(tensor: torch.Tensor) -> bool:
@@ -61,11 +69,15 @@ def is_known_to_autograd(tensor: torch.Tensor) -> bool:
 def sharded(name: str, tensor: torch.Tensor, cache: LayoutCache) -> Sharded:
     """This rank's pieces of ``tensor``. Raises PartialError."""
     size = tuple(tensor.size())
+    pieces: list[tuple[Shard, torch.Tensor]]
     if isinstance(tensor, ShardedTensor):
         pieces = [
             (Shard(size, tuple(shard.metadata.shard_offsets)), shard.tensor)
             for shard in tensor.local_shards()
         ]
+    elif not hasattr(type(tensor), "__create_chunk_list__") and is_checkpointable(tensor):
+        size, places = local_pieces(tensor)
+        pieces = [(Shard(size, offsets), local) for offsets, local in places]
     elif type(tensor) is DTensor and not hasattr(tensor._local_tensor, "__create_chunk_list__"):
         pieces = _dtensor_pieces(size, tensor, cache)
     else:

@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .boxes import box_at, slices
+from .checkpointable import is_checkpointable
 from .formats.distcp import SECTOR_BYTES
 from .formats.structure import Tree, heads_of
 from .formats.zip_item import object_item, pad_item, slot_bytes
@@ -326,7 +327,7 @@ class Targets:
     """Mappings that take what was saved below them, by name."""
     prefixes: set[str]
     """Top-level names of the state."""
-    entries: dict[str, DTensor]
+    entries: dict[str, torch.Tensor]
     """Name of an optimizer's entry for a distributed parameter -> that parameter."""
     device: torch.device
     """Where tensors are made that take the place of those on the meta device."""
@@ -373,7 +374,7 @@ def capture_targets(state: Mapping[str, Any], *, rank: int = 0, world_size: int 
     )
 
 
-def _entries(walk: Walk) -> dict[str, DTensor]:
+def _entries(walk: Walk) -> dict[str, torch.Tensor]:
     parameters: dict[str, torch.Tensor] = {}
     for prefix, stateful, _ in walk.statefuls:
         if isinstance(stateful, AppState):
@@ -385,7 +386,9 @@ def _entries(walk: Walk) -> dict[str, DTensor]:
             owned = [parameter for group in stateful.param_groups for parameter in group["params"]]
             parameters |= {f"{prefix}.state.{number}": parameter for number, parameter in enumerate(owned)}
     return {
-        name: tensor for name, tensor in parameters.items() if type(tensor) is DTensor and not tensor.is_meta
+        name: tensor
+        for name, tensor in parameters.items()
+        if (type(tensor) is DTensor or is_checkpointable(tensor)) and not tensor.is_meta
     }
 
 

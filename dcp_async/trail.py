@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from .checkpointable import any_checkpointable, is_checkpointable
 from .stateful import PerRank, is_stateful
 from .walk import PLAIN_TENSORS, Given, Walk, is_plain, is_terminal, owned_optimizers, snapshot
 
@@ -147,7 +148,8 @@ class _Way:
         if not self._collect(self.root, state, found, given, optimizers):
             return None
         tensors, leaves = self.tensors(found), self.leaves(found)
-        if not all(map(_is_leaf, leaves)):
+        # what makes a tensor a part of a larger one is an attribute, which no guard sees
+        if not all(map(_is_leaf, leaves)) or any_checkpointable(tensors):
             return None
         pointers: list[int] = []
         for start, stop, guard in self.guards:  # in chunks, so that the second look finds them in the cache
@@ -196,7 +198,7 @@ def _is_leaf(value: object) -> bool:
         return is_terminal(value)
     if isinstance(value, tuple):
         return not any(map(is_stateful, value))
-    return not (isinstance(value, torch.Tensor) and is_plain(value))
+    return not (isinstance(value, torch.Tensor) and (is_plain(value) or is_checkpointable(value)))
 
 
 class Trail:

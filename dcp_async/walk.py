@@ -20,6 +20,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from .checkpointable import is_checkpointable
 from .formats.structure import Tree, list_node, mapping_kind, mapping_node, pickled_key
 from .formats.zip_item import PLAIN_DTYPES
 from .sharding import LayoutCache, Offsets, Shard, is_sharded, sharded
@@ -51,7 +52,12 @@ def is_terminal(values: list[Any]) -> bool:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether its bytes can be copied raw; others go through ``torch.save``. A conjugate or negative view is
     resolved by the copy itself. Nested tensors are told apart later: asking each tensor would be felt."""
-    return type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided and tensor.dtype in PLAIN_DTYPES
+    return (
+        type(tensor) in PLAIN_TENSORS
+        and tensor.layout is torch.strided
+        and tensor.dtype in PLAIN_DTYPES
+        and not is_checkpointable(tensor)
+    )
 
 
 def _is_stable(key: object) -> bool:

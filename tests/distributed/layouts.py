@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -223,6 +223,30 @@ def _sharded_tensors() -> Place:
     return place
 
 
+def as_checkpointable(count: int, at: int, blocks: int) -> Place:
+    """Plain tensors with torch's CheckpointableTensor protocol: every ``count``-th of ``blocks`` runs of
+    rows, with a row of padding before each. What has no rows stays plain."""
+
+    def place(name: str, whole: torch.Tensor) -> torch.Tensor:
+        if whole.dim() == 0 or whole.numel() == 0:
+            return whole.clone()
+        rest = [0] * (whole.dim() - 1)
+        local, ours, theirs, sizes, first = [whole[:0]], [], [], [], 0
+        for turn, block in enumerate(whole.chunk(blocks)):
+            if turn % count == at:
+                ours.append((sum(map(len, local)) + 1, *rest))
+                theirs.append((first, *rest))
+                sizes.append(tuple(block.shape))
+                local += [whole[:1], block]
+            first += len(block)
+        made: Any = torch.cat(local).clone()
+        made.global_shape = tuple(whole.shape)
+        made.global_offsets, made.local_offsets, made.local_sizes = tuple(theirs), tuple(ours), tuple(sizes)
+        return cast(torch.Tensor, made)
+
+    return place
+
+
 def _plain() -> Place:
     return lambda name, whole: whole.clone()
 
@@ -248,6 +272,13 @@ TENSOR_LAYOUTS: dict[str, tuple[int, Callable[[], Place]]] = {
     "hooks-3": (3, lambda: as_rows(3, dist.get_rank())),
     "disjoint-2": (2, _disjoint),
 }
+
+CHECKPOINTABLE_LAYOUTS: dict[str, tuple[int, Callable[[], Place]]] = {
+    "checkpointable-1": (1, lambda: as_checkpointable(1, 0, 3)),
+    "checkpointable-2": (2, lambda: as_checkpointable(2, dist.get_rank(), 2)),
+    "checkpointable-3": (3, lambda: as_checkpointable(3, dist.get_rank(), 7)),
+}
+"""From torch 2.14.1 on; out of the matrix, whose sample is the same for every torch."""
 
 # --- a model ------------------------------------------------------------------------------------
 
@@ -389,7 +420,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 
 def world_of(family: str, layout: str) -> int:
     """How many ranks the layout has."""
-    return TENSOR_LAYOUTS[layout][0] if family == "tensors" else MODEL_LAYOUTS[layout][0]
+    layouts = TENSOR_LAYOUTS | CHECKPOINTABLE_LAYOUTS if family == "tensors" else MODEL_LAYOUTS
+    return layouts[layout][0]
 
 
 def locals_of(value: torch.Tensor) -> list[torch.Tensor]:
@@ -398,6 +430,11 @@ def locals_of(value: torch.Tensor) -> list[torch.Tensor]:
         return [value.to_local()]
     if isinstance(value, sharded_tensor.ShardedTensor):
         return [shard.tensor for shard in value.local_shards()]
+    if hasattr(value, "global_offsets"):
+        return [
+            value[tuple(slice(low, low + extent) for low, extent in zip(start, shape, strict=True))]
+            for start, shape in zip(value.local_offsets, value.local_sizes, strict=True)  # type: ignore[attr-defined]
+        ]
     return [value.local if isinstance(value, Rows) else value]
 
 
@@ -496,7 +533,7 @@ def build(family: str, layout: str) -> Run:
 
 
 def _build_tensors(layout: str) -> Run:
-    place = TENSOR_LAYOUTS[layout][1]()
+    place = (TENSOR_LAYOUTS | CHECKPOINTABLE_LAYOUTS)[layout][1]()
     versions: dict[int, dict[str, torch.Tensor]] = {}
     for salt in (SAVED, BLANK):
         placed = {

@@ -82,12 +82,12 @@ def run_all(cases: Sequence[tuple[str, Callable[[], list[list[str]]]]]) -> None:
         pytest.fail("\n".join(wrong), pytrace=False)
 
 
-def loads(teams: Teams, row: Row, verb: str, layouts: Sequence[str], **arguments: Any) -> list[Any]:
+def loads(teams: Teams, family: str, verb: str, layouts: Sequence[str], **arguments: Any) -> list[Any]:
     """A case for each layout, to be run in a team of its size."""
 
     def case(layout: str) -> Callable[[], list[list[str]]]:
-        size = world_of(row.family, layout)
-        return lambda: teams.of(size).do(verb, family=row.family, layout=layout, **arguments)
+        size = world_of(family, layout)
+        return lambda: teams.of(size).do(verb, family=family, layout=layout, **arguments)
 
     return [(f"{verb} in {layout}", case(layout)) for layout in layouts]
 
@@ -95,7 +95,7 @@ def loads(teams: Teams, row: Row, verb: str, layouts: Sequence[str], **arguments
 @pytest.mark.timeout(300)
 def test_saved_layout_loads_in_every_other_one(row: Row, teams: Teams, root: Path) -> None:
     teams.of(row.world).do("save", family=row.family, layout=row.saved, root=str(root))
-    cases = loads(teams, row, "load", row.loaded, root=str(root), saved_world=row.world)
+    cases = loads(teams, row.family, "load", row.loaded, root=str(root), saved_world=row.world)
     cases.append(("read", lambda: teams.of(1).do("read", family=row.family, root=str(root))))
     run_all(cases)
 
@@ -103,13 +103,13 @@ def test_saved_layout_loads_in_every_other_one(row: Row, teams: Teams, root: Pat
 @pytest.mark.timeout(300)
 def test_stock_reads_what_we_saved_at_another_world_size(row: Row, teams: Teams, root: Path) -> None:
     teams.of(row.world).do("save", family=row.family, layout=row.saved, root=str(root))
-    run_all(loads(teams, row, "stock_load", row.elsewhere(), root=str(root)))
+    run_all(loads(teams, row.family, "stock_load", row.elsewhere(), root=str(root)))
 
 
 @pytest.mark.timeout(300)
 def test_what_stock_saved_loads_in_every_layout(row: Row, teams: Teams, root: Path) -> None:
     teams.of(row.world).do("stock_save", family=row.family, layout=row.saved, root=str(root))
-    cases = loads(teams, row, "load", row.loaded, root=str(root), saved_world=None)
+    cases = loads(teams, row.family, "load", row.loaded, root=str(root), saved_world=None)
     cases.append(("read", lambda: teams.of(1).do("read", family=row.family, root=str(root))))
     run_all(cases)
 

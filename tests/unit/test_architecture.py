@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
         "device",
         "observer",
         "boxes",
+        "checkpointable",
         "garbage",
         "sharding",
         "stateful",
