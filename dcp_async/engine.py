@@ -36,6 +36,7 @@ from .outcome import save_error
 from .pipeline import SaveRequest
 from .planner import PlanningOptions
 from .reference import reference
+from .release import check_torch
 from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
 from .save_runner import SaveRunner
 from .staging import Stager, StagingOptions
@@ -115,8 +116,8 @@ class CheckpointEngine:
     async def open(self) -> Self:
         """Start the engine's threads and look at what the root holds.
 
-        Raises: StorageError for a root that can't be one; EngineStateError if it was opened before, or if
-        other ranks run.
+        Raises: StorageError for a root that can't be one; EngineStateError if it was opened before, if other
+        ranks run, or with a torch that is too new to be read back.
         """
         await drive(self._opening())
         return self
@@ -147,6 +148,7 @@ class CheckpointEngine:
         await drive(self._life.aborting())
 
     def _opening(self) -> Verb[None]:
+        check_torch()
         with self._life.storage_errors("open"):
             yield from self._life.opening(self._connected)
 

@@ -31,13 +31,14 @@ from .coordinator import Coordinator
 from .device import Event as DeviceEvent
 from .errors import Phase
 from .formats.distcp import BLOCK_BYTES, Footer, block_digests
-from .formats.manifest import FileEntry, encode_manifest
+from .formats.manifest import FileEntry, ManifestHead, encode_manifest
 from .formats.metadata import data_file_name
 from .formats.structure import JSON
 from .observer import Event, SaveProgress, SaveStaged
 from .plan_exchange import PlanExchange
 from .planner import CompiledPlan, PlanningOptions
 from .pool import Lease
+from .proof import prove_head
 from .remote import PhaseFailure, RemoteFailure
 from .response import AsyncSaveResponse
 from .staging import StageJob, Stager, num_parts, parts_between
@@ -392,23 +393,20 @@ class SavePipeline:
         publication = await self._services.threads.run(self._plan.shared.publication)
         metadata = publication.metadata.render(request.uid)
         now = time.time()
-        files = tuple(
-            FileEntry(name=entry[0], nbytes=entry[1], digest=entry[2])
-            for entry in entries
-            if entry is not None
-        )
-        manifest = encode_manifest(
+        ranks = [entry and FileEntry(name=entry[0], nbytes=entry[1], digest=entry[2]) for entry in entries]
+        files = tuple(entry for entry in ranks if entry is not None)
+        head = ManifestHead(
             checkpoint_id=response.checkpoint_id,
             uid=request.uid,
             step=response.step,
             time=now,
             world_size=self._services.coordinator.world_size,
             torch_version=torch.__version__,
-            metadata=metadata,
             files=files,
             notes=request.notes,
-            constant=publication.manifest_json,
         )
+        prove_head(head, publication.ends, ranks)
+        manifest = encode_manifest(**head, metadata=metadata, constant=publication.manifest_json)
         await anyio.lowlevel.checkpoint_if_cancelled()
         self._services.coordinator.check_pulse("commit")
         request.committing = True

@@ -8,7 +8,7 @@ described once; what is left to do per rank and tensor is to note a place and to
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
@@ -29,6 +29,7 @@ from .formats.metadata import Group, MetadataTemplate, Place, metadata_template
 from .formats.structure import dcp_paths
 from .global_plan import ConflictError, Offers, Signature, dtype_of
 from .offer import Kind
+from .proof import Promise, Promised, prove
 from .sharding import Offsets
 
 
@@ -51,6 +52,8 @@ class Publication:
 
     metadata: MetadataTemplate
     manifest_json: str
+    ends: Mapping[int, int]
+    """How long the file of each rank that writes must be at least."""
 
 
 class GlobalPlan:
@@ -79,15 +82,17 @@ class GlobalPlan:
         self._leaves.update(zip((names[index] for index in leaves), places[len(tensors) :], strict=True))
 
     def publication(self) -> Publication:
-        """Raises ConflictError if an item has no place."""
+        """Raises: ConflictError if an item has no place; ProofError if what would be published does not read
+        back as it was planned."""
         if self._publication is None:
             assert self._offers is not None
             offers, tree = self._offers, self._offers.tree()
             groups = self._alike(offers) if self._metadata is None else self._planned(offers, self._metadata)
-            self._publication = Publication(
-                metadata_template(groups, dcp_paths(tree)),
-                structure_json(tree, _strides(offers), _exotic(offers)),
-            )
+            strides, exotic = _strides(offers), _exotic(offers)
+            template = metadata_template(groups, dcp_paths(tree))
+            constant = structure_json(tree, strides, exotic)
+            promised = Promised(self._promised(offers), tree, strides, exotic)
+            self._publication = Publication(template, constant, prove(template, constant, promised))
             self._offers, self._metadata, self._written, self._leaves = None, None, [], {}
             self._part_of, self._leaf_parts = {}, {}
         return self._publication
@@ -158,6 +163,28 @@ class GlobalPlan:
                 for place in self._written[part].get(index, ()):
                     row[number_of[place[0]]] = place
             yield row
+
+    def _promised(self, offers: Offers) -> Iterator[Promise]:
+        """What the ranks offered and where they write it, past what is encoded and past any planner."""
+        for signature, names in offers.signed.items():
+            kind, size = offers.kind(signature)
+            rows = self._rows(offers, signature, names)
+            yield Promise(names, size, dtype_of(kind), list(offers.pieces(signature)), rows)
+        for part in offers.parts:
+            for name, kind, size in part.bare:
+                if name not in offers.held:
+                    yield Promise([name], size, dtype_of(kind), [], [()])
+        known: set[str] = set()
+        for leaves in offers.leaves:
+            for index, name in enumerate(leaves.names):
+                if name not in known:
+                    known.add(name)
+                    places = [[self._leaf(name)]]
+                    if index in leaves.exotic:
+                        kind, size = leaves.exotic[index]
+                        yield Promise([name], size, dtype_of(kind), [((0,) * len(size), size)], places)
+                    else:
+                        yield Promise([name], None, None, [(None, ())], places)
 
     def _leaf(self, name: str) -> Place:
         if name not in self._leaves:

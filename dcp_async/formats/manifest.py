@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import xxhash
 
@@ -68,34 +68,31 @@ def structure_json(structure: JSON, strides: Mapping[str, tuple[int, ...]], exot
     return json.dumps(parts, separators=(",", ":"))[1:-1]
 
 
-def encode_manifest(
-    *,
-    checkpoint_id: str,
-    uid: str,
-    step: int | None,
-    time: float,
-    world_size: int,
-    torch_version: str,
-    metadata: bytes,
-    files: tuple[FileEntry, ...],
-    notes: Mapping[str, JSON],
-    constant: str,
-) -> bytes:
+class ManifestHead(TypedDict):
+    """What differs between the saves of one plan; the fields of ``Manifest``."""
+
+    checkpoint_id: str
+    uid: str
+    step: int | None
+    time: float
+    world_size: int
+    torch_version: str
+    files: tuple[FileEntry, ...]
+    notes: Mapping[str, JSON]
+
+
+def encode_manifest(*, metadata: bytes, constant: str, **head: Unpack[ManifestHead]) -> bytes:
     """The manifest's bytes; ``constant`` comes from ``structure_json``."""
-    head = {
+    files = [{"name": file.name, "nbytes": file.nbytes, "digest": file.digest} for file in head["files"]]
+    fields = {
         "format": "dcp_async",
         "version": MANIFEST_VERSION,
-        "checkpoint_id": checkpoint_id,
-        "uid": uid,
-        "step": step,
-        "time": time,
-        "world_size": world_size,
-        "torch_version": torch_version,
+        **head,
         "metadata_digest": xxhash.xxh3_64_hexdigest(metadata),
-        "files": [{"name": file.name, "nbytes": file.nbytes, "digest": file.digest} for file in files],
-        "notes": dict(notes),
+        "files": files,
+        "notes": dict(head["notes"]),
     }
-    body = (json.dumps(head, separators=(",", ":"))[:-1] + "," + constant).encode()
+    body = (json.dumps(fields, separators=(",", ":"))[:-1] + "," + constant).encode()
     return body + b',"digest":"' + xxhash.xxh3_64_hexdigest(body).encode() + b'"}'
 
 

@@ -13,7 +13,7 @@ import io
 import math
 import pickle
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import lru_cache
@@ -247,8 +247,9 @@ class _Checker:
                 self._count(entry.chunks)
         if isinstance(stored := fields.get("storage_data"), dict):
             places = {self._index(index): self._info(info) for index, info in stored.items()}
-            if len(places) != len(stored):
-                raise ValueError("it gives several places for one item, told apart by what is not known here")
+            if len(places) != len(stored):  # they differ in what is not known here
+                twice = Counter(index.fqn for index in stored).most_common(1)[0][0]
+                raise ValueError(f"it gives several places for one item of {twice}")
             fields["storage_data"] = places
         elif stored is not None:
             raise ValueError("it does not say where its items lie")

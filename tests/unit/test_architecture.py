@@ -55,6 +55,7 @@ LAYERS: list[set[str]] = [
     {
         "offer",
         "global_plan",
+        "proof",
         "publication",
         "planner",
         "pool",
@@ -80,7 +81,7 @@ LAYERS: list[set[str]] = [
         "admission",
         "exit_guard",
     },
-    {"pipeline", "matching", "load_pipeline", "outcome"},
+    {"pipeline", "release", "matching", "load_pipeline", "outcome"},
     {"lifetime"},
     {"save_runner", "load_runner"},
     {"engine"},
