@@ -109,6 +109,25 @@ ECOSYSTEM_INPUTS = (
     *(PROJECT["dependency-groups"]["test"], ECOSYSTEM_PINS.read_text()),
 )
 TORCH = "torch==2.13.0"
+# What `compat` runs on: the pinned torch, which is the floor in pyproject.toml too, the first with
+# CheckpointableTensor, and whatever a user gets today. dcp_async/release.py names the range.
+COMPAT = {"2.13": TORCH, "2.14": "torch==2.14.1", "newest": "torch<3"}
+COMPAT_INTEROP = (
+    "tests/interop/test_we_read_stock.py",
+    "tests/interop/test_stock_reads_ours.py",
+    "tests/interop/test_golden.py",
+    "tests/distributed/test_checkpointable.py",
+)
+COMPAT_TESTS = (
+    "tests/unit",
+    "tests/pipeline/test_roundtrip.py",
+    "tests/pipeline/test_load.py",
+    "tests/pipeline/test_checkpointable_tensors.py",
+    "tests/pipeline/test_self_proof.py",
+    "tests/distributed/test_matrix.py",
+    "tests/distributed/test_checkpointable.py",
+    "tests/interop",
+)
 # What of tests/distributed `tests` leaves to `ranks`: minutes of processes that wait for each other.
 RANKS_APART = ("tests/distributed/test_rank_faults.py", "tests/distributed/test_fsdp_example.py")
 
@@ -161,6 +180,31 @@ def tests(session: nox.Session) -> None:
     # longer ones over several processes, have sessions of their own.
     apart = [f"--ignore={path}" for path in ("tests/gpu", "tests/ecosystem", *RANKS_APART)]
     session.run(DEV_PYTHON, "-m", "pytest", *apart, *session.posargs, external=True)
+
+
+@nox.session(reuse_venv=True, default=False)
+@nox.parametrize("torch", [nox.param(torch, id=name) for name, torch in COMPAT.items()])
+def compat(session: nox.Session, torch: str) -> None:
+    """Run what depends on torch on each torch of the range; "compat(newest)" is one, `interop` a part of it.
+
+    Each has an environment of its own. The newest is what the package index has on the day when that is built.
+    """
+    environment = Path(session.virtualenv.location)
+    requirements = (torch, *PROJECT["project"]["dependencies"], *group("test"))
+    if not is_current(environment, *requirements):
+        pins = Path(session.create_tmp()) / "constraints.txt"
+        # the pins of torch and of what comes with it are those of another torch
+        lines = CONSTRAINTS.read_text().splitlines()
+        pins.write_text("\n".join(line for line in lines if not line.startswith(("torch==", "setuptools=="))))
+        # a pip configuration of the machine may hold torch back
+        apart = {"PIP_CONFIG_FILE": os.devnull} if torch == COMPAT["newest"] else {}
+        command = ("--disable-pip-version-check", "--upgrade", "-c", str(pins), *requirements)
+        session.install(*command, env=apart)
+        stamp(session, *requirements)
+    chosen = [argument for argument in session.posargs if argument != "interop"]
+    tests = COMPAT_INTEROP if len(chosen) < len(session.posargs) else COMPAT_TESTS
+    # The package is not installed here: an editable one would name one torch among its requirements for all.
+    session.run("python", "-m", "pytest", *tests, *chosen, env={"PYTHONPATH": str(ROOT)})
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)

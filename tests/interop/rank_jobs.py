@@ -5,6 +5,7 @@ Enters: a directory, the world's size, a rank, job names. Leaves: a checkpoint p
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -37,6 +38,32 @@ def sharded_state() -> dict[str, Any]:
     return {**whole, "sharded": sharded, "replicated": replicated}
 
 
+def checkpointable_state() -> dict[str, Any]:
+    """The same by plain tensors that carry torch's CheckpointableTensor protocol: rows, two blocks of them on
+    each rank."""
+    rank, whole = dist.get_rank(), sharded_whole()
+    blocks = 2 * dist.get_world_size()
+    for name, tensor in whole["sharded"].items():
+        rest, first, at = [0] * (tensor.dim() - 1), 0, 0
+        parts, theirs, ours = [], [], []
+        for turn, block in enumerate(tensor.chunk(blocks)):
+            if turn % dist.get_world_size() == rank:
+                parts.append(block)
+                theirs.append((first, *rest))
+                ours.append((at, *rest))
+                at += len(block)
+            first += len(block)
+        made: Any = torch.cat(parts) if parts else tensor[:0].clone()
+        made.global_shape, made.global_offsets, made.local_offsets = tuple(tensor.shape), theirs, ours
+        made.local_sizes = [tuple(part.shape) for part in parts]
+        whole["sharded"][name] = made
+    return whole
+
+
+def _save_checkpointable(path: Path) -> None:
+    dcp.save(checkpointable_state(), storage_writer=FileSystemWriter(path, sync_files=False))
+
+
 def _save(path: Path, **options: Any) -> None:
     dcp.save(sharded_state(), storage_writer=FileSystemWriter(path, sync_files=False), **options)
 
@@ -59,6 +86,8 @@ JOBS: dict[str, Callable[[Path], None]] = {
     "file_per_item": lambda path: _save_with(path, single_file_per_rank=False),
     "async": _save_async,
 }
+if importlib.util.find_spec("torch.distributed.checkpoint.protocol") is not None:  # from torch 2.14.1 on
+    JOBS["checkpointable"] = _save_checkpointable
 
 
 def run_world(directory: Path, world_size: int, jobs: Sequence[str], python: str = sys.executable) -> None:

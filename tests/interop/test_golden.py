@@ -26,6 +26,9 @@ STATES: dict[str, Any] = dict.fromkeys(GOLDEN, nested_state) | {
     "leaves": leaf_state,
     "per_rank_2": sharded_whole,
     "sharded_4": sharded_whole,
+    "torch_2_14_checkpointable_2": sharded_whole,
+    "torch_2_15_strided": strided_state,
+    "torch_2_15_sharded_2": sharded_whole,
 }
 
 

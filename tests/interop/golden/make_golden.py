@@ -1,7 +1,8 @@
 """Makes the golden checkpoints again: ``PYTHONPATH=. python tests/interop/golden/make_golden.py [NAME ...]``.
 
-Needs torch alone, and zstandard for `zstd`. `py313` is made on Python 3.13, all others on any. What each of
-them holds follows from stock_states.py, so the files need not be made again for a test to change.
+Needs torch alone, and zstandard for `zstd`. `py313` is made on Python 3.13, all others on any; those named
+after a torch are made with that one. What each of them holds follows from stock_states.py, so the files need
+not be made again for a test to change.
 """
 
 from __future__ import annotations
@@ -90,17 +91,31 @@ GOLDEN: dict[str, Callable[[Path], None]] = {
     "per_rank_2": lambda path: save_in_world(2, "no_collectives", path),
     "sharded_4": lambda path: save_in_world(4, "collectives", path),
     "py313": save,
+    "torch_2_14": save,
+    "torch_2_14_checkpointable_2": lambda path: save_in_world(2, "checkpointable", path),
+    "torch_2_15": save,
+    "torch_2_15_strided": lambda path: save(path, strided_state()),
+    "torch_2_15_sharded_2": lambda path: save_in_world(2, "collectives", path),
 }
+
+
+def torch_of(name: str) -> str | None:
+    """The torch (X.Y) that a checkpoint is made with; None for any."""
+    _, is_named, version = name.partition("torch_")
+    return ".".join(version.split("_")[:2]) if is_named else None
 
 
 def make(name: str) -> None:
     if name == "py313" and sys.version_info < (3, 13):
         raise SystemExit("py313 is there for what Python 3.13 pickles; run this on it")
+    wanted = torch_of(name)
+    if wanted is not None and not torch.__version__.startswith(f"{wanted}."):
+        raise SystemExit(f"{name} is there for what torch {wanted} writes; run this with it")
     os.chdir(Path(__file__).parent)
     shutil.rmtree(name, ignore_errors=True)
     GOLDEN[name](Path(name))  # stock keeps this path in `.metadata`, so it is relative
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or [name for name in GOLDEN if name != "py313"]:
+    for chosen in sys.argv[1:] or [name for name in GOLDEN if name != "py313" and torch_of(name) is None]:
         make(chosen)
