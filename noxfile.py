@@ -187,7 +187,7 @@ def tests(session: nox.Session) -> None:
 def compat(session: nox.Session, torch: str) -> None:
     """Run what depends on torch on each torch of the range; "compat(newest)" is one, `interop` a part of it.
 
-    Each has an environment of its own. The newest is what the package index has on the day when that is built.
+    Each has an environment of its own. The newest is what the package index has when that is built.
     """
     environment = Path(session.virtualenv.location)
     requirements = (torch, *PROJECT["project"]["dependencies"], *group("test"))

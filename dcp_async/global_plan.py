@@ -235,6 +235,8 @@ class Offers:
 
 def _check_covered(name: str, size: Offsets, pieces: Pieces) -> None:
     for offsets, shape in pieces:
+        if not len(offsets) == len(shape) == len(size):
+            raise ConflictError(f"{name}: the piece of {shape} at {offsets} has other dimensions than {size}")
         if any(low < 0 or low + n > extent for low, n, extent in zip(offsets, shape, size, strict=True)):
             raise ConflictError(f"{name}: the piece of {shape} at {offsets} lies outside of its {size}")
     covered, whole = sum(math.prod(shape) for _, shape in pieces), math.prod(size)
