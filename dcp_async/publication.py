@@ -7,6 +7,7 @@ described once; what is left to do per rank and tensor is to note a place and to
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class GlobalPlan:
         """Per part, where the piece of each index lies, of each rank that writes it."""
         self._leaves: dict[str, Place] = {}
         self._publication: Publication | None = None
+        self._lock = threading.Lock()
 
     def place(self, rank: int, placement: Placement) -> None:
         """Rank ``rank`` writes its items there."""
@@ -82,20 +84,27 @@ class GlobalPlan:
         self._leaves.update(zip((names[index] for index in leaves), places[len(tensors) :], strict=True))
 
     def publication(self) -> Publication:
-        """Raises: ConflictError if an item has no place; ProofError if what would be published does not read
-        back as it was planned."""
-        if self._publication is None:
-            assert self._offers is not None
-            offers, tree = self._offers, self._offers.tree()
-            groups = self._alike(offers) if self._metadata is None else self._planned(offers, self._metadata)
-            strides, exotic = _strides(offers), _exotic(offers)
-            template = metadata_template(groups, dcp_paths(tree))
-            constant = structure_json(tree, strides, exotic)
-            promised = Promised(self._promised(offers), tree, strides, exotic)
-            self._publication = Publication(template, constant, prove(template, constant, promised))
-            self._offers, self._metadata, self._written, self._leaves = None, None, [], {}
-            self._part_of, self._leaf_parts = {}, {}
-        return self._publication
+        """Made by the first of the saves that share the plan; others in flight wait for it.
+
+        Raises: ConflictError if an item has no place; ProofError if what would be published does not read
+        back as it was planned.
+        """
+        with self._lock:
+            if self._publication is None:
+                self._publication = self._made()
+                self._offers, self._metadata, self._written, self._leaves = None, None, [], {}
+                self._part_of, self._leaf_parts = {}, {}
+            return self._publication
+
+    def _made(self) -> Publication:
+        assert self._offers is not None
+        offers, tree = self._offers, self._offers.tree()
+        groups = self._alike(offers) if self._metadata is None else self._planned(offers, self._metadata)
+        strides, exotic = _strides(offers), _exotic(offers)
+        template = metadata_template(groups, dcp_paths(tree))
+        constant = structure_json(tree, strides, exotic)
+        promised = Promised(self._promised(offers), tree, strides, exotic)
+        return Publication(template, constant, prove(template, constant, promised))
 
     def _alike(self, offers: Offers) -> list[Group]:
         """What the default planner would say. Objects that are equal are shared, so each is stored once."""
