@@ -353,6 +353,8 @@ class CheckpointEngine:
         """The newest whole checkpoint: by step, else by digits in the name, else by time. None if there is
         none.
 
+        Raises: UntrustedCheckpointError if the newest is behind a link that is not followed; StorageError if
+            it leads to nothing.
         Ranks: all must call it; the coordinator looks.
         """
         return await drive(self._finding_latest())
@@ -362,7 +364,10 @@ class CheckpointEngine:
         return (yield from self._loader.finding_latest())
 
     async def checkpoints(self) -> AsyncIterator[CheckpointInfo]:
-        """Committed, whole checkpoints, ascending."""
+        """Committed, whole checkpoints, ascending; what is not whole is left out, with a warning.
+
+        Raises: as ``latest``.
+        """
         for name in await drive(self._listing()):
             info = await drive(self._describing(name))
             if info is not None:

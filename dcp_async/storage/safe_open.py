@@ -143,6 +143,8 @@ class CheckpointDirectory:
     def __init__(self, root: Path, name: str, *, follow_links: bool) -> None:
         """Raises: FileNotFoundError; LinkError; UnreadableError for what is no directory, or closed to this
         process; OSError."""
+        if "/" in name or name in ("", ".", "..") or not _is_a_name(name):
+            raise FileNotFoundError(errno.ENOENT, "no checkpoint has such a name", name)
         self.path = os.path.join(root, name)
         self._root = os.path.realpath(root)
         self._follow_links = follow_links

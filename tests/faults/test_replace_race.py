@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).with_name("replace_race.py")
 
 def test_readers_of_a_checkpoint_that_is_replaced_all_the_time_are_told_of_no_error(tmp_path: Path) -> None:
     ran = subprocess.run(
-        [sys.executable, str(SCRIPT), "--minutes=0.05", "--seed=7", f"--dir={tmp_path}"],
+        [sys.executable, str(SCRIPT), "--minutes=0.04", "--seed=7", f"--dir={tmp_path}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
