@@ -15,7 +15,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from ._concurrency import BlockingThreads
 from .contents import Contents
-from .errors import CheckpointError, CheckpointNotFoundError, LoadError, StorageError
+from .errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    LoadError,
+    StorageError,
+    UntrustedCheckpointError,
+)
 from .opening import Opener, last_number, refused_link
 from .reference import reference
 from .response import CheckpointInfo, CheckpointRef
@@ -133,7 +140,7 @@ class Catalog:
         """The newest whole checkpoint.
 
         Raises: UntrustedCheckpointError or StorageError for a link that is not followed, or leads to nothing,
-        and may be newer.
+        and may be newer; LoadError for one that a newer release wrote.
         """
         return await self._newest(list(await self._ordered()))
 
@@ -145,7 +152,7 @@ class Catalog:
                 continue  # removed meanwhile
             except LinkError as error:
                 raise refused_link(name, error) from error
-            except LoadError as error:
+            except (CorruptCheckpointError, UntrustedCheckpointError) as error:
                 self._pass_over(name, error)
         return None
 

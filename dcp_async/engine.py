@@ -354,7 +354,7 @@ class CheckpointEngine:
         none.
 
         Raises: UntrustedCheckpointError if the newest is behind a link that is not followed; StorageError if
-            it leads to nothing.
+            it leads to nothing; LoadError if a newer release wrote it.
         Ranks: all must call it; the coordinator looks.
         """
         return await drive(self._finding_latest())

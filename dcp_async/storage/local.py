@@ -153,9 +153,9 @@ class LocalStorage(BlockingCalls):
                 return
             clean: dict[str, int] = {}
             for entry in os.scandir(self.root):
-                if entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
-                    continue
                 try:
+                    if entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
+                        continue
                     changed = entry.stat(follow_symlinks=False).st_mtime_ns
                     if self._clean.get(entry.name) == changed or sweep_directory(
                         Path(entry.path), max_age=self._max_age

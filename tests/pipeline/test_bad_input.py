@@ -362,6 +362,10 @@ async def test_latest_does_not_silently_pass_over_a_newer_format(root: Path) -> 
         age(root / "step-00000002")
         with pytest.raises(LoadError, match="version"):
             await engine.load({"w": torch.zeros(30, 40), "n": 0})
+        with pytest.raises(LoadError, match="version"):
+            await engine.latest()
+        with pytest.raises(LoadError, match="version"):
+            assert [info async for info in engine.checkpoints()]
 
 
 # --- data files -----------------------------------------------------------------------------------

@@ -261,10 +261,15 @@ class Meeting:
             await self._moved.wait_for(lambda: len(said) == self.world_size)
             answers = self._table.setdefault(f"answers {phase}", {})
             if self.is_coordinator:
-                found = await decide([said[rank] for rank in range(self.world_size)])
+                try:
+                    found = await decide([said[rank] for rank in range(self.world_size)])
+                except LoadError as error:
+                    found = [error] * self.world_size
                 answers |= dict(enumerate(found))
                 self._moved.notify_all()
             await self._moved.wait_for(lambda: self.rank in answers)
+            if isinstance(answers[self.rank], LoadError):
+                raise answers[self.rank]
             return answers[self.rank]
 
 
@@ -306,4 +311,37 @@ async def test_ranks_between_whose_looks_a_replace_falls_open_the_same_in_the_en
             await contents.close()
     finally:
         await storage.close()
+        threads.shutdown()
+
+
+@pytest.mark.parametrize("sees", ["another", "nothing", "damage"])
+async def test_a_rank_that_sees_something_else_for_too_long_is_named_on_all(
+    root: Path, replacer: Replacer, tmp_path: Path, sees: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if sees != "nothing":
+        shutil.copytree(replacer.versions[1 if sees == "another" else 0], elsewhere / "best")
+    if sees == "damage":
+        next((elsewhere / "best").glob("*.distcp")).unlink()
+    threads = BlockingThreads("test-work", 1)
+    storages = [LocalStorage(root), LocalStorage(elsewhere), LocalStorage(root)]
+    table: dict[str, dict[int, Any]] = {}
+    moved = asyncio.Condition()
+
+    async def metadata_of(name: str) -> Any:
+        raise AssertionError(name)
+
+    async def open_on(rank: int) -> Contents:
+        catalog = Catalog(storages[rank], threads, metadata_of)
+        seat: Any = Meeting(rank, table, 3, moved)
+        return await open_same(catalog, seat, "uid", "best", timeout=0)
+
+    try:
+        outcomes = await asyncio.gather(*map(open_on, range(3)), return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {LoadError}
+        assert all(re.search(r"rank\(s\) 1: .*same root", str(outcome)) for outcome in outcomes)
+    finally:
+        for storage in storages:
+            await storage.close()
         threads.shutdown()
