@@ -34,7 +34,16 @@ from .formats.stock_metadata import usable_paths
 from .formats.structure import Tree, build, children_of, leaf_names, pickled_keys, pruned
 from .garbage import collection_paused
 from .item import UnsupportedError
-from .matching import Dtypes, Match, check_fit, check_groups, fresh_tensor, is_raw, match_state
+from .matching import (
+    Dtypes,
+    Match,
+    check_app_states,
+    check_fit,
+    check_groups,
+    fresh_tensor,
+    is_raw,
+    match_state,
+)
 from .reading import Collector, CoverageError, Source, copy_exotic
 from .sharding import is_known_to_autograd
 from .spans import Check, DamagedError, FetchBuffers, Span, make_batches, make_spans
@@ -302,6 +311,8 @@ async def load_into(
 
     async def before_touch(values: Mapping[str, Any]) -> None:
         check_groups(targets, values, contents.info.checkpoint_id)
+        if how.strict:
+            check_app_states(targets, contents.structure, values, contents.info.checkpoint_id)
         if not how.atomic:
             await ranks.ready()
 

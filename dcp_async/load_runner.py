@@ -72,7 +72,7 @@ class LoadRunner:
                 ),
                 falls_back=source == "latest",
             )
-            self._restore(state, targets, loaded, info)
+            self._restore(state, targets, loaded, info, how)
             if coordinator.world_size > 1:
                 yield from self.ask(self._agreement.restored(ordinal, info.checkpoint_id))
         except BaseException as error:  # a cancellation as well: the other ranks wait for this one
@@ -90,10 +90,20 @@ class LoadRunner:
         )
 
     def _restore(
-        self, state: Mapping[str, Any], targets: Targets, loaded: Loaded, info: CheckpointInfo
+        self,
+        state: Mapping[str, Any],
+        targets: Targets,
+        loaded: Loaded,
+        info: CheckpointInfo,
+        how: LoadOptions,
     ) -> None:
+        match = loaded.match
         try:
-            restore(state, targets, loaded.values, loaded.extra, loaded.match.replaced, loaded.match.resized)
+            restore(
+                *(state, targets, loaded.values, loaded.extra, match.replaced, match.resized),
+                strict=how.strict,
+                exact=how.dtypes == "exact",
+            )
         except (Exception, CheckpointException) as error:
             raise LoadError(
                 f"checkpoint {info.checkpoint_id!r} was read, but the state refused it, its tensors "

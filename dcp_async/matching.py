@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
+from .app_state import AppState, check_before_touch
 from .checkpointable import empty_like, global_size
 from .contents import Contents
 from .errors import IncompatibleStateError
@@ -210,6 +211,8 @@ def _match_open(targets: Targets, contents: Contents, match: Match) -> set[str]:
             for head in heads:
                 given_up.difference_update(_at_or_below(head, known))
         for head, (key, child) in heads.items():
+            if mapping.takes is not None and not mapping.takes(key):
+                continue  # another stage's of a pipeline, or nobody's
             here = _at_or_below(head, known)
             there = leaf_names(child, head)
             # an optimizer grows with its history: what does not have the saved form gives way to it
@@ -270,6 +273,30 @@ def check_groups(targets: Targets, values: Mapping[str, Any], checkpoint_id: str
                         "nothing was loaded",
                         checkpoint_id=checkpoint_id,
                     )
+
+
+def check_app_states(
+    targets: Targets, structure: Tree, values: Mapping[str, Any], checkpoint_id: str
+) -> None:
+    """What was saved of an AppState's optimizers must fit, parameter by parameter and group by group. Raises
+    IncompatibleStateError."""
+    for prefix, stateful, _ in targets.walk.statefuls:
+        if not isinstance(stateful, AppState):
+            continue
+        entries = [key for key, _ in children_of(subtree(structure, f"{prefix}.{stateful.entries_at}"))]
+        groups = []
+        for number, _ in enumerate(children_of(subtree(structure, f"{prefix}.optim.param_groups"))):
+            params = values.get(f"{prefix}.optim.param_groups.{number}.params")
+            if not isinstance(params, list):
+                break  # nobody asked for it: the names alone say that groups are missing here
+            groups.append({"params": params})
+        if problems := check_before_touch(stateful, entries, groups):
+            raise IncompatibleStateError(
+                f"checkpoint {checkpoint_id!r} does not fit the state ({prefix}: {'; '.join(problems[:5])}); "
+                "nothing was loaded. Build the optimizers as they were, or pass strict=False to load what "
+                "fits",
+                checkpoint_id=checkpoint_id,
+            )
 
 
 def check_fit(match: Match, checkpoint_id: str, *, unexpected: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .materialise import below, materialise
+from .optimizer_load import load_optimizer
 from .state import Targets
 from .stateful import AppState, PerRank
 
@@ -25,6 +26,9 @@ def restore(
     extra: Mapping[str, Mapping[Any, Any]],
     replaced: Mapping[str, Collection[str]],
     resized: Collection[str],
+    *,
+    strict: bool = True,
+    exact: bool = True,
 ) -> None:
     """Hand what was read back to ``state``; runs in the caller's thread.
 
@@ -33,6 +37,8 @@ def restore(
         extra: name of an open mapping -> what it takes in addition.
         replaced: name of an optimizer's mapping -> names of the entries that stay; others go.
         resized: names of what is PerRank and was saved by another number of ranks.
+        strict: whether what does not fit is an error.
+        exact: whether an optimizer's entries keep their saved dtypes.
     """
     # first of all: an optimizer casts its state to the device that it finds its parameters on
     for prefix, stateful, _ in targets.walk.statefuls:
@@ -72,7 +78,13 @@ def restore(
 
     def give(stateful: Any, name: str) -> None:
         inner = captured[id(stateful)]
-        stateful.load_state_dict(merged(name, inner))
+        saved = merged(name, inner)
+        if isinstance(stateful, AppState):
+            stateful._restore(saved, strict=strict, exact=exact)
+        elif isinstance(stateful, torch.optim.Optimizer):
+            load_optimizer(stateful, saved, exact=exact)
+        else:
+            stateful.load_state_dict(saved)
         if _left_meta(name, inner, values) and (left := _left_meta(name, stateful.state_dict(), values)):
             # torch's load_state_dict() fills nothing there, and only warns
             raise ValueError(

@@ -12,7 +12,7 @@ import inspect
 import io
 import pickle
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter, le
 from typing import Any
@@ -279,6 +279,8 @@ class OpenMapping:
     """The Stateful's."""
     is_optimizer_state: bool
     """Whether it also takes what was saved in another form than is there."""
+    takes: Callable[[Any], bool] | None = None
+    """Which keys it has a place for; None if for every one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +411,7 @@ def _open_mappings(walk: Walk) -> dict[str, OpenMapping]:
         if isinstance(stateful, Optimizer):
             found[f"{prefix}.state"] = OpenMapping(type(stateful), True)
         elif isinstance(stateful, AppState):
-            found[f"{prefix}.optim.state"] = OpenMapping(type(stateful), True)
+            found[f"{prefix}.{stateful.entries_at}"] = OpenMapping(type(stateful), True, stateful.taker())
     return found
 
 
