@@ -2,12 +2,14 @@
 
 Enters: optimizers found in a state, and the handle of its staging. Leaves: one pre-step hook per optimizer.
 Invariant: the hook never raises and never returns early; a failed save reports through its handles, not
-through somebody's training step.
+through somebody's training step. A thread that is interrupted in here, by a signal whose handler saves or
+steps, does not wait for itself, and what the handler adds is not lost.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import threading
 import weakref
@@ -25,8 +27,11 @@ class OptimizerHooks:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._handles: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
+        # a signal handler may come in anywhere below, so each change is one step that can be made twice
+        self._lock = threading.RLock()
+        self._handles: weakref.WeakKeyDictionary[Optimizer, list[RemovableHandle]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._staging: weakref.WeakKeyDictionary[Optimizer, list[CheckpointHandle[None]]] = (
             weakref.WeakKeyDictionary()
         )
@@ -36,10 +41,12 @@ class OptimizerHooks:
         with self._lock:
             for optimizer in optimizers:
                 waiting = self._staging.setdefault(optimizer, [])
-                waiting[:] = [handle for handle in waiting if not handle.done()]
                 waiting.append(staging)
-                if optimizer not in self._handles:
-                    self._handles[optimizer] = optimizer.register_step_pre_hook(self._wait)
+                for handle in [handle for handle in waiting if handle.done() and handle is not staging]:
+                    with contextlib.suppress(ValueError):  # a handler was faster
+                        waiting.remove(handle)
+                if not self._handles.setdefault(optimizer, []):
+                    self._handles[optimizer].append(optimizer.register_step_pre_hook(self._wait))
 
     def _wait(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if os.getpid() != self._pid:
@@ -51,7 +58,8 @@ class OptimizerHooks:
     def remove(self) -> None:
         """Take the hooks off. Not while a step is running: torch iterates over its table of hooks."""
         with self._lock:
-            for handle in self._handles.values():
-                handle.remove()
+            for handles in list(self._handles.values()):
+                for handle in list(handles):
+                    handle.remove()
             self._handles.clear()
             self._staging.clear()

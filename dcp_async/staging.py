@@ -9,11 +9,11 @@ trainer's tensors any more. Few, large calls: beside a busy Python thread each r
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from types import TracebackType
 from typing import Self
 
@@ -25,6 +25,7 @@ from .errors import EngineStateError
 from .formats.distcp import BLOCK_BYTES
 from .formats.zip_item import contiguous_strides
 from .gather import Gather, RefusedError
+from .mutation import Sample, Watch, places_to_sample, versions_of
 from .planner import CompiledPlan
 from .pool import Arena, BufferPool, Lease
 from .state import Captured, meta_error, padded_items
@@ -187,14 +188,6 @@ def _make_views(plan: CompiledPlan, start: int, stop: int, lease: Lease, small_b
     return views
 
 
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:
-    """How often each tensor was changed, as autograd counts; None for inference tensors, which it ignores."""
-    try:
-        return list(map(attrgetter("_version"), tensors))
-    except RuntimeError:  # asking each inference tensor what it is would be felt
-        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
 def _differing(indices: list[int], now: Sequence[object], expected: Sequence[object]) -> set[int]:
     """The indices at which two lists differ."""
     if now == expected:  # compared in C, since it is so nearly always
@@ -210,17 +203,26 @@ def copy_aside(captured: Captured) -> None:
     come first.
     """
     tensors = captured.tensors
-    versions = _versions(tensors)
+    versions = versions_of(tensors)
     smallest = captured.structure.trail.smallest(tensors, _ASIDE_TENSOR_BYTES, _ASIDE_BYTES)
     with torch.no_grad():
         copies = list(map(torch.Tensor.clone, [tensors[index] for index in smallest]))
-    for index, copy, version in zip(smallest, copies, _versions(copies), strict=True):
+    for index, copy, version in zip(smallest, copies, versions_of(copies), strict=True):
         tensors[index], versions[index] = copy, version
     if captured.pointers is not None:
         captured.pointers = captured.pointers.copy()
         for index, pointer in zip(smallest, map(torch.Tensor.data_ptr, copies), strict=True):
             captured.pointers[index] = pointer
     captured.versions = versions
+    structure = captured.structure
+    captured.watch = Watch.of(captured.live, structure.tensor_names, smallest)
+    if captured.pointers is not None:
+        trail = structure.trail
+        if trail.places is None:
+            row_major = [strides is None for strides in structure.strides]
+            trail.places = places_to_sample([tensor.nbytes for tensor in tensors], row_major, smallest)
+        with contextlib.suppress(RefusedError):  # then there is no sample, and the counters alone tell
+            captured.watch.sample = Sample.take(trail.places, captured.pointers)
 
 
 class Stager:
@@ -348,7 +350,7 @@ class Stager:
                 sources.append(source)
                 targets.append(target)
         self._copy_tensors(job.events, targets, sources)
-        self._check_versions(job, views)
+        self._check_versions(job, views, whole=stop == layout.image_bytes)
         arena.resident[here] = marks
 
     def _batch_views(self, job: StageJob, first: int, start: int, stop: int, lease: Lease) -> _BatchViews:
@@ -421,7 +423,8 @@ class Stager:
         if sources:
             torch._foreach_copy_(targets, sources)
 
-    def _check_versions(self, job: StageJob, views: _BatchViews) -> None:
+    def _check_versions(self, job: StageJob, views: _BatchViews, *, whole: bool) -> None:
+        """``whole``: these are the last. Raises MutatedTensors."""
         captured = job.captured
         versions = captured.versions
         if versions is None:
@@ -430,10 +433,15 @@ class Stager:
         for indices in (views.indices, views.cut, views.small):
             tensors = [captured.tensors[index] for index in indices]
             expected = [versions[index] for index in indices]
-            moved |= _differing(indices, _versions(tensors), expected)
-            if indices is views.small and captured.pointers is not None:  # other memory than was copied from
-                now = list(map(torch.Tensor.data_ptr, tensors))
-                moved |= _differing(indices, now, views.gathers(captured.pointers))
+            moved |= _differing(indices, versions_of(tensors), expected) | captured.watch.moved(indices)
+            if captured.pointers is not None:  # other memory than was captured
+                now, known = list(map(torch.Tensor.data_ptr, tensors)), captured.pointers
+                small = indices is views.small
+                moved |= _differing(
+                    indices, now, views.gathers(known) if small else [known[index] for index in indices]
+                )
+        if whole:
+            moved |= captured.watch.changed_unseen(captured.tensors, versions)
         if moved:
             raise MutatedTensors([job.plan.names[index] for index in sorted(moved)])
 

@@ -27,6 +27,7 @@ from .checkpointable import is_checkpointable
 from .formats.distcp import SECTOR_BYTES
 from .formats.structure import Tree, heads_of
 from .formats.zip_item import object_item, pad_item, slot_bytes
+from .mutation import Watch
 from .sharding import Offsets, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
 from .trail import Repeat, Trail
@@ -104,6 +105,8 @@ class Captured:
     """Address of each tensor; None unless the bytes there are its elements and the CPU reads them."""
     versions: list[int | None] | None = None
     """Version counters at capture, with ``overlap=True``; None for a tensor that was copied aside."""
+    watch: Watch = field(default_factory=Watch)
+    """What else tells, with ``overlap=True``, that a tensor was changed."""
 
     @property
     def is_new(self) -> bool:
@@ -132,12 +135,14 @@ class Captured:
             pointers=pointers and [pointers[index] for index in tensors],
             leaf_items=[self.leaf_items[index] for index in leaves],
             versions=versions and [versions[index] for index in tensors],
+            watch=self.watch.part(tensors),
         )
 
     def release(self) -> None:
         """Drop every reference to the trainer's tensors."""
         self.tensors = []
         self.optimizers = []
+        self.watch = Watch()
         self.leaf_items = []
         self.live = {}
         self.tree = None

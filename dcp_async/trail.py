@@ -19,8 +19,10 @@ import torch
 from torch.optim import Optimizer
 
 from .checkpointable import any_checkpointable, is_checkpointable
+from .mutation import Place
 from .stateful import PerRank, is_stateful
-from .walk import PLAIN_TENSORS, Given, Walk, is_plain, is_terminal, owned_optimizers, snapshot
+from .stepping import stepped_by
+from .walk import PLAIN_TENSORS, Given, Walk, is_plain, is_terminal, snapshot
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -181,7 +183,7 @@ class _Way:
         starts = branch.starts() if branch.statefuls else []
         for depth, place, name, inside in branch.statefuls:
             stateful = values[starts[depth] + place]
-            optimizers += owned_optimizers(stateful)
+            optimizers += stepped_by(stateful)
             inner = snapshot(name, stateful)
             given.append((stateful, inner))
             if not self._collect(inside, inner, found, given, optimizers):
@@ -207,6 +209,8 @@ class Trail:
     def __init__(self) -> None:
         self.devices: set[torch.device] | None = None
         """The accelerators on which tensors lie that are built so; None before somebody has looked."""
+        self.places: list[Place] | None = None
+        """Where tensors that are built so are sampled; None before somebody has looked."""
         self._way: _Way | None = None
         self._smallest: list[int] | None = None
 

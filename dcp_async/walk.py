@@ -25,6 +25,7 @@ from .formats.structure import Tree, list_node, mapping_kind, mapping_node, pick
 from .formats.zip_item import PLAIN_DTYPES
 from .sharding import LayoutCache, Offsets, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
+from .stepping import stepped_by
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SCALARS = frozenset({int, float, str, bool, bytes, complex, type(None)})
@@ -198,7 +199,7 @@ class Walk:
             self.bare.append((name, found.dtype, found.size))
 
     def _visit_stateful(self, name: str, stateful: Any) -> None:
-        self.optimizers += owned_optimizers(stateful)
+        self.optimizers += stepped_by(stateful)
         if self.given and self.given[0][0] is stateful:
             _, inner = self.given.popleft()
         else:
@@ -238,13 +239,6 @@ class Walk:
                 tensors.append(value)
             else:
                 self.visit(below, value)
-
-
-def owned_optimizers(stateful: object) -> Sequence[Optimizer]:
-    """The optimizers that a Stateful is or holds."""
-    if isinstance(stateful, Optimizer):
-        return (stateful,)
-    return stateful.optimizers if isinstance(stateful, AppState) else ()
 
 
 def snapshot(name: str, stateful: Any) -> Any:

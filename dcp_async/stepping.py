@@ -1,0 +1,91 @@
+"""Which optimizers change tensors when something in a state steps, through any number of wrappers.
+
+Enters: a Stateful. Leaves: the torch optimizers that it is, wraps or holds. Invariant: attributes are looked
+up where they lie, so that no code of a wrapper runs; tensors and modules are not gone into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+_HOOKS = "_optimizer_step_pre_hooks"
+_HOLDERS = frozenset(
+    {
+        *("optimizer", "_optimizer", "optim", "_optim", "optimizers", "_optimizers", "optims"),
+        *("base_optimizer", "inner_optimizer", "wrapped_optimizer", "optim_map", "optim_dict"),
+    }
+)
+"""Attributes under which wrappers, schedulers and containers keep an optimizer, whatever it looks like."""
+_OWN = frozenset({"state", "param_groups", "defaults"})
+"""What each optimizer has, and what may be large."""
+
+
+def stepped_by(stateful: object) -> list[Optimizer]:
+    """The optimizers whose ``step()`` a step of ``stateful`` may end up in, each once.
+
+    An object counts as an optimizer if it steps and has groups of parameters. One that is a
+    ``torch.optim.Optimizer`` but was never initialised as one has no hooks of its own: it wraps another.
+    """
+    found: list[Optimizer] = []
+    seen: set[int] = set()
+    waiting: list[object] = [stateful]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Optimizer) and _HOOKS in value.__dict__:
+            found.append(value)
+        waiting += _held(value)
+    return found
+
+
+def _held(value: object) -> Iterator[object]:
+    """What of the attributes of ``value`` is an optimizer, or may hold one."""
+    for name, inner in _attributes(value):
+        if name in _OWN or isinstance(inner, (torch.Tensor, torch.nn.Module, type)):
+            continue
+        if name in _HOLDERS:
+            yield from _each(inner)
+        elif _steps(inner):
+            yield inner
+        elif isinstance(inner, (list, tuple, dict)):
+            first = next(iter(inner.values() if isinstance(inner, dict) else inner), None)
+            if first is not None and _steps(first):  # a look at the first says what the others are
+                yield from _each(inner)
+
+
+def _attributes(value: object) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, (torch.Tensor, torch.nn.Module)):
+        return
+    yield from list(getattr(value, "__dict__", {}).items())
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            try:
+                yield name, object.__getattribute__(value, name)
+            except AttributeError:  # not set, or under a mangled name
+                continue
+
+
+def _each(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        yield from list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from list(value)
+    else:
+        yield value
+
+
+def _steps(value: object) -> bool:
+    if isinstance(value, Optimizer):
+        return True
+    kind = type(value)
+    own = getattr(value, "__dict__", {})
+    return callable(getattr(kind, "step", None)) and (
+        any(name in own or hasattr(kind, name) for name in ("param_groups", *_HOLDERS))
+    )
