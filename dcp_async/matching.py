@@ -284,12 +284,14 @@ def check_app_states(
         if not isinstance(stateful, AppState):
             continue
         entries = [key for key, _ in children_of(subtree(structure, f"{prefix}.{stateful.entries_at}"))]
-        groups = []
-        for number, _ in enumerate(children_of(subtree(structure, f"{prefix}.optim.param_groups"))):
-            params = values.get(f"{prefix}.optim.param_groups.{number}.params")
-            if not isinstance(params, list):
-                break  # nobody asked for it: the names alone say that groups are missing here
-            groups.append({"params": params})
+        saved_groups = children_of(subtree(structure, f"{prefix}.optim.param_groups"))
+        params = [
+            values.get(f"{prefix}.optim.param_groups.{number}.params")
+            for number, _ in enumerate(saved_groups)
+        ]
+        if not (entries or params) or not all(isinstance(names, list) for names in params):
+            continue  # a subclass saves something else, or names alone have told that groups are missing
+        groups = [{"params": names} for names in params]
         if problems := check_before_touch(stateful, entries, groups):
             raise IncompatibleStateError(
                 f"checkpoint {checkpoint_id!r} does not fit the state ({prefix}: {'; '.join(problems[:5])}); "
