@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ._drive import Verb
-from .agreement import Agreement, Together
+from .agreement import Agreement, Attempt, Together
 from .catalog import Catalog
 from .contents import Contents
 from .coordinator import Coordinator
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Attempt = Callable[[str, bool], Coroutine[Any, Any, T]]
-"""Loads a checkpoint by name; told whether an earlier attempt touched the targets."""
+Trial = Callable[[str, bool], Verb[T]]
+"""Loads a checkpoint by name; told whether an earlier one touched the targets."""
 
 
 class LoadRunner:
@@ -63,12 +63,11 @@ class LoadRunner:
         book, coordinator = self._life.book, self._life.coordinator
         ordinal, numbers = book.next_ordinal(), itertools.count()
         try:
-            targets = _targets_of(state, coordinator)
             names = yield from self.ask(self._agreement.resolve(ordinal, source))
-            (info, loaded), skipped = yield from self._try_each(
+            (info, targets, loaded), skipped = yield from self._try_each(
                 names,
                 lambda name, touched: self._load_one(
-                    ordinal, next(numbers), name, targets, how, refill=touched
+                    self._agreement.attempt(ordinal, next(numbers), name), state, how, refill=touched
                 ),
                 falls_back=source == "latest",
             )
@@ -111,14 +110,20 @@ class LoadRunner:
                 checkpoint_id=info.checkpoint_id,
             ) from error
 
-    async def _load_one(
-        self, ordinal: int, number: int, name: str, targets: Targets, how: LoadOptions, *, refill: bool
-    ) -> tuple[CheckpointInfo, Loaded]:
-        async def load(contents: Contents, ranks: Together) -> tuple[CheckpointInfo, Loaded]:
-            loaded = await load_into(contents, targets, self._services, how, refill=refill, ranks=ranks)
-            return contents.info, loaded
+    def _load_one(
+        self, attempt: Attempt, state: Mapping[str, Any], how: LoadOptions, *, refill: bool
+    ) -> Verb[tuple[CheckpointInfo, Targets, Loaded]]:
+        contents = yield from self.ask(attempt.open())
+        try:
+            targets = _targets_of(state, self._life.coordinator)
+        except BaseException as error:
+            yield from self.ask(attempt.give_up(error))
+            raise
 
-        return await self._agreement.attempt(ordinal, number, name, load)
+        async def load(contents: Contents, ranks: Together) -> Loaded:
+            return await load_into(contents, targets, self._services, how, refill=refill, ranks=ranks)
+
+        return contents.info, targets, (yield from self.ask(attempt.load(load)))
 
     def reading(
         self, source: CheckpointRef, keys: Sequence[str] | None, device: torch.device | str
@@ -126,7 +131,7 @@ class LoadRunner:
         """A checkpoint as fresh objects. Each rank reads by itself."""
         names = yield from self.ask(self._catalog.resolve(source))
         value, _ = yield from self._try_each(
-            names, lambda name, _: self._read_one(name, keys, device), falls_back=source == "latest"
+            names, lambda name, _: self.ask(self._read_one(name, keys, device)), falls_back=source == "latest"
         )
         return value
 
@@ -140,7 +145,7 @@ class LoadRunner:
             await contents.close()
 
     def _try_each(
-        self, names: Sequence[str], attempt: Attempt[T], *, falls_back: bool
+        self, names: Sequence[str], trial: Trial[T], *, falls_back: bool
     ) -> Verb[tuple[T, tuple[str, ...]]]:
         """The first checkpoint that is whole, and the names of newer ones that are not."""
         first: CorruptCheckpointError | None = None
@@ -148,7 +153,7 @@ class LoadRunner:
         skipped: list[str] = []
         for name in names:
             try:
-                value = yield from self.ask(attempt(name, touched))
+                value = yield from trial(name, touched)
             except CorruptCheckpointError as error:
                 if not falls_back:
                     raise
