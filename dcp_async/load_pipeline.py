@@ -47,7 +47,7 @@ from .matching import (
 from .reading import Collector, CoverageError, Source, copy_exotic
 from .sharding import is_known_to_autograd
 from .spans import Check, DamagedError, FetchBuffers, Span, make_batches, make_spans
-from .state import OpenMapping, Region, Targets
+from .targets import Region, Targets
 from .trust import Trust, UntrustedGlobal, load_pickle
 from .unfolding import folded, take_apart
 
@@ -82,7 +82,9 @@ class Loaded:
     """What a load gives to ``restore``."""
 
     values: dict[str, Any]
-    extra: dict[str, dict[Any, Any]]
+    """Name -> new value of a leaf, or of a tensor that was not filled in place."""
+    taken: dict[str, Any]
+    """Name -> what was saved there, for what takes it whole; objects inside of it are the state's own."""
     match: Match
     nbytes: int
 
@@ -307,7 +309,7 @@ async def load_into(
             name: [Region(torch.empty_like(region.tensor), region.offsets) for region in regions]
             for name, regions in into.items()
         }
-    keys = {raw: pipeline.unpickle(raw) for node in match.open_nodes.values() for raw in pickled_keys(node)}
+    keys = {raw: pipeline.unpickle(raw) for node in match.nodes.values() for raw in pickled_keys(node)}
 
     async def before_touch(values: Mapping[str, Any]) -> None:
         check_groups(targets, values, contents.info.checkpoint_id)
@@ -330,12 +332,14 @@ async def load_into(
     if how.atomic and into:
         await services.threads.run(_copy_all, filled, _tensors_of(into))
     values |= match.fresh
-    extra: dict[str, dict[Any, Any]] = {}
-    for prefix, node in match.open_nodes.items():
-        taken = build(node, values.__getitem__, keys.__getitem__, prefix)
-        mapping = targets.open_mappings.get(prefix)
-        extra[prefix] = {_optimizer_key(mapping, key): entry for key, entry in taken.items()}
-    return Loaded(values=values, extra=extra, match=match, nbytes=nbytes)
+
+    def value_of(name: str) -> Any:
+        if name in targets.statefuls:
+            return targets.statefuls[name][0]
+        return values[name] if name in values else targets.tensors[name]
+
+    taken = {name: build(node, value_of, keys.__getitem__, name) for name, node in match.nodes.items()}
+    return Loaded(values=values, taken=taken, match=match, nbytes=nbytes)
 
 
 def _tensors_of(regions: Mapping[str, Iterable[Region]]) -> list[torch.Tensor]:
@@ -354,12 +358,6 @@ def _copy_all(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) 
                 copy_exotic(target, source)
         if at_once[0]:
             torch._foreach_copy_(*at_once)
-
-
-def _optimizer_key(mapping: OpenMapping | None, key: Any) -> Any:
-    """Stock turns an optimizer's parameter numbers into text."""
-    owned = mapping is not None and issubclass(mapping.owner, torch.optim.Optimizer)
-    return int(key) if owned and isinstance(key, str) and key.isdigit() else key
 
 
 async def read_fresh(

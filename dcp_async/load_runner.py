@@ -26,8 +26,8 @@ from .errors import CorruptCheckpointError, IncompatibleStateError, LoadError, S
 from .lifetime import Lifetime
 from .load_pipeline import Loaded, LoadOptions, LoadServices, load_into, read_fresh
 from .response import CheckpointInfo, CheckpointRef, LoadReport
-from .restore import restore
-from .state import Targets, capture_targets
+from .restore import Restorer
+from .targets import Asked, Schema, Targets, capture_targets
 from .walk import CaptureError
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,13 @@ class LoadRunner:
         """Fill ``state``. Ranks: all must call it."""
         started = time.monotonic()
         book, coordinator = self._life.book, self._life.coordinator
-        ordinal, numbers = book.next_ordinal(), itertools.count()
+        ordinal, numbers, asked = book.next_ordinal(), itertools.count(), Asked()
         try:
             names = yield from self.ask(self._agreement.resolve(ordinal, source))
             (info, targets, loaded), skipped = yield from self._try_each(
                 names,
                 lambda name, touched: self._load_one(
-                    self._agreement.attempt(ordinal, next(numbers), name), state, how, refill=touched
+                    self._agreement.attempt(ordinal, next(numbers), name), state, asked, how, refill=touched
                 ),
                 falls_back=source == "latest",
             )
@@ -80,7 +80,7 @@ class LoadRunner:
         return LoadReport(
             checkpoint_id=info.checkpoint_id,
             step=info.step,
-            missing=tuple(loaded.match.missing),
+            missing=(*loaded.match.missing, *loaded.match.kept),
             unexpected=tuple(loaded.match.unexpected),
             mismatched=tuple(loaded.match.mismatched),
             skipped=skipped,
@@ -96,13 +96,9 @@ class LoadRunner:
         info: CheckpointInfo,
         how: LoadOptions,
     ) -> None:
-        match = loaded.match
+        restorer = Restorer(targets, loaded, strict=how.strict, exact=how.dtypes == "exact")
         try:
-            restore(
-                *(state, targets, loaded.values, loaded.extra, match.replaced, match.resized),
-                strict=how.strict,
-                exact=how.dtypes == "exact",
-            )
+            restorer.restore(state)
         except (Exception, CheckpointException) as error:
             raise LoadError(
                 f"checkpoint {info.checkpoint_id!r} was read, but the state refused it, its tensors "
@@ -111,11 +107,11 @@ class LoadRunner:
             ) from error
 
     def _load_one(
-        self, attempt: Attempt, state: Mapping[str, Any], how: LoadOptions, *, refill: bool
+        self, attempt: Attempt, state: Mapping[str, Any], asked: Asked, how: LoadOptions, *, refill: bool
     ) -> Verb[tuple[CheckpointInfo, Targets, Loaded]]:
         contents = yield from self.ask(attempt.open())
         try:
-            targets = _targets_of(state, self._life.coordinator)
+            targets = _targets_of(state, Schema(contents), asked, self._life.coordinator)
         except BaseException as error:
             yield from self.ask(attempt.give_up(error))
             raise
@@ -175,9 +171,10 @@ class LoadRunner:
         raise first
 
 
-def _targets_of(state: Mapping[str, Any], coordinator: Coordinator) -> Targets:
+def _targets_of(state: Mapping[str, Any], schema: Schema, asked: Asked, coordinator: Coordinator) -> Targets:
+    rank, world_size = coordinator.rank, coordinator.world_size
     try:
-        return capture_targets(state, rank=coordinator.rank, world_size=coordinator.world_size)
+        return capture_targets(state, schema, asked, rank=rank, world_size=world_size)
     except (CaptureError, CheckpointException) as error:
         raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
 

@@ -19,7 +19,7 @@ from .formats.distcp import BLOCK_BYTES
 from .formats.zip_item import PLAIN_DTYPES, contiguous_strides, tensor_frame
 from .item import StoredItem, UnsupportedError, inflated_bound
 from .spans import DamagedError, Fill, Piece, host_memory
-from .state import Region
+from .targets import Region
 from .trust import Trust
 from .walk import PLAIN_TENSORS
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import inspect
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from .checkpointable import is_checkpointable
-from .formats.structure import Tree, list_node, mapping_kind, mapping_node, pickled_key
+from .formats.structure import (
+    Tree,
+    kind_of_stateful,
+    list_node,
+    mapping_kind,
+    mapping_node,
+    pickled_key,
+)
 from .formats.zip_item import PLAIN_DTYPES
 from .sharding import LayoutCache, Offsets, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
@@ -32,6 +39,10 @@ _SCALARS = frozenset({int, float, str, bool, bytes, complex, type(None)})
 
 Given = deque[tuple[Any, Any]]
 """(Stateful, what it gave) of those that were asked before the walk, in its order."""
+
+
+UNASKED: Any = object()
+"""In place of what a Stateful would have given, had it been asked."""
 
 
 class CaptureError(ValueError):
@@ -97,11 +108,13 @@ class Walk:
     """Mapping keys that are no str: (name below the key, what tells it from another of that name)."""
     optimizers: list[Optimizer] = field(default_factory=list)
     statefuls: list[tuple[str, Any, Any]] = field(default_factory=list)
-    """(prefix, the Stateful, what its state_dict() gave)."""
+    """(prefix, the Stateful, what its state_dict() gave, or UNASKED)."""
     rank: int = 0
     """This process's, for what is PerRank."""
     per_rank: dict[str, PerRank] = field(default_factory=dict)
     given: Given = field(default_factory=deque)
+    ask: Callable[[str, Any], Any] | None = None
+    """Asks a Stateful at a name, or gives UNASKED; None asks each."""
     _layouts: LayoutCache = field(default_factory=dict)
 
     def visit(self, name: str, value: Any) -> None:
@@ -203,9 +216,14 @@ class Walk:
         if self.given and self.given[0][0] is stateful:
             _, inner = self.given.popleft()
         else:
-            inner = snapshot(name, stateful)
+            inner = self.ask(name, stateful) if self.ask else snapshot(name, stateful)
         self.statefuls.append((name, stateful, inner))
-        self.visit(name, inner)
+        if inner is UNASKED:
+            return
+        if isinstance(inner, Mapping) and not is_stateful(inner):
+            self._visit_mapping(name, inner, kind_of_stateful(mapping_kind(inner)))
+        else:
+            self.visit(name, inner)
 
     def _enter(self, name: str, kind: str, size: int) -> None:
         leaves = len(self.tensor_names) + len(self.leaf_names) + len(self.bare)
@@ -225,8 +243,8 @@ class Walk:
             ) from error
         self.odd_keys.append((below, repr(key).encode() if raw is None else raw))
 
-    def _visit_mapping(self, name: str, mapping: Mapping[Any, Any]) -> None:
-        self._enter(name, mapping_kind(mapping), len(mapping))
+    def _visit_mapping(self, name: str, mapping: Mapping[Any, Any], kind: str | None = None) -> None:
+        self._enter(name, kind or mapping_kind(mapping), len(mapping))
         tensor_names, tensors = self.tensor_names, self.tensors
         for key, value in mapping.items():
             below = f"{name}.{key}"
@@ -257,20 +275,30 @@ def snapshot(name: str, stateful: Any) -> Any:
     ):
         if inspect.iscoroutine(inner):
             inner.close()
-        raise CaptureError(
-            f"{name}: {type(stateful).__name__}.state_dict() is asynchronous; a snapshot must be taken "
-            "in one piece, so give the state an object whose state_dict() returns a plain dict"
-        )
+        raise asynchronous_error(name, stateful)
     return inner
 
 
-def walk_state(state: Mapping[str, Any], rank: int, given: Given | None = None) -> Walk:
+def asynchronous_error(name: str, stateful: object) -> CaptureError:
+    """For a ``state_dict()`` that would have to be awaited."""
+    return CaptureError(
+        f"{name}: {type(stateful).__name__}.state_dict() is asynchronous; a snapshot must be taken "
+        "in one piece, so give the state an object whose state_dict() returns a plain dict"
+    )
+
+
+def walk_state(
+    state: Mapping[str, Any],
+    rank: int,
+    given: Given | None = None,
+    ask: Callable[[str, Any], Any] | None = None,
+) -> Walk:
     """Visit every leaf of ``state``; calls each Stateful's ``state_dict()`` once, in the mapping's order, but
-    for those that have ``given`` theirs already."""
+    for those that have ``given`` theirs already. ``ask`` does it in another way, see Walk."""
     if not isinstance(state, Mapping):
         raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
-    walk = Walk(rank=rank, given=given or deque())
-    walk.containers.append(("", "root", len(state), 0))
+    walk = Walk(rank=rank, given=given or deque(), ask=ask)
+    walk.containers.append(("", mapping_kind(state), len(state), 0))
     for key, value in state.items():
         if not isinstance(key, str):
             raise CaptureError(f"the state's keys must be str; {key!r} is a {type(key).__name__}")
@@ -294,7 +322,7 @@ def structure_of(state: Mapping[str, Any], walk: Walk) -> Tree:
         if isinstance(value, torch.Tensor):
             return None
         if is_stateful(value):
-            return node(inner[id(value)])
+            return node_of_stateful(inner[id(value)])
         if isinstance(value, Mapping):
             return mapping_node(mapping_kind(value), ((key, node(entry)) for key, entry in value.items()))
         if isinstance(value, PerRank):
@@ -303,4 +331,10 @@ def structure_of(state: Mapping[str, Any], walk: Walk) -> Tree:
             return list_node([node(entry) for entry in value])
         return None
 
-    return mapping_node("dict", ((key, node(value)) for key, value in state.items()))
+    def node_of_stateful(given: Any) -> Tree:
+        made = node(given)
+        if made is None or isinstance(given, list) or is_stateful(given):
+            return made
+        return [kind_of_stateful(made[0]), made[1]]
+
+    return mapping_node(mapping_kind(state), ((key, node(value)) for key, value in state.items()))
