@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from ._concurrency import BlockingThreads, Pipe, first_failure, run_blocking
 from .agreement import Together
+from .boundary import ENDINGS, FillError, is_foreign, storage_errors, words
 from .contents import Contents
 from .errors import (
     CorruptCheckpointError,
@@ -50,6 +51,7 @@ from .spans import Check, DamagedError, FetchBuffers, Span, make_batches, make_s
 from .targets import Region, Targets
 from .trust import Trust, UntrustedGlobal, load_pickle
 from .unfolding import folded, take_apart
+from .walk import PLAIN_TENSORS
 
 P = ParamSpec("P")
 _QUEUE_BATCHES = 2
@@ -129,7 +131,7 @@ class LoadPipeline:
         try:
             heads, doubtful = Collector(self._source), Collector(self._source)
             small, large = Collector(self._source), Collector(self._source)
-            inside: list[tuple[torch.Tensor, torch.Tensor]] = []
+            inside: list[tuple[str, torch.Tensor, torch.Tensor]] = []
             with collection_paused():
                 for leaf in leaves:
                     if (part := self._contents.part(leaf)) is not None:
@@ -138,7 +140,7 @@ class LoadPipeline:
                         small.want_leaf(leaf, values.__setitem__)
                 for fqn, regions in tensors.items():
                     if (part := self._contents.part(fqn)) is not None:
-                        inside += [(region.tensor, region.of(part.value)) for region in regions]
+                        inside += [(fqn, region.tensor, region.of(part.value)) for region in regions]
                     else:
                         large.want_tensor(fqn, regions)
             if not (fresh or self._services.trust.unsafe):  # else nothing is at stake, or nothing is refused
@@ -152,7 +154,9 @@ class LoadPipeline:
             await self._flow(large)
             if inside:
                 await self._services.threads.run(_copy_all, *zip(*inside, strict=True))
-        except (BaseExceptionGroup, CoverageError, DamagedError, UnsupportedError) as error:
+        except ENDINGS:
+            raise
+        except BaseException as error:  # what it reads into, and what reads, may be the trainer's own
             cause = first_failure(error)
             explained = self._explain(cause, name)
             if explained is cause:
@@ -220,7 +224,18 @@ class LoadPipeline:
                 partially_loaded=self._touched,
                 tensors=names,
             )
+        if isinstance(error, FillError):
+            return LoadError(f"checkpoint {name!r}: {error}; {state}", checkpoint_id=name)
+        if is_foreign(error) and not isinstance(error, OSError):
+            return LoadError(
+                f"checkpoint {name!r}: reading it failed ({words(error)}); {state}", checkpoint_id=name
+            )
         return error
+
+    def failure(self, error: BaseException) -> BaseException:
+        """The error of the tree for ``error``, with which all that is left of the load failed."""
+        self._touched = True
+        return self._explain(error, self._contents.info.checkpoint_id)
 
     def _names_in(self, file: str, ranges: Iterable[tuple[int, int]]) -> list[str]:
         """Whose items overlap these bytes, wanted or not: a block is damaged for all that lies in it."""
@@ -256,7 +271,13 @@ class LoadPipeline:
                 buffers = [FetchBuffers(span) for span in batch]
             segments = [segment for part in buffers for segment in part.segments]
             check = Check(buffers)
-            await self._contents.reader.read_into(batch[0].file, segments, check.arrived)
+            try:
+                await self._contents.reader.read_into(batch[0].file, segments, check.arrived)
+            except (DamagedError, BaseExceptionGroup):  # found by ``check``, in the storage's own call
+                raise
+            except BaseException as error:
+                with storage_errors("read", f"{batch[0].file} of {self._contents.info.checkpoint_id!r}"):
+                    raise error from error.__cause__
             if not check.done:  # a storage need not say what has arrived
                 await self._blocking(check.finish)
             if any(part.is_unfinished for part in buffers):
@@ -279,6 +300,11 @@ def _scatter(buffers: Iterable[FetchBuffers]) -> None:
             raise
         except (ValueError, RuntimeError, TypeError) as error:
             raise DamagedError(str(error), [piece.name for piece in part.span.pieces]) from error
+        except (FillError, UnsupportedError, UntrustedGlobal, *ENDINGS):
+            raise
+        except BaseException as error:
+            names = tuple(dict.fromkeys(piece.name for piece in part.span.pieces))
+            raise FillError(f"{', '.join(names[:5])}: {words(error)}", names) from error
 
 
 async def load_into(
@@ -330,7 +356,11 @@ async def load_into(
     touched = [*filled, *filter(is_known_to_autograd, wrappers)]
     torch.autograd.graph.increment_version([tensor for tensor in touched if not tensor.is_inference()])
     if how.atomic and into:
-        await services.threads.run(_copy_all, filled, _tensors_of(into))
+        names = [name for name, regions in match.tensors.items() for _ in regions]
+        try:
+            await services.threads.run(_copy_all, names, filled, _tensors_of(into))
+        except FillError as error:
+            raise pipeline.failure(error) from error
     values |= match.fresh
 
     def value_of(name: str) -> Any:
@@ -346,16 +376,16 @@ def _tensors_of(regions: Mapping[str, Iterable[Region]]) -> list[torch.Tensor]:
     return [region.tensor for some in regions.values() for region in some]
 
 
-def _copy_all(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
+def _copy_all(names: Iterable[str], targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
     at_once: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     with torch.inference_mode():  # else tensors that were made in it could not be written to
-        for target, source in zip(targets, sources, strict=True):
+        for name, target, source in zip(names, targets, sources, strict=True):
             strided = target.layout is torch.strided and not target.is_quantized
-            if strided and not target.is_conj() and not target.is_neg():
+            if strided and type(target) in PLAIN_TENSORS and not target.is_conj() and not target.is_neg():
                 at_once[0].append(target)
                 at_once[1].append(source)
             else:
-                copy_exotic(target, source)
+                copy_exotic(name, target, source)
         if at_once[0]:
             torch._foreach_copy_(*at_once)
 

@@ -8,23 +8,25 @@ error.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from ._drive import Verb
 from .agreement import Agreement, Attempt, Together
+from .boundary import ENDINGS, is_foreign, words
 from .catalog import Catalog
 from .contents import Contents
 from .coordinator import Coordinator
 from .errors import CorruptCheckpointError, IncompatibleStateError, LoadError, StorageError
 from .lifetime import Lifetime
 from .load_pipeline import Loaded, LoadOptions, LoadServices, load_into, read_fresh
+from .remote import RemoteFailure
 from .response import CheckpointInfo, CheckpointRef, LoadReport
 from .restore import Restorer
 from .targets import Asked, Schema, Targets, capture_targets
@@ -99,10 +101,12 @@ class LoadRunner:
         restorer = Restorer(targets, loaded, strict=how.strict, exact=how.dtypes == "exact")
         try:
             restorer.restore(state)
-        except (Exception, CheckpointException) as error:
+        except ENDINGS:
+            raise
+        except BaseException as error:  # the trainer's own code, which may raise anything
             raise LoadError(
                 f"checkpoint {info.checkpoint_id!r} was read, but the state refused it, its tensors "
-                f"overwritten already: {type(error).__name__}: {error}",
+                f"overwritten already: {restorer.at}: {words(error)}",
                 checkpoint_id=info.checkpoint_id,
             ) from error
 
@@ -117,7 +121,8 @@ class LoadRunner:
             raise
 
         async def load(contents: Contents, ranks: Together) -> Loaded:
-            return await load_into(contents, targets, self._services, how, refill=refill, ranks=ranks)
+            with _load_errors(contents.info.checkpoint_id, lambda: refill or ranks.are_ready):
+                return await load_into(contents, targets, self._services, how, refill=refill, ranks=ranks)
 
         return contents.info, targets, (yield from self.ask(attempt.load(load)))
 
@@ -136,7 +141,8 @@ class LoadRunner:
     ) -> dict[str, Any]:
         contents = await self._catalog.open(name)
         try:
-            return await read_fresh(contents, self._services, keys=keys, device=device)
+            with _load_errors(name, lambda: False):
+                return await read_fresh(contents, self._services, keys=keys, device=device)
         finally:
             await contents.close()
 
@@ -175,8 +181,25 @@ def _targets_of(state: Mapping[str, Any], schema: Schema, asked: Asked, coordina
     rank, world_size = coordinator.rank, coordinator.world_size
     try:
         return capture_targets(state, schema, asked, rank=rank, world_size=world_size)
-    except (CaptureError, CheckpointException) as error:
+    except CaptureError as error:
         raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
+    except BaseException as error:
+        if not is_foreign(error):
+            raise
+        what = words(error)  # of the trainer's objects, which are looked at
+        raise IncompatibleStateError(f"the state can't be loaded into: {what}; nothing was loaded") from error
+
+
+@contextlib.contextmanager
+def _load_errors(name: str, touched: Callable[[], bool]) -> Iterator[None]:
+    """What the trainer's objects raise while a load looks at them becomes a LoadError."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_foreign(error) or isinstance(error, (OSError, RemoteFailure)):
+            raise  # the storage's, or another rank's
+        state = "targets are partly overwritten" if touched() else "nothing was loaded"
+        raise LoadError(f"checkpoint {name!r}: {words(error)}; {state}", checkpoint_id=name) from error
 
 
 def _overwritten(name: str, what: str) -> CorruptCheckpointError:

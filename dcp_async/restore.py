@@ -37,6 +37,8 @@ class Restorer:
         self._values = loaded.values
         self._taken = loaded.taken
         self._match = loaded.match
+        self.at = "the state"
+        """The name of what is handed back."""
         self._done: set[str] = set()
         """Names of Statefuls that have theirs."""
 
@@ -44,6 +46,7 @@ class Restorer:
         """Hand what was read back to ``state``."""
         # first of all: an optimizer casts its state to the device that it finds its parameters on
         for prefix, (stateful, _) in self._targets.statefuls.items():
+            self.at = prefix
             if isinstance(stateful, AppState):
                 materialise(stateful.model, below(f"{prefix}.model", self._values))
             elif isinstance(stateful, torch.nn.Module):
@@ -52,6 +55,7 @@ class Restorer:
             self._hand_back(state, key, key)
 
     def _hand_back(self, container: Any, key: Any, name: str) -> None:
+        self.at = name
         value = container[key]
         if name in self._targets.statefuls:
             self._give(name)
@@ -93,6 +97,7 @@ class Restorer:
                 self._give(other)
         if name in self._match.absent:
             return
+        self.at = name
         saved = self._merged(name, inner)
         if isinstance(stateful, AppState):
             stateful._restore(saved, strict=self._strict, exact=self._exact)

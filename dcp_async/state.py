@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from .boundary import ENDINGS, words
 from .formats.distcp import SECTOR_BYTES
 from .formats.structure import Tree
 from .formats.zip_item import object_item, pad_item, slot_bytes
@@ -36,9 +37,11 @@ def pickle_leaf(name: str, value: Any) -> bytes:
         stream = io.BytesIO()
         torch.save(_detached(value) if isinstance(value, torch.Tensor) else value, stream)
         return stream.getvalue()
-    except Exception as error:  # pickling runs the leaf's own code, which may raise anything
+    except ENDINGS:
+        raise
+    except BaseException as error:  # pickling runs the leaf's own code, which may raise anything
         raise CaptureError(
-            f"{name}: a {type(value).__qualname__} can't be pickled ({type(error).__name__}: {error}); "
+            f"{name}: a {type(value).__qualname__} can't be pickled ({words(error)}); "
             "leave it out of the state or give it a state_dict()"
         ) from error
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from .boundary import ENDINGS, words
 from .checkpointable import is_checkpointable
 from .formats.structure import (
     Tree,
@@ -113,12 +113,15 @@ class Walk:
     """This process's, for what is PerRank."""
     per_rank: dict[str, PerRank] = field(default_factory=dict)
     given: Given = field(default_factory=deque)
+    at: str = ""
+    """Where the walk is."""
     ask: Callable[[str, Any], Any] | None = None
     """Asks a Stateful at a name, or gives UNASKED; None asks each."""
     _layouts: LayoutCache = field(default_factory=dict)
 
     def visit(self, name: str, value: Any) -> None:
         """Walk ``value``, which lies at ``name``."""
+        self.at = name
         if isinstance(value, torch.Tensor):
             if is_plain(value):
                 self.tensor_names.append(name)
@@ -263,10 +266,11 @@ def snapshot(name: str, stateful: Any) -> Any:
     """What the ``state_dict()`` of ``stateful``, which lies at ``name``, gives. Raises CaptureError."""
     try:
         inner = stateful._snapshot() if isinstance(stateful, AppState) else stateful.state_dict()
-    except (Exception, CheckpointException) as error:  # the trainer's own code, which may raise anything
-        kind = type(error).__name__
+    except ENDINGS:
+        raise
+    except BaseException as error:  # the trainer's own code, which may raise anything
         raise CaptureError(
-            f"{name}: {type(stateful).__name__}.state_dict() failed ({kind}: {error})"
+            f"{name}: {type(stateful).__name__}.state_dict() failed ({words(error)})"
         ) from error
     if (
         inspect.isawaitable(inner)
@@ -299,10 +303,15 @@ def walk_state(
         raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
     walk = Walk(rank=rank, given=given or deque(), ask=ask)
     walk.containers.append(("", mapping_kind(state), len(state), 0))
-    for key, value in state.items():
-        if not isinstance(key, str):
-            raise CaptureError(f"the state's keys must be str; {key!r} is a {type(key).__name__}")
-        walk.visit(key, value)
+    try:
+        for key, value in state.items():
+            if not isinstance(key, str):
+                raise CaptureError(f"the state's keys must be str; {key!r} is a {type(key).__name__}")
+            walk.visit(key, value)
+    except (CaptureError, *ENDINGS):
+        raise
+    except BaseException as error:  # mappings and tensors of the trainer's own may raise anything
+        raise CaptureError(f"{walk.at or 'the state'}: it can't be looked at ({words(error)})") from error
     return walk
 
 

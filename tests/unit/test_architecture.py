@@ -14,7 +14,7 @@ PACKAGE = Path(dcp_async.__file__).parent
 
 # Lower layers first; a module imports from its own layer or below.
 LAYERS: list[set[str]] = [
-    {"errors", "_concurrency", "options", "trust", "plain", "opcodes", "rebuilding"},
+    {"errors", "_concurrency", "options", "trust", "plain", "opcodes", "rebuilding", "boundary"},
     {
         "formats",
         "formats.structure",
