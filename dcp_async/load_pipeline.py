@@ -9,7 +9,7 @@ that trust is decided before the first tensor is written to.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from ._concurrency import BlockingThreads, Pipe, first_failure, run_blocking
 from .agreement import Together
+from .aliases import conflict
 from .boundary import ENDINGS, FillError, is_foreign, storage_errors, words
 from .contents import Contents
 from .errors import (
@@ -329,6 +330,8 @@ async def load_into(
     match.unexpected = await ranks.unexpected(match.unexpected, targets.prefixes)
     if how.strict or refill:
         check_fit(match, contents.info.checkpoint_id, unexpected=how.strict)
+    for group in match.aliases:
+        await _check_aliases(pipeline, group, contents.info.checkpoint_id)
     into = match.tensors
     if how.atomic:
         into = {
@@ -370,6 +373,23 @@ async def load_into(
 
     taken = {name: build(node, value_of, keys.__getitem__, name) for name, node in match.nodes.items()}
     return Loaded(values=values, taken=taken, match=match, nbytes=nbytes)
+
+
+async def _check_aliases(
+    pipeline: LoadPipeline, group: Sequence[tuple[str, Region]], checkpoint_id: str
+) -> None:
+    """Read what belongs into targets that share memory, elsewhere. Raises IncompatibleStateError if it can't
+    be in there together."""
+    values = [torch.empty_like(region.tensor) for _, region in group]
+    for (name, region), value in zip(group, values, strict=True):
+        await pipeline.read({name: [Region(value, region.offsets)]}, (), fresh=True)
+    if (names := conflict(group, values)) is not None:
+        raise IncompatibleStateError(
+            f"checkpoint {checkpoint_id!r} does not fit the state ({names[0]} and {names[1]} share memory in "
+            "the state and were saved with different values, so one would overwrite the other); nothing was "
+            "loaded. Untie them with clone(), or load one of them only",
+            checkpoint_id=checkpoint_id,
+        )
 
 
 def _tensors_of(regions: Mapping[str, Iterable[Region]]) -> list[torch.Tensor]:

@@ -12,8 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
+from .aliases import are_one_view, groups_in_memory
 from .app_state import AppState, check_before_touch
 from .checkpointable import empty_like, global_size
 from .contents import Contents
@@ -32,6 +37,10 @@ class Match:
 
     tensors: dict[str, list[Region]] = field(default_factory=dict)
     """To be filled in place."""
+    gappy: set[str] = field(default_factory=set)
+    """Of these, what may not be contiguous."""
+    offered: set[str] = field(default_factory=set)
+    """Of these, what need not be filled: a new tensor does as well."""
     resized: set[str] = field(default_factory=set)
     """What is PerRank and was saved by another number of ranks: taken from all of them."""
     leaves: list[str] = field(default_factory=list)
@@ -48,6 +57,8 @@ class Match:
     """Statefuls of which nothing was saved: they are not called."""
     kept: list[str] = field(default_factory=list)
     """Options of optimizers that were not saved and stay as they are: reported, but no misfit."""
+    aliases: list[list[tuple[str, Region]]] = field(default_factory=list)
+    """Targets that share memory, though what is read into them may differ."""
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
@@ -87,9 +98,11 @@ def is_raw(
     )
 
 
+def _is_gappy(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_contiguous()
+
+
 def _is_expanded(tensor: torch.Tensor) -> bool:
-    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_contiguous():
-        return False
     return any(step == 0 and extent > 1 for step, extent in zip(tensor.stride(), tensor.shape, strict=True))
 
 
@@ -147,7 +160,29 @@ class _Matcher:
             and (name in targets.prefixes or name.startswith(inside))
             and not name.startswith(others)
         ]
+        self._separate_aliases()
         return match
+
+    def _separate_aliases(self) -> None:
+        """Find targets that share memory with others, of which more than these names was saved. What is only
+        offered gives way to new tensors; what is left is compared when its bytes are read."""
+        match = self._match
+        for group in groups_in_memory(match.tensors, match.gappy):
+            if are_one_view(group) and len({self._places(name) for name, _ in group}) == 1:
+                continue
+            for name in sorted({name for name, _ in group} & match.offered):
+                del match.tensors[name]
+                self._take([name])
+            left = [(name, region) for name, region in group if name in match.tensors]
+            if len(left) > 1:
+                match.aliases.append(left)
+
+    def _places(self, name: str) -> tuple[object, ...]:
+        """Where the bytes of a tensor lie; names that were saved as one tensor have the same."""
+        meta, places = self._names[name], self._contents.places
+        chunks = meta.chunks if isinstance(meta, TensorStorageMetadata) else ()
+        found = tuple(places.get(MetadataIndex(name, chunk.offsets)) for chunk in chunks)
+        return found if found and None not in found else (name,)
 
     def _misfit(self, name: str, tensor: torch.Tensor) -> str | None:
         """Why what was saved as ``name`` can't be read into ``tensor``."""
@@ -156,15 +191,17 @@ class _Matcher:
             return "is a tensor in the state, but not in the checkpoint"
         saved = meta.properties.dtype
         size = global_size(tensor)
-        here, there = f"{tuple(size)} {tensor.dtype}", f"{tuple(meta.size)} {saved}"
-        if meta.size != size:
-            return f"is {here} in the state, {there} in the checkpoint"
-        if saved != tensor.dtype and self._dtypes == "exact":
+        if meta.size != size or (saved != tensor.dtype and self._dtypes == "exact"):
+            here, there = f"{tuple(size)} {tensor.dtype}", f"{tuple(meta.size)} {saved}"
             return f"is {here} in the state, {there} in the checkpoint"
         if saved != tensor.dtype and not _can_cast(saved, tensor.dtype):
+            here = f"{tuple(size)} {tensor.dtype}"
             return f"is {here} in the state; {saved}, as in the checkpoint, can't become that"
-        if any(_is_expanded(region.tensor) for region in self._regions(name, tensor)):
-            return "is expanded: its elements share one place; clone() it first"
+        for region in self._regions(name, tensor):
+            if _is_gappy(region.tensor):
+                self._match.gappy.add(name)
+                if _is_expanded(region.tensor):
+                    return "is expanded: its elements share one place; clone() it first"
         return None
 
     def _regions(self, name: str, tensor: torch.Tensor) -> list[Region]:
@@ -246,7 +283,10 @@ class _Matcher:
             tensor = targets.tensors.get(name)
             if tensor is None:
                 self._take([name])
-            elif name in strict or self._can_hold(name, tensor):
+            elif name in strict:
+                self._match_tensor(name, tensor)
+            elif self._can_hold(name, tensor):
+                match.offered.add(name)
                 self._match_tensor(name, tensor)
             else:
                 self._take([name])
