@@ -39,7 +39,17 @@ class Coordination:
     """"local": this process saves alone, whatever else runs. "auto": with the other ranks, where
     ``torch.distributed`` is initialised."""
 
+    replicas: Literal["check", "sample", "trust"] = "check"
+    """Whether tensors that several ranks hold are compared before one rank's bytes are published. "check":
+    those of up to 64 KiB in every save, larger ones as a whole in the first save of a structure and by turns
+    in later ones. "sample": all of them by turns, up to 8 MiB a save. "trust": none. A difference fails the
+    save on all ranks and names the tensor."""
+
     def __post_init__(self) -> None:
+        if self.replicas not in ("check", "sample", "trust"):
+            raise ValueError(
+                f"Coordination(replicas=...) is 'check', 'sample' or 'trust', not {self.replicas!r}"
+            )
         if self.mode not in ("auto", "local"):
             raise ValueError(f"Coordination(mode=...) is 'auto' or 'local', not {self.mode!r}")
         if self.mode == "local" and self.process_group is not None:

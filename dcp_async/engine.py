@@ -100,11 +100,12 @@ class CheckpointEngine:
             stager=staging if isinstance(staging, Stager) else Stager(staging),
             owns_stager=not isinstance(staging, Stager),
             coordination=coordination,
-            configuration=_configuration(limits, staging, planning),
+            configuration=_configuration(limits, staging, planning, coordination),
             limits=limits,
             timeouts=timeouts,
         )
         self._planning = planning
+        self._replicas = coordination.replicas
         self._trust = trust
         self._observer = observer
 
@@ -156,7 +157,7 @@ class CheckpointEngine:
         life = self._life
         self._catalog = Catalog(life.storage, life.threads, self._metadata_of, timeout=life.timeouts.storage)
         life.book.seen_steps(await self._catalog.steps())
-        self._runner = SaveRunner(life, self._planning, self._observer, self._metadata_of)
+        self._runner = SaveRunner(life, self._planning, self._replicas, self._observer, self._metadata_of)
         services = LoadServices(
             threads=life.threads,
             part_bytes=life.stager.options.part_bytes,
@@ -388,11 +389,19 @@ class CheckpointEngine:
         return await self._life.submit(self._catalog.metadata(name)).wait()
 
 
-def _configuration(limits: Limits, staging: Stager | StagingOptions, planning: PlanningOptions) -> str:
+def _configuration(
+    limits: Limits,
+    staging: Stager | StagingOptions,
+    planning: PlanningOptions,
+    coordination: Coordination,
+) -> str:
     """What ranks have to configure alike, since they wait for each other."""
     options = staging.options if isinstance(staging, Stager) else staging
     planner = getattr(planning.save, "__qualname__", type(planning.save).__qualname__)
-    return f"pending_saves={limits.pending_saves} overlap={options.overlap} planner={planner}"
+    return (
+        f"pending_saves={limits.pending_saves} overlap={options.overlap} planner={planner} "
+        f"replicas={coordination.replicas}"
+    )
 
 
 def _plain_json(notes: Mapping[str, JSON] | None) -> dict[str, JSON]:

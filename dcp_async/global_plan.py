@@ -21,7 +21,7 @@ from typing import TypedDict, TypeVar
 import torch
 
 from .formats.structure import JSON, merged_trees
-from .offer import Kind, Offer, unpack_leaves, unpack_tensors, unpack_tree
+from .offer import Kind, Mesh, Offer, unpack_leaves, unpack_tensors, unpack_tree
 from .sharding import Offsets
 
 T = TypeVar("T")
@@ -29,6 +29,18 @@ T = TypeVar("T")
 
 class ConflictError(ValueError):
     """Ranks do not hold the same; the message names what and which ranks."""
+
+
+class ReplicaGroup(TypedDict):
+    """One rank's part of a group of ranks that hold the same pieces of tensors. Plain data: it travels."""
+
+    number: int
+    blocks: int
+    """How many blocks of large tensors one save compares; the same on all ranks of the group."""
+    meshes: list[Mesh]
+    """Of the DTensors of one name that the pieces belong to, where they lie on several."""
+    runs: list[tuple[int, int]]
+    """(first, count) of consecutive places in the rank's Offer: the pieces in the group's order."""
 
 
 class Assignment(TypedDict):
@@ -39,6 +51,8 @@ class Assignment(TypedDict):
     leaves: list[int]
     groups: list[tuple[int, list[int]]]
     """(group, leaves): what this rank has in common with the other ranks of the group."""
+    replicas: list[ReplicaGroup]
+    """The pieces of tensors that it has in common with others."""
 
 
 @dataclass(slots=True)
@@ -88,6 +102,7 @@ class Offers:
         """Raises ConflictError if ranks disagree on a tensor's size or dtype or on the bytes of a leaf, or if
         a tensor's pieces do not make it up."""
         self.boxes = [offer["boxes"] for offer in offers]
+        self.meshes = [offer["meshes"] for offer in offers]
         self.parts = [
             _Part(
                 ranks,
@@ -228,18 +243,33 @@ class Offers:
     def _check_coverage(self) -> None:
         missing = {name: size for part in self.parts for name, _, size in part.bare if name not in self.held}
         for signature, names in self.signed.items():
-            _check_covered(names[0], self.kind(signature)[1], self.pieces(signature))
+            _check_covered(names[0], self.kind(signature)[1], self.pieces(signature), self._on(signature))
         for name, size in missing.items():
-            _check_covered(name, size, {})
+            _check_covered(name, size, {}, list)
+
+    def _on(self, signature: Signature) -> Callable[[], list[Mesh]]:
+        """Finds the meshes that its pieces lie on."""
+
+        def find() -> list[Mesh]:
+            found = {
+                self.meshes[rank][signature[entry][1]]
+                for holders in self.pieces(signature).values()
+                for rank, entry in holders
+            }
+            return sorted(mesh for mesh in found if mesh is not None)
+
+        return find
 
 
-def _check_covered(name: str, size: Offsets, pieces: Pieces) -> None:
+def _check_covered(name: str, size: Offsets, pieces: Pieces, meshes: Callable[[], list[Mesh]]) -> None:
     for offsets, shape in pieces:
         if not len(offsets) == len(shape) == len(size):
             raise ConflictError(f"{name}: the piece of {shape} at {offsets} has other dimensions than {size}")
         if any(low < 0 or low + n > extent for low, n, extent in zip(offsets, shape, size, strict=True)):
             raise ConflictError(f"{name}: the piece of {shape} at {offsets} lies outside of its {size}")
     covered, whole = sum(math.prod(shape) for _, shape in pieces), math.prod(size)
+    if covered > whole and len(on := meshes()) > 1:
+        raise ConflictError(two_meshes(name, on))
     if covered != whole:
         raise ConflictError(
             f"{name}: the ranks hold {covered} of its {whole} elements; "
@@ -273,6 +303,16 @@ def _overlapping(pieces: list[tuple[Offsets, Offsets]]) -> tuple[Offsets, Offset
     return None
 
 
+def two_meshes(name: str, meshes: Sequence[Mesh]) -> str:
+    """That tensors of one name, one on each of ``meshes``, are not the same."""
+    each = " and on that of ".join(f"ranks {', '.join(map(str, mesh))}" for mesh in meshes)
+    return (
+        f"{name} lies on the device mesh of {each}, and each holds all of it: these are different tensors of "
+        "one name. Give them different names, those of the layers of the whole model for one, or put them "
+        "into PerRank(...)"
+    )
+
+
 def _by_name(names: Sequence[Sequence[str]]) -> dict[str, Places]:
     """Name -> (which of the sequences, index there) of each place where it stands."""
     found: dict[str, Places] = {}
@@ -291,7 +331,9 @@ def _by_name(names: Sequence[Sequence[str]]) -> dict[str, Places]:
 
 def assign(offers: Offers) -> list[Assignment]:
     """Give each piece to one of the ranks that hold it, so that all write about as many bytes."""
-    assignments = [Assignment(tensors=[], leaves=[], groups=groups) for groups in shared_leaves(offers)]
+    assignments = [
+        Assignment(tensors=[], leaves=[], groups=groups, replicas=[]) for groups in shared_leaves(offers)
+    ]
     _assign_tensors(offers, [assignment["tensors"] for assignment in assignments])
     written: set[str] = set()
     for leaves in offers.leaves:

@@ -15,6 +15,8 @@ from typing import Any, TypedDict, cast
 
 import torch
 import xxhash
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .formats.structure import JSON, tree_to_json
 from .plain import dumps, loads
@@ -23,6 +25,8 @@ from .state import Captured, Structure
 
 Kind = tuple[str, str, bool]
 """(dtype, layout, requires_grad), as torch names them."""
+Mesh = tuple[int, ...]
+"""The job's ranks of a DTensor's device mesh, ascending."""
 
 _LEVEL = 1
 """Of zlib: names repeat themselves, so its fastest makes them ten times shorter (docs/scale.md)."""
@@ -59,6 +63,8 @@ class Offer(TypedDict):
     """A packed ``Tensors``."""
     boxes: list[tuple[Offsets, Offsets]]
     """Per form, (offsets, shape) of this rank's pieces."""
+    meshes: list[Mesh | None]
+    """Per form, the mesh of the DTensors that its pieces belong to, where they do."""
     leaves: bytes
     """A packed ``Leaves``."""
     hashes: bytes
@@ -75,19 +81,21 @@ def make_offer(captured: Captured, previous: Offer | None) -> Offer:
         assert previous is not None
         return {**previous, "hashes": hashes}
     kinds: dict[tuple[torch.dtype, torch.layout, bool], Kind] = {}
-    forms: dict[tuple[Kind, Offsets, Offsets, Offsets], int] = {}
+    forms: dict[tuple[Kind, Offsets, Offsets, Offsets, Mesh | None], int] = {}
     form_of = array("I")
+    meshes = _Meshes(captured)
     for index, (tensor, shape) in enumerate(zip(captured.tensors, structure.shapes, strict=True)):
         local = tuple(shape)
         shard = structure.shards.get(index)
         size, offsets = (shard.size, shard.offsets) if shard else (local, (0,) * len(local))
         key = (tensor.dtype, tensor.layout, tensor.requires_grad)
         kind = kinds.get(key) or kinds.setdefault(key, _kind(tensor))
-        form_of.append(forms.setdefault((kind, size, offsets, local), len(forms)))
+        form = (kind, size, offsets, local, meshes.of(index))
+        form_of.append(forms.setdefault(form, len(forms)))
     tensors = Tensors(
         names=structure.tensor_names,
         form_of=form_of.tobytes(),
-        forms=[(kind, size) for kind, size, _, _ in forms],
+        forms=[(kind, size) for kind, size, *_ in forms],
         strides=_dense_strides(structure),
         ties=structure.ties,
         bare=[(name, (_text(dtype), "strided", False), size) for name, dtype, size in structure.bare],
@@ -98,11 +106,33 @@ def make_offer(captured: Captured, previous: Offer | None) -> Offer:
     }
     return Offer(
         tensors=_pack(tensors),
-        boxes=[(offsets, shape) for _, _, offsets, shape in forms],
+        boxes=[(offsets, shape) for _, _, offsets, shape, _ in forms],
+        meshes=[mesh for *_, mesh in forms],
         leaves=_pack(Leaves(names=structure.leaf_names, exotic=exotic)),
         hashes=hashes,
         tree=_pack(tree_to_json(captured.tree)),
     )
+
+
+class _Meshes:
+    """Finds the mesh of a piece; each mesh is looked at once."""
+
+    def __init__(self, captured: Captured) -> None:
+        self._names = captured.structure.tensor_names
+        self._live = captured.live
+        self._found: dict[int, tuple[DeviceMesh, Mesh]] = {}
+        self._has_any = any(isinstance(value, DTensor) for value in captured.live.values())
+
+    def of(self, index: int) -> Mesh | None:
+        if not self._has_any:
+            return None
+        tensor = self._live.get(self._names[index])
+        if not isinstance(tensor, DTensor):
+            return None
+        mesh = tensor.device_mesh
+        if id(mesh) not in self._found:  # kept beside, so that its id is not used again
+            self._found[id(mesh)] = (mesh, tuple(sorted(mesh.mesh.flatten().tolist())))
+        return self._found[id(mesh)][1]
 
 
 def _pack(part: object) -> bytes:

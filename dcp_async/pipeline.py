@@ -21,6 +21,7 @@ from array import array
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import anyio
 import torch
@@ -40,6 +41,7 @@ from .planner import CompiledPlan, PlanningOptions
 from .pool import Lease
 from .proof import prove_head
 from .remote import PhaseFailure, RemoteFailure
+from .replicas import Details, Digest, Kind, ReplicaCheck, Sample, differing, explain
 from .response import AsyncSaveResponse
 from .staging import StageJob, Stager, num_parts, parts_between
 from .state import Captured
@@ -101,6 +103,7 @@ class SaveServices:
     owner: object
     """In whose name pool slots are reserved."""
     stager: Stager
+    replicas: ReplicaCheck
     storage: Storage
     coordinator: Coordinator
     threads: BlockingThreads
@@ -127,6 +130,26 @@ class StagedPart:
     slot: int
 
 
+File = tuple[str, int, str]
+"""(name, length, digest) of what a rank wrote."""
+
+
+class Outcome(TypedDict):
+    """How a rank's part of a save went. Plain data: it travels."""
+
+    file: File | None
+    replicas: list[Digest]
+
+
+class Conclusion(TypedDict):
+    """What the coordinator made of it. Plain data: it travels."""
+
+    published: tuple[float, int, int]
+    """(time, files, bytes), unless something differs."""
+    differing: list[tuple[int, Kind]]
+    """Groups of replicas that are not alike."""
+
+
 @dataclass(frozen=True, slots=True)
 class CommitOutcome:
     """What was published."""
@@ -150,6 +173,9 @@ class SavePipeline:
         self._begun = anyio.Event()
         self._calm = anyio.Event()
         self._written_bytes = 0
+        self._sample: Sample | None = None
+        self._told: list[Digest] = []
+        """Of what this rank holds as others do."""
         self._file = data_file_name(services.coordinator.rank, 0, request.uid)
 
     async def run(self) -> CommitOutcome:
@@ -309,8 +335,9 @@ class SavePipeline:
                     memory = lease.memory(start, start + nbytes)
                     await staged.put(StagedPart(first + slot, offset, memory, lease, slot))
                 first, left = first + lease.count, left - lease.count
-        self._calm.set()
         await staged.close()
+        await self._take_sample()
+        self._calm.set()
         # that other ranks need a new plan, that a name is taken or a root can't be written, is the caller's
         # business: its state is held for the first, and it is told of the others before save() returns
         await self._begun.wait()
@@ -324,6 +351,29 @@ class SavePipeline:
             )
         )
         response._settle_staged()
+        if self._sample is not None:
+            self._told = await services.threads.run(self._sample.digests)
+
+    async def _take_sample(self) -> None:
+        """Read what the ranks compare, while the state is held still."""
+        request, services = self._request, self._services
+        self._drop_sample()
+        if not self._plan.replicas:
+            return
+        with in_phase("stage"):
+            self._sample = await services.stager.run(
+                services.timeout,
+                services.replicas.take,
+                self._plan,
+                request.captured,
+                request.events,
+                request.ordinal,
+            )
+
+    def _drop_sample(self) -> None:
+        if self._sample is not None:
+            self._sample.release()
+            self._sample = None
 
     async def _write(self, staged: Pipe[StagedPart], written: Pipe[StagedPart]) -> None:
         """Hand parts to the storage as they are. Direct writes take hardly any CPU, so they need not wait for
@@ -367,11 +417,36 @@ class SavePipeline:
         self._transaction.hand_over()
         if not self._services.coordinator.is_coordinator:
             self._request.committing = True  # the coordinator may publish as soon as it hears from this rank
-        told = await self._services.coordinator.exchange(self._request.uid, "commit", entry, self._publish)
-        return CommitOutcome(*told)
+        message = Outcome(file=entry, replicas=self._told)
+        coordinator = self._services.coordinator
+        verdict = await coordinator.exchange(self._request.uid, "commit", message, self._conclude)
+        if verdict["differing"]:
+            await self._explain(verdict["differing"])
+        if self._sample is not None:
+            self._sample.matched()
+        return CommitOutcome(*verdict["published"])
 
-    async def _finish_file(self) -> tuple[str, int, str] | None:
-        """Append the footer and sync: (name, length, digest) of this rank's file, if it has one."""
+    async def _conclude(self, outcomes: Sequence[Outcome]) -> list[Conclusion]:
+        """Publish, unless ranks hold other bytes under one name."""
+        found = differing([outcome["replicas"] for outcome in outcomes])
+        if found:
+            return [Conclusion(published=(0.0, 0, 0), differing=found)] * len(outcomes)
+        published = await self._publish([outcome["file"] for outcome in outcomes])
+        return [Conclusion(published=published, differing=[])] * len(outcomes)
+
+    async def _explain(self, groups: list[tuple[int, Kind]]) -> None:
+        """Find out which tensors differ. Raises ConflictError, or RemoteFailure."""
+
+        async def decide(details: Sequence[Details]) -> list[None]:
+            raise explain(details)
+
+        details: Details = []
+        if self._sample is not None:
+            details = await self._services.threads.run(self._sample.details, groups)
+        await self._services.coordinator.exchange(self._request.uid, "replicas", details, decide)
+
+    async def _finish_file(self) -> File | None:
+        """Append the footer and sync; None if this rank has no file."""
         assert self._transaction is not None
         layout = self._plan.layout
         if not layout.image_bytes:
@@ -386,7 +461,7 @@ class SavePipeline:
             await self._transaction.seal(self._file)
         return self._file, layout.file_bytes, footer.digest
 
-    async def _publish(self, entries: Sequence[tuple[str, int, str] | None]) -> list[tuple[float, int, int]]:
+    async def _publish(self, entries: Sequence[File | None]) -> tuple[float, int, int]:
         assert self._transaction is not None
         assert self._plan.shared is not None
         request, response = self._request, self._request.response
@@ -412,7 +487,7 @@ class SavePipeline:
         request.committing = True
         with anyio.CancelScope(shield=True):
             await self._transaction.commit(metadata, manifest, replace=request.replace)
-        return [(now, len(files), sum(file.nbytes for file in files))] * len(entries)
+        return now, len(files), sum(file.nbytes for file in files)
 
     def _drop_staged(self) -> None:
         while self._leases:  # emptied, so that an error's frames do not keep the pool's memory
@@ -420,6 +495,7 @@ class SavePipeline:
 
     async def _clean_up(self) -> None:
         self._drop_staged()
+        self._drop_sample()
         if self._transaction is not None:
             try:
                 await self._transaction.abort()

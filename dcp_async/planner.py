@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 
 from .formats.distcp import FileLayout, plan_file
-from .global_plan import Assignment, ConflictError, Offers, assign, shared_leaves
+from .global_plan import Assignment, ConflictError, Offers, ReplicaGroup, assign, shared_leaves
 from .offer import Offer, make_offer
 from .publication import GlobalPlan, Placement
+from .replica_groups import shared_tensors
 from .sharding import Offsets
 from .state import Captured, Structure
 from .walk import CaptureError
@@ -63,6 +64,8 @@ class CompiledPlan:
     leaves: list[int]
     groups: list[tuple[int, list[int]]]
     """(group, leaves) that this rank has in common with the other ranks of the group."""
+    replicas: list[ReplicaGroup]
+    """The pieces of tensors that it has in common with others."""
     shared: GlobalPlan | None
     """What is published; the coordinator's alone."""
 
@@ -112,7 +115,10 @@ class DefaultDraft:
 
     def merge(self, messages: Sequence[Offer]) -> tuple[list[Assignment], GlobalPlan]:
         offers = Offers(messages)
-        return assign(offers), GlobalPlan(offers)
+        assignments = assign(offers)
+        for assignment, groups in zip(assignments, shared_tensors(offers), strict=True):
+            assignment["replicas"] = groups
+        return assignments, GlobalPlan(offers)
 
     def assigned(self, answer: Assignment) -> Assignment:
         return answer
@@ -148,11 +154,14 @@ class PlannerDraft:
         shared = shared_leaves(offers)
         if lost := sorted(offers.names() - metadata.state_dict_metadata.keys()):
             raise ConflictError(f"the planner left out {lost[:3]}; this release writes what the state holds")
-        answers = [(pickle.dumps(plan), groups) for plan, groups in zip(plans, shared, strict=True)]
+        answers = [
+            (pickle.dumps(plan), groups, replicas)
+            for plan, groups, replicas in zip(plans, shared, shared_tensors(offers), strict=True)
+        ]
         return answers, GlobalPlan(offers, metadata)
 
-    def assigned(self, answer: tuple[bytes, Any]) -> Assignment:
-        plan, groups = pickle.loads(answer[0]), answer[1]
+    def assigned(self, answer: tuple[bytes, Any, Any]) -> Assignment:
+        plan, (groups, replicas) = pickle.loads(answer[0]), answer[1:]
         assert isinstance(plan, SavePlan)
         structure = self._structure
         keys = _tensor_keys(structure)
@@ -160,7 +169,7 @@ class PlannerDraft:
         pieces |= {(name, keys[index][1]): index for name, index in structure.ties}
         leaves = {name: index for index, name in enumerate(structure.leaf_names)}
         exotic = {structure.leaf_names[index] for index, *_ in structure.exotic}
-        mine = Assignment(tensors=[], leaves=[], groups=groups)
+        mine = Assignment(tensors=[], leaves=[], groups=groups, replicas=replicas)
         for item in self._planner.finish_plan(plan).items:
             name, is_tensor = item.index.fqn, item.type is not WriteItemType.BYTE_IO
             if name in leaves:
@@ -204,6 +213,7 @@ def compile_plan(
         tensors=tensors,
         leaves=leaves,
         groups=mine["groups"],
+        replicas=mine["replicas"],
         shared=shared,
     )
     placement = Placement(

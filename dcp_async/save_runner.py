@@ -25,6 +25,7 @@ from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
 from .outcome import cancelled_error, forget_locals, save_error
 from .pipeline import CommitOutcome, SavePipeline, SaveRequest, SaveServices
 from .planner import CompiledPlan, PlanningOptions
+from .replicas import Mode, ReplicaCheck
 from .response import AsyncSaveResponse, CheckpointInfo
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class SaveRunner:
         self,
         life: Lifetime,
         planning: PlanningOptions,
+        replicas: Mode,
         observer: Observer | None,
         metadata_of: Callable[[str], Awaitable[Metadata]],
     ) -> None:
@@ -48,6 +50,7 @@ class SaveRunner:
         self._services = SaveServices(
             owner=life,
             stager=life.stager,
+            replicas=ReplicaCheck(replicas, life.stager),
             storage=life.storage,
             coordinator=life.coordinator,
             threads=life.threads,

@@ -12,10 +12,10 @@ import concurrent.futures
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import ParamSpec, Self, TypeVar
 
 import torch
 
@@ -31,6 +31,9 @@ from .pool import Arena, BufferPool, Lease
 from .state import Captured, meta_error, padded_items
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MiB = 1 << 20
 _SMALL_BYTES = 64 * 1024
@@ -238,7 +241,7 @@ class Stager:
         self.pool = BufferPool(slot_bytes=options.part_bytes, budget_bytes=options.pool_bytes)
         self._threads: BlockingThreads | None = None
         self._helper: BlockingThreads | None = None
-        self._gathers = True
+        self.gathers = True
         """Whether the kernel copies small tensors for us."""
         self._views: OrderedDict[int, _PlanViews] = OrderedDict()
         self._pinned: Arena | None = None
@@ -340,8 +343,7 @@ class Stager:
         try:
             self._gather(views, job.captured)
         except RefusedError as error:
-            logger.info("small tensors are copied one by one: %s", error)
-            self._gathers = False
+            self.gather_no_more(error)
             views = self._batch_views(job, first, start, stop, lease)
         sources = [job.captured.tensors[index] for index in views.indices]
         targets = list(views.targets)
@@ -349,14 +351,14 @@ class Stager:
             for source, target in self._cut(job, index, start, stop, lease):
                 sources.append(source)
                 targets.append(target)
-        self._copy_tensors(job.events, targets, sources)
+        self.copy_tensors(job.events, targets, sources)
         self._check_versions(job, views, whole=stop == layout.image_bytes)
         arena.resident[here] = marks
 
     def _batch_views(self, job: StageJob, first: int, start: int, stop: int, lease: Lease) -> _BatchViews:
         plan = job.plan
         kept = self._views.get(id(plan))
-        gathers = self._gathers and job.captured.pointers is not None and not job.events
+        gathers = self.gathers and job.captured.pointers is not None and not job.events
         key = (first, id(lease.arena), lease.first, lease.count, gathers)
         if kept is not None and key in kept.batches:
             self._views.move_to_end(id(plan))
@@ -408,9 +410,21 @@ class Stager:
             source = tensor[box]
             yield source, flat[base + begin : base + end].view(source.shape)
 
-    def _copy_tensors(
+    def gather_no_more(self, error: RefusedError) -> None:
+        """The kernel does not copy for us."""
+        logger.info("small tensors are copied one by one: %s", error)
+        self.gathers = False
+
+    async def run(self, patience: float, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``fn`` in the thread that copies, after what it is at. Cancellation: joins it. Raises
+        StuckThreadError."""
+        assert self._threads is not None
+        return await run_blocking(self._threads, patience, fn, *args, **kwargs)
+
+    def copy_tensors(
         self, events: dict[torch.device, Event], targets: list[torch.Tensor], sources: list[torch.Tensor]
     ) -> None:
+        """Copy, from the devices as they were at ``events``; in the thread that copies."""
         if events:
             pairs = list(zip(targets, sources, strict=True))
             away = [pair for pair in pairs if not self.backend.is_on_host(pair[1])]

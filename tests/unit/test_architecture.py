@@ -65,6 +65,8 @@ LAYERS: list[set[str]] = [
         "offer",
         "global_plan",
         "proof",
+        "replica_groups",
+        "replicas",
         "publication",
         "planner",
         "pool",

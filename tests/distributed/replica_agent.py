@@ -1,0 +1,169 @@
+"""What runs in each process of a world that saves tensors which all ranks hold: alike, or not."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from dcp_async import CheckpointEngine, Coordination, PerRank, StagingOptions, Timeouts
+from dcp_async.errors import CheckpointError
+from tests.distributed.engine_agent import EngineAgent, Outcome, described
+
+State = dict[str, Any]
+
+
+def _expert(rank: int, size: int, odd: float) -> State:
+    return {"model": {"experts": {"0": {"weight": torch.full((8, 4), odd)}, "shared": torch.ones(3)}}}
+
+
+def _batch_norm(rank: int, size: int, odd: float) -> State:
+    module = torch.nn.BatchNorm1d(4)
+    with torch.no_grad():
+        module.running_mean.add_(odd)  # type: ignore[union-attr]  # it tracks them
+    return {"model": module}
+
+
+def _optimizer(rank: int, size: int, odd: float) -> State:
+    parameter = torch.nn.Parameter(torch.ones(6))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.grad = torch.full((6,), 1.0 + odd)
+    optimizer.step()
+    return {"optim": optimizer}
+
+
+def _late_element(rank: int, size: int, odd: float) -> State:
+    tensor = torch.zeros(300_000)
+    tensor[-1] = odd
+    return {"model": {"head": torch.ones(5), "large": tensor}}
+
+
+def _nan(rank: int, size: int, odd: float) -> State:
+    bits = torch.tensor([0x7FC00000, 0x7FC00001 if odd else 0x7FC00000], dtype=torch.int32)
+    return {"model": {"odd": bits.view(torch.float32)}}
+
+
+def _replicated(rank: int, size: int, odd: float) -> State:
+    mesh = init_device_mesh("cpu", (size,))
+    local = torch.arange(6.0) + odd
+    return {"model": {"gate": DTensor.from_local(local, mesh, [Replicate()], run_check=False)}}
+
+
+def _uneven(rank: int, size: int, odd: float) -> State:
+    """Rows that do not divide, over two shards, each of which two ranks hold."""
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
+    tensor = distribute_tensor(torch.arange(15.0).reshape(5, 3), mesh, [Replicate(), Shard(0)])
+    with torch.no_grad():
+        tensor._local_tensor.add_(odd)
+    return {"model": {"rows": tensor}}
+
+
+def _tied(rank: int, size: int, odd: float) -> State:
+    """Tied on all ranks but on those where the second is another."""
+    tensor = torch.arange(6.0)
+    return {"model": {"embedding": tensor, "head": tensor + odd if odd else tensor}}
+
+
+def _strided(rank: int, size: int, odd: float) -> State:
+    """Equal elements in another order of memory."""
+    tensor = torch.arange(12.0).reshape(3, 4)
+    tensor = tensor.t().contiguous().t() if rank else tensor
+    return {"model": {"w": tensor + odd}}
+
+
+def _conjugate(rank: int, size: int, odd: float) -> State:
+    tensor = torch.complex(torch.arange(4.0), torch.arange(4.0) - 1)
+    return {"model": {"c": (tensor.resolve_conj() if rank else tensor.conj().resolve_conj().conj()) + odd}}
+
+
+def _sparse(rank: int, size: int, odd: float) -> State:
+    return {
+        "model": {"s": torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([1.0, 2 + odd]), (4,))}
+    }
+
+
+def _several_dtypes(rank: int, size: int, odd: float) -> State:
+    return {
+        "model": {
+            "half": torch.full((3,), 1.0, dtype=torch.bfloat16),
+            "flag": torch.tensor([True, True, not odd]),
+            "fp8": torch.full((3,), 1.0, dtype=torch.float8_e4m3fn),
+            "wide": torch.full((3,), 1.0, dtype=torch.complex128),
+        }
+    }
+
+
+KINDS: dict[str, tuple[Callable[[int, int, float], State], str]] = {
+    "a scalar": (lambda rank, size, odd: {"temperature": torch.tensor(1.0 + odd)}, "temperature"),
+    "an expert": (_expert, "model.experts.0.weight"),
+    "a buffer of batch norm": (_batch_norm, "model.running_mean"),
+    "a moment of an optimizer": (_optimizer, "optim.state.0.exp_avg"),
+    "the last element of a large one": (_late_element, "model.large"),
+    "the payload of a NaN": (_nan, "model.odd"),
+    "a DTensor, replicated": (_replicated, "model.gate"),
+    "a tie": (_tied, "model.head"),
+    "other strides": (_strided, "model.w"),
+    "a conjugate view": (_conjugate, "model.c"),
+    "a sparse one": (_sparse, "model.s"),
+    "one of several dtypes": (_several_dtypes, "model.flag"),
+    "an uneven shard": (_uneven, "model.rows"),
+}
+"""Name -> (state of a rank; what differs from 0 there is ``odd``), what is named."""
+
+
+def stages(rank: int, size: int, per_stage: int, odd: float, *, large: bool = False) -> State:
+    """One name on as many meshes as there are stages."""
+    meshes = [DeviceMesh("cpu", list(range(first, first + per_stage))) for first in range(0, size, per_stage)]
+    mine = meshes[rank // per_stage]
+    shape = (4 * per_stage, 30_000 if large else 3)
+    whole = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape) + odd
+    return {"model": {"layers.0.weight": distribute_tensor(whole, mine, [Shard(0)], src_data_rank=None)}}
+
+
+class ReplicaAgent(EngineAgent):
+    """An engine agent that holds what a test asks for."""
+
+    async def replica_engine(self, root: str, coordination: float = 20.0, **options: Any) -> Outcome:
+        budget = options.pop("budget_bytes", None)
+        overlap = options.pop("overlap", False)
+        made = CheckpointEngine(
+            root,
+            staging=StagingOptions(part_bytes=1 << 20, budget_bytes=budget, overlap=overlap),
+            coordination=Coordination(**options),
+            timeouts=Timeouts(coordination=coordination, exit_grace=5.0, storage=20.0),
+        )
+        try:
+            await made.open()
+        except CheckpointError as error:
+            return described(error)
+        self._checkpoints["main"] = made
+        return {"kind": "open"}
+
+    async def finish_engine(self) -> None:
+        await self._checkpoints.pop("main").abort()
+
+    async def hold(self, kind: str, odd: float = 0.0) -> None:
+        """Hold the state of a kind; ``odd`` is what this rank's differs by."""
+        make, _ = KINDS[kind]
+        self._state = await asyncio.to_thread(make, self._rank, self._size, odd)
+
+    async def hold_stages(self, per_stage: int, odd: float = 0.0, large: bool = False) -> None:
+        self._state = await asyncio.to_thread(
+            lambda: stages(self._rank, self._size, per_stage, odd, large=large)
+        )
+
+    async def hold_large(self, megabytes: int, odd: float = 0.0, block: int = 0, own: bool = False) -> None:
+        """One large tensor, of which one element of a block of 64 KiB may differ."""
+        tensor = torch.zeros(megabytes << 18)
+        tensor[block * (1 << 14) + 7] = odd
+        held: Any = PerRank(tensor) if own else tensor
+        self._state = {"model": {"large": held, "small": torch.ones(3)}}
+
+    async def one_barrier(self) -> None:
+        await asyncio.to_thread(dist.barrier)
