@@ -25,6 +25,7 @@ from .contents import Contents
 from .errors import IncompatibleStateError
 from .formats.structure import Tree, children_of, cut, grafted, kind_of, leaf_names, like, locate, subtree
 from .formats.zip_item import PLAIN_DTYPES
+from .stateful import PerRank, RNGState
 from .targets import OptimizerState, Region, Targets, Whole
 from .walk import UNASKED
 
@@ -98,6 +99,11 @@ def is_raw(
     )
 
 
+def _is_per_rank(node: Tree) -> bool:
+    """Whether ranks saved this for themselves: until it was each rank's own, RNGState was saved once."""
+    return any(str(key).startswith(PerRank.key("")) for key, _ in children_of(node))
+
+
 def _is_gappy(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_contiguous()
 
@@ -125,7 +131,7 @@ class _Matcher:
 
     def run(self) -> Match:
         targets, names, match = self._targets, self._names, self._match
-        per_rank = targets.walk.per_rank
+        per_rank = (*targets.walk.per_rank, *targets.walk.own)
         if targets.statefuls or per_rank:
             self._known = sorted(targets.tensors.keys() | targets.leaves)
             self._structure = self._contents.structure
@@ -237,8 +243,13 @@ class _Matcher:
     def _match_per_rank(self) -> None:
         """What is PerRank and was saved by another number of ranks is taken from all of them."""
         match, targets = self._match, self._targets
+        for prefix in targets.walk.own:
+            self._match_own(prefix)
         for prefix, value in targets.walk.per_rank.items():
             found, node = locate(self._structure, prefix)
+            if isinstance(value.value, RNGState) and (value.on_resize is None or not _is_per_rank(node)):
+                self._match_own(prefix)
+                continue
             saved = len(children_of(node)) if found else 0
             if saved in (0, targets.world_size):
                 continue
@@ -254,6 +265,21 @@ class _Matcher:
                 match.resized.add(prefix)
                 match.nodes[prefix] = node
                 self._take(leaf_names(node, prefix))
+
+    def _match_own(self, prefix: str) -> None:
+        """What is each rank's own by itself: one that was saved once, for all, is everybody's, and a rank
+        that had no counterpart keeps what it has."""
+        match, rank = self._match, self._targets.walk.rank
+        found, node = locate(self._structure, prefix)
+        keys = [str(key) for key, _ in children_of(node)] if found else []
+        if not keys or PerRank.key(rank) in keys:
+            return
+        match.resized.add(prefix)
+        self._settled.update(_at_or_below(prefix, self._known))
+        self._settled.add(f"{prefix}.{PerRank.key(rank)}")
+        if not _is_per_rank(node):
+            match.nodes[prefix] = node
+            self._take(leaf_names(node, prefix))
 
     def _match_whole(self, prefix: str, whole: Whole) -> None:
         """Take all that was saved there; where nothing was, a Stateful is missing."""

@@ -8,6 +8,7 @@ piece.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from .load_pipeline import Loaded
 from .materialise import below, materialise
 from .optimizer_load import load_optimizer
-from .stateful import AppState, PerRank
+from .stateful import AppState, PerRank, RNGState
 from .targets import Targets
 from .walk import UNASKED
+
+logger = logging.getLogger(__name__)
 
 
 class Restorer:
@@ -63,6 +66,8 @@ class Restorer:
             container[key] = self._values[name]
         elif isinstance(value, torch.Tensor):
             return
+        elif name in self._targets.walk.own:
+            self._give_own(value, name)
         elif isinstance(value, Mapping):
             for inner_key in list(value):
                 self._hand_back(value, inner_key, f"{name}.{inner_key}")
@@ -74,7 +79,10 @@ class Restorer:
 
     def _hand_back_own(self, own: PerRank, name: str) -> None:
         inside = f"{name}.{PerRank.key(self._targets.walk.rank)}"
-        if name in self._match.resized:
+        is_once = isinstance(own.value, RNGState) and "torch" in self._taken.get(name, ())  # for all ranks
+        if name in self._match.resized and (own.on_resize is None or is_once):
+            self._give_own(own.value, name)
+        elif name in self._match.resized:
             assert own.on_resize is not None
             chosen = own.on_resize(list(self._taken[name].values()))
             if inside in self._targets.statefuls:
@@ -85,6 +93,20 @@ class Restorer:
             holder = [own.value]
             self._hand_back(holder, 0, inside)
             (own.value,) = holder
+
+    def _give_own(self, own: Any, name: str) -> None:
+        """What is each rank's own by itself."""
+        rank = self._targets.walk.rank
+        if name not in self._match.resized:
+            self._give(f"{name}.{PerRank.key(rank)}")
+        elif name in self._taken:
+            own.load_state_dict(self._taken[name])
+        else:
+            logger.warning(
+                "%s: the checkpoint was saved by fewer ranks and holds nothing for rank %d, which keeps its "
+                "random number generators as they are; PerRank(RNGState(), on_resize=...) says what it takes",
+                *(name, rank),
+            )
 
     def _give(self, name: str) -> None:
         """Give the Stateful at ``name`` its state, after those that lie inside of that."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from .app_state import AppState
 
@@ -43,16 +44,28 @@ class PerRank:
         return f"PerRank({self.value!r})"
 
     @staticmethod
-    def key(rank: int) -> str:
+    def key(rank: int | str) -> str:
         """The name that a rank's own lies under."""
         return f"rank_{rank}"
 
 
 class RNGState:
     """A Stateful that brings the random number generators back to where they were: torch's, Python's, and
-    numpy's if it is used."""
+    numpy's if it is used.
+
+    Each rank's are its own, as if it stood in ``PerRank``. When a checkpoint of another world size is loaded,
+    a rank takes what the rank of its number had saved; one that had no counterpart keeps its generators as
+    they are and logs a warning, unless ``PerRank(RNGState(), on_resize=...)`` says what it takes.
+    """
 
     def state_dict(self) -> dict[str, Any]:
+        """``{"rank_0": {"torch": ..., "python": ...}}`` on rank 0, for stock: the engine's names are the
+        same."""
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return {PerRank.key(rank): self._snapshot()}
+
+    def _snapshot(self) -> dict[str, Any]:
+        """This process's generators, for the engine, which knows its rank."""
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
         if "numpy" in sys.modules:
             state["numpy"] = sys.modules["numpy"].random.get_state()
@@ -62,6 +75,12 @@ class RNGState:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what ``state_dict()`` gave, or one rank's part of it."""
+        if "torch" not in state:
+            (own,) = self.state_dict()
+            if own not in state and len(state) != 1:
+                raise ValueError(f"RNGState.load_state_dict(): nothing was saved for {own}")
+            state = state[own] if own in state else next(iter(state.values()))
         torch.set_rng_state(state["torch"].cpu())
         random.setstate(state["python"])
         if "numpy" in state and "numpy" in sys.modules:

@@ -31,7 +31,7 @@ from .formats.structure import (
 )
 from .formats.zip_item import PLAIN_DTYPES
 from .sharding import LayoutCache, Offsets, Shard, is_sharded, sharded
-from .stateful import AppState, PerRank, is_stateful
+from .stateful import AppState, PerRank, RNGState, is_stateful
 from .stepping import stepped_by
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -112,6 +112,8 @@ class Walk:
     rank: int = 0
     """This process's, for what is PerRank."""
     per_rank: dict[str, PerRank] = field(default_factory=dict)
+    own: dict[str, RNGState] = field(default_factory=dict)
+    """Name -> what is each rank's own by itself."""
     given: Given = field(default_factory=deque)
     at: str = ""
     """Where the walk is."""
@@ -131,6 +133,10 @@ class Walk:
             else:
                 self.leaf_names.append(name)
                 self.leaves.append(value)
+        elif isinstance(value, RNGState) and not self._is_own(name):
+            self.own[name] = value
+            self._enter(name, "dict", 1)
+            self._visit_stateful(f"{name}.{PerRank.key(self.rank)}", value)
         elif is_stateful(value):
             self._visit_stateful(name, value)
         elif isinstance(value, Mapping):
@@ -151,6 +157,10 @@ class Walk:
         else:
             self.leaf_names.append(name)
             self.leaves.append(value)
+
+    def _is_own(self, name: str) -> bool:
+        """Whether ``name`` lies inside of what is PerRank."""
+        return any(name.startswith(f"{prefix}.") for prefix in self.per_rank)
 
     def shapes(self) -> list[torch.Size]:
         """The shapes of ``tensors``; nested ones, which have none, become leaves."""
@@ -265,7 +275,8 @@ class Walk:
 def snapshot(name: str, stateful: Any) -> Any:
     """What the ``state_dict()`` of ``stateful``, which lies at ``name``, gives. Raises CaptureError."""
     try:
-        inner = stateful._snapshot() if isinstance(stateful, AppState) else stateful.state_dict()
+        is_ours = isinstance(stateful, (AppState, RNGState))
+        inner = stateful._snapshot() if is_ours else stateful.state_dict()
     except ENDINGS:
         raise
     except BaseException as error:  # the trainer's own code, which may raise anything
@@ -327,21 +338,26 @@ def structure_of(state: Mapping[str, Any], walk: Walk) -> Tree:
     """The tree of containers, for the manifest."""
     inner = {id(stateful): captured for _, stateful, captured in walk.statefuls}
 
-    def node(value: Any) -> Tree:
+    def node(value: Any, *, is_own: bool = False) -> Tree:
+        """``is_own``: it lies inside of what is PerRank."""
         if isinstance(value, torch.Tensor):
             return None
+        if isinstance(value, RNGState) and not is_own:
+            return mapping_node("dict", [(PerRank.key(walk.rank), node_of_stateful(inner[id(value)]))])
         if is_stateful(value):
-            return node_of_stateful(inner[id(value)])
+            return node_of_stateful(inner[id(value)], is_own=is_own)
         if isinstance(value, Mapping):
-            return mapping_node(mapping_kind(value), ((key, node(entry)) for key, entry in value.items()))
+            return mapping_node(
+                mapping_kind(value), ((key, node(entry, is_own=is_own)) for key, entry in value.items())
+            )
         if isinstance(value, PerRank):
-            return mapping_node("dict", [(PerRank.key(walk.rank), node(value.value))])
+            return mapping_node("dict", [(PerRank.key(walk.rank), node(value.value, is_own=True))])
         if isinstance(value, list) and not is_terminal(value):
-            return list_node([node(entry) for entry in value])
+            return list_node([node(entry, is_own=is_own) for entry in value])
         return None
 
-    def node_of_stateful(given: Any) -> Tree:
-        made = node(given)
+    def node_of_stateful(given: Any, *, is_own: bool = False) -> Tree:
+        made = node(given, is_own=is_own)
         if made is None or isinstance(given, list) or is_stateful(given):
             return made
         return [kind_of_stateful(made[0]), made[1]]

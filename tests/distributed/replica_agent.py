@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from dcp_async import CheckpointEngine, Coordination, PerRank, StagingOptions, Timeouts
+from dcp_async import CheckpointEngine, Coordination, PerRank, RNGState, StagingOptions, Timeouts
 from dcp_async.errors import CheckpointError
 from tests.distributed.engine_agent import EngineAgent, Outcome, described
 
@@ -126,6 +127,29 @@ def stages(rank: int, size: int, per_stage: int, odd: float, *, large: bool = Fa
     return {"model": {"layers.0.weight": distribute_tensor(whole, mine, [Shard(0)], src_data_rank=None)}}
 
 
+class Once:
+    """A Stateful that saves one rank's random numbers for all."""
+
+    def state_dict(self) -> dict[str, Any]:
+        (own,) = RNGState().state_dict().values()
+        state: dict[str, Any] = own
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        RNGState().load_state_dict(state)
+
+
+class Logged(logging.Handler):
+    """Keeps what was logged."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
 class ReplicaAgent(EngineAgent):
     """An engine agent that holds what a test asks for."""
 
@@ -144,6 +168,11 @@ class ReplicaAgent(EngineAgent):
             return described(error)
         self._checkpoints["main"] = made
         return {"kind": "open"}
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._logged = Logged(level=logging.WARNING)
+        logging.getLogger("dcp_async").addHandler(self._logged)
 
     async def finish_engine(self) -> None:
         await self._checkpoints.pop("main").abort()
@@ -165,5 +194,27 @@ class ReplicaAgent(EngineAgent):
         held: Any = PerRank(tensor) if own else tensor
         self._state = {"model": {"large": held, "small": torch.ones(3)}}
 
-    async def one_barrier(self) -> None:
-        await asyncio.to_thread(dist.barrier)
+    # Random numbers.
+
+    async def hold_rng(self, how: str, seed: int | None = None) -> None:
+        """``how``: "plain", "per rank", "resized" to the first of all, "inside" of a dict that is PerRank, or
+        "once", as they were saved before each rank had its own."""
+        if seed is not None:
+            torch.manual_seed(seed)
+            random.seed(seed)
+        made: dict[str, Callable[[], Any]] = {
+            "plain": RNGState,
+            "per rank": lambda: PerRank(RNGState()),
+            "resized": lambda: PerRank(RNGState(), on_resize=lambda saved: saved[0]),
+            "inside": lambda: PerRank({"rng": RNGState(), "seen": 1}),
+            "once": Once,
+        }
+        self._state = {"rng": made[how](), "w": torch.ones(3)}
+
+    async def draw(self) -> list[float]:
+        return [*torch.rand(2).tolist(), random.random()]
+
+    async def warnings(self) -> list[str]:
+        """What the package has logged since this was asked for last."""
+        found, self._logged.texts = self._logged.texts, []
+        return found
