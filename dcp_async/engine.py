@@ -262,7 +262,9 @@ class CheckpointEngine:
         try:
             if not replace and self._life.book.in_flight(name) is not None:
                 raise FileExistsError(name)
-            captured = capture(state, plan.structure if plan else None, rank=self._life.coordinator.rank)
+            ranks = self._life.coordinator
+            previous = plan.structure if plan else None
+            captured = capture(state, previous, rank=ranks.rank, world_size=ranks.world_size)
             events = self._life.stager.prepare(captured)
             if self._life.stager.options.overlap:
                 self._life.hooks.watch(captured.optimizers, response.staging_completion)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,8 +54,14 @@ class Restorer:
                 materialise(stateful.model, below(f"{prefix}.model", self._values))
             elif isinstance(stateful, torch.nn.Module):
                 materialise(stateful, below(prefix, self._values))
-        for key in state:
+        for key in self._in_order(state):
             self._hand_back(state, key, key)
+
+    def _in_order(self, keys: Iterable[Any]) -> list[Any]:
+        """One order on all ranks: a ``load_state_dict()`` may run collectives."""
+        return (
+            sorted(keys, key=lambda key: str(key).split(".")) if self._targets.world_size > 1 else list(keys)
+        )
 
     def _hand_back(self, container: Any, key: Any, name: str) -> None:
         self.at = name
@@ -69,7 +75,7 @@ class Restorer:
         elif name in self._targets.walk.own:
             self._give_own(value, name)
         elif isinstance(value, Mapping):
-            for inner_key in list(value):
+            for inner_key in self._in_order(value):
                 self._hand_back(value, inner_key, f"{name}.{inner_key}")
         elif isinstance(value, PerRank):
             self._hand_back_own(value, name)
@@ -114,9 +120,9 @@ class Restorer:
             return
         self._done.add(name)
         stateful, inner = self._targets.statefuls[name]
-        for other in self._targets.statefuls:
-            if other.startswith(f"{name}."):
-                self._give(other)
+        inside = f"{name}."
+        for other in self._in_order(other for other in self._targets.statefuls if other.startswith(inside)):
+            self._give(other)
         if name in self._match.absent:
             return
         self.at = name

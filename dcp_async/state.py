@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter, le
@@ -24,6 +23,7 @@ from .formats.distcp import SECTOR_BYTES
 from .formats.structure import Tree
 from .formats.zip_item import object_item, pad_item, slot_bytes
 from .mutation import Watch
+from .order import ask_in_order
 from .sharding import Offsets, Shard
 from .trail import Repeat, Trail
 from .walk import CaptureError, Given, Walk, duplicate_name, structure_of, walk_state
@@ -155,19 +155,23 @@ def meta_error(name: str) -> CaptureError:
     return CaptureError(f"{name} is on the meta device and has no bytes to save; materialise it first")
 
 
-def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int = 0) -> Captured:
+def capture(
+    state: Mapping[str, Any], previous: Structure | None, *, rank: int = 0, world_size: int = 1
+) -> Captured:
     """Take hold of ``state``; what can't be saved is found here, before anything is written.
 
     Args:
         previous: the structure that the compiled plan belongs to.
-        rank: this process's.
+        rank: this process's, of ``world_size``; several ask their Statefuls in one order.
     Raises: CaptureError; whatever a ``state_dict()`` raises.
     """
-    given: Given = deque()
+    given: Given = {}
     if previous is not None and (repeat := previous.trail.follow(state, given)) is not None:
         captured = _repeated(repeat, previous)
         if captured is not None:
             return captured
+    if world_size > 1:
+        ask_in_order(state, rank, given)
     walk = walk_state(state, rank, given)
     shapes = walk.shapes()
     tensors, leaves = walk.tensors, walk.leaves

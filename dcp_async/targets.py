@@ -23,10 +23,11 @@ from .boxes import box_at, slices
 from .checkpointable import is_checkpointable
 from .formats.structure import Tree, children_of, is_of_stateful, leaf_names, locate
 from .holdings import holds_memory_for, memory_of_modules, resizable_owners
+from .order import ask_in_order
 from .sharding import Offsets, Shard, is_sharded, sharded
 from .state import check_unique, is_exotic
 from .stateful import AppState, PerRank, is_stateful
-from .walk import UNASKED, CaptureError, Walk, asynchronous_error, snapshot, walk_state
+from .walk import UNASKED, CaptureError, Given, Walk, asynchronous_error, snapshot, walk_state
 
 _SMALL_BYTES = 64 << 10
 """Tensors up to this are not worth asking for memory to read them into."""
@@ -192,7 +193,14 @@ def capture_targets(
     state: Mapping[str, Any], schema: Schema, asked: Asked, *, rank: int = 0, world_size: int = 1
 ) -> Targets:
     """Find out what ``state`` can take of a checkpoint. Raises CaptureError."""
-    walk = walk_state(state, rank, ask=lambda name, stateful: asked.ask(schema, name, stateful))
+    given: Given = {}
+
+    def ask(name: str, stateful: Any) -> Any:
+        return asked.ask(schema, name, stateful)
+
+    if world_size > 1:
+        ask_in_order(state, rank, given, ask)
+    walk = walk_state(state, rank, given, ask)
     walk.shapes()  # which sorts nested tensors out
     plain = {
         name: tensor

@@ -73,6 +73,8 @@ class _Branch:
     levels: list[_Level] = field(default_factory=list)
     statefuls: list[tuple[int, int, str, _Branch]] = field(default_factory=list)
     """(depth, place in its level, name, branch) in the walk's order."""
+    order: list[int] = field(default_factory=list)
+    """Which of them is asked first, and so on."""
 
     def level(self, depth: int) -> _Level:
         if depth == len(self.levels):
@@ -181,13 +183,16 @@ class _Way:
             return False
         found += values
         starts = branch.starts() if branch.statefuls else []
-        for depth, place, name, inside in branch.statefuls:
+        inside_of: list[list[Any]] = [[] for _ in branch.statefuls]
+        for at in branch.order:
+            depth, place, name, inside = branch.statefuls[at]
             stateful = values[starts[depth] + place]
             optimizers += stepped_by(stateful)
             inner = snapshot(name, stateful)
-            given.append((stateful, inner))
-            if not self._collect(inside, inner, found, given, optimizers):
+            given[name] = (stateful, inner)
+            if not self._collect(inside, inner, inside_of[at], given, optimizers):
                 return False
+        found += chain.from_iterable(inside_of)
         if branch.statefuls:  # a state_dict() may have changed what lies beside it
             again = branch.values(root)
             return again is not None and all(map(is_, values, again))
@@ -218,8 +223,8 @@ class Trail:
         """What ``state`` holds if it is built as before, each tensor of the same type, dtype, shape, strides
         and device.
 
-        Asks the Statefuls in the walk's order and appends to ``given`` what they gave, also where the answer
-        is None. Raises: CaptureError of a ``state_dict()`` that fails.
+        Asks the Statefuls in the order in which they were asked then, and adds to ``given`` what they gave,
+        also where the answer is None. Raises: CaptureError of a ``state_dict()`` that fails.
         """
         return self._way.follow(state, given) if self._way is not None else None
 
@@ -246,7 +251,7 @@ class Trail:
         self._way = self.devices = None
         if TensorGuards is None or walk.distributed or walk.bare or walk.per_rank:
             return
-        recorder = _Recorder(walk.statefuls)
+        recorder = _Recorder(walk.statefuls, walk.asked)
         try:
             root = recorder.branch(state)
         except _NoTrailError:
@@ -289,13 +294,14 @@ def _make_way(
 class _Recorder:
     """Goes over a state in the walk's order and notes, level by level, what it is built of."""
 
-    def __init__(self, statefuls: list[tuple[str, Any, Any]]) -> None:
+    def __init__(self, statefuls: list[tuple[str, Any, Any]], asked: list[str]) -> None:
         self.tensors: list[torch.Tensor] = []
         self.tensor_marks: list[tuple[int, int, int]] = []
         """(branch, depth, place in its level)"""
         self.leaves: list[Any] = []
         self.leaf_marks: list[tuple[int, int, int]] = []
         self._statefuls: Iterator[tuple[str, Any, Any]] = iter(statefuls)
+        self._turn = {name: turn for turn, name in enumerate(asked)}
         self._branches: list[_Branch] = []
 
     def branch(self, root: object) -> _Branch:
@@ -304,6 +310,8 @@ class _Recorder:
         if branch.kind not in _VALUES or (isinstance(root, list) and is_terminal(root)):
             raise _NoTrailError
         self._visit(branch, len(self._branches) - 1, 0, root)
+        names = [name for _, _, name, _ in branch.statefuls]
+        branch.order = sorted(range(len(names)), key=lambda at: self._turn[names[at]])
         return branch
 
     def places(self, marks: list[tuple[int, int, int]]) -> list[int]:

@@ -2,8 +2,8 @@
 them.
 
 Enters: a mapping of Statefuls, tensors, containers and picklable leaves. Leaves: a Walk, which refers to the
-live objects. Invariant: each ``state_dict()`` is called exactly once, in the order of the mapping, which is
-the same on all ranks.
+live objects. Invariant: each ``state_dict()`` is called exactly once: in the mapping's order by a process
+that saves alone, in one order on all ranks by several (order.py).
 Source: torch/distributed/checkpoint/_traverse.py.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import inspect
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +37,8 @@ from .stepping import stepped_by
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SCALARS = frozenset({int, float, str, bool, bytes, complex, type(None)})
 
-Given = deque[tuple[Any, Any]]
-"""(Stateful, what it gave) of those that were asked before the walk, in its order."""
+Given = dict[str, tuple[Any, Any]]
+"""Name -> (Stateful, what it gave) of those that were asked before the walk, in the order of asking."""
 
 
 UNASKED: Any = object()
@@ -114,7 +114,9 @@ class Walk:
     per_rank: dict[str, PerRank] = field(default_factory=dict)
     own: dict[str, RNGState] = field(default_factory=dict)
     """Name -> what is each rank's own by itself."""
-    given: Given = field(default_factory=deque)
+    given: Given = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    """Names of the Statefuls in the order in which they were asked."""
     at: str = ""
     """Where the walk is."""
     ask: Callable[[str, Any], Any] | None = None
@@ -226,10 +228,10 @@ class Walk:
 
     def _visit_stateful(self, name: str, stateful: Any) -> None:
         self.optimizers += stepped_by(stateful)
-        if self.given and self.given[0][0] is stateful:
-            _, inner = self.given.popleft()
-        else:
+        asked, inner = self.given.pop(name, (None, None))
+        if asked is not stateful:
             inner = self.ask(name, stateful) if self.ask else snapshot(name, stateful)
+            self.asked.append(name)
         self.statefuls.append((name, stateful, inner))
         if inner is UNASKED:
             return
@@ -312,7 +314,8 @@ def walk_state(
     for those that have ``given`` theirs already. ``ask`` does it in another way, see Walk."""
     if not isinstance(state, Mapping):
         raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
-    walk = Walk(rank=rank, given=given or deque(), ask=ask)
+    given = given or {}
+    walk = Walk(rank=rank, given=given, asked=list(given), ask=ask)
     walk.containers.append(("", mapping_kind(state), len(state), 0))
     try:
         for key, value in state.items():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -139,6 +140,57 @@ class Once:
         RNGState().load_state_dict(state)
 
 
+class Chatty:
+    """A Stateful whose verbs each gather a word from all ranks, and fail if the others are at another."""
+
+    def __init__(self, name: str, asked: list[str], inner: State | None = None, alone: bool = False) -> None:
+        self._name, self._asked, self._inner, self._alone = name, asked, inner or {}, alone
+        self.value = 0
+
+    def _gather(self, verb: str) -> None:
+        self._asked.append(f"{verb} {self._name}")
+        if self._alone:
+            return
+        words: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(words, f"{verb} {self._name}")
+        if len(set(words)) > 1:
+            raise RuntimeError(f"the ranks are at {words}")
+
+    def state_dict(self) -> State:
+        self._gather("ask")
+        return {"value": self.value, "w": torch.ones(2), **self._inner}
+
+    def load_state_dict(self, state: State) -> None:
+        self._gather("load")
+        self.value = state["value"]
+
+
+def chatty_states(rank: int, asked: list[str]) -> dict[str, State]:
+    """Name of a layout -> a state that each rank has put together in another order."""
+
+    def turned(state: State) -> State:
+        return dict(reversed(state.items())) if rank % 2 else state
+
+    def made(name: str, inner: State | None = None) -> Chatty:
+        return Chatty(name, asked, inner)
+
+    def some(*names: str) -> State:
+        return turned({name: made(name) for name in names})
+
+    return {
+        "at the top": some("b", "a", "c"),
+        "in a dict": {"parts": turned({"x": some("b", "a"), "a.b": made("a.b"), "10": made("10")}), "n": 1},
+        "in a list": turned({"z": [made("z0"), {"k": made("z1")}], "y": [some("q", "p")]}),
+        "in what a Stateful gives": turned(
+            {"outer": made("outer", some("inner2", "inner1")), "after": made("after"), "w": torch.ones(1)}
+        ),
+        "per rank": turned({"own": PerRank(some("s", "r")), "m": made("m"), "rng": RNGState()}),
+        "beside those of one rank": turned(
+            {"b": made("b"), f"alone{rank}": Chatty("alone", asked, alone=True), "c": made("c")}
+        ),
+    }
+
+
 class Logged(logging.Handler):
     """Keeps what was logged."""
 
@@ -193,6 +245,17 @@ class ReplicaAgent(EngineAgent):
         tensor[block * (1 << 14) + 7] = odd
         held: Any = PerRank(tensor) if own else tensor
         self._state = {"model": {"large": held, "small": torch.ones(3)}}
+
+    # Order.
+
+    async def hold_chatty(self, layout: str) -> None:
+        self._asked: list[str] = []
+        self._state = chatty_states(self._rank, self._asked)[layout]
+
+    async def asked(self) -> list[str]:
+        found = self._asked.copy()
+        self._asked.clear()
+        return found
 
     # Random numbers.
 

@@ -45,6 +45,7 @@ LAYERS: list[set[str]] = [
         "flat_parameters",
         "naming",
         "walk",
+        "order",
         "trail",
         "state",
         "materialise",
