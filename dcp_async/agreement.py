@@ -9,6 +9,7 @@ finished its checks. With one rank it is the catalog alone.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from .errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
+    EngineStateError,
     IncompatibleStateError,
     LoadError,
     UntrustedCheckpointError,
@@ -57,6 +59,8 @@ class Agreement:
         self._catalog = catalog
         self._coordinator = coordinator
         self._timeout = timeout
+        self._told_to_all: weakref.WeakSet[CheckpointError] = weakref.WeakSet()
+        """Errors that every rank raises alike."""
 
     async def latest(self, ordinal: int) -> CheckpointInfo | None:
         """The newest whole checkpoint. Ranks: all must call it."""
@@ -90,8 +94,8 @@ class Agreement:
 
         try:
             return await self._coordinator.exchange(uid, phase, None, decide)
-        except RemoteFailure as failure:
-            raise _load_error(failure, None, touched=False) from failure
+        except (RemoteFailure, CheckpointError, OSError) as error:
+            raise await self.common(uid, phase, error, None) from error
 
     async def restored(self, ordinal: int, name: str) -> None:
         """The state took what was read of ``name``. Ranks: all must call it. Raises LoadError for ranks whose
@@ -100,8 +104,34 @@ class Agreement:
         try:
             await self._coordinator.exchange(uid, "restore", None, _nothing)
         except RemoteFailure as failure:
-            raise _load_error(failure, name, touched=True) from failure
+            raise await self.common(uid, "restore", failure, name, flag=True) from failure
         self._coordinator.forget(uid)
+
+    async def concluded(self, ordinal: int, error: CheckpointError) -> CheckpointError:
+        """What this rank raises because of ``error``, its own: the same as every other rank."""
+        if self._coordinator.world_size == 1 or error in self._told_to_all:
+            return error
+        name = error.checkpoint_id if isinstance(error, LoadError) else None
+        return await self.common(self._coordinator.uid(ordinal, _LOAD), "load", error, name)
+
+    async def common(
+        self, uid: str, phase: str, error: BaseException, name: str | None, *, flag: bool = False
+    ) -> CheckpointError:
+        """The error of all ranks for ``uid``, which failed: with ``error`` here, or elsewhere. Raises
+        ``error`` itself where nobody else is asked."""
+        coordinator = self._coordinator
+        if not isinstance(error, RemoteFailure):
+            coordinator.fail(uid, phase, error)
+        if isinstance(error, EngineStateError):  # it takes no part any more
+            raise error
+        flag = flag or (isinstance(error, CorruptCheckpointError) and error.partially_loaded)
+        verdict, touched = await coordinator.settle(uid, flag=flag)
+        failures = dict(verdict) or (error.failures if isinstance(error, RemoteFailure) else {})
+        if not failures:
+            raise error
+        made = _load_error(RemoteFailure(failures), name, touched=touched)
+        self._told_to_all.add(made)
+        return made
 
     def leave(self, ordinal: int, error: BaseException) -> None:
         """This rank loads no further, because of ``error``. On the engine's loop."""
@@ -164,10 +194,17 @@ class Attempt:
         await self._end()
         return value
 
-    async def give_up(self, error: BaseException) -> None:
-        """This rank goes no further, because of ``error``."""
-        self._coordinator.fail(self._uid, "load", error)
-        await self._end()
+    async def give_up(self, error: BaseException) -> BaseException:
+        """This rank goes no further, because of ``error``; gives what it raises, as every other rank."""
+        try:
+            if not isinstance(error, (RemoteFailure, CheckpointError, OSError)):
+                self._coordinator.fail(self._uid, "load", error)
+                return error
+            # a rank that left the whole load took this attempt with it
+            failed = self._whole if self._coordinator.has_failed(self._whole) else self._uid
+            return await self._agreement.common(failed, "load", error, self._name, flag=self._ranks.are_ready)
+        finally:
+            await self._end()
 
     async def _load(self, load: Callable[[Contents, Together], Awaitable[T]]) -> T:
         assert self._contents is not None
@@ -181,12 +218,11 @@ class Attempt:
         left = functools.partial(self._coordinator.failed, self._whole)
         try:
             return await run_unless(left, step)
-        except RemoteFailure as failure:
-            await self._end()
-            raise _load_error(failure, self._name, touched=self._ranks.are_ready) from failure
         except BaseException as error:
-            await self.give_up(error)
-            raise
+            common = await self.give_up(error)
+            if common is error:
+                raise
+            raise common from error
 
     async def _end(self) -> None:
         self._coordinator.forget(self._uid)
@@ -225,9 +261,13 @@ async def _nothing(messages: Sequence[None]) -> list[None]:
 
 
 def _load_error(failure: RemoteFailure, name: str | None, *, touched: bool) -> CheckpointError:
-    """What a rank raises when another one failed: the same class, if that is one of ours."""
-    first = next(iter(failure.failures.values()))
+    """What all ranks raise when some failed: the class of the first one's, if that is a LoadError. What a
+    storage raised is a LoadError, also on the rank that it was raised on."""
+    first = next(error for _, error in sorted(failure.failures.items()))
     cls = _LOAD_ERRORS.get(first.type_name, LoadError)
     if cls is CorruptCheckpointError:
-        return CorruptCheckpointError(str(failure), checkpoint_id=name, partially_loaded=touched)
+        tensors = dict.fromkeys(name for error in failure.failures.values() for name in error.tensors)
+        return CorruptCheckpointError(
+            str(failure), checkpoint_id=name, partially_loaded=touched, tensors=tuple(tensors)
+        )
     return cls(str(failure), checkpoint_id=name)

@@ -20,6 +20,7 @@ import xxhash
 
 from .errors import EngineStateError
 from .options import Timeouts
+from .settlement import Verdict
 from .store_coordinator import StoreCoordinator
 
 M = TypeVar("M")
@@ -94,6 +95,16 @@ class Coordinator(Protocol):
     async def failed(self, uid: str) -> NoReturn:
         """Wait until another rank has failed ``uid``. Raises RemoteFailure."""
 
+    def has_failed(self, uid: str) -> bool:
+        """Whether this rank knows that ``uid`` failed, and has not forgotten it."""
+
+    async def settle(self, uid: str, *, flag: bool = False) -> Verdict:
+        """How ``uid``, which failed, ended: per rank what it failed at, the same on every rank; and whether
+        any rank gave this ``flag``. Never raises.
+
+        Ranks: all that have a part in it call it once that has ended, before ``forget``.
+        """
+
     def forget(self, uid: str) -> None:
         """``uid`` is over on this rank."""
 
@@ -133,6 +144,12 @@ class LocalCoordinator:
     async def failed(self, uid: str) -> NoReturn:
         while True:
             await anyio.sleep_forever()
+
+    def has_failed(self, uid: str) -> bool:
+        return False
+
+    async def settle(self, uid: str, *, flag: bool = False) -> Verdict:
+        return {}, flag
 
     def forget(self, uid: str) -> None:
         """Nothing is remembered."""

@@ -9,6 +9,7 @@ a loop.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from .admission import checkpoint_name
 from .boundary import ENDINGS
 from .catalog import Catalog
 from .coordinator import Coordination
+from .errors import EngineStateError
 from .formats.structure import JSON
 from .lifetime import Lifetime
 from .load_pipeline import LoadOptions, LoadServices
@@ -223,7 +225,7 @@ class CheckpointEngine:
             self._life.check_open()
         overlap = self._life.stager.options.overlap
         try:
-            request = self._capture(state, step, checkpoint_id, encoded_notes, replace)
+            request = yield from self._capture(state, step, checkpoint_id, encoded_notes, replace)
         except BaseException:
             book.give_back()
             raise
@@ -247,7 +249,7 @@ class CheckpointEngine:
         checkpoint_id: str | None,
         notes: Mapping[str, JSON],
         replace: bool,
-    ) -> SaveRequest:
+    ) -> Verb[SaveRequest]:
         """Admission and capture, in the caller's thread and in one piece."""
         started = time.monotonic()
         ordinal, step = self._life.book.admit(step, checkpoint_id)
@@ -269,11 +271,13 @@ class CheckpointEngine:
             if self._life.stager.options.overlap:
                 self._life.hooks.watch(captured.optimizers, response.staging_completion)
         except ENDINGS as error:
-            self._runner.refuse(ordinal, name, error)
+            self._runner.refuse_at_once(ordinal, name, error)
             raise
         except BaseException as error:  # the trainer's own code, which may raise anything
-            self._runner.refuse(ordinal, name, error)
-            raise save_error(error, "capture", response, rank=self._life.coordinator.rank) from error
+            rank, verdict = self._life.coordinator.rank, {}
+            with contextlib.suppress(EngineStateError):  # closed meanwhile: the others are told by that
+                verdict = yield self._life.submit(self._runner.refuse(ordinal, name, error))
+            raise save_error(error, "capture", response, rank=rank, verdict=verdict) from error
         request = SaveRequest(
             response=response,
             ordinal=ordinal,

@@ -52,15 +52,17 @@ class Gathering:
         complete: Callable[[str, str, list[Any]], None],
         failed: Callable[[str, dict[int, RemoteError], int | None], None],
         late: Callable[[str], None],
+        noted: Callable[[str, dict[int, RemoteError]], None],
         waiters: Waiters,
     ) -> None:
         """``complete`` is told a round's messages in rank order, ``failed`` what to tell all ranks (but the
-        reporter, if there is one), ``late`` the uid of a round whose time is up; ``waiters`` knows what
-        failed or is over."""
+        reporter, if there is one), ``late`` the uid of a round whose time is up, ``noted`` each failure, also
+        when all have been told of an earlier one; ``waiters`` knows what failed or is over."""
         self.gone: dict[int, str] = {}
         """Ranks that closed their engine, and how to say so."""
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self._complete, self._failed, self._late, self._waiters = complete, failed, late, waiters
+        self._noted = noted
         self._rounds: dict[tuple[str, str], _Round] = {}
         self._reached: OrderedDict[str, dict[int, str]] = OrderedDict()
         self._names: OrderedDict[int, dict[str, tuple[str, set[int]]]] = OrderedDict()
@@ -135,7 +137,10 @@ class Gathering:
         """``uid`` failed; all are told, at once or when the decision in progress has been sent."""
         if uid in self._held:
             self._held[uid].failures.append((failures, reporter))
-        elif not self._waiters.is_over(uid) and self._waiters.failure(uid) is None:
+        elif not self._waiters.is_over(uid):
+            self._noted(uid, failures)
+            if self._waiters.failure(uid) is not None:
+                return
             for phase in [phase for other, phase in self._rounds if other == uid]:
                 self._drop(uid, phase)
             self._failed(uid, failures, reporter)

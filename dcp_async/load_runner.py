@@ -23,7 +23,7 @@ from .boundary import ENDINGS, is_foreign, words
 from .catalog import Catalog
 from .contents import Contents
 from .coordinator import Coordinator
-from .errors import CorruptCheckpointError, IncompatibleStateError, LoadError, StorageError
+from .errors import CheckpointError, CorruptCheckpointError, IncompatibleStateError, LoadError, StorageError
 from .lifetime import Lifetime
 from .load_pipeline import Loaded, LoadOptions, LoadServices, load_into, read_fresh
 from .remote import RemoteFailure
@@ -76,6 +76,12 @@ class LoadRunner:
             self._restore(state, targets, loaded, info, how)
             if coordinator.world_size > 1:
                 yield from self.ask(self._agreement.restored(ordinal, info.checkpoint_id))
+        except CheckpointError as error:
+            common = yield from self.ask(self._agreement.concluded(ordinal, error))
+            self._life.loop.call_soon(self._agreement.leave, ordinal, error)
+            if common is error:
+                raise
+            raise common from error
         except BaseException as error:  # a cancellation as well: the other ranks wait for this one
             self._life.loop.call_soon(self._agreement.leave, ordinal, error)
             raise
@@ -117,8 +123,10 @@ class LoadRunner:
         try:
             targets = _targets_of(state, Schema(contents), asked, self._life.coordinator)
         except BaseException as error:
-            yield from self.ask(attempt.give_up(error))
-            raise
+            common = yield from self.ask(attempt.give_up(error))
+            if common is error:
+                raise
+            raise common from error
 
         async def load(contents: Contents, ranks: Together) -> Loaded:
             with _load_errors(contents.info.checkpoint_id, lambda: refill or ranks.are_ready):

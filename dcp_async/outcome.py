@@ -6,11 +6,12 @@ Invariant: DCP's CheckpointException, which derives from BaseException, never le
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .errors import CheckpointExistsError, Phase, SaveCancelled, SaveError, StateMutatedError, StorageError
-from .remote import PhaseFailure, RemoteFailure
+from .remote import PhaseFailure, RemoteError, RemoteFailure
 from .response import AsyncSaveResponse
 from .staging import MutatedTensors
 
@@ -24,30 +25,37 @@ _DOING: dict[Phase, str] = {
 
 
 def save_error(
-    error: BaseException, phase: Phase, response: AsyncSaveResponse, *, rank: int = 0
+    error: BaseException,
+    phase: Phase,
+    response: AsyncSaveResponse,
+    *,
+    rank: int = 0,
+    verdict: Mapping[int, RemoteError] | None = None,
 ) -> SaveError:
-    """The error of ``response``; its cause is ``error``. ``phase`` holds unless the error knows better."""
+    """The error of ``response``; its cause is ``error``. ``phase`` holds unless the error knows better.
+
+    Args:
+        rank: this process's.
+        verdict: what each rank failed at, where several saved; then the error is the same on all of them.
+    """
     if isinstance(error, PhaseFailure):
         phase, error = error.phase, error.cause
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, RemoteFailure):
-        return _remote_error(error, phase, response)
-    name = response.checkpoint_id
-    cls: type[SaveError] = SaveError
+        return _made(verdict or error.failures, phase, response, error)
+    if verdict and rank in verdict:
+        return _made(verdict, phase, response, error, own=rank)
     reason = str(error) or type(error).__name__
-    message = f"saving {name!r} failed while {_DOING[phase]} on rank {rank}: {reason}"
+    cls: type[SaveError] = SaveError
     if isinstance(error, MutatedTensors):
         cls = StateMutatedError
-        message = (
-            f"{error} changed while {name!r} was being staged; nothing was committed. "
-            "Put the optimizer into the state, or await response.staging_completion before changing tensors, "
-            "or save with overlap=False"
-        )
     elif isinstance(error, FileExistsError) and not isinstance(error, StorageError):
         cls = CheckpointExistsError
-        message = f"checkpoint {name!r} exists already; save under another name, or pass replace=True"
-    made = cls(message, checkpoint_id=name, step=response.step, phase=phase, failures={rank: error})
+    message = _message(cls, phase, response, rank, reason, reason)
+    made = cls(
+        message, checkpoint_id=response.checkpoint_id, step=response.step, phase=phase, failures={rank: error}
+    )
     made.__cause__ = error
     return made
 
@@ -56,28 +64,60 @@ _KINDS: dict[str, type[SaveError]] = {
     MutatedTensors.__name__: StateMutatedError,
     FileExistsError.__name__: CheckpointExistsError,
 }
-"""What another rank calls it -> what it is here."""
+"""What a rank calls it -> what it is to the user."""
+
+_PHASES: dict[str, Phase] = {"commit": "commit", "replicas": "commit"}
+"""Of exchanges between ranks; the others belong to planning."""
 
 
-def _remote_error(error: RemoteFailure, phase: Phase, response: AsyncSaveResponse) -> SaveError:
-    """The same error on every rank: it names the rank, the phase and the cause there."""
-    name = response.checkpoint_id
-    if all(failure.cancelled for failure in error.failures.values()):
+def _made(
+    failures: Mapping[int, RemoteError],
+    phase: Phase,
+    response: AsyncSaveResponse,
+    cause: BaseException,
+    *,
+    own: int | None = None,
+) -> SaveError:
+    """The same error on every rank: it names each rank that failed, the phase and the cause there. ``own`` is
+    this rank, if ``cause`` is what it failed at."""
+    real = {rank: failure for rank, failure in sorted(failures.items()) if not failure.cancelled}
+    if not real:
         return cancelled_error(response)
-    rank, first = next(
-        (rank, failure) for rank, failure in sorted(error.failures.items()) if not failure.cancelled
-    )
-    if first.phase in _DOING:
-        phase = first.phase
-    made = _KINDS.get(first.type_name, SaveError)(
-        f"saving {name!r} failed while {_DOING[phase]} on rank {rank}: {first}",
-        checkpoint_id=name,
-        step=response.step,
-        phase=phase,
-        failures=dict(error.failures),
-    )
-    made.__cause__ = error
+    (rank, first), *more = real.items()
+    phase = _phase(first)
+    cls = _KINDS.get(first.type_name, SaveError)
+    message = _message(cls, phase, response, rank, first.message, str(first))
+    told = {first.message}
+    for other, failure in more:
+        if failure.message not in told:  # what concerns several ranks is said once
+            told.add(failure.message)
+            message += f"; and while {_DOING[_phase(failure)]} on rank {other}: {failure}"
+    each: dict[int, BaseException] = dict(failures)
+    if own is not None:
+        each[own] = cause
+    made = cls(message, checkpoint_id=response.checkpoint_id, step=response.step, phase=phase, failures=each)
+    made.__cause__ = cause
     return made
+
+
+def _phase(failure: RemoteError) -> Phase:
+    return next((phase for phase in _DOING if phase == failure.phase), _PHASES.get(failure.phase, "plan"))
+
+
+def _message(
+    cls: type[SaveError], phase: Phase, response: AsyncSaveResponse, rank: int, reason: str, told: str
+) -> str:
+    """``reason`` is the error's own text, ``told`` that with what it is."""
+    name = response.checkpoint_id
+    if cls is StateMutatedError:
+        return (
+            f"{reason} changed while {name!r} was being staged; nothing was committed. "
+            "Put the optimizer into the state, or await response.staging_completion before changing tensors, "
+            "or save with overlap=False"
+        )
+    if cls is CheckpointExistsError:
+        return f"checkpoint {name!r} exists already; save under another name, or pass replace=True"
+    return f"saving {name!r} failed while {_DOING[phase]} on rank {rank}: {told}"
 
 
 def forget_locals(error: BaseException) -> None:

@@ -40,7 +40,7 @@ from .plan_exchange import PlanExchange
 from .planner import CompiledPlan, PlanningOptions
 from .pool import Lease
 from .proof import prove_head
-from .remote import PhaseFailure, RemoteFailure
+from .remote import PhaseFailure, RemoteError, RemoteFailure
 from .replicas import Details, Digest, Kind, ReplicaCheck, Sample, differing, explain
 from .response import AsyncSaveResponse
 from .staging import StageJob, Stager, num_parts, parts_between
@@ -92,6 +92,8 @@ class SaveRequest:
     """Of the running save."""
     cancelled: bool = False
     """Somebody asked to cancel it."""
+    verdict: Mapping[int, RemoteError] = field(default_factory=dict)
+    """Of a save that failed: what each rank failed at; empty where nobody else was asked."""
     committing: bool = False
     """Past this point the save can't be cancelled."""
 
@@ -188,6 +190,8 @@ class SavePipeline:
             return await run_unless(failed, self._run)
         except BaseException as error:
             self._tell(error)
+            if not isinstance(error, asyncio.CancelledError):
+                self._request.verdict, _ = await self._services.coordinator.settle(self._request.uid)
             raise
         finally:
             self._let_go()

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import EngineStateError, Phase, SaveCancelled
+from .errors import CorruptCheckpointError, EngineStateError, Phase, SaveCancelled
 
 _TEXT_BYTES = 64 << 10
 """What one text may take in a message; a traceback keeps its end, where the cause is."""
+_NAMES = 1000
+"""How many names of tensors travel with an error."""
 REMEMBERED = 512
 """Ids whose late messages are told from those of saves to come."""
 
@@ -43,6 +45,8 @@ class RemoteError(Exception):
     traceback_text: str = ""
     cancelled: bool = False
     """The save was cancelled there; nothing is wrong."""
+    tensors: tuple[str, ...] = ()
+    """Of a CorruptCheckpointError: what lies in the bad blocks."""
 
     def __str__(self) -> str:
         if self.message.startswith("rank "):  # one of ours, a sentence of its own
@@ -73,21 +77,24 @@ class RemoteError(Exception):
             message=_cut(message),
             traceback_text=_cut(text, keep_end=True),
             cancelled=isinstance(error, asyncio.CancelledError | SaveCancelled),
+            tensors=error.tensors[:_NAMES] if isinstance(error, CorruptCheckpointError) else (),
         )
 
-    def plain(self) -> tuple[str, str, str, str, bool]:
-        """As plain data."""
-        return (self.phase, self.type_name, self.message, self.traceback_text, self.cancelled)
+    def plain(self) -> tuple[Any, ...]:
+        """As plain data: five fields, and a sixth where there are tensors to name."""
+        named = (self.tensors,) if self.tensors else ()
+        return (self.phase, self.type_name, self.message, self.traceback_text, self.cancelled, *named)
 
     @classmethod
-    def from_plain(cls, fields: tuple[str, str, str, str, bool]) -> RemoteError:
-        phase, type_name, message, traceback_text, cancelled = fields
+    def from_plain(cls, fields: tuple[Any, ...]) -> RemoteError:
+        phase, type_name, message, traceback_text, cancelled, *named = fields
         return cls(
             phase=phase,
             type_name=type_name,
             message=message,
             traceback_text=traceback_text,
             cancelled=cancelled,
+            tensors=tuple(named[0]) if named else (),
         )
 
 

@@ -11,7 +11,7 @@ import concurrent.futures
 import logging
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import anyio
 import torch
@@ -25,6 +25,7 @@ from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
 from .outcome import cancelled_error, forget_locals, save_error
 from .pipeline import CommitOutcome, SavePipeline, SaveRequest, SaveServices
 from .planner import CompiledPlan, PlanningOptions
+from .remote import RemoteError
 from .replicas import Mode, ReplicaCheck
 from .response import AsyncSaveResponse, CheckpointInfo
 
@@ -104,7 +105,8 @@ class SaveRunner:
         except BaseException as error:  # a planner, a storage or a tensor's class may raise anything
             error = first_failure(error) if not isinstance(error, Exception) else error
             forget_locals(error)
-            self._fail(response, save_error(error, "plan", response, rank=self._life.coordinator.rank))
+            rank = self._life.coordinator.rank
+            self._fail(response, save_error(error, "plan", response, rank=rank, verdict=request.verdict))
         else:
             if request.scope.cancelled_caught:
                 self._fail(response, cancelled_error(response))
@@ -113,8 +115,8 @@ class SaveRunner:
         finally:
             self._life.coordinator.forget(request.uid)
 
-    def refuse(self, ordinal: int, name: str, error: BaseException) -> None:
-        """The state of a save could not be captured on this rank; callable from every thread."""
+    def refuse_at_once(self, ordinal: int, name: str, error: BaseException) -> None:
+        """As ``refuse``, for a thread that must go on; callable from every thread."""
 
         def tell() -> None:
             uid = self._life.coordinator.uid(ordinal, name)
@@ -122,6 +124,17 @@ class SaveRunner:
             self._life.coordinator.forget(uid)
 
         self._life.loop.call_soon(tell)
+
+    async def refuse(self, ordinal: int, name: str, error: BaseException) -> Mapping[int, RemoteError]:
+        """The state of a save could not be captured on this rank. Gives what each rank failed at."""
+        coordinator = self._life.coordinator
+        uid = coordinator.uid(ordinal, name)
+        coordinator.fail(uid, "capture", error)
+        try:
+            verdict, _ = await coordinator.settle(uid)
+        finally:
+            coordinator.forget(uid)
+        return verdict
 
     def _succeed(self, request: SaveRequest, outcome: CommitOutcome) -> None:
         response = request.response

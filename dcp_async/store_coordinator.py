@@ -28,8 +28,12 @@ from .options import Timeouts
 from .pulse import Pulse, heartbeat
 from .remote import REMEMBERED, RemoteError, Waiters, raiser
 from .rendezvous import Rendezvous
+from .settlement import Settlement, Verdict
 
 logger = logging.getLogger(__name__)
+
+_SETTLE_SECONDS = 3.0
+"""How long the ranks' errors wait for a rank that hangs to say that it has stopped."""
 
 M = TypeVar("M")
 A = TypeVar("A")
@@ -76,8 +80,19 @@ class StoreCoordinator:
             complete=self._completed,
             failed=self._tell_failure,
             late=self._report_missing,
+            noted=lambda uid, failures: self._settlement.failed(uid, failures),
             waiters=self._waiters,
         )
+        patience = min(timeouts.coordination / 4, _SETTLE_SECONDS)
+        self._settlement = Settlement(
+            world_size=self.world_size,
+            patience=patience,
+            tell=self._tell_verdict,
+            gone=self._gathering.gone,
+        )
+        self._settle_seconds = 2 * patience + 1
+        """Until a rank goes by what it knows itself."""
+        self._verdicts: dict[str, asyncio.Future[Verdict]] = {}
         self._unread: dict[int, int | None] = {}
         """Of ranks that said goodbye: what they did not read, None for one that reads on until it is told to
         leave."""
@@ -239,6 +254,44 @@ class StoreCoordinator:
             (await waiter)()
         raise AssertionError("failures alone end this wait")
 
+    def has_failed(self, uid: str) -> bool:
+        """Whether this rank knows that ``uid`` failed, and has not forgotten it."""
+        return self._waiters.failure(uid) is not None
+
+    async def settle(self, uid: str, *, flag: bool = False) -> Verdict:
+        """How ``uid``, which failed, ended for all: the same on every rank, but for one that can't be heard.
+
+        Ranks: all that have a part in ``uid`` call it once that has ended, and before ``forget``. ``flag``:
+        whether this rank had gone past the point that the caller is interested in. Never raises.
+        """
+        known = self._waiters.failure(uid)
+        mine: Verdict = (known.failures if known else {}, flag)
+        is_lost = known and not known.common and self.coordinator_rank in known.failures
+        if self._state != "open" or (is_lost and not self.is_coordinator):
+            return mine
+        verdict: asyncio.Future[Verdict] = self._verdicts.setdefault(uid, self._loop.create_future())
+        if self.is_coordinator:
+            self._settlement.stopped(self.rank, uid, flag)
+        else:
+            self._courier.send_in("stopped", uid, flag)
+        waits: set[asyncio.Future[Any]] = {verdict, self._released}
+        await asyncio.wait(waits, timeout=self._settle_seconds, return_when=asyncio.FIRST_COMPLETED)
+        self._verdicts.pop(uid, None)
+        return verdict.result() if verdict.done() else mine
+
+    def _tell_verdict(self, rank: int, uid: str, verdict: Verdict) -> None:
+        if rank == self.rank:
+            self._hear_verdict(uid, verdict)
+        elif rank not in self._unread:
+            failures, flag = verdict
+            told = {failed: error.plain() for failed, error in failures.items()}
+            self._courier.send_out(rank, "verdict", uid, told, flag)
+
+    def _hear_verdict(self, uid: str, verdict: Verdict) -> None:
+        waiter = self._verdicts.get(uid)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(verdict)
+
     def forget(self, uid: str) -> None:
         """``uid`` is over on this rank; what still comes of it is dropped."""
         if self.is_coordinator:
@@ -269,6 +322,7 @@ class StoreCoordinator:
             with anyio.CancelScope(shield=True):
                 await self._mailbox.stop_taking(self._reading)
             self._gathering.close()
+            self._settlement.close()
             self._mailbox.close()
             self._state = "closed"
 
@@ -338,6 +392,13 @@ class StoreCoordinator:
             uid, failures = fields
             errors = {rank: RemoteError.from_plain(error) for rank, error in failures.items()}
             self._waiters.fail(uid, errors, common=True)
+        elif kind == "stopped":
+            self._settlement.stopped(*fields)
+        elif kind == "verdict":
+            uid, told, flag = fields
+            self._hear_verdict(
+                uid, ({rank: RemoteError.from_plain(error) for rank, error in told.items()}, flag)
+            )
         elif kind == "missed":
             self._missed(*fields)
         elif kind == "goodbye":

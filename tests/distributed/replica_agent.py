@@ -191,6 +191,20 @@ def chatty_states(rank: int, asked: list[str]) -> dict[str, State]:
     }
 
 
+class Picky:
+    """Refuses everything that is loaded, until it is told not to."""
+
+    def __init__(self) -> None:
+        self.accepts = False
+
+    def state_dict(self) -> State:
+        return {"taste": 1}
+
+    def load_state_dict(self, state: State) -> None:
+        if not self.accepts:
+            raise KeyError("taste")
+
+
 class Logged(logging.Handler):
     """Keeps what was logged."""
 
@@ -245,6 +259,26 @@ class ReplicaAgent(EngineAgent):
         tensor[block * (1 << 14) + 7] = odd
         held: Any = PerRank(tensor) if own else tensor
         self._state = {"model": {"large": held, "small": torch.ones(3)}}
+
+    async def load_fully(self, **arguments: Any) -> Outcome:
+        """As ``load``, with what else the error tells."""
+        try:
+            report = await self._checkpoints["main"].load(self._state, **arguments)
+        except CheckpointError as error:
+            cause = error.__cause__
+            return described(error) | {
+                "tensors": getattr(error, "tensors", ()),
+                "checkpoint_id": getattr(error, "checkpoint_id", None),
+                "causes": [] if cause is None else [each.__name__ for each in type(cause).__mro__],
+            }
+        return {"kind": "loaded", "id": report.checkpoint_id}
+
+    async def refuse_what_is_loaded(self) -> None:
+        """Let the state refuse what it is given."""
+        self._state["picky"] = Picky()
+
+    async def accept_what_is_loaded(self) -> None:
+        self._state["picky"].accepts = True
 
     # Order.
 

@@ -78,6 +78,7 @@ LAYERS: list[set[str]] = [
         "pulse",
         "gathering",
         "rendezvous",
+        "settlement",
         "store_coordinator",
         "coordinator",
         "agreement",
