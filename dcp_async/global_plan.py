@@ -98,9 +98,11 @@ def _grouped(raws: Iterable[bytes], unpack: Callable[[bytes], T]) -> list[tuple[
 class Offers:
     """What all ranks offered, decoded, and checked against each other."""
 
-    def __init__(self, offers: Sequence[Offer]) -> None:
-        """Raises ConflictError if ranks disagree on a tensor's size or dtype or on the bytes of a leaf, or if
-        a tensor's pieces do not make it up."""
+    def __init__(self, offers: Sequence[Offer], suspects: list[str] | None = None) -> None:
+        """Names of leaves of which ranks offered other bytes are added to ``suspects``.
+
+        Raises ConflictError if ranks disagree on a tensor's size or dtype or, without ``suspects``, on the
+        bytes of a leaf, or if a tensor's pieces do not make it up."""
         self.boxes = [offer["boxes"] for offer in offers]
         self.meshes = [offer["meshes"] for offer in offers]
         self.parts = [
@@ -122,7 +124,7 @@ class Offers:
         self._pieces: dict[Signature, Pieces] = {}
         self._trees = _grouped((offer["tree"] for offer in offers), unpack_tree)
         self._check_sizes()
-        self._check_leaves([offer["hashes"] for offer in offers])
+        self._check_leaves([offer["hashes"] for offer in offers], suspects)
         self._check_coverage()
 
     @property
@@ -231,14 +233,17 @@ class Offers:
                     kind, size = leaves.exotic[index]
                     check(name, (kind[0], size, rank))
 
-    def _check_leaves(self, hashes: Sequence[bytes]) -> None:
+    def _check_leaves(self, hashes: Sequence[bytes], suspects: list[str] | None) -> None:
         def distinct() -> Iterator[tuple[int, Mapping[str, int]]]:
             for leaves in self.leaves:
                 first = {hashes[rank]: rank for rank in reversed(leaves.ranks)}
                 for raw, rank in first.items():
                     yield rank, dict(zip(leaves.names, array("Q", raw), strict=True))
 
-        _compare(sorted(distinct(), key=lambda mine: mine[0]))
+        if suspects is None:
+            _compare(sorted(distinct(), key=lambda mine: mine[0]))
+        else:
+            suspects += differing_leaves(mine for _, mine in distinct())
 
     def _check_coverage(self) -> None:
         missing = {name: size for part in self.parts for name, _, size in part.bare if name not in self.held}
@@ -397,6 +402,17 @@ def dtype_of(kind: Kind) -> torch.dtype:
     found = getattr(torch, kind[0])
     assert isinstance(found, torch.dtype)
     return found
+
+
+def differing_leaves(hashes: Iterable[Mapping[str, int]]) -> list[str]:
+    """Names whose hashes differ; each of ``hashes`` is by name."""
+    known: dict[str, int] = {}
+    found: dict[str, None] = {}
+    for mine in hashes:
+        for name, value in mine.items():
+            if known.setdefault(name, value) != value:
+                found[name] = None
+    return list(found)
 
 
 def check_leaves(hashes: Sequence[Mapping[str, int]]) -> None:

@@ -2,7 +2,7 @@
 
 Enters: what this rank captured, the plan that it has. Leaves: whether all ranks can go on with theirs, or a
 new plan on each. Invariant: no rank is told to go on before the coordinator's transaction holds the
-directory, and a leaf that all ranks share has the same bytes on each.
+directory, and a leaf that all ranks share is equal on each.
 """
 
 from __future__ import annotations
@@ -12,8 +12,17 @@ from typing import Any, Literal
 
 from ._concurrency import BlockingThreads
 from .coordinator import Coordinator
-from .global_plan import check_leaves
-from .offer import group_hashes, leaf_hashes
+from .global_plan import differing_leaves
+from .leaf_equality import (
+    Description,
+    Digest,
+    conflicts,
+    descriptions,
+    explained,
+    shared_hashes,
+    value_digests,
+)
+from .offer import group_hashes
 from .planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
 from .publication import GlobalPlan, Placement
 from .state import Captured
@@ -66,7 +75,7 @@ class PlanExchange:
         message: dict[str, Any] = {"generation": None, "groups": [], "shared": []}
         if plan is not None:
             if plan.groups:
-                hashes = await self._threads.run(leaf_hashes, self._captured)
+                hashes = await self._threads.run(shared_hashes, self._captured, plan.canonical)
             message = {
                 "generation": plan.generation,
                 "groups": [group for group, _ in plan.groups],
@@ -77,20 +86,42 @@ class PlanExchange:
             named = dict(zip(plan.structure.leaf_names, hashes, strict=True))
             shared = {plan.structure.leaf_names[index] for _, leaves in plan.groups for index in leaves}
             mine = {name: value for name, value in named.items() if name in shared}
-            await self._coordinator.exchange(self._uid, "leaves", mine, self._compare)
+            suspects = await self._coordinator.exchange(self._uid, "leaves", mine, _find_suspects)
+            await self._compare_values(suspects, plan)
+            self._learn(plan, suspects)
         return verdict != "replan"
+
+    def _learn(self, plan: CompiledPlan, names: Sequence[str]) -> None:
+        """These leaves are equal, and pickled otherwise on each rank."""
+        places = {name: index for index, name in enumerate(plan.structure.leaf_names)}
+        plan.canonical.update({places[name]: (0, 0) for name in names if name in places})
+
+    async def _compare_values(self, names: Sequence[str], agreed: CompiledPlan | None = None) -> None:
+        """Whether leaves whose bytes differ are equal all the same. ``agreed`` is the plan to go on with if
+        they are. Raises ConflictError, or RemoteFailure."""
+        run = self._threads.run
+        mine = await run(value_digests, self._captured, names)
+
+        async def compare(digests: Sequence[dict[str, Digest]]) -> list[list[str]]:
+            unequal = conflicts(digests)
+            if not unequal and agreed is not None and self._plan is not None:
+                await self._go_ahead(self._plan)
+            return [unequal] * len(digests)
+
+        unequal = await self._coordinator.exchange(self._uid, "values", mine, compare)
+        if unequal:
+
+            async def explain(told: Sequence[dict[str, Description]]) -> list[None]:
+                raise explained(told, unequal)
+
+            described = await run(descriptions, self._captured, unequal)
+            await self._coordinator.exchange(self._uid, "differences", described, explain)
 
     async def _judge(self, messages: Sequence[dict[str, Any]]) -> list[str]:
         verdict = judge(self._plan, messages)
         if verdict == "reuse" and self._plan is not None:
             await self._go_ahead(self._plan)
         return [verdict] * len(messages)
-
-    async def _compare(self, hashes: Sequence[dict[str, int]]) -> list[None]:
-        assert self._plan is not None
-        check_leaves(hashes)
-        await self._go_ahead(self._plan)
-        return [None] * len(hashes)
 
     async def _go_ahead(self, plan: CompiledPlan) -> None:
         if self._coordinator.world_size > 1:
@@ -111,8 +142,9 @@ class PlanExchange:
 
         async def merge(messages: Sequence[Any]) -> list[Any]:
             nonlocal shared
-            answers, shared = await run(draft.merge, messages)
-            return answers
+            suspects: list[str] = []
+            answers, shared = await run(draft.merge, messages, suspects)
+            return [(answer, suspects) for answer in answers]
 
         async def place(placements: Sequence[Placement]) -> list[None]:
             assert shared is not None
@@ -121,9 +153,16 @@ class PlanExchange:
             await self._go_ahead(plan)
             return [None] * len(placements)
 
-        answer = await coordinator.exchange(self._uid, "plan", draft.message, merge)
+        answer, suspects = await coordinator.exchange(self._uid, "plan", draft.message, merge)
+        if suspects:
+            await self._compare_values(suspects)
         plan, placement = await run(
             compile_plan, self._captured.structure, draft.offer, draft.assigned(answer), self._uid, shared
         )
+        self._learn(plan, suspects)
         await coordinator.exchange(self._uid, "place", placement, place)
         return plan
+
+
+async def _find_suspects(hashes: Sequence[dict[str, int]]) -> list[list[str]]:
+    return [differing_leaves(hashes)] * len(hashes)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import pickle
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from .formats.distcp import FileLayout, plan_file
 from .global_plan import Assignment, ConflictError, Offers, ReplicaGroup, assign, shared_leaves
+from .leaf_equality import Canonical
 from .offer import Offer, make_offer
 from .publication import GlobalPlan, Placement
 from .replica_groups import shared_tensors
@@ -68,6 +69,9 @@ class CompiledPlan:
     """The pieces of tensors that it has in common with others."""
     shared: GlobalPlan | None
     """What is published; the coordinator's alone."""
+    canonical: Canonical = field(default_factory=dict, compare=False)
+    """Leaves that are pickled otherwise on each rank although they are equal; they are compared by value. All
+    ranks find them out together."""
 
     @property
     def names(self) -> list[str]:
@@ -87,9 +91,11 @@ class Draft(Protocol):
     message: Any
     """What the coordinator needs of it; plain data."""
 
-    def merge(self, messages: Sequence[Any]) -> tuple[list[Any], GlobalPlan]:
+    def merge(
+        self, messages: Sequence[Any], suspects: list[str] | None = None
+    ) -> tuple[list[Any], GlobalPlan]:
         """All ranks' messages -> each rank's answer, plain data, and what the coordinator keeps. Its part
-        alone. Raises ConflictError."""
+        alone. ``suspects`` as for ``Offers``. Raises ConflictError."""
 
     def assigned(self, answer: Any) -> Assignment:
         """What this rank writes."""
@@ -113,8 +119,10 @@ class DefaultDraft:
         self.offer = offer
         self.message = offer
 
-    def merge(self, messages: Sequence[Offer]) -> tuple[list[Assignment], GlobalPlan]:
-        offers = Offers(messages)
+    def merge(
+        self, messages: Sequence[Offer], suspects: list[str] | None = None
+    ) -> tuple[list[Assignment], GlobalPlan]:
+        offers = Offers(messages, suspects)
         assignments = assign(offers)
         for assignment, groups in zip(assignments, shared_tensors(offers), strict=True):
             assignment["replicas"] = groups
@@ -148,8 +156,10 @@ class PlannerDraft:
         planner.set_up_planner(captured.flat(), None, is_coordinator)
         self.message = (offer, pickle.dumps(planner.create_local_plan()))
 
-    def merge(self, messages: Sequence[tuple[Offer, bytes]]) -> tuple[list[Any], GlobalPlan]:
-        offers = Offers([offer for offer, _ in messages])
+    def merge(
+        self, messages: Sequence[tuple[Offer, bytes]], suspects: list[str] | None = None
+    ) -> tuple[list[Any], GlobalPlan]:
+        offers = Offers([offer for offer, _ in messages], suspects)
         plans, metadata = self._planner.create_global_plan([pickle.loads(plan) for _, plan in messages])
         shared = shared_leaves(offers)
         if lost := sorted(offers.names() - metadata.state_dict_metadata.keys()):

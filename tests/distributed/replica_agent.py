@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import math
+import os
 import random
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from dcp_async import CheckpointEngine, Coordination, PerRank, RNGState, StagingOptions, Timeouts
+from dcp_async import CheckpointEngine, Coordination, PerRank, RNGState, StagingOptions, Timeouts, Trust
 from dcp_async.errors import CheckpointError
 from tests.distributed.engine_agent import EngineAgent, Outcome, described
 
@@ -191,6 +195,43 @@ def chatty_states(rank: int, asked: list[str]) -> dict[str, State]:
     }
 
 
+@dataclasses.dataclass
+class Config:
+    """A leaf, by its fields."""
+
+    names: Any
+    more: Any = None
+
+
+class OneWay:
+    """Pickles otherwise in each process, and can't be unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (_never, (os.getpid(),))
+
+
+def _never(pid: int) -> None:
+    raise RuntimeError("no way back")
+
+
+def leaves(rank: int, odd: str) -> dict[str, Any]:
+    """Name of a kind -> a leaf, equal on all ranks but for ``odd``, and pickled otherwise on each."""
+    words = [f"word {number}" for number in range(12)] + ([odd] if odd else [])
+    twisted = words[::-1] if rank else words
+    twice = "".join(["sh", "ared"])
+    again = "".join(["sh", "ared"]) if rank else twice
+    array = np.arange(6.0).reshape(2, 3) + bool(odd)
+    return {
+        "a set": set(twisted),
+        "equal strings": (twice, again, odd),
+        "a dict in a tuple": (1, dict.fromkeys(twisted, 0)),
+        "an array": np.asfortranarray(array) if rank else array,
+        "a dataclass": Config(frozenset(twisted), (twice, again)),
+        "a counter": (Counter(twisted), defaultdict(list, {word: [0] for word in twisted})),
+        "a tensor in a tuple": (torch.ones(2), {word: torch.ones(1) for word in twisted}),
+    }
+
+
 class Picky:
     """Refuses everything that is loaded, until it is told not to."""
 
@@ -227,6 +268,7 @@ class ReplicaAgent(EngineAgent):
             staging=StagingOptions(part_bytes=1 << 20, budget_bytes=budget, overlap=overlap),
             coordination=Coordination(**options),
             timeouts=Timeouts(coordination=coordination, exit_grace=5.0, storage=20.0),
+            trust=Trust(unsafe=True),
         )
         try:
             await made.open()
@@ -279,6 +321,12 @@ class ReplicaAgent(EngineAgent):
 
     async def accept_what_is_loaded(self) -> None:
         self._state["picky"].accepts = True
+
+    async def hold_leaf(self, kind: str, odd: str = "") -> None:
+        self._state = {"leaf": leaves(self._rank, odd)[kind], "w": torch.ones(2)}
+
+    async def hold_opaque(self) -> None:
+        self._state = {"leaf": OneWay(), "w": torch.ones(2)}
 
     # Order.
 

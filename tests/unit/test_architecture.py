@@ -67,6 +67,8 @@ LAYERS: list[set[str]] = [
         "global_plan",
         "proof",
         "replica_groups",
+        "canonical",
+        "leaf_equality",
         "replicas",
         "publication",
         "planner",
