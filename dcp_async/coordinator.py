@@ -18,6 +18,7 @@ import anyio
 import torch.distributed as dist
 import xxhash
 
+from .activity import Activity
 from .errors import EngineStateError
 from .options import Timeouts
 from .settlement import Verdict
@@ -67,6 +68,8 @@ class Coordinator(Protocol):
     is_coordinator: bool
     coordinator_host: str
     """The name of the machine that the coordinator runs on."""
+    activity: Activity
+    """What code of the trainer's this rank is in."""
 
     async def open(self) -> None:
         """Meet the other ranks and agree on a nonce."""
@@ -122,6 +125,9 @@ class LocalCoordinator:
     world_size = 1
     is_coordinator = True
     coordinator_host = socket.gethostname()
+
+    def __init__(self) -> None:
+        self.activity = Activity()
 
     async def open(self) -> None:
         self._nonce = secrets.token_hex(8)

@@ -266,7 +266,8 @@ class CheckpointEngine:
                 raise FileExistsError(name)
             ranks = self._life.coordinator
             previous = plan.structure if plan else None
-            captured = capture(state, previous, rank=ranks.rank, world_size=ranks.world_size)
+            with ranks.activity.watched():
+                captured = capture(state, previous, rank=ranks.rank, world_size=ranks.world_size)
             events = self._life.stager.prepare(captured)
             if self._life.stager.options.overlap:
                 self._life.hooks.watch(captured.optimizers, response.staging_completion)

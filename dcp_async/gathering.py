@@ -19,6 +19,8 @@ from .remote import REMEMBERED, RemoteError, Waiters, name_ranks
 MEETINGS = {"verdict": "save()", "choose": "load()", "latest": "latest()"}
 """Verbs of the engine, by their first phase. In it all ranks have to arrive within a time of the first: later
 ones take as long as writing or reading takes."""
+_AFTER_USER_CODE = frozenset({"unexpected", "restore"})
+"""In these a rank arrives when its state's ``state_dict()`` or ``load_state_dict()`` has returned."""
 _OF_LOADS = frozenset({"choose", "open", "unexpected", "ready", "done", "restore"})
 
 
@@ -67,6 +69,8 @@ class Gathering:
         self._reached: OrderedDict[str, dict[int, str]] = OrderedDict()
         self._names: OrderedDict[int, dict[str, tuple[str, set[int]]]] = OrderedDict()
         self._held: dict[str, _Held] = {}
+        self._busy: dict[int, tuple[str, float]] = {}
+        """Rank -> (what code of the trainer's it is in, loop.time() when that was called)."""
 
     def __repr__(self) -> str:
         return f"<Gathering {[(*key, sorted(of.messages)) for key, of in self._rounds.items()]}>"
@@ -169,12 +173,46 @@ class Gathering:
             if (of := self._rounds.get((uid, phase))) is not None:
                 what = f"{verb} of {of.name!r}" if phase == "verdict" and of.name else verb
                 late = f"did not call {what} within {self._timeout:g} s of the first rank"
+                lacking = [rank for rank in range(self._world_size) if rank not in of.messages]
                 return {
-                    rank: RemoteError(phase=phase, type_name="TimeoutError", message=f"rank {rank} {late}")
-                    for rank in range(self._world_size)
-                    if rank not in of.messages
+                    rank: RemoteError(
+                        phase=phase,
+                        type_name="TimeoutError",
+                        message=f"rank {rank} {late}"
+                        + (f": it {self._doing(rank)}" if rank in self._busy else ""),
+                    )
+                    for rank in lacking
                 }
         return {}
+
+    def busy(self, rank: int, found: tuple[str, float] | None) -> None:
+        """``rank`` has been in some code of the trainer's for some seconds, or is not any more."""
+        if found is None:
+            self._busy.pop(rank, None)
+        else:
+            self._busy[rank] = (found[0], asyncio.get_running_loop().time() - found[1])
+        self.check_busy()
+
+    def check_busy(self) -> None:
+        """Fail what waits for ranks that have been in the trainer's code for too long. Phases that have a
+        deadline of their own name them when it is over."""
+        if not self._busy:
+            return
+        now = asyncio.get_running_loop().time()
+        late = {rank for rank, (_, since) in self._busy.items() if now - since >= self._timeout}
+        for (uid, phase), of in list(self._rounds.items()):
+            if phase in _AFTER_USER_CODE and (lacking := late - of.messages.keys()):
+                failures = {
+                    rank: RemoteError(
+                        phase=phase, type_name="TimeoutError", message=f"rank {rank} {self._doing(rank)}"
+                    )
+                    for rank in lacking
+                }
+                self.fail(uid, failures)
+
+    def _doing(self, rank: int) -> str:
+        text, since = self._busy[rank]
+        return f"is in {text} since {asyncio.get_running_loop().time() - since:.0f} s"
 
     def begun(self, uid: str) -> tuple[int | None, str]:
         """The ordinal and name of ``uid``, which ranks wait to begin."""

@@ -106,7 +106,8 @@ class LoadRunner:
     ) -> None:
         restorer = Restorer(targets, loaded, strict=how.strict, exact=how.dtypes == "exact")
         try:
-            restorer.restore(state)
+            with self._life.coordinator.activity.watched():
+                restorer.restore(state)
         except ENDINGS:
             raise
         except BaseException as error:  # the trainer's own code, which may raise anything
@@ -188,7 +189,8 @@ class LoadRunner:
 def _targets_of(state: Mapping[str, Any], schema: Schema, asked: Asked, coordinator: Coordinator) -> Targets:
     rank, world_size = coordinator.rank, coordinator.world_size
     try:
-        return capture_targets(state, schema, asked, rank=rank, world_size=world_size)
+        with coordinator.activity.watched():
+            return capture_targets(state, schema, asked, rank=rank, world_size=world_size)
     except CaptureError as error:
         raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
     except BaseException as error:

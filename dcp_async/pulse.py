@@ -31,13 +31,14 @@ class Pulse:
         watched: Callable[[], Iterable[int]],
         silent: Callable[[set[int], str], None],
         gone: Callable[[StoreGoneError], None],
+        ticked: Callable[[], None] = lambda: None,
     ) -> None:
         """``watched`` says whose heartbeats to read, asked at each tick; ``silent`` is told, tick after
         tick, who of them has not moved for ``timeout`` seconds, and how to say so; ``gone`` that the store
-        is."""
+        is; ``ticked`` is called at each tick."""
         self.interval = min(timeout / 5, 5.0)
         self._mailbox, self._nonce, self._rank, self._timeout = mailbox, nonce, rank, timeout
-        self._watched, self._silent, self._gone = watched, silent, gone
+        self._watched, self._silent, self._gone, self._ticked = watched, silent, gone, ticked
         self._beats: dict[int, int] = {}
         self._still: dict[int, float] = {}
         self._last = asyncio.get_running_loop().time()
@@ -77,6 +78,7 @@ class Pulse:
             silent = {rank for rank in ranks if self._still[rank] >= self._timeout}
             if silent:
                 self._silent(silent, f"has shown no sign of life for {self._timeout:g} s")
+            self._ticked()
             await asyncio.sleep(self.interval)
 
     async def _beat(self, ranks: list[int]) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .activity import user_code
 from .load_pipeline import Loaded
 from .materialise import below, materialise
 from .optimizer_load import load_optimizer
@@ -90,7 +91,8 @@ class Restorer:
             self._give_own(own.value, name)
         elif name in self._match.resized:
             assert own.on_resize is not None
-            chosen = own.on_resize(list(self._taken[name].values()))
+            with user_code("on_resize", own, name):
+                chosen = own.on_resize(list(self._taken[name].values()))
             if inside in self._targets.statefuls:
                 own.value.load_state_dict(chosen)
             else:
@@ -127,12 +129,13 @@ class Restorer:
             return
         self.at = name
         saved = self._merged(name, inner)
-        if isinstance(stateful, AppState):
-            stateful._restore(saved, strict=self._strict, exact=self._exact)
-        elif isinstance(stateful, torch.optim.Optimizer):
-            load_optimizer(stateful, saved, exact=self._exact)
-        else:
-            stateful.load_state_dict(saved)
+        with user_code("load_state_dict", stateful, name):
+            if isinstance(stateful, AppState):
+                stateful._restore(saved, strict=self._strict, exact=self._exact)
+            elif isinstance(stateful, torch.optim.Optimizer):
+                load_optimizer(stateful, saved, exact=self._exact)
+            else:
+                stateful.load_state_dict(saved)
         if inner is UNASKED or not _left_meta(name, inner, self._values):
             return
         if left := _left_meta(name, stateful.state_dict(), self._values):

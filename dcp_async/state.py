@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from .activity import user_code
 from .boundary import ENDINGS, words
 from .formats.distcp import SECTOR_BYTES
 from .formats.structure import Tree
@@ -35,7 +36,8 @@ def pickle_leaf(name: str, value: Any) -> bytes:
         if type(value) in (int, float, str, bool, bytes, type(None)):
             return object_item(pickle.dumps(value, protocol=2))
         stream = io.BytesIO()
-        torch.save(_detached(value) if isinstance(value, torch.Tensor) else value, stream)
+        with user_code("__reduce__", value, name):
+            torch.save(_detached(value) if isinstance(value, torch.Tensor) else value, stream)
         return stream.getvalue()
     except ENDINGS:
         raise

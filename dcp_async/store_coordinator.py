@@ -20,6 +20,7 @@ import torch.distributed as dist
 import xxhash
 
 from ._concurrency import settle
+from .activity import Activity
 from .courier import Courier
 from .errors import EngineStateError
 from .gathering import Gathering, stood_still, stopped, unanswered
@@ -99,6 +100,8 @@ class StoreCoordinator:
         self._answered: dict[str, str] = {}
         """Of uids that this rank waits for: the phase that the coordinator answered last."""
         self.coordinator_host = ""
+        self.activity = Activity()
+        self._told_busy = False
 
     def __repr__(self) -> str:
         return f"<StoreCoordinator rank {self.rank} of {self.world_size} {self._state}>"
@@ -165,6 +168,7 @@ class StoreCoordinator:
             timeout=self._timeouts.coordination,
             watched=self._watched,
             silent=self._lose,
+            ticked=self._tell_activity,
             gone=lambda error: self._release(str(error)),
         )
         box = self._courier.inbox if self.is_coordinator else self._courier.outbox(self.rank)
@@ -392,6 +396,8 @@ class StoreCoordinator:
             uid, failures = fields
             errors = {rank: RemoteError.from_plain(error) for rank, error in failures.items()}
             self._waiters.fail(uid, errors, common=True)
+        elif kind == "busy":
+            self._gathering.busy(*fields)
         elif kind == "stopped":
             self._settlement.stopped(*fields)
         elif kind == "verdict":
@@ -432,6 +438,21 @@ class StoreCoordinator:
         if not self._waiters.uids and not self._gathering and self._state == "open":
             return []
         return [rank for rank in self._others() if rank not in self._unread]
+
+    def _tell_activity(self) -> None:
+        """At each beat: code of the trainer's that takes long is told to the coordinator, and its end."""
+        found = self.activity.oldest()
+        if found is not None and found[1] < self._pulse.interval:
+            found = None
+        if found is None and not self._told_busy:
+            if self.is_coordinator:
+                self._gathering.check_busy()
+            return
+        self._told_busy = found is not None
+        if self.is_coordinator:
+            self._gathering.busy(self.rank, found)
+        else:
+            self._courier.send_in("busy", found)
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank != self.rank]

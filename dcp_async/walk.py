@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from .activity import user_code
 from .boundary import ENDINGS, words
 from .checkpointable import is_checkpointable
 from .formats.structure import (
@@ -278,7 +279,8 @@ def snapshot(name: str, stateful: Any) -> Any:
     """What the ``state_dict()`` of ``stateful``, which lies at ``name``, gives. Raises CaptureError."""
     try:
         is_ours = isinstance(stateful, (AppState, RNGState))
-        inner = stateful._snapshot() if is_ours else stateful.state_dict()
+        with user_code("state_dict", stateful, name):
+            inner = stateful._snapshot() if is_ours else stateful.state_dict()
     except ENDINGS:
         raise
     except BaseException as error:  # the trainer's own code, which may raise anything

@@ -232,6 +232,35 @@ def leaves(rank: int, odd: str) -> dict[str, Any]:
     }
 
 
+class Stuck:
+    """A Stateful, or a leaf, that hangs in one of its methods until somebody opens a pipe."""
+
+    def __init__(self, pipe: str, method: str) -> None:
+        self._pipe, self._method = pipe, method
+
+    def _reach(self, method: str) -> None:
+        if method == self._method:
+            with open(self._pipe, "rb") as pipe:
+                pipe.read()
+
+    def state_dict(self) -> State:
+        self._reach("state_dict")
+        return {"value": 1}
+
+    def load_state_dict(self, state: State) -> None:
+        self._reach("load_state_dict")
+
+
+class StuckLeaf:
+    def __init__(self, pipe: str) -> None:
+        self._pipe = pipe
+
+    def __reduce__(self) -> Any:
+        with open(self._pipe, "rb") as pipe:
+            pipe.read()
+        return (int, (1,))
+
+
 class Picky:
     """Refuses everything that is loaded, until it is told not to."""
 
@@ -327,6 +356,12 @@ class ReplicaAgent(EngineAgent):
 
     async def hold_opaque(self) -> None:
         self._state = {"leaf": OneWay(), "w": torch.ones(2)}
+
+    # Hanging.
+
+    async def hold_stuck(self, pipe: str, method: str) -> None:
+        held: Any = StuckLeaf(pipe) if method == "__reduce__" else Stuck(pipe, method)
+        self._state = {"model": {"w": torch.ones(2)}, "stuck": held}
 
     # Order.
 

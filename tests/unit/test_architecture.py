@@ -29,6 +29,7 @@ LAYERS: list[set[str]] = [
         "reference",
         "response",
         "_drive",
+        "activity",
         "device",
         "observer",
         "boxes",
