@@ -62,7 +62,7 @@ def rank_main(rank: int, size: int, port: int, root: str, runs: int, results: An
     """One rank."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, size, rank == 0)
+    store = dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     found: dict[str, dict[str, list[float]]] = {}
     for name in STATES:
@@ -100,15 +100,15 @@ def main() -> None:
     told: dict[str, Any] = {}
     for size in map(int, options.ranks.split(",")):
         with tempfile.TemporaryDirectory() as root:
-            port = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False).port
+            server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
             results = context.Queue()
             ranks = [
-                context.Process(target=rank_main, args=(rank, size, port + 1, root, options.runs, results))
+                context.Process(target=rank_main, args=(rank, size, server.port, root, options.runs, results))
                 for rank in range(size)
             ]
             for process in ranks:
                 process.start()
-            told[str(size)] = results.get(timeout=1800)
+            told[str(size)] = results.get(timeout=600)
             for process in ranks:
                 process.join()
     columns = ["first: save()", "first: durable", "later: save()", "later: durable"]

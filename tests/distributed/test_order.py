@@ -57,6 +57,7 @@ def test_a_process_alone_keeps_the_mappings_order(root: Path) -> None:
             engine.save(state, step=step)
             assert asked == ["ask z", "ask y", "ask b", "ask c"]
             asked.clear()
+        engine.wait()
         engine.load(state)
         given = [word for word in asked if word.startswith("load ")]
         assert given == ["load y", "load z", "load b", "load c"]
