@@ -72,12 +72,15 @@ class _Buffer:
     def __init__(
         self, structure: Structure, pieces: Sequence[Piece], memory: bytearray | None = None
     ) -> None:
-        """``memory``: for one piece that fits in; what was there is overwritten."""
+        """``memory`` is used if it is given and they fit in; what was there is overwritten."""
         self.starts = [0, *accumulate(_aligned(nbytes) for *_, nbytes in pieces)]
         self.pieces = pieces
-        self.bytes = bytearray(self.starts[-1]) if memory is None else memory
-        if memory is not None:
-            memory[pieces[0][2] : self.starts[1]] = bytes(self.starts[1] - pieces[0][2])
+        if memory is None or len(memory) < self.starts[-1]:
+            memory = bytearray(self.starts[-1])
+        self.bytes = memory
+        for start, stop, (*_, nbytes) in zip(self.starts, self.starts[1:], pieces, strict=False):
+            if start + nbytes != stop:
+                memory[start + nbytes : stop] = bytes(stop - start - nbytes)
         self._structure = structure
         self._memory = torch.frombuffer(self.bytes, dtype=torch.uint8)
         self._flat: dict[torch.dtype, torch.Tensor] = {}
@@ -207,8 +210,10 @@ class _Found:
 class Sample:
     """What one save read of this rank's replicas. Holds memory until ``release``."""
 
-    def __init__(self, kept: _Kept, found: Sequence[_Found], small: _Buffer | None) -> None:
-        self._kept, self._found, self._small = kept, found, small
+    def __init__(
+        self, kept: _Kept, found: Sequence[_Found], small: _Buffer | None, blocks: _Buffer | None
+    ) -> None:
+        self._kept, self._found, self._small, self._blocks = kept, found, small, blocks
 
     def digests(self) -> list[Digest]:
         """A digest per group and kind; takes CPU."""
@@ -236,10 +241,12 @@ class Sample:
         self._kept.is_proven = True
 
     def release(self) -> None:
-        """Another save may have the side buffer."""
+        """Another save may have the side buffers."""
         if self._small is not None:
             self._kept.free.append(self._small)
-        self._small, self._found = None, []
+        if self._blocks is not None:
+            self._kept.memory.append(self._blocks.bytes)
+        self._small, self._blocks, self._found = None, None, []
 
 
 class _Kept:
@@ -250,6 +257,8 @@ class _Kept:
         self.is_proven = False
         self.free: list[_Buffer] = []
         """Side buffers that no save is using."""
+        self.memory: list[bytearray] = []
+        """The same for blocks, which are others in each save."""
         self.small: list[_Region] = []
         self.whole: list[_Region] = []
         self._turning: list[tuple[ReplicaGroup, list[tuple[int, int]], list[int]]] = []
@@ -315,6 +324,7 @@ class ReplicaCheck:
                 self._kept.popitem(last=False)
         found: list[_Found] = []
         small: _Buffer | None = None
+        blocks: _Buffer | None = None
         structure = plan.structure
         reader = _Reader(captured, self._stager, events)
         regions = kept.blocks(turn) if kept.is_proven or self._mode == "sample" else []
@@ -323,12 +333,14 @@ class ReplicaCheck:
                 small = kept.free.pop() if kept.free else _Buffer(structure, _all_pieces(kept.small))
                 found += reader.filled(small, kept.small)
             if regions:
-                found += reader.filled(_Buffer(structure, _all_pieces(regions)), regions)
+                memory = kept.memory.pop() if kept.memory else None
+                blocks = _Buffer(structure, _all_pieces(regions), memory)
+                found += reader.filled(blocks, regions)
         else:
             found += map(reader.streamed, [*kept.small, *regions])
         if not kept.is_proven:
             found += map(reader.streamed, kept.whole)
-        sample = Sample(kept, found, small)
+        sample = Sample(kept, found, small, blocks)
         try:
             self._check_versions(captured, plan, found)
         except MutatedTensors:
