@@ -23,7 +23,7 @@ OVERLAPS: dict[str, tuple[tuple[int, ...], list[Box]]] = {
 
 
 def check(size: tuple[int, ...], boxes: list[Box]) -> None:
-    _check_covered("w", size, {box: [(rank, 0)] for rank, box in enumerate(boxes)})
+    _check_covered("w", size, {box: [(rank, 0)] for rank, box in enumerate(boxes)}, list)
 
 
 @pytest.mark.parametrize(("size", "boxes"), OVERLAPS.values(), ids=OVERLAPS)
