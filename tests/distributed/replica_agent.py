@@ -245,7 +245,7 @@ class Stuck:
 
     def state_dict(self) -> State:
         self._reach("state_dict")
-        return {"value": 1}
+        return {"value": 1, "w": torch.ones(40_000)}  # large enough for a load to ask for its memory
 
     def load_state_dict(self, state: State) -> None:
         self._reach("load_state_dict")
