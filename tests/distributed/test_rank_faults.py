@@ -497,10 +497,10 @@ def test_a_rank_that_leaves_a_load_at_any_point_fails_it_for_all(
         job.save_well(1)
         job.world[rank].do("fail_in", point=f"after {phase}", failure="memory")
         leaves, other = (job.world[each].start("load") for each in (rank, 1 - rank))
-        assert "cannot allocate" in leaves.error(LATEST).text
-        outcome = other.result(LATEST)
-        assert outcome["kind"] == "LoadError"
-        assert f"rank {rank}: MemoryError: cannot allocate" in outcome["text"]
+        for outcome in (leaves.result(LATEST), other.result(LATEST)):
+            assert outcome["kind"] == "LoadError"
+            assert f"rank {rank}: " in outcome["text"]
+            assert "MemoryError: cannot allocate" in outcome["text"]
         assert [call.result(LATEST)["kind"] for call in job.world.begin("load")] == ["loaded", "loaded"]
         job.save_well(2)
         end_well(pair, job)
