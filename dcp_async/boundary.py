@@ -43,13 +43,15 @@ class FillError(Exception):
 
 
 @contextlib.contextmanager
-def storage_errors(verb: str, path: str) -> Iterator[None]:
-    """What a storage raises while ``verb`` is done on ``path`` becomes a StorageError."""
+def storage_errors(verb: str, path: str, *, passing: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """What a storage raises while ``verb`` is done on ``path`` is a StorageError, but for ``passing``."""
     try:
         yield
-    except (CheckpointError, *ENDINGS):
-        raise
     except OSError as error:
+        if not is_foreign(error):
+            raise
         raise StorageError.of(verb, path, error) from error
     except BaseException as error:
+        if not is_foreign(error) or isinstance(error, passing):
+            raise
         raise StorageError(f"cannot {verb} {path}: {words(error)}", verb=verb, path=path) from error

@@ -207,7 +207,8 @@ class Lifetime:
 
     def storage_errors(self, verb: str) -> contextlib.AbstractContextManager[None]:
         """What a storage of the user's raises becomes an error of the tree."""
-        return storage_errors(verb, repr(self.storage))
+        # this is around all of a verb, and memory may have run out anywhere in it
+        return storage_errors(verb, repr(self.storage), passing=(MemoryError,))
 
     async def _drain(self, patience: float | None) -> bool:
         """Wait for the saves in flight; False if ``patience`` seconds were not enough."""

@@ -47,6 +47,7 @@ from .matching import (
     match_state,
 )
 from .reading import Collector, CoverageError, Source, copy_exotic
+from .remote import RemoteFailure
 from .sharding import is_known_to_autograd
 from .spans import Check, DamagedError, FetchBuffers, Span, make_batches, make_spans
 from .targets import Region, Targets
@@ -227,7 +228,9 @@ class LoadPipeline:
             )
         if isinstance(error, FillError):
             return LoadError(f"checkpoint {name!r}: {error}; {state}", checkpoint_id=name)
-        if is_foreign(error) and not isinstance(error, OSError):
+        if is_foreign(error) and not isinstance(
+            error, (OSError, MemoryError, RemoteFailure)
+        ):  # those know no culprit
             return LoadError(
                 f"checkpoint {name!r}: reading it failed ({words(error)}); {state}", checkpoint_id=name
             )

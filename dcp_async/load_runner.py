@@ -206,8 +206,8 @@ def _load_errors(name: str, touched: Callable[[], bool]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not is_foreign(error) or isinstance(error, (OSError, RemoteFailure)):
-            raise  # the storage's, or another rank's
+        if not is_foreign(error) or isinstance(error, (OSError, MemoryError, RemoteFailure)):
+            raise  # the storage's, nobody's, or another rank's
         state = "targets are partly overwritten" if touched() else "nothing was loaded"
         raise LoadError(f"checkpoint {name!r}: {words(error)}; {state}", checkpoint_id=name) from error
 

@@ -18,13 +18,13 @@ from tests.doubles import assert_same
 pytestmark = pytest.mark.filterwarnings("ignore")  # the trainer says much of this machine
 
 
-class Net(LightningModule):
+class Net(LightningModule):  # type: ignore[misc]  # without types where it is not installed
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(4, 1)
 
     def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
-        loss = self.layer(batch).square().mean()
+        loss: torch.Tensor = self.layer(batch).square().mean()
         self.log("loss", loss)
         return loss
 
@@ -42,7 +42,7 @@ def _callbacks(directory: Path) -> list[Any]:
 async def test_callbacks_get_back_what_they_had_learned(tmp_path: Path) -> None:
     """Of a fresh ModelCheckpoint best_model_score is None and best_k_models empty."""
     trained, fresh = _callbacks(tmp_path / "theirs"), _callbacks(tmp_path / "theirs")
-    data = DataLoader(torch.randn(8, 4), batch_size=4)  # type: ignore[arg-type]  # a tensor is a dataset
+    data: DataLoader[Any] = DataLoader(list(torch.randn(8, 4)), batch_size=4)  # type: ignore[arg-type]  # as it is
     trainer = Trainer(
         callbacks=trained,
         max_epochs=3,

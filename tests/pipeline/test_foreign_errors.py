@@ -207,7 +207,9 @@ async def test_a_planner_that_fails_fails_the_save(root: Path, hook: str, error:
         assert await engine.latest() is None
 
 
-@every_error
+@pytest.mark.parametrize(
+    "error", [error for error in ERRORS if error != "MemoryError"]
+)  # it may be anybody's
 @pytest.mark.parametrize("verb", ["list", "open", "read_into", "metadata", "manifest"])
 async def test_a_storage_that_fails_fails_each_verb_as_one(
     faulty: FaultyStorage, verb: str, error: str
@@ -231,7 +233,7 @@ async def test_a_storage_that_fails_fails_each_verb_as_one(
         faulty.heal()
 
 
-@pytest.mark.parametrize("error", [error for error in ERRORS if error != "StopIteration"])
+@pytest.mark.parametrize("error", [e for e in ERRORS if e not in ("StopIteration", "MemoryError")])
 async def test_a_storage_that_can_not_be_opened_fails_open(faulty: FaultyStorage, error: str) -> None:
     faulty.fail("list", ERRORS[error]())
     with pytest.raises(StorageError):
