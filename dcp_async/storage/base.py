@@ -54,6 +54,13 @@ class Transaction(Protocol):
         """Make ``file`` durable; no ``put`` to it may follow. Raises StorageError if it has not the size
         announced."""
 
+    async def verify(self, files: Mapping[str, int]) -> None:
+        """Called right before what was sealed is reported, and by the rank that leads before it commits.
+
+        Raises: StorageError unless each of ``files`` (name -> length) is there, this rank's as it was sealed.
+        A live save may have been taken for dead, and swept, by those who can't see that it lives.
+        """
+
     def hand_over(self) -> None:
         """From here on the files belong to the rank that leads, which commits or removes them: ``abort`` only
         releases. Called before that rank is told that they are sealed, since its answer may get lost."""

@@ -6,6 +6,7 @@ and path. Invariant: a call returns, fails, or its thread is replaced after the 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,19 @@ from ..errors import StorageError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class StuckCallError(StorageError, StuckThreadError):
+    """A call to a storage did not return in time: whatever it touches must not be reused."""
+
+    @classmethod
+    def after(cls, verb: str, path: str, seconds: float | None) -> StuckCallError:
+        """``seconds`` is None where nobody waits any more, because the process or the engine ends."""
+        limit = (
+            "in time, and the engine ends" if seconds is None else f"within {seconds:g} s (Timeouts.storage)"
+        )
+        message = f"cannot {verb} {path}: the storage did not answer {limit}"
+        return cls(message, verb=verb, path=path, errno=errno.ETIMEDOUT)
 
 
 class BlockingCalls:
@@ -63,8 +77,11 @@ class BlockingCalls:
     ) -> T:
         try:
             return await run_blocking(threads, self._timeout, fn, *args, **kwargs)
-        except (StorageError, FileExistsError, StuckThreadError):
+        except (StorageError, FileExistsError):
             raise
+        except StuckThreadError as error:
+            seconds = None if threads.is_abandoned else self._timeout
+            raise StuckCallError.after(verb, os.fspath(path), seconds) from error
         except OSError as error:
             raise StorageError.of(verb, os.fspath(path), error) from error
 

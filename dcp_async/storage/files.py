@@ -151,12 +151,17 @@ class DataFile:
             offset += done
             buffer = buffer[done:]
 
+    def end_direct(self) -> None:
+        """Nothing more is written; ``fd`` stays, and with it the inode."""
+        if self.direct_fd is not None:
+            os.close(self.direct_fd)
+            self.direct_fd = None
+
     def close(self) -> None:
         if not self.closed:
             self.closed = True
             os.close(self.fd)
-            if self.direct_fd is not None:
-                os.close(self.direct_fd)
+            self.end_direct()
 
 
 class ReadFile:

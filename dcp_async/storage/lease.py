@@ -30,7 +30,6 @@ _OURS = re.compile(
     r"|\.metadata-(?P<tmp>[0-9a-f]{16})\.tmp|\.lease-(?P<lease>[0-9a-f]{16}))"
 )
 _OUR_DIRECTORY = re.compile(r"step-\d{8,}")
-_TOUCH_SECONDS = 30.0
 _VISIBLE_SECONDS = 10.0
 """For a network file system to show one host what another made."""
 # File systems whose flock may not reach other hosts; there the lease's age must agree.
@@ -63,8 +62,7 @@ class Lease:
         with _forking:
             self._take()
             _live.add(self)
-        self._touch = is_remote(directory)
-        self._touched = time.monotonic()
+        self.is_remote = is_remote(directory)
 
     def _take(self) -> None:
         while True:
@@ -78,17 +76,74 @@ class Lease:
                 logger.debug("lease %s was swept while it was taken; taking it again", self.path)
             os.close(self.fd)
 
-    def keep_alive(self) -> None:
-        """Show that the owner lives, where others can only see the file's age."""
-        if self._touch and time.monotonic() - self._touched > _TOUCH_SECONDS:
+    def show_life(self) -> None:
+        """Make the file young again: its age is all that other hosts may see."""
+        with contextlib.suppress(FileNotFoundError):  # swept, which its owner will notice, or just released
             os.utime(self.path)
-            self._touched = time.monotonic()
+
+    def is_held(self) -> bool:
+        """Whether the file is still the one that this process has locked."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.stat(self.path, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         if self in _live:
             _live.discard(self)
             self.path.unlink(missing_ok=True)
             os.close(self.fd)
+
+
+class Beat:
+    """Shows that the owner of leases lives for as long as it does, whatever it waits for, where others can
+    see nothing but their age. A thread, while there are such leases; a process that dies or is stopped beats
+    no more."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = min(seconds, 30.0)
+        self._lock = threading.Lock()
+        self._leases: set[Lease] = set()
+        self._changed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, lease: Lease) -> None:
+        """Until ``discard``, ``lease`` never gets older than ``seconds``."""
+        if not lease.is_remote:
+            return
+        with self._lock:
+            self._leases.add(lease)
+            if self._thread is None:
+                self._changed.clear()
+                thread = threading.Thread(target=self._run, name="dcp_async-lease", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the interpreter is ending
+                    logger.warning("nothing shows other hosts that this save lives: %s", error)
+                else:
+                    self._thread = thread
+
+    def discard(self, lease: Lease) -> None:
+        """``lease`` is being released."""
+        with self._lock:
+            self._leases.discard(lease)
+            if not self._leases:
+                self._changed.set()
+
+    def _run(self) -> None:
+        while True:
+            self._changed.wait(self._seconds)
+            with self._lock:
+                leases = list(self._leases)
+                self._changed.clear()
+                if not leases:
+                    self._thread = None
+                    return
+            for lease in leases:
+                try:
+                    lease.show_life()
+                except OSError as error:
+                    logger.warning("can't show that the save of %s lives: %s", lease.path, error)
 
 
 def take_lease(directory: Path, uid: str) -> Lease:

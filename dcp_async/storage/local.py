@@ -12,30 +12,23 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-import aiofiles
 import anyio
 
-from .._concurrency import StuckThreadError
 from ..errors import StorageError
 from .base import StoredCheckpoint
-from .calls import BlockingCalls
 from .files import (
     METADATA,
-    DataFile,
-    commit_mark,
-    make_directory,
     rank_metadata_files,
-    refuse_link,
-    sync,
     sync_directory,
 )
-from .lease import Lease, remove_if_empty, sees_lease, sweep_directory, take_lease
+from .lease import Beat, sees_lease, sweep_directory
 from .listing import list_checkpoints
 from .local_reader import LocalReader
+from .local_transaction import LeasingCalls, LocalTransaction
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +39,20 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class LocalStorage(BlockingCalls):
+def _absolute(root: object) -> Path:
+    """``root`` as it is now: with the home directory for `~`, and where a later chdir() does not move it."""
+    path = os.fspath(root) if isinstance(root, (str, os.PathLike)) else None
+    if not isinstance(path, str):
+        raise TypeError(f"root={root!r} must be a directory's path, a str or PathLike of str")
+    if not path or "\0" in path:
+        raise ValueError(f"root={path!r} is no path; the current directory is '.'")
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise ValueError(f"root={path!r}: there is no such user; a directory of that name is './{path}'")
+    return Path(os.path.abspath(whole))
+
+
+class LocalStorage(LeasingCalls):
     """A directory of checkpoints. Owns the threads that its blocking calls run in; ``close()`` ends them."""
 
     def __init__(
@@ -74,8 +80,10 @@ class LocalStorage(BlockingCalls):
                 path=os.fspath(root),
             )
         super().__init__(io_concurrency=io_concurrency, timeout=timeout)
-        self.root = Path(os.path.abspath(os.path.expanduser(os.fsdecode(root))))
-        self._max_age = lease_max_age
+        self.root = _absolute(root)
+        self.lease_max_age = lease_max_age
+        self.beat = Beat(lease_max_age / 5)
+        """Of the leases of its transactions."""
         self._follow_links = follow_links
         self._clean: dict[str, int] = {}
         """Directories in which a sweep found nothing to do -> when they last changed, so that the next one is
@@ -107,7 +115,8 @@ class LocalStorage(BlockingCalls):
     ) -> LocalTransaction:
         directory = self.root / name
         since = time.monotonic()
-        leads, begin = led_from is None, LocalTransaction._begin
+        leads = led_from is None
+        begin = LocalTransaction._begin
         while True:
             seen = leads
             # the leading rank has taken its lease already; should it fail and take it away again, a
@@ -142,7 +151,7 @@ class LocalStorage(BlockingCalls):
             for file in (*rank_metadata_files(directory).values(), METADATA):
                 (directory / file).unlink(missing_ok=True)
             sync_directory(directory)
-            sweep_directory(directory, max_age=self._max_age)
+            sweep_directory(directory, max_age=self.lease_max_age)
             sync_directory(self.root)
 
         await self.run("remove", directory, remove)
@@ -158,7 +167,7 @@ class LocalStorage(BlockingCalls):
                         continue
                     changed = entry.stat(follow_symlinks=False).st_mtime_ns
                     if self._clean.get(entry.name) == changed or sweep_directory(
-                        Path(entry.path), max_age=self._max_age
+                        Path(entry.path), max_age=self.lease_max_age
                     ):
                         clean[entry.name] = changed
                 except FileNotFoundError:  # another sweeper or its owner was faster
@@ -180,168 +189,3 @@ class LocalStorage(BlockingCalls):
             reader.release()
             raise
         return reader
-
-
-class LocalTransaction:
-    """One rank's files of one save. Owns their descriptors and the lease."""
-
-    def __init__(self, storage: LocalStorage, directory: Path, uid: str, lease: Lease | None) -> None:
-        self._storage = storage
-        self._directory = directory
-        self._uid = uid
-        self._lease = lease
-        """The leading rank's; None on the others."""
-        self._paths: list[Path] = []
-        self._files: dict[str, DataFile] = {}
-        self._stuck = False
-        self._publishing = False
-        self._published = False
-
-    def __repr__(self) -> str:
-        state = "published" if self._published else "open"
-        return f"<LocalTransaction {self._directory.name} {self._uid} {state}>"
-
-    @classmethod
-    def _begin(
-        cls,
-        storage: LocalStorage,
-        directory: Path,
-        files: Mapping[str, int | None],
-        uid: str,
-        replace: bool,
-        lead: bool,
-    ) -> LocalTransaction:
-        if lead:
-            refuse_link(directory)
-            make_directory(directory)
-            if not replace and commit_mark(directory) is not None:
-                raise FileExistsError(
-                    errno.EEXIST, "a checkpoint of this name is committed", os.fspath(directory)
-                )
-            lease = take_lease(directory, uid)
-        else:
-            lease = None
-        transaction = cls(storage, directory, uid, lease)
-        try:
-            for name, nbytes in files.items():
-                transaction._files[name] = DataFile(directory / name, nbytes)
-                transaction._paths.append(directory / name)
-        except BaseException:
-            transaction._discard()
-            raise
-        return transaction
-
-    async def _run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            run = self._storage.run_bulk if verb in ("write", "sync") else self._storage.run
-            return await run(verb, path, fn, *args, **kwargs)
-        except StuckThreadError:
-            self._stuck = True
-            raise
-
-    async def put(self, file: str, offset: int, buffer: memoryview) -> None:
-        data = self._files[file]
-        await self._run("write", data.path, data.write, offset, buffer)
-        if self._lease is not None:
-            self._lease.keep_alive()
-
-    async def seal(self, file: str) -> None:
-        data = self._files[file]
-
-        def seal() -> None:
-            size = os.fstat(data.fd).st_size
-            if data.nbytes is not None and size != data.nbytes:
-                raise OSError(errno.EIO, f"it has {size} bytes instead of {data.nbytes}")
-            sync(data.fd)
-            data.close()
-
-        await self._run("sync", data.path, seal)
-        del self._files[file]
-
-    def hand_over(self) -> None:
-        if self._lease is None:
-            self._paths.clear()
-
-    async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
-        lease = self._lease
-        assert lease is not None, "only the rank that leads commits"
-        final = self._directory / METADATA
-        temporary = self._directory / f".metadata-{self._uid}.tmp"
-        await self._write_small(self._directory / f"manifest-{self._uid}.json", manifest)
-        await self._write_small(temporary, metadata)
-
-        def publish() -> None:
-            sync_directory(self._directory)
-            if self._stuck:  # a save that was given up meanwhile must not appear
-                raise OSError(errno.ETIMEDOUT, "the save was given up before this call returned")
-            if replace:
-                os.rename(temporary, final)
-            elif commit_mark(self._directory) is not None:  # stock's ranks may have been here meanwhile
-                raise FileExistsError(
-                    errno.EEXIST, "a checkpoint of this name is committed", os.fspath(final)
-                )
-            else:
-                os.link(temporary, final)  # of two writers of one fresh name, one gets FileExistsError
-            self._published = True  # whatever fails from here on, these files are the checkpoint's
-            try:
-                sync_directory(self._directory)
-                sync_directory(self._storage.root)
-            except OSError:
-                # a save that fails must not appear; what replace overwrote can't come back
-                if not replace and os.path.samefile(final, temporary):
-                    final.unlink()
-                    self._published = False
-                raise
-            temporary.unlink(missing_ok=True)
-            lease.release()
-            try:
-                sweep_directory(self._directory, max_age=self._storage._max_age)
-            except OSError as error:  # the checkpoint is there and durable; the next save sweeps again
-                logger.warning("could not remove older files from %s: %s", self._directory, error)
-
-        self._publishing = True
-        await self._run("publish", final, publish)
-
-    async def _write_small(self, path: Path, content: bytes) -> None:
-        try:
-            # no `async with`: that closes through the loop's own executor, which refuses at interpreter exit
-            file = await aiofiles.open(path, "xb", buffering=0, executor=self._storage.threads)
-            try:
-                written = 0
-                while written < len(content):
-                    written += await file.write(memoryview(content)[written:])
-                await self._run("sync", path, sync, file.fileno())
-            finally:
-                await file.close()
-        except OSError as error:
-            if isinstance(error, StorageError):
-                raise
-            raise StorageError.of("write", os.fspath(path), error) from error
-
-    async def abort(self) -> None:
-        await self._run("remove", self._directory, self._discard)
-
-    def _discard(self) -> None:
-        if self._stuck and self._publishing:
-            return  # a call that hangs may still publish: nothing is deleted, and the lease protects it
-        if (
-            not self._stuck
-        ):  # a thread that hangs in write() must never find its descriptor's number given to another file
-            for data in self._files.values():
-                data.close()
-        self._files.clear()
-        if not self._published and self._directory.exists():
-            own = {path.name for path in self._paths}
-            for name in os.listdir(self._directory):
-                # the leading rank takes away what ranks that died have left
-                mine = (
-                    name in own
-                    if self._lease is None
-                    else self._uid in name and name != self._lease.path.name
-                )
-                if mine:
-                    (self._directory / name).unlink(missing_ok=True)
-        if self._lease is not None:
-            self._lease.release()
-        if commit_mark(self._directory) is None:
-            remove_if_empty(self._directory)
