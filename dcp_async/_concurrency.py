@@ -21,6 +21,7 @@ import anyio
 import torch
 
 from .errors import EngineStateError
+from .signal_safe import SignalSafeFuture
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,7 @@ class Job(Generic[T]):
     """A coroutine that runs on a loop thread; ``future`` is done only when the coroutine has really ended."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T]) -> None:
-        self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        self.future.set_running_or_notify_cancel()
+        self.future: SignalSafeFuture[T] = SignalSafeFuture()
         self._loop = loop
         self._task: asyncio.Task[T] | None = None
         loop.call_soon_threadsafe(self._start, coro)
@@ -124,30 +124,31 @@ class Job(Generic[T]):
         return waiter.result()
 
     def result(self) -> T:
-        """The coroutine's result, for a thread without a loop. An interrupt cancels the job and waits until
-        it ended."""
+        """The coroutine's result, for a thread without a loop. An interrupt, or what else a signal handler
+        raises, cancels the job and waits until it ended."""
         try:
-            return self.future.result()
-        except KeyboardInterrupt:
+            self.future.wait()
+        except BaseException:
             self.cancel()
             while not self.future.done():
                 with contextlib.suppress(KeyboardInterrupt):
-                    concurrent.futures.wait({self.future})
+                    self.future.wait()
             raise
+        return self.future.result()
 
 
 class LoopThread:
-    """A non-daemon thread that runs one event loop from ``start()`` to ``stop()``.
+    """A daemon thread that runs one event loop from ``start()`` to ``stop()``.
 
-    It owns the loop and closes it. Non-daemon: the interpreter's exit waits for it, so an upload is never cut
-    off silently.
+    It owns the loop and closes it. A daemon, so that it serves `atexit` callbacks, which come after all other
+    threads were joined; that the interpreter waits for an upload is ExitGuard's business.
     """
 
     def __init__(
         self, name: str, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     ) -> None:
         self._factory = loop_factory or default_loop_factory()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=False)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._ready: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
         self.finished: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -207,6 +208,16 @@ def settle(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+class _WorkThread(threading.Thread):
+    """A thread of some BlockingThreads."""
+
+
+def on_work_thread() -> bool:
+    """Whether the caller runs in a thread that serves blocking calls: a collected object's ``__del__``, or
+    code that a load runs. What it would wait for may need this very thread."""
+    return isinstance(threading.current_thread(), _WorkThread)
+
+
 class BlockingThreads(concurrent.futures.Executor):
     """A few daemon threads for blocking calls, started at once.
 
@@ -233,9 +244,9 @@ class BlockingThreads(concurrent.futures.Executor):
         return f"<BlockingThreads {self._name} x{len(self._threads)}>"
 
     def _start_one(self) -> None:
-        thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
-        self._threads.append(thread)
+        thread = _WorkThread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
         thread.start()
+        self._threads.append(thread)
 
     def _work(self) -> None:
         with torch.no_grad():
@@ -277,7 +288,15 @@ class BlockingThreads(concurrent.futures.Executor):
         with self._lock:
             if not call.done():
                 self._stuck.add(call)
-                self._start_one()
+                try:
+                    self._start_one()
+                except RuntimeError as error:  # the interpreter is ending, and starts no thread any more
+                    logger.warning("no thread takes the place of one that hangs: %s", error)
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether ``abandon`` was called."""
+        return self._abandoned
 
     def abandon(self) -> None:
         """Stop waiting for calls that hang: their waiters get StuckThreadError; ``shutdown`` joins nobody."""

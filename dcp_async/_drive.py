@@ -1,19 +1,23 @@
 """One implementation of each verb for two worlds: verbs are generators that yield what they wait for.
 
 ``drive`` awaits it on the caller's loop, ``drive_blocking`` waits for it in the caller's thread. What a wait
-raises, a cancellation or an interrupt included, is thrown into the verb at its ``yield``.
+raises, a cancellation or an interrupt included, is thrown into the verb at its ``yield``. Invariant: a thread
+that is inside of a verb of an engine begins no other one of it, because that would wait for what only the
+first can do; two threads, or two tasks of one thread, may.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-from collections.abc import Generator
+import threading
+from collections.abc import Callable, Generator
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import anyio
 
 from ._concurrency import Job
+from .errors import EngineStateError
+from .signal_safe import SignalSafeFuture
 
 T = TypeVar("T")
 
@@ -30,16 +34,16 @@ Verb: TypeAlias = Generator[Waitable, Any, T]
 
 
 class Ended:
-    """Waits until a future is done, whatever its outcome, and looks at nothing."""
+    """Waits until a future is done, whatever its outcome, ``timeout`` seconds at most; looks at nothing."""
 
-    def __init__(self, future: concurrent.futures.Future[Any]) -> None:
-        self._future = future
+    def __init__(self, future: SignalSafeFuture[Any], timeout: float | None = None) -> None:
+        self._future, self._timeout = future, timeout
 
     async def wait(self) -> None:
-        await asyncio.wait({asyncio.wrap_future(self._future)})
+        await asyncio.wait({asyncio.wrap_future(self._future)}, timeout=self._timeout)
 
     def result(self) -> None:
-        concurrent.futures.wait({self._future})
+        self._future.wait(self._timeout)
 
 
 class Persisting:
@@ -74,24 +78,66 @@ class Watched:
         return self._job.future.result()
 
 
-async def drive(verb: Verb[T]) -> T:
-    """Run ``verb`` from a coroutine."""
+class Inside:
+    """Which threads run a verb of one engine at this moment: all of a blocking verb, of an awaited one what
+    lies between two waits.
+
+    No lock, and no context manager: a signal handler may interrupt every line here, and raise.
+    """
+
+    def __init__(self) -> None:
+        self._verbs: dict[int, str] = {}
+
+    def check(self, verb: str) -> None:
+        """Raises EngineStateError if this thread is inside of a verb already."""
+        outer = self._verbs.get(threading.get_ident())
+        if outer is not None:
+            raise EngineStateError(
+                f"{verb}() was called from inside of {outer}() by the same thread (a signal handler that "
+                f"interrupted it, a state_dict(), a pickling hook, a __del__): it would wait for itself. Set "
+                f"a flag there, and call {verb}() from the training loop once {outer}() has returned"
+            )
+
+    def run(self, verb: str, fn: Callable[..., T], *args: Any) -> T:
+        """``fn(*args)``, inside of ``verb``."""
+        me = threading.get_ident()
+        outer = self._verbs.get(me)  # a loop that runs inside of another one goes on with a verb of its own
+        try:
+            self._verbs[me] = verb
+            result: T = fn(*args)
+            return result
+        finally:
+            if outer is None:
+                self._verbs.pop(me, None)
+            else:
+                self._verbs[me] = outer
+
+
+async def drive(name: str, verb: Verb[T], inside: Inside) -> T:
+    """Run ``verb`` from a coroutine. Raises EngineStateError if this thread is inside of one."""
+    inside.check(name)
     try:
-        waitable = next(verb)
+        waitable = inside.run(name, next, verb)
         while True:
             try:
                 value = await waitable.wait()
             except BaseException as error:
-                waitable = verb.throw(error)
+                waitable = inside.run(name, verb.throw, error)
             else:
-                waitable = verb.send(value)
+                waitable = inside.run(name, verb.send, value)
     except StopIteration as end:
         result: T = end.value
         return result
 
 
-def drive_blocking(verb: Verb[T]) -> T:
-    """Run ``verb`` from a thread without a loop."""
+def drive_blocking(name: str, verb: Verb[T], inside: Inside) -> T:
+    """Run ``verb`` from a thread without a loop. Raises EngineStateError if this thread is inside of one."""
+    inside.check(name)
+    value: T = inside.run(name, _drive_blocking, verb)
+    return value
+
+
+def _drive_blocking(verb: Verb[T]) -> T:
     try:
         waitable = next(verb)
         while True:

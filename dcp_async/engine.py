@@ -10,7 +10,6 @@ a loop.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -22,7 +21,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ._drive import Ended, Verb, drive
-from .admission import checkpoint_name
+from .admission import SaveArguments, brief, checkpoint_name
 from .boundary import ENDINGS
 from .catalog import Catalog
 from .coordinator import Coordination
@@ -39,11 +38,12 @@ from .pipeline import SaveRequest
 from .planner import PlanningOptions
 from .reference import reference
 from .release import check_torch
-from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
+from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport, Place
 from .save_runner import SaveRunner
 from .staging import Stager, StagingOptions
 from .state import capture
 from .storage.base import Storage
+from .storage.deadline import LimitedStorage
 from .storage.local import LocalStorage
 from .trust import Trust
 
@@ -85,6 +85,8 @@ class CheckpointEngine:
             observer: is told each event, on the engine's thread.
         """
         owns_storage = isinstance(root, (str, os.PathLike))
+        if not owns_storage and not hasattr(root, "begin"):
+            raise TypeError(f"root={root!r} must be a directory's path (str or PathLike) or a Storage")
         storage: Storage
         if isinstance(root, (str, os.PathLike)):
             storage = LocalStorage(
@@ -95,7 +97,7 @@ class CheckpointEngine:
                 follow_links=trust.follow_links,
             )
         else:
-            storage = root
+            storage = LimitedStorage(root, timeouts.storage)
         self._life = Lifetime(
             storage=storage,
             owns_storage=owns_storage,
@@ -114,6 +116,14 @@ class CheckpointEngine:
     def __repr__(self) -> str:
         return f"<CheckpointEngine {self._life.storage!r} {self._life.state}, {len(self.pending)} pending>"
 
+    def __del__(self) -> None:
+        life = self.__dict__.get("_life")  # a constructor may have failed
+        if life is not None:
+            life.dropped(repr(self))
+
+    async def _run(self, name: str, verb: Verb[T]) -> T:
+        return await drive(name, verb, self._life.inside)
+
     # -- lifetime
 
     async def open(self) -> Self:
@@ -122,7 +132,7 @@ class CheckpointEngine:
         Raises: StorageError for a root that can't be one; EngineStateError if it was opened before, if other
         ranks run, or with a torch that is too new to be read back.
         """
-        await drive(self._opening())
+        await self._run("open", self._opening())
         return self
 
     async def __aenter__(self) -> Self:
@@ -131,12 +141,12 @@ class CheckpointEngine:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await drive(self._life.leaving(exc_type))
+        await self._run("close", self._life.leaving(exc_type))
 
     async def wait(self) -> None:
         """Wait until no save is in flight. Raises the SaveError of a save whose failure nobody has looked
         at."""
-        await drive(self._life.waiting())
+        await self._run("wait", self._life.waiting())
 
     async def close(self) -> None:
         """Wait for the saves in flight, then release what the engine made. Closing twice does nothing.
@@ -144,11 +154,11 @@ class CheckpointEngine:
         Raises: the SaveError of a save whose failure nobody has looked at.
         Cancellation: drains for ``exit_grace`` seconds more, then aborts.
         """
-        await drive(self._life.closing())
+        await self._run("close", self._life.closing())
 
     async def abort(self) -> None:
         """Cancel the saves in flight, leave nothing of them behind, release what the engine made."""
-        await drive(self._life.aborting())
+        await self._run("abort", self._life.aborting())
 
     def _opening(self) -> Verb[None]:
         check_torch()
@@ -157,9 +167,12 @@ class CheckpointEngine:
 
     async def _connected(self) -> None:
         life = self._life
-        self._catalog = Catalog(life.storage, life.threads, self._metadata_of, timeout=life.timeouts.storage)
+        metadata_of = _MetadataOf(life)
+        self._catalog = metadata_of.catalog = Catalog(
+            life.storage, life.threads, metadata_of, timeout=life.timeouts.storage
+        )
         life.book.seen_steps(await self._catalog.steps())
-        self._runner = SaveRunner(life, self._planning, self._replicas, self._observer, self._metadata_of)
+        self._runner = SaveRunner(life, self._planning, self._replicas, self._observer, metadata_of)
         services = LoadServices(
             threads=life.threads,
             part_bytes=life.stager.options.part_bytes,
@@ -203,7 +216,7 @@ class CheckpointEngine:
         Cancellation: cancels the save.
         Ranks: all must call it, in the same order.
         """
-        return await drive(self._saving(state, step, checkpoint_id, notes, replace))
+        return await self._run("save", self._saving(state, step, checkpoint_id, notes, replace))
 
     def _saving(
         self,
@@ -213,56 +226,69 @@ class CheckpointEngine:
         notes: Mapping[str, JSON] | None,
         replace: bool,
     ) -> Verb[AsyncSaveResponse]:
-        self._life.check_open()
-        if step is not None or checkpoint_id is not None:
-            name = checkpoint_name(step, checkpoint_id)
-            while replace and (earlier := self._life.book.in_flight(name)) is not None:
-                yield Ended(earlier.upload_completion._future)  # two of one name must land in order
-        encoded_notes = _plain_json(notes)
-        book = self._life.book
-        while (room := book.take_place()) is not None:
-            yield Ended(room)
-            self._life.check_open()
-        overlap = self._life.stager.options.overlap
         try:
-            request = yield from self._capture(state, step, checkpoint_id, encoded_notes, replace)
-        except BaseException:
-            book.give_back()
+            return (yield from self._admitting(state, step, checkpoint_id, notes, replace))
+        except BaseException as error:
+            self._life.lose(brief(step if checkpoint_id is None else checkpoint_id), error)
             raise
-        response = request.response
-        if overlap:
-            request.has_returned.set_result(None)
-        self._runner.start(request)
-        if not overlap:
-            try:
-                yield response.staging_completion
-            except BaseException:
-                response.cancel()
-                raise
-            request.has_returned.set_result(None)
-        return response
 
-    def _capture(
+    def _admitting(
         self,
         state: Mapping[str, Any],
         step: int | None,
         checkpoint_id: str | None,
-        notes: Mapping[str, JSON],
+        notes: Mapping[str, JSON] | None,
         replace: bool,
-    ) -> Verb[SaveRequest]:
+    ) -> Verb[AsyncSaveResponse]:
+        self._life.check_open()
+        try:
+            asked = SaveArguments(step, checkpoint_id, notes, replace)
+        except (TypeError, ValueError) as error:
+            self._runner.refuse_arguments(error)
+            raise
+        book, place = self._life.book, Place()
+        request: SaveRequest | None = None
+        try:
+            while asked.replace and asked.name and (earlier := book.in_flight(asked.name)) is not None:
+                yield Ended(earlier.upload_completion._future)  # two of one name must land in order
+            while (room := book.take_place(place)) is not None:
+                yield Ended(room)
+                self._life.check_open()
+            request = yield from self._capture(state, asked, place)
+            response = request.response
+            if self._life.stager.options.overlap:
+                request.allow_commit()
+                self._runner.start(request)
+            else:
+                self._runner.start(request)
+                yield response.staging_completion
+                request.allow_commit()
+            yield from self._life.finishing(response)
+        except BaseException:
+            if request is None or not request.has_started:
+                book.give_back(place)
+            else:
+                request.response.cancel()
+                request.response._saver = None
+            raise
+        return response
+
+    def _capture(self, state: Mapping[str, Any], asked: SaveArguments, place: Place) -> Verb[SaveRequest]:
         """Admission and capture, in the caller's thread and in one piece."""
         started = time.monotonic()
-        ordinal, step = self._life.book.admit(step, checkpoint_id)
-        name = checkpoint_name(step, checkpoint_id)
+        ordinal, step = self._life.book.admit(asked.step, asked.checkpoint_id)
+        name = checkpoint_name(step, asked.checkpoint_id)
+        runner, requests = self._runner, list[SaveRequest]()
         response = AsyncSaveResponse(
             checkpoint_id=name,
             step=step,
-            cancel=lambda: self._runner.cancel(request),
-            on_own_thread=self._life.loop.is_current,
+            cancel=lambda: runner.cancel(requests[0]),  # does not keep the engine
+            on_own_thread=self._life.on_own_thread,
+            place=place,
         )
         plan = self._runner.plan if self._planning.cache else None
         try:
-            if not replace and self._life.book.in_flight(name) is not None:
+            if not asked.replace and self._life.book.in_flight(name) is not None:
                 raise FileExistsError(name)
             ranks = self._life.coordinator
             previous = plan.structure if plan else None
@@ -279,17 +305,19 @@ class CheckpointEngine:
             with contextlib.suppress(EngineStateError):  # closed meanwhile: the others are told by that
                 verdict = yield self._life.submit(self._runner.refuse(ordinal, name, error))
             raise save_error(error, "capture", response, rank=rank, verdict=verdict) from error
-        request = SaveRequest(
-            response=response,
-            ordinal=ordinal,
-            captured=captured,
-            plan=None if captured.is_new else plan,
-            events=events,
-            notes=notes,
-            replace=replace,
-            started=started,
+        requests.append(
+            SaveRequest(
+                response=response,
+                ordinal=ordinal,
+                captured=captured,
+                plan=None if captured.is_new else plan,
+                events=events,
+                notes=asked.notes,
+                replace=asked.replace,
+                started=started,
+            )
         )
-        return request
+        return requests[0]
 
     # -- load
 
@@ -318,7 +346,7 @@ class CheckpointEngine:
         UntrustedCheckpointError, EngineStateError.
         Cancellation: waits for the reads in progress; targets may be partly filled.
         """
-        return await drive(self._loading(state, source, strict, atomic, dtypes))
+        return await self._run("load", self._loading(state, source, strict, atomic, dtypes))
 
     def _loading(
         self, state: Mapping[str, Any], source: CheckpointRef, strict: bool, atomic: bool, dtypes: Dtypes
@@ -326,10 +354,12 @@ class CheckpointEngine:
         self._life.check_open()
         if dtypes not in get_args(Dtypes):
             raise ValueError(f"dtypes is 'exact' or 'convert', not {dtypes!r}")
+        ref = reference(source)
         for response in self.pending:  # what is being staged must not change under the copy
             yield Ended(response.staging_completion._future)
+        yield from self._after_saves_of(ref)
         how = LoadOptions(strict=strict, atomic=atomic, dtypes=dtypes)
-        return (yield from self._loader.loading(state, reference(source), how))
+        return (yield from self._loader.loading(state, ref, how))
 
     async def read(
         self,
@@ -349,14 +379,16 @@ class CheckpointEngine:
         Raises: CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError; LoadError for a key
         that it does not hold.
         """
-        return await drive(self._reading(source, keys, device))
+        return await self._run("read", self._reading(source, keys, device))
 
     def _reading(
         self, source: CheckpointRef, keys: Sequence[str] | None, device: torch.device | str
     ) -> Verb[dict[str, Any]]:
         self._life.check_open()
         wanted = [keys] if isinstance(keys, str) else keys
-        return (yield from self._loader.reading(reference(source), wanted, device))
+        ref = reference(source)
+        yield from self._after_saves_of(ref)
+        return (yield from self._loader.reading(ref, wanted, device))
 
     # -- catalog
 
@@ -368,32 +400,52 @@ class CheckpointEngine:
             it leads to nothing; LoadError if a newer release wrote it.
         Ranks: all must call it; the coordinator looks.
         """
-        return await drive(self._finding_latest())
+        return await self._run("latest", self._finding_latest())
 
     def _finding_latest(self) -> Verb[CheckpointInfo | None]:
         self._life.check_open()
+        yield from self._after_saves_of("latest")
         return (yield from self._loader.finding_latest())
+
+    def _after_saves_of(self, source: str | int) -> Verb[None]:
+        """Wait for the earlier saves of this engine that ``source`` may mean, as if ``save`` had been all of
+        them; one that fails is none. A cancelled wait leaves them alone."""
+        for response in self.pending:
+            if source == "latest" or source in (response.checkpoint_id, response.step):
+                yield Ended(response.upload_completion._future)
+        self._life.check_open()
 
     async def checkpoints(self) -> AsyncIterator[CheckpointInfo]:
         """Committed, whole checkpoints, ascending; what is not whole is left out, with a warning.
 
         Raises: as ``latest``.
         """
-        for name in await drive(self._listing()):
-            info = await drive(self._describing(name))
+        for name in await self._run("checkpoints", self._listing()):
+            info = await self._run("checkpoints", self._describing(name))
             if info is not None:
                 yield info
 
     def _listing(self) -> Verb[list[str]]:
         self._life.check_open()
+        yield from self._after_saves_of("latest")
         return (yield from self._loader.ask(self._catalog.names()))
 
     def _describing(self, name: str) -> Verb[CheckpointInfo | None]:
         self._life.check_open()
         return (yield from self._loader.ask(self._catalog.info(name)))
 
-    async def _metadata_of(self, name: str) -> Metadata:
-        return await self._life.submit(self._catalog.metadata(name)).wait()
+
+class _MetadataOf:
+    """Decodes the metadata of a checkpoint for its CheckpointInfo, which may outlive the engine and must not
+    keep it."""
+
+    catalog: Catalog
+
+    def __init__(self, life: Lifetime) -> None:
+        self._life = life
+
+    async def __call__(self, name: str) -> Metadata:
+        return await self._life.submit(self.catalog.metadata(name)).wait()
 
 
 def _configuration(
@@ -409,12 +461,3 @@ def _configuration(
         f"pending_saves={limits.pending_saves} overlap={options.overlap} planner={planner} "
         f"replicas={coordination.replicas}"
     )
-
-
-def _plain_json(notes: Mapping[str, JSON] | None) -> dict[str, JSON]:
-    """A copy of ``notes``. Raises ValueError if they are not JSON."""
-    try:
-        copied: dict[str, JSON] = json.loads(json.dumps(dict(notes or {}), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"notes must be JSON: {error}") from error
-    return copied

@@ -8,7 +8,6 @@ steps, does not wait for itself, and what the handler adds is not lost.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import os
 import threading
@@ -51,9 +50,13 @@ class OptimizerHooks:
     def _wait(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if os.getpid() != self._pid:
             return  # a forked child has its own copy of the tensors, and nobody to wait for
+        while waiting := self._waiting(optimizer):  # again: a signal handler may have saved meanwhile
+            for handle in waiting:
+                handle._future.wait()
+
+    def _waiting(self, optimizer: Optimizer) -> list[CheckpointHandle[None]]:
         with self._lock:
-            waiting = [handle._future for handle in self._staging.get(optimizer, ()) if not handle.done()]
-        concurrent.futures.wait(waiting)
+            return [handle for handle in self._staging.get(optimizer, ()) if not handle.done()]
 
     def remove(self) -> None:
         """Take the hooks off. Not while a step is running: torch iterates over its table of hooks."""

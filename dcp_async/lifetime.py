@@ -11,21 +11,24 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal, TypeVar
 
 import anyio
 
-from ._concurrency import BlockingThreads, Job, LoopThread
-from ._drive import Persisting, Verb, Watched
+from ._concurrency import BlockingThreads, Job, LoopThread, on_work_thread
+from ._drive import Ended, Inside, Persisting, Verb, Watched
 from .admission import SaveBook
 from .boundary import storage_errors
 from .coordinator import Coordination, Coordinator, make_coordinator
 from .errors import EngineStateError
-from .exit_guard import ExitGuard
+from .exit_guard import ExitGuard, main_has_ended
 from .hooks import OptimizerHooks
 from .options import Limits, Timeouts
+from .response import AsyncSaveResponse
 from .staging import Stager
 from .storage.base import Storage
 
@@ -60,6 +63,7 @@ class Lifetime:
         self.timeouts = timeouts
         self.book = SaveBook(limits.pending_saves)
         self.hooks = OptimizerHooks()
+        self.inside = Inside()
         self.state: Literal["new", "open", "closing", "closed"] = "new"
         self.coordinator: Coordinator
         """From ``opening`` on."""
@@ -73,11 +77,16 @@ class Lifetime:
         self._lock = threading.RLock()
         self._jobs: set[Job[Any]] = set()
         """Live jobs but for those that end the engine."""
+        self._exiting = False
+        """The trainer's threads have ended: from here on a save is durable before ``save`` returns."""
+        self._is_unheard = False
+        """Nobody will call ``wait`` or ``close`` any more and be told of a failure."""
 
     def opening(self, connected: Callable[[], Awaitable[None]]) -> Verb[None]:
         """Start threads, connect the parts, then run ``connected`` on the loop; a failure releases
         everything."""
         self.check_process()
+        self._check_thread()
         with self._lock:
             if self.state != "new":
                 raise EngineStateError(f"this engine is {self.state}; make a new one to open it again")
@@ -88,16 +97,23 @@ class Lifetime:
                 missed=self.book.missed,
             )
             self.state = "open"
-        self.loop = LoopThread("dcp_async-engine")
-        self.loop.start()
-        self.threads = BlockingThreads("dcp_async-work", self.limits.io_concurrency + 1)
+        try:
+            self.loop = LoopThread("dcp_async-engine")
+            self.loop.start()
+            self.threads = BlockingThreads("dcp_async-work", self.limits.io_concurrency + 1)
+        except RuntimeError as error:
+            self.state = "closed"
+            raise EngineStateError(
+                f"the engine can't start its threads ({error}); open it before the program ends"
+            ) from error
         yield self.loop.submit(self._open(connected))
 
     async def _open(self, connected: Callable[[], Awaitable[None]]) -> None:
         self._release_lock = asyncio.Lock()
-        grace = self.timeouts.exit_grace
-        limit = grace + 4 * _ABORT_SECONDS
-        self._exit_guard = ExitGuard(lambda: self._shut_down(grace, at_exit=True), limit)
+        self._exiting = main_has_ended()
+        self._exit_guard = ExitGuard(
+            self._drain_at_exit, self._release_at_exit, self.timeouts.exit_grace + 4 * _ABORT_SECONDS
+        )
         try:
             await self.coordinator.open()
             await self.storage.connect()
@@ -106,7 +122,6 @@ class Lifetime:
         except BaseException:
             await self._release()
             raise
-        self._guarding = self.loop.submit(self._exit_guard.watch())
 
     def leaving(self, exc_type: type[BaseException] | None) -> Verb[None]:
         """The end of the ``with`` block: an error drains too and is never masked, an interrupt has
@@ -135,7 +150,7 @@ class Lifetime:
     def _draining(self) -> Verb[None]:
         try:
             yield Watched(self._begin_end(None))
-        except (asyncio.CancelledError, KeyboardInterrupt):
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             yield from self._ending(self.timeouts.exit_grace)
             raise
         self.hooks.remove()
@@ -149,7 +164,7 @@ class Lifetime:
         """Drain for ``patience`` seconds, abort the rest, release; another interrupt aborts at once."""
         try:
             yield Persisting(self._begin_end(patience))
-        except (asyncio.CancelledError, KeyboardInterrupt):
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             if not self._is_ended():
                 yield Persisting(self._begin_end(0.0))
             raise
@@ -184,10 +199,20 @@ class Lifetime:
             )
         if self.state == "closed" or (self.state == "closing" and not closing):
             raise EngineStateError(f"the engine is {self.state}; make a new one")
-        if self.loop.is_current():
+        self._check_thread()
+
+    def on_own_thread(self) -> bool:
+        """Whether waiting here might wait for this very thread."""
+        return (self.state != "new" and self.loop.is_current()) or on_work_thread()
+
+    def _check_thread(self) -> None:
+        if self.on_own_thread():
             raise EngineStateError(
-                "an engine can't be called from its own thread (a callback or observer): it would deadlock"
+                "an engine can't be called from its own threads (a callback, an observer, a __del__ that the "
+                "collector runs there): it would deadlock"
             )
+        if sys.is_finalizing():
+            raise EngineStateError("the interpreter has ended the engine's threads; save before that")
 
     def submit(self, coro: Coroutine[Any, Any, T], *, closing: bool = False) -> Job[T]:
         """Run ``coro`` on the loop. Raises EngineStateError."""
@@ -220,13 +245,23 @@ class Lifetime:
         _, late = await asyncio.wait(waiting, timeout=patience)
         return not late
 
-    async def _shut_down(self, patience: float | None, *, at_exit: bool = False) -> None:
+    async def _shut_down(self, patience: float | None) -> None:
         """Drain, abort what took longer than ``patience`` seconds, release."""
         with self._lock:
             if self.state == "open":
                 self.state = "closing"
+        await self._drain_or_abort(patience)
+        await self._end_jobs(patience)
+        async with self._release_lock:
+            if self.state != "closed":
+                with anyio.CancelScope(shield=True):
+                    await self._release()
+
+    async def _drain_or_abort(self, patience: float | None) -> bool:
+        """Drain, abort what took longer than ``patience`` seconds; whether nothing did."""
         late = not await self._drain(patience)
         if late:
+            self._exit_guard.lost = self._exit_guard.lost or self._exiting
             for response in self.book.pending():
                 if patience:
                     logger.critical(
@@ -237,13 +272,68 @@ class Lifetime:
                 logger.critical("the storage does not answer; its calls are abandoned")
                 self._abandon()
                 await self._drain(_ABORT_SECONDS)
-        if at_exit and (late or self.book.has_unobserved()):
+        return not late
+
+    # -- the end of the process
+
+    def _drain_at_exit(self, limit: float) -> bool:
+        """What ExitGuard calls when the trainer's threads have ended; False if it took ``limit`` seconds."""
+        self._exiting = self._is_unheard = True
+        return self.loop.submit(self._exit(release=False)).future.wait(limit)
+
+    def _release_at_exit(self, limit: float) -> bool:
+        """What ExitGuard calls among the `atexit` callbacks. Alone, the engine goes on serving: callbacks
+        that were registered before it come later."""
+        self._exiting = self._is_unheard = True
+        return self.loop.submit(self._exit(release=self.coordinator.world_size > 1)).future.wait(limit)
+
+    async def _exit(self, *, release: bool) -> None:
+        drained = await self._drain_or_abort(self.timeouts.exit_grace)
+        if self.book.has_unobserved():
             self._exit_guard.lost = True
-        await self._end_jobs(patience)
-        async with self._release_lock:
-            if self.state != "closed":
-                with anyio.CancelScope(shield=True):
-                    await self._release()
+        if release or not drained or self.state != "open":
+            await self._shut_down(self.timeouts.exit_grace)
+
+    def finishing(self, response: AsyncSaveResponse) -> Verb[None]:
+        """``save`` is about to return ``response``. While the process ends nobody may look at its handles any
+        more: then it is durable, or fails, here."""
+        if not (self._exiting or main_has_ended()):
+            return
+        upload = response.upload_completion
+        yield Ended(upload._future, self.timeouts.exit_grace)
+        if not upload.done():
+            response.cancel()
+            yield Ended(upload._future, _ABORT_SECONDS)
+        failure = upload._failure() if upload.done() else None
+        if not upload.done():
+            raise EngineStateError(
+                f"saving {response.checkpoint_id!r} was given up: the process ends, and the storage does not "
+                "answer"
+            )
+        if failure is not None:
+            upload.observed = True
+            raise failure.fresh()
+
+    def lose(self, what: str, why: object) -> None:
+        """``what`` can't be saved. While the process ends its status tells so; before, or of an engine that
+        its owner has closed, it is the caller's to tell."""
+        if self._exiting or (main_has_ended() and self.state in ("open", "closing")):
+            logger.critical("what was to be saved as %s while the process ends is lost: %s", what, why)
+            self._exit_guard.lose("a save that was asked for while the process ends was lost")
+
+    def dropped(self, what: str) -> None:
+        """Nobody refers to the engine any more: warn, let the saves in flight end, release everything. From
+        any thread, the loop's as well, and in the middle of anything: the hooks stay, since a step may be
+        running, and wait for nothing once the saves are staged."""
+        if self.state != "open" or os.getpid() != self._pid or sys.is_finalizing():
+            return
+        self.state, self._is_unheard = "closing", True
+        self.loop.submit(self._shut_down(None))
+        warnings.warn(
+            f"{what} was dropped while it was open; use `async with`, or await close()",
+            ResourceWarning,
+            stacklevel=3,
+        )
 
     async def _end_jobs(self, patience: float | None) -> None:
         """Loads in flight: waited for as long as saves were, then cancelled."""
@@ -253,14 +343,17 @@ class Lifetime:
             for job in list(self._jobs) if late else ():
                 job.cancel()
             if late:
+                _, late = await asyncio.wait(late, timeout=_ABORT_SECONDS)
+            if late:
+                logger.critical("the storage does not answer; its calls are abandoned")
+                self._abandon()
                 await asyncio.wait(late, timeout=_ABORT_SECONDS)
             for waiter in waiting:
                 if waiter.done() and not waiter.cancelled():
                     waiter.exception()  # its own caller is told
 
     def _abandon(self) -> None:
-        if self._owns_storage:  # others may use one that was given: their calls may be fine
-            self.storage.abandon()
+        self.storage.abandon()
         self.threads.abandon()
         self.coordinator.abandon()
         if self._owns_stager:
@@ -276,6 +369,8 @@ class Lifetime:
         if self._owns_storage:
             await self.storage.close()
         self.threads.shutdown()
+        if self._is_unheard and self.book.has_unobserved():
+            self._exit_guard.lost = True
         self._exit_guard.dismiss()
         self.loop.stop()
 

@@ -13,7 +13,6 @@ committed or aborted; resources live as long as the engine, tasks as long as one
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import functools
 import logging
 import time
@@ -43,6 +42,7 @@ from .proof import prove_head
 from .remote import PhaseFailure, RemoteError, RemoteFailure
 from .replicas import Details, Digest, Kind, ReplicaCheck, Sample, differing, explain
 from .response import AsyncSaveResponse
+from .signal_safe import SignalSafeFuture
 from .staging import StageJob, Stager, num_parts, parts_between
 from .state import Captured
 from .storage.base import Storage, Transaction
@@ -83,11 +83,13 @@ class SaveRequest:
     """time.monotonic() of the request."""
     uid: str = ""
     """Its id, the same on all ranks; given when it runs."""
-    has_returned: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
+    has_returned: SignalSafeFuture[None] = field(default_factory=SignalSafeFuture)
     """Done once save() has returned to its caller: nothing is committed before, so that a save() that raises
     leaves nothing."""
     staged_seconds: float = 0.0
     """How long capture and staging took."""
+    has_started: bool = False
+    """It was given to the runner, which ends it whatever happens."""
     scope: anyio.CancelScope | None = None
     """Of the running save."""
     cancelled: bool = False
@@ -96,6 +98,11 @@ class SaveRequest:
     """Of a save that failed: what each rank failed at; empty where nobody else was asked."""
     committing: bool = False
     """Past this point the save can't be cancelled."""
+
+    def allow_commit(self) -> None:
+        """``save()`` returns to its caller."""
+        self.response._saver = None
+        self.has_returned.set_result(None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -418,6 +425,8 @@ class SavePipeline:
         entry = await self._finish_file()
         await asyncio.shield(asyncio.wrap_future(self._request.has_returned))
         assert self._transaction is not None
+        if entry is not None and not self._services.coordinator.is_coordinator:  # it looks at all of them
+            await self._transaction.verify({entry[0]: entry[1]})
         self._transaction.hand_over()
         if not self._services.coordinator.is_coordinator:
             self._request.committing = True  # the coordinator may publish as soon as it hears from this rank
@@ -487,6 +496,7 @@ class SavePipeline:
         prove_head(head, publication.ends, ranks)
         manifest = encode_manifest(**head, metadata=metadata, constant=publication.manifest_json)
         await anyio.lowlevel.checkpoint_if_cancelled()
+        await self._transaction.verify({file.name: file.nbytes for file in files})
         self._services.coordinator.check_pulse("commit")
         request.committing = True
         with anyio.CancelScope(shield=True):

@@ -8,9 +8,9 @@ raises a fresh error in each waiter, since one stored exception would grow its t
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import os
+import threading
 import traceback
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from .errors import EngineStateError, LoadError, SaveCancelled, SaveError
 from .formats.structure import JSON
+from .signal_safe import SignalSafeFuture
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +109,16 @@ class CheckpointHandle(Generic[T]):
     Cancellation: cancelling one who awaits changes nothing for the save or for other waiters.
     """
 
-    def __init__(self, what: str, *, on_own_thread: Callable[[], bool]) -> None:
+    def __init__(
+        self, what: str, *, on_own_thread: Callable[[], bool], waits_for_caller: Callable[[], bool]
+    ) -> None:
+        """``on_own_thread`` tells whether the caller runs on a thread of the engine's, ``waits_for_caller``
+        whether it can be done only after the caller has gone on."""
         self._what = what
         self._on_own_thread = on_own_thread
+        self._waits_for_caller = waits_for_caller
         self._pid = os.getpid()
-        self._future: concurrent.futures.Future[T | SaveError] = concurrent.futures.Future()
-        self._future.set_running_or_notify_cancel()
+        self._future: SignalSafeFuture[T | SaveError] = SignalSafeFuture()
         self.observed = False
         """Whether somebody has been given this handle's failure."""
 
@@ -145,6 +150,11 @@ class CheckpointHandle(Generic[T]):
         if blocking and self._on_own_thread():
             raise EngineStateError(
                 f"{self._what}: waiting on the engine's own thread would never end; use add_done_callback"
+            )
+        if blocking and self._waits_for_caller():
+            raise EngineStateError(
+                f"{self._what}: nothing is committed before its save() has returned, and this thread is "
+                "inside of that (a signal handler that interrupted it): waiting here would never end"
             )
 
     def done(self) -> bool:
@@ -181,7 +191,11 @@ class CheckpointHandle(Generic[T]):
         def call(_: object) -> None:
             try:
                 fn(self)
-            except Exception:  # formatted here: a record that kept the frames would keep what they refer to
+            except BaseException as error:
+                # of the user's code; on the engine's thread it may end neither the save nor the loop
+                if not isinstance(error, Exception) and not self._on_own_thread():
+                    raise
+                # formatted here: a record that kept the frames would keep what they refer to
                 logger.error("a done callback of %s failed\n%s", self._what, traceback.format_exc())
 
         self._future.add_done_callback(call)
@@ -190,6 +204,11 @@ class CheckpointHandle(Generic[T]):
         self._check_wait(blocking=False)
         outcome = yield from asyncio.wrap_future(self._future).__await__()
         return self._open(outcome)
+
+
+class Place:
+    """The right to be one of ``Limits.pending_saves``. Made before it is taken, so that whoever is
+    interrupted in between can give it back all the same."""
 
 
 class AsyncSaveResponse:
@@ -202,16 +221,22 @@ class AsyncSaveResponse:
         step: int | None,
         cancel: Callable[[], None],
         on_own_thread: Callable[[], bool],
+        place: Place,
     ) -> None:
         self.checkpoint_id = checkpoint_id
         self.step = step
         self._cancel = cancel
+        self._place = place
+        self._saver: int | None = threading.get_ident()
+        """The thread that is inside of ``save()``; None once that has returned or given up."""
         self.staging_completion: CheckpointHandle[None] = CheckpointHandle(
-            f"staging of {checkpoint_id!r}", on_own_thread=on_own_thread
+            f"staging of {checkpoint_id!r}", on_own_thread=on_own_thread, waits_for_caller=lambda: False
         )
         """Done when the state may be mutated."""
         self.upload_completion: CheckpointHandle[CheckpointInfo] = CheckpointHandle(
-            f"upload of {checkpoint_id!r}", on_own_thread=on_own_thread
+            f"upload of {checkpoint_id!r}",
+            on_own_thread=on_own_thread,
+            waits_for_caller=lambda: self._saver == threading.get_ident(),
         )
         """Done when the checkpoint is committed and durable."""
 
@@ -235,7 +260,8 @@ class AsyncSaveResponse:
     def _settle_failed(self, error: SaveError) -> None:
         if not self.staging_completion.done():
             self.staging_completion._settle(error)
-        self.upload_completion._settle(error)
+        if not self.upload_completion.done():
+            self.upload_completion._settle(error)
 
     def _unobserved_failure(self) -> SaveError | None:
         failure = self.upload_completion._failure()

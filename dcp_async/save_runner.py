@@ -11,7 +11,7 @@ import concurrent.futures
 import logging
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import anyio
 import torch
@@ -19,17 +19,21 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from ._concurrency import first_failure
 from .boundary import ENDINGS
-from .errors import SaveCancelled, SaveError
+from .errors import EngineStateError, SaveCancelled, SaveError
 from .lifetime import Lifetime
 from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
 from .outcome import cancelled_error, forget_locals, save_error
 from .pipeline import CommitOutcome, SavePipeline, SaveRequest, SaveServices
 from .planner import CompiledPlan, PlanningOptions
-from .remote import RemoteError
+from .remote import RemoteError, RemoteFailure
 from .replicas import Mode, ReplicaCheck
 from .response import AsyncSaveResponse, CheckpointInfo
 
 logger = logging.getLogger(__name__)
+
+
+async def _nothing(messages: Sequence[None]) -> list[None]:
+    return [None] * len(messages)
 
 
 class SaveRunner:
@@ -67,10 +71,12 @@ class SaveRunner:
         """Run ``request``; from here on its handles tell the rest. Raises EngineStateError if the engine
         ended."""
         response = request.response
-        self._life.book.started(response)
+        request.has_started = True
         try:
+            self._life.book.started(response)
             job = self._life.submit(self._run(request))
         except BaseException as error:
+            request.cancelled = True  # an interrupt may come when it was submitted already
             response._settle_failed(save_error(error, "capture", response))
             self._life.book.ended(response)
             response.upload_completion.observed = True  # the caller is told right here
@@ -114,6 +120,26 @@ class SaveRunner:
                 self._succeed(request, outcome)
         finally:
             self._life.coordinator.forget(request.uid)
+
+    def refuse_arguments(self, error: Exception) -> None:
+        """A save was called with arguments that can't be; the other ranks, if theirs can, must not wait for
+        this one. Callable from every thread."""
+        coordinator = self._life.coordinator
+        if coordinator.world_size == 1:
+            return
+        ordinal = self._life.book.next_ordinal()
+
+        async def tell() -> None:
+            # no other rank can have that name: the coordinator finds that the ranks do not save the same
+            uid = coordinator.uid(ordinal, name := f"nothing, since its call was refused: {error}")
+            try:
+                await coordinator.exchange(uid, "refused", None, _nothing)
+            except (RemoteFailure, EngineStateError) as failure:
+                logger.debug("all ranks know that %s: %s", name, failure)
+            finally:
+                coordinator.forget(uid)
+
+        self._life.loop.submit(tell())
 
     def refuse_at_once(self, ordinal: int, name: str, error: BaseException) -> None:
         """As ``refuse``, for a thread that must go on; callable from every thread."""
@@ -182,6 +208,8 @@ class SaveRunner:
         if self._observer is not None:
             try:
                 self._observer.on_event(event)
-            except (Exception, SystemExit, KeyboardInterrupt):
+            except BaseException:
+                # of the user's code, on the engine's thread: a CancelledError or GeneratorExit would pass for
+                # the save's own, and a SystemExit would end the loop with all saves on it.
                 # formatted here: a record that kept the frames would keep what they refer to
                 logger.error("the observer failed on %s\n%s", type(event).__name__, traceback.format_exc())

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
 from . import engine
-from ._drive import drive_blocking
+from ._drive import Verb, drive_blocking
 from .coordinator import Coordination
 from .formats.structure import JSON
 from .matching import Dtypes
@@ -25,6 +25,8 @@ from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadRepo
 from .staging import Stager, StagingOptions
 from .storage.base import Storage
 from .trust import Trust
+
+T = TypeVar("T")
 
 
 class CheckpointEngine:
@@ -60,9 +62,12 @@ class CheckpointEngine:
     def __repr__(self) -> str:
         return f"<sync {self._engine!r}>"
 
+    def _run(self, name: str, verb: Verb[T]) -> T:
+        return drive_blocking(name, verb, self._engine._life.inside)
+
     def open(self) -> Self:
         """Start the engine's threads and look at what the root holds."""
-        drive_blocking(self._engine._opening())
+        self._run("open", self._engine._opening())
         return self
 
     def __enter__(self) -> Self:
@@ -71,7 +76,7 @@ class CheckpointEngine:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        drive_blocking(self._engine._life.leaving(exc_type))
+        self._run("close", self._engine._life.leaving(exc_type))
 
     def save(
         self,
@@ -84,7 +89,7 @@ class CheckpointEngine:
     ) -> AsyncSaveResponse:
         """Save ``state`` as it is now; the upload goes on by itself. An interrupt while it waits cancels the
         save."""
-        return drive_blocking(self._engine._saving(state, step, checkpoint_id, notes, replace))
+        return self._run("save", self._engine._saving(state, step, checkpoint_id, notes, replace))
 
     def load(
         self,
@@ -96,7 +101,7 @@ class CheckpointEngine:
         dtypes: Dtypes = "exact",
     ) -> LoadReport:
         """Fill ``state`` from a checkpoint, verified."""
-        return drive_blocking(self._engine._loading(state, source, strict, atomic, dtypes))
+        return self._run("load", self._engine._loading(state, source, strict, atomic, dtypes))
 
     def read(
         self,
@@ -106,16 +111,16 @@ class CheckpointEngine:
         device: torch.device | str = "cpu",
     ) -> dict[str, Any]:
         """A checkpoint as fresh tensors and leaves, in exactly the structure that was saved."""
-        return drive_blocking(self._engine._reading(source, keys, device))
+        return self._run("read", self._engine._reading(source, keys, device))
 
     def latest(self) -> CheckpointInfo | None:
         """The newest whole checkpoint, None if there is none."""
-        return drive_blocking(self._engine._finding_latest())
+        return self._run("latest", self._engine._finding_latest())
 
     def checkpoints(self) -> Iterator[CheckpointInfo]:
         """Committed, whole checkpoints, ascending."""
-        for name in drive_blocking(self._engine._listing()):
-            info = drive_blocking(self._engine._describing(name))
+        for name in self._run("checkpoints", self._engine._listing()):
+            info = self._run("checkpoints", self._engine._describing(name))
             if info is not None:
                 yield info
 
@@ -127,12 +132,12 @@ class CheckpointEngine:
     def wait(self) -> None:
         """Wait until no save is in flight. Raises the SaveError of a save whose failure nobody has looked
         at."""
-        drive_blocking(self._engine._life.waiting())
+        self._run("wait", self._engine._life.waiting())
 
     def close(self) -> None:
         """Wait for the saves in flight, then release what the engine made."""
-        drive_blocking(self._engine._life.closing())
+        self._run("close", self._engine._life.closing())
 
     def abort(self) -> None:
         """Cancel the saves in flight, leave nothing of them behind, release what the engine made."""
-        drive_blocking(self._engine._life.aborting())
+        self._run("abort", self._engine._life.aborting())

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import gc
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -803,6 +804,114 @@ def fail_calls(context: Context, *, root: str, replace: bool, error: str, first:
     line.report("done", leftovers=leftovers(root))
 
 
+# Saves that come while the process ends
+
+
+class SavesWhenCollected:
+    """Kept by a module, so that the interpreter collects it when it takes the modules down."""
+
+    def __init__(self, save: Callable[[], None]) -> None:
+        self._save = save
+
+    def __del__(self) -> None:
+        self._save()
+
+
+KEPT: list[object] = []
+"""What must live as long as the interpreter."""
+
+
+def save_late(
+    context: Context,
+    *,
+    root: str,
+    when: str,
+    style: str = "sync",
+    fails: bool = False,
+    catches: bool = False,
+    exit_grace: float = 20.0,
+) -> None:
+    """Saves at a moment after the end of the main thread's code, and reports what became of it."""
+    line = context.line
+    timeouts = Timeouts(exit_grace=exit_grace)
+    blocking = dcp_async.sync.CheckpointEngine(root, staging=staging(), timeouts=timeouts)
+    engine = CheckpointEngine(root, staging=staging(), timeouts=timeouts)
+    KEPT.extend((blocking, engine))
+
+    def save_one(step: int) -> dcp_async.AsyncSaveResponse:
+        if style == "sync":
+            return blocking.save(numbers(step), step=step)
+        return asyncio.run(engine.save(numbers(step), step=step))
+
+    def save() -> None:
+        if fails:
+            context.tap.watch(root, When(is_data_write, fail))
+        try:
+            save_one(1)
+        except CheckpointError as error:
+            line.report("raised", **describe(error))
+            if not catches:
+                raise
+        else:
+            line.report("saved")
+
+    def fail(call: Call) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), call.path)
+
+    def make_engine_and_save() -> None:
+        with dcp_async.sync.CheckpointEngine(root) as late:
+            late.save(numbers(1), step=1)
+        line.report("saved")
+
+    def make_engine_save_and_leave() -> None:
+        blocking.open()
+        save()
+
+    def train_on() -> None:
+        threading.main_thread().join()
+        save()
+        line.report("trained on")
+
+    if when == "atexit, registered before open":
+        atexit.register(save)
+    if when == "engine made in atexit":
+        atexit.register(make_engine_and_save)
+        return
+    if when == "engine made in atexit and left open":
+        atexit.register(make_engine_save_and_leave)
+        return
+    if style == "sync":
+        blocking.open()
+    else:
+        asyncio.run(engine.open())
+    first = save_one(0)
+    if when != "never":
+        first.upload_completion.result()
+    if when in ("atexit, registered after open", "atexit, after sys.exit"):
+        atexit.register(save)
+    elif when == "atexit of threading":
+        threading._register_atexit(save)  # type: ignore[attr-defined]  # that is the question
+    elif when == "non-daemon thread":
+        threading.Thread(target=train_on).start()
+    elif when == "__del__":
+        KEPT.append(SavesWhenCollected(save))
+    line.report("main ends")
+    if when == "atexit, after sys.exit":
+        sys.exit(0)
+
+
+def save_in_child(context: Context, *, root: str, fails: bool) -> None:
+    """A process that multiprocessing starts runs off its end with an engine open."""
+    child = multiprocessing.get_context("fork").Process(
+        target=save_late, args=(context,), kwargs={"root": root, "when": "never", "fails": fails}
+    )
+    if fails:
+        fail_at_main_end(context, root)
+    child.start()
+    child.join()
+    context.line.report("child", status=child.exitcode)
+
+
 def warm_up() -> None:
     """Pulls in what torch imports late. No backward here: autograd's threads do not survive a fork."""
     stock_target("trainer")
@@ -825,7 +934,11 @@ JOBS: dict[str, Callable[..., None]] = {
         fill_up,
         save_without_direct_io,
         fail_calls,
+        save_late,
+        save_in_child,
     )
 }
-ENDING = frozenset({leave_open, leave_block, interrupt_sync, fork_with_engine, fork_in_block, fill_up})
+ENDING = frozenset(
+    {leave_open, leave_block, interrupt_sync, fork_with_engine, fork_in_block, fill_up, save_late}
+)
 """The jobs whose way out of the interpreter is part of what is tested."""

@@ -274,12 +274,12 @@ async def test_replace_of_nothing_is_a_save(root: Path) -> None:
 async def test_a_replaced_checkpoint_is_readable_until_the_new_one_is_there(
     root: Path, faulty: FaultyStorage, verb: str
 ) -> None:
-    async with CheckpointEngine(faulty) as engine:
+    async with CheckpointEngine(faulty) as engine, CheckpointEngine(root) as reader:
         await saved(engine, step=1)
         with faulty.hold(verb) as gate:
             response = await engine.save(STATE | {"n": 2}, step=1, replace=True)
             await gate.until_arrived()
-            assert_same(await engine.read(1), STATE)
+            assert_same(await reader.read(1), STATE)  # the engine itself would wait for its save
         await response.upload_completion
         assert_same(await engine.read(1), STATE | {"n": 2})
 

@@ -14,7 +14,17 @@ PACKAGE = Path(dcp_async.__file__).parent
 
 # Lower layers first; a module imports from its own layer or below.
 LAYERS: list[set[str]] = [
-    {"errors", "_concurrency", "options", "trust", "plain", "opcodes", "rebuilding", "boundary"},
+    {
+        "errors",
+        "signal_safe",
+        "_concurrency",
+        "options",
+        "trust",
+        "plain",
+        "opcodes",
+        "rebuilding",
+        "boundary",
+    },
     {
         "formats",
         "formats.structure",
@@ -61,6 +71,8 @@ LAYERS: list[set[str]] = [
         "storage.safe_open",
         "storage.listing",
         "storage.local",
+        "storage.deadline",
+        "storage.local_transaction",
         "storage.local_reader",
     },
     {
