@@ -5,6 +5,7 @@ Enters: boxes, as [start, stop) per dimension, and shapes. Leaves: boxes and byt
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from .formats.zip_item import contiguous_strides
@@ -45,6 +46,42 @@ def slices(box: Box) -> tuple[slice, ...]:
 def extents(box: Box) -> tuple[int, ...]:
     """The shape of ``box``."""
     return tuple(high - low for low, high in box)
+
+
+MAX_CUT_DIMS = 16
+"""In so many dimensions a tensor may be cut into pieces."""
+
+
+def first_fault(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[tuple[int, ...], int] | None:
+    """The first element of ``shape`` that ``boxes`` do not cover exactly once, and how often they do; None if
+    there is none.
+
+    By corners: how often elements are covered is determined by where that changes in every dimension at once,
+    which is at the corners of boxes only. Takes time by the number of boxes, not by where they lie.
+
+    Raises: ValueError if the boxes cut more than ``MAX_CUT_DIMS`` dimensions.
+    """
+    whole = tuple((0, extent) for extent in shape)
+    cut = [dim for dim, side in enumerate(whole) if any(box[dim] != side for box in boxes)]
+    if len(cut) > MAX_CUT_DIMS:
+        raise ValueError(f"it is cut in {len(cut)} dimensions, more than {MAX_CUT_DIMS}")
+    changes: Counter[tuple[int, ...]] = Counter()
+    for box, sign in ((whole, -1), *((box, 1) for box in boxes)):
+        corners: list[tuple[tuple[int, ...], int]] = [((), sign)]
+        for dim in cut:
+            low, high = box[dim]
+            corners = [
+                (at, each * side)
+                for here, each in corners
+                for at, side in (((*here, low), 1), ((*here, high), -1))
+            ]
+        for at, each in corners:
+            changes[at] += each
+    wrong = min((at for at, change in changes.items() if change), default=None)
+    if wrong is None:
+        return None
+    found = dict(zip(cut, wrong, strict=True))
+    return tuple(found.get(dim, 0) for dim in range(len(shape))), 1 + changes[wrong]
 
 
 def _reach(box: Box, strides: Sequence[int]) -> tuple[int, int]:

@@ -48,6 +48,7 @@ from .matching import (
 )
 from .reading import Collector, CoverageError, Source, copy_exotic
 from .remote import RemoteFailure
+from .room import check_room
 from .sharding import is_known_to_autograd
 from .spans import Check, DamagedError, FetchBuffers, Span, make_batches, make_spans
 from .targets import Region, Targets
@@ -436,6 +437,7 @@ async def read_fresh(
             if place is not None and len(meta.chunks) == 1 and stored.setdefault(place, name) != name:
                 tied[name] = stored[place]
             else:
+                check_room(name, meta, contents)
                 tensors[name] = fresh_tensor(meta, contents.strides.get(name), device)
         else:
             leaves.append(name)

@@ -25,6 +25,7 @@ from .contents import Contents
 from .errors import IncompatibleStateError
 from .formats.structure import Tree, children_of, cut, grafted, kind_of, leaf_names, like, locate, subtree
 from .formats.zip_item import PLAIN_DTYPES
+from .room import check_room
 from .stateful import PerRank, RNGState
 from .targets import OptimizerState, Region, Targets, Whole
 from .walk import UNASKED
@@ -236,6 +237,7 @@ class _Matcher:
                 name, "is distributed and on the meta device; materialise it first, with to_empty()"
             )
         elif is_raw(meta, name, self._contents):
+            check_room(name, meta, self._contents)
             match.fresh[name] = fresh_tensor(meta, None, self._targets.device, tensor.dtype)
         else:
             match.leaves.append(name)
@@ -371,6 +373,7 @@ class _Matcher:
         for name in wanted:
             meta = self._names[name]
             if is_raw(meta, name, contents):
+                check_room(name, meta, contents)
                 parameter = self._targets.entries.get(name.rpartition(".")[0])
                 if parameter is not None and global_size(parameter) == meta.size:
                     match.fresh[name] = empty_like(parameter, meta.properties.dtype)

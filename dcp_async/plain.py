@@ -11,6 +11,8 @@ import io
 import pickle
 from typing import Any, NoReturn
 
+from .pickle_grammar import check_plain_pickle
+
 _PROTOCOL = 3
 """The newest under which sets and bytearrays still go through a class, so that the writer refuses them."""
 
@@ -47,6 +49,7 @@ def loads(raw: bytes | bytearray | memoryview) -> Any:
     # the time
     file = io.BufferedReader(io.BytesIO(raw), _PREFETCH_BYTES)
     try:
+        check_plain_pickle(bytes(raw))
         message = _Reader(file).load()
     except Exception as error:  # a damaged pickle raises whatever the opcode at hand runs into
         raise ValueError(f"not a message between ranks: {str(error) or type(error).__name__}") from error

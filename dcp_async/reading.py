@@ -15,7 +15,18 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from .boundary import ENDINGS, FillError, words
-from .boxes import Box, box_at, common, contiguous_run, cut_box, extents, relative, shifted, slices
+from .boxes import (
+    Box,
+    box_at,
+    common,
+    contiguous_run,
+    cut_box,
+    extents,
+    first_fault,
+    relative,
+    shifted,
+    slices,
+)
 from .formats.distcp import BLOCK_BYTES
 from .formats.zip_item import PLAIN_DTYPES, contiguous_strides, tensor_frame
 from .item import StoredItem, UnsupportedError, inflated_bound
@@ -36,22 +47,20 @@ class CoverageError(ValueError):
 
 
 def check_coverage(shape: Sequence[int], boxes: Sequence[Box]) -> None:
-    """Raises CoverageError unless ``boxes`` cover every element of ``shape``: never zeros where a chunk is
-    missing."""
+    """Raises CoverageError unless ``boxes`` cover every element of ``shape`` exactly once: never zeros where
+    a chunk is missing, never one of two values where chunks contradict each other."""
     if 0 in shape or not shape:
         if not shape and not boxes:
             raise CoverageError("no chunk holds its value")
         return
-    edges = [
-        sorted({0, extent, *(edge for box in boxes for edge in box[dim])}) for dim, extent in enumerate(shape)
-    ]
-    places = [{edge: at for at, edge in enumerate(line)} for line in edges]
-    cells = torch.zeros([len(edge) - 1 for edge in edges], dtype=torch.bool)
-    for box in boxes:
-        cells[tuple(slice(at[low], at[high]) for at, (low, high) in zip(places, box, strict=True))] = True
-    if not cells.all():
-        hole = [edges[dim][int(at)] for dim, at in enumerate((~cells).nonzero()[0])]
-        raise CoverageError(f"no chunk covers the region that starts at {hole}")
+    try:
+        fault = first_fault(shape, boxes)
+    except ValueError as error:
+        raise CoverageError(str(error)) from None
+    if fault is not None:
+        at, times = fault
+        how = "no chunk covers" if times == 0 else f"{times} chunks cover"
+        raise CoverageError(f"{how} the region that starts at {list(at)}")
 
 
 @dataclass(slots=True, kw_only=True)

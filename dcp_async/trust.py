@@ -13,7 +13,6 @@ import importlib
 import io
 import pathlib
 import pickle
-import sys
 import types
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -25,14 +24,16 @@ from typing import IO, Any, ClassVar
 import torch
 from torch._weights_only_unpickler import _get_allowed_globals
 
-from .opcodes import end_of_pickle
+from .key_hashes import check_hashes, count_hashes, risky
+from .legacy_item import load_legacy, outlines, storage_type
+from .numpy_rebuilders import check_numpy_state, numpy_globals
+from .pickle_grammar import check_pickle
+from .pickle_walk import Outline
 from .rebuilding import (
     NAMED,
     VALUES,
     TensorRebuilders,
-    check_numpy_state,
     encode,
-    numpy_globals,
 )
 from .rebuilding import UntrustedGlobal as UntrustedGlobal
 
@@ -157,7 +158,9 @@ class _Rules:
             raise ValueError("arguments that are no tuple")
         if id(function) in self._free and not (options and not self.is_trusted(function)):
             return
-        name = getattr(function, "__qualname__", type(function).__qualname__)
+        name = function.__qualname__ if isinstance(function, type) else type(function).__qualname__
+        if isinstance(function, (types.FunctionType, types.BuiltinFunctionType)):
+            name = function.__qualname__
         if not options and isinstance(function, type):
             if issubclass(function, enum.Enum):  # a second argument would make a new class
                 if len(args) == 1:
@@ -172,7 +175,7 @@ class _Rules:
     def check_build(self, target: Any, state: Any) -> None:
         """What a pickle makes anew may be changed, never what there is one of. Raises UntrustedGlobal."""
         kind = type(target)
-        name = getattr(target, "__qualname__", kind.__qualname__)
+        name = target.__qualname__ if isinstance(target, type) else kind.__qualname__
         if kind.__module__.partition(".")[0] == "numpy" and not self.is_trusted(kind):
             check_numpy_state(target, state)
         elif (kind.__module__, kind.__qualname__) in _NESTED and not issubclass(kind, torch.Tensor):
@@ -203,6 +206,8 @@ class _Rules:
         return base.__new__(cls, state)
 
 
+_FEW_KEYS = 256
+"""Containers of so few keys are not watched."""
 _MAPPINGS = (dict, OrderedDict, Counter, defaultdict)
 _LISTS = (list, deque)
 _CHANGEABLE = (
@@ -221,7 +226,26 @@ class _LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows 
     """Finds allowed globals only, and calls and changes what its rules say."""
 
     rules: ClassVar[_Rules]
+    _hashes: dict[int, Counter[int]]
+    """Of what holds many keys, how many of them have each hash."""
     dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
+
+    def __init__(self, file: IO[bytes], **options: Any) -> None:
+        self._whole = file
+        super().__init__(file, **options)
+
+    def load(self) -> Any:
+        raw = self._whole.read()
+        check_pickle(raw)
+        self._hashes = {}
+        # of the base's, the part that reads; this one is made before anything can be read
+        super().__init__(io.BytesIO(raw), encoding=self.encoding, errors=self.errors)
+        return super().load()
+
+    def _check_keys(self, target: Any, keys: list[Any]) -> None:
+        if len(target) + len(keys) <= _FEW_KEYS or not (found := risky(keys)):
+            return
+        count_hashes(found, self._hashes.setdefault(id(target), Counter()))
 
     def find_class(self, module: str, name: str, /) -> Any:
         try:
@@ -253,17 +277,22 @@ class _LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows 
         self.rules.check_build(self.stack[-2], self.stack[-1])
         super().load_build()
 
-    def load_bytearray8(self) -> None:
-        nbytes = int.from_bytes(self.read(8), "little")  # believed by the base class, before it reads them
-        self.append(bytearray(self.read(min(nbytes, sys.maxsize))))
-
     def load_setitem(self) -> None:
         self.rules.check_filled(self.stack[-3], _MAPPINGS)
+        if isinstance(self.stack[-3], dict):
+            self._check_keys(self.stack[-3], self.stack[-2:-1])
         super().load_setitem()
 
     def load_setitems(self) -> None:
-        self.rules.check_filled(self.metastack[-1][-1], _MAPPINGS)
+        target = self.metastack[-1][-1]
+        self.rules.check_filled(target, _MAPPINGS)
+        if isinstance(target, dict):
+            self._check_keys(target, self.stack[::2])
         super().load_setitems()
+
+    def load_dict(self) -> None:
+        check_hashes(self.stack[::2])
+        super().load_dict()
 
     def load_append(self) -> None:
         self.rules.check_filled(self.stack[-2], _LISTS)
@@ -274,15 +303,23 @@ class _LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows 
         super().load_appends()
 
     def load_additems(self) -> None:
-        self.rules.check_filled(self.metastack[-1][-1], (set,))
+        target = self.metastack[-1][-1]
+        self.rules.check_filled(target, (set,))
+        if isinstance(target, set):
+            self._check_keys(target, self.stack)
         super().load_additems()
+
+    def load_frozenset(self) -> None:
+        check_hashes(self.stack)
+        super().load_frozenset()
 
     dispatch |= {
         pickle.REDUCE[0]: load_reduce,
         pickle.NEWOBJ[0]: load_newobj,
         pickle.NEWOBJ_EX[0]: load_newobj_ex,
         pickle.BUILD[0]: load_build,
-        pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.DICT[0]: load_dict,
+        pickle.FROZENSET[0]: load_frozenset,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.APPEND[0]: load_append,
@@ -319,37 +356,6 @@ def _made_pickle_module(trust: Trust, users: tuple[Any, ...]) -> types.SimpleNam
     return types.SimpleNamespace(__name__="dcp_async.trust", Unpickler=unpickler, load=load)
 
 
-class _GlobalsCheck(pickle.Unpickler):
-    """Looks up every global as ``torch.load`` would, makes nothing of what it finds, and runs in C."""
-
-    def __init__(self, pickled: IO[bytes], resolve: Callable[[str, str], object]) -> None:
-        super().__init__(pickled, encoding="latin-1")
-        self._resolve = resolve
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        self._resolve(module, name)
-        return Inert
-
-    def persistent_load(self, pid: Any, /) -> Any:
-        return Inert()
-
-
-def _resolve_legacy(module: str, name: str) -> None:
-    """As torch's weights_only unpickler does, which knows the list of torch alone."""
-    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
-    full = f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
-    if name in _UNCHECKED or full not in _get_allowed_globals():
-        raise UntrustedGlobal(f"{full} in torch's legacy format")
-
-
-_UNCHECKED = frozenset(
-    {"_rebuild_sparse_tensor", "_rebuild_nested_tensor", "_rebuild_wrapper_subclass", "_rebuild_from_type_v2"}
-)
-"""torch calls these with what a pickle says; no tensor of a plain layout needs them."""
-_LEGACY_PICKLES = 4
-"""A legacy item begins with a magic number, a version, facts on the writer's machine, and the object."""
-
-
 def check_globals(head: bytes, pickle_at: int | None, trust: Trust) -> None:
     """Whether ``load_item`` would accept the globals of an item, from its first bytes and without its data.
 
@@ -358,20 +364,21 @@ def check_globals(head: bytes, pickle_at: int | None, trust: Trust) -> None:
     """
     if trust.unsafe:
         return
-    pickled = io.BytesIO(head)
     try:
-        if pickle_at is None:
-            for _ in range(_LEGACY_PICKLES):
-                end_of_pickle(head, pickled.tell())
-                _GlobalsCheck(pickled, _resolve_legacy).load()
-        else:
-            end_of_pickle(head, pickle_at)
-            pickled.seek(pickle_at)
-            _GlobalsCheck(pickled, _resolver(trust)).load()
+        found = outlines(head) if pickle_at is None else [check_pickle(head, pickle_at)]
+        check_outlines(found, trust)
     except UntrustedGlobal:
         raise
-    except Exception as error:  # pickle raises nearly anything on damaged input
+    except Exception as error:  # a module that is imported for a name may raise anything
         raise ValueError(f"not a readable pickle: {error}") from error
+
+
+def check_outlines(found: Iterable[Outline], trust: Trust) -> None:
+    """Raises UntrustedGlobal for the first global that ``trust`` does not admit."""
+    resolve = _resolver(trust)
+    for outline in found:
+        for module, name in outline.names:
+            resolve(module, name)
 
 
 @lru_cache(maxsize=1)
@@ -396,22 +403,16 @@ def _resolver(trust: Trust) -> Callable[[str, str], object]:
     return resolve
 
 
-_LEGACY_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)[2:]
+class _LegacyNames:
+    """Finds typed storages as ``torch.load`` does."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        return storage_type(name) or super().find_class(module, name)  # type: ignore[misc]  # of the next class
 
 
 def is_zip(head: bytes | bytearray) -> bool:
     """Whether an item that begins so is a zip, as ``torch.save`` has written it since torch 1.6."""
     return head.startswith(b"PK\3\4")
-
-
-def _load_legacy(item: IO[bytes]) -> Any:
-    """An item in torch's legacy format, by torch's own weights_only unpickler: its other readers run what a
-    pickle says, or unpack archives to disk."""
-    raw = item.read()
-    if not raw[2:].startswith(_LEGACY_MAGIC):
-        raise ValueError("it is neither a zip nor in torch's legacy format")
-    check_globals(raw, None, Trust())
-    return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True, mmap=False)
 
 
 def _refuse_torchscript(item: IO[bytes]) -> None:
@@ -427,7 +428,6 @@ def load_pickle(raw: bytes, trust: Trust) -> Any:
     """The object of a plain pickle. Raises: UntrustedGlobal; ValueError if it is damaged."""
     module: Any = pickle if trust.unsafe else _pickle_module(trust)
     try:
-        end_of_pickle(raw)
         return module.load(io.BytesIO(raw))
     except (UntrustedGlobal, MemoryError, NameError):  # no damage of the pickle's
         raise
@@ -447,7 +447,8 @@ def load_item(item: IO[bytes], trust: Trust) -> Any:
             head = item.read(4)
             item.seek(start)
             if not is_zip(head):
-                return _load_legacy(item)
+                unpickler = _pickle_module(trust).Unpickler
+                return load_legacy(item.read(), type("LegacyUnpickler", (_LegacyNames, unpickler), {}))
             _refuse_torchscript(item)
         module = pickle if trust.unsafe else _pickle_module(trust)
         options: dict[str, Any] = {"weights_only": False, "pickle_module": module, "mmap": False}

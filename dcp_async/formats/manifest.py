@@ -8,9 +8,10 @@ checkpoint.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, Unpack
+from typing import Any, NoReturn, TypedDict, Unpack
 
 import xxhash
 
@@ -53,7 +54,8 @@ class Manifest:
     """xxh3_64 of the bytes of `.metadata`."""
     files: tuple[FileEntry, ...]
     structure: JSON
-    """The tree that was saved, as ``tree_to_json`` encodes it."""
+    """The tree that was saved, as ``tree_to_json`` encodes it; ``tree_from_json`` checks it, once it is asked
+    for."""
     strides: Mapping[str, tuple[int, ...]]
     """Original strides, in elements, of tensors that were not row-major."""
     exotic: tuple[str, ...]
@@ -105,31 +107,124 @@ def decode_manifest(raw: bytes) -> Manifest:
     if tail != b',"digest":"' + xxhash.xxh3_64_hexdigest(body).encode() + b'"}':
         raise ManifestError("it does not match its own checksum")
     try:
-        parts: dict[str, Any] = json.loads(raw)
-        if parts["format"] != "dcp_async":
-            raise ManifestError(f"its format is {parts['format']!r}, not 'dcp_async'")
-        if parts["version"] > MANIFEST_VERSION:
+        parts = _Fields(json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant))
+        if (kind := parts.text("format")) != "dcp_async":
+            raise ManifestError(f"its format is {kind[:40]!r}, not 'dcp_async'")
+        version = parts.integer("version", 1)
+        if version > MANIFEST_VERSION:
             raise NewerVersionError(
-                f"it has format version {parts['version']}; this release reads up to {MANIFEST_VERSION}"
+                f"it has format version {version}; this release reads up to {MANIFEST_VERSION}"
             )
-        step = parts["step"]
-        if not (step is None or type(step) is int) or not isinstance(parts["time"], (int, float)):
-            raise ManifestError(f"its step is {step!r}")
         return Manifest(
-            checkpoint_id=parts["checkpoint_id"],
-            uid=parts["uid"],
-            step=parts["step"],
-            time=parts["time"],
-            world_size=parts["world_size"],
-            torch_version=parts["torch_version"],
-            metadata_digest=parts["metadata_digest"],
-            files=tuple(FileEntry(**file) for file in parts["files"]),
-            structure=parts["structure"],
-            strides={name: tuple(stride) for name, stride in parts["strides"].items()},
-            exotic=tuple(parts["exotic"]),
-            notes=parts["notes"],
+            checkpoint_id=parts.text("checkpoint_id"),
+            uid=parts.text("uid", _HEX),
+            step=None if parts.found["step"] is None else parts.integer("step", -_MAX_INT),
+            time=parts.seconds("time"),
+            world_size=parts.integer("world_size", 1),
+            torch_version=parts.text("torch_version"),
+            metadata_digest=parts.text("metadata_digest", _HEX),
+            files=_files(parts.found["files"]),
+            structure=parts.found["structure"],
+            strides=_strides(parts.found["strides"]),
+            exotic=_texts(parts.found["exotic"], "exotic"),
+            notes=_Fields(parts.found["notes"]).found,
         )
     except ManifestError:
         raise
-    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
-        raise ManifestError(f"it lacks what a manifest holds: {error}") from error
+    except KeyError as error:
+        raise ManifestError(f"it lacks {error}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, or JSON without end
+        raise ManifestError(f"it is no JSON: {error}") from error
+
+
+_HEX = re.compile("[0-9a-f]{16}")
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""What no file name and no text file may hold."""
+_MAX_INT = (1 << 63) - 1
+_MAX_DIMS = 64
+
+
+def _unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ManifestError("it says something twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ManifestError(f"it holds {name}, which is no JSON")
+
+
+class _Fields:
+    """An object of JSON, whose fields have the types that they are asked for as. Raises ManifestError."""
+
+    def __init__(self, value: object) -> None:
+        if type(value) is not dict:
+            raise ManifestError(f"a {type(value).__name__} stands for an object")
+        self.found: dict[str, Any] = value
+
+    def _wrong(self, name: str) -> ManifestError:
+        return ManifestError(f"its {name} is {_shown(self.found[name])}")
+
+    def text(self, name: str, form: re.Pattern[str] | None = None) -> str:
+        value = self.found[name]
+        if type(value) is not str or _UNWRITABLE.search(value) or (form and not form.fullmatch(value)):
+            raise self._wrong(name)
+        return value
+
+    def integer(self, name: str, least: int) -> int:
+        value = self.found[name]
+        if type(value) is not int or not least <= value <= _MAX_INT:
+            raise self._wrong(name)
+        return value
+
+    def seconds(self, name: str) -> float:
+        value = self.found[name]
+        if type(value) not in (int, float) or not -_MAX_INT <= value <= _MAX_INT:
+            raise self._wrong(name)
+        return float(value)
+
+
+def _shown(value: object) -> str:
+    """What may stand in a message: of any length and depth, it is cut."""
+    if isinstance(value, (bool, float)) or value is None:
+        return repr(value)
+    if isinstance(value, int):
+        return repr(value) if value.bit_length() < 64 else "a number too large"
+    return ascii(value[:40]) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def _files(value: object) -> tuple[FileEntry, ...]:
+    if type(value) is not list:
+        raise ManifestError(f"its files are {_shown(value)}")
+    found = []
+    for each in value:
+        entry = _Fields(each)
+        name = entry.text("name")
+        if not name or "/" in name or name in (".", ".."):
+            raise ManifestError(f"a file of it is called {_shown(name)}")
+        found.append(
+            FileEntry(name=name, nbytes=entry.integer("nbytes", 0), digest=entry.text("digest", _HEX))
+        )
+    if len({entry.name for entry in found}) < len(found):
+        raise ManifestError("it lists a file twice")
+    return tuple(found)
+
+
+def _strides(value: object) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for name, steps in _Fields(value).found.items():
+        if (
+            type(steps) is not list
+            or len(steps) > _MAX_DIMS
+            or not all(type(step) is int and 0 <= step <= _MAX_INT for step in steps)
+        ):
+            raise ManifestError(f"the strides of {_shown(name)} are {_shown(steps)} of no integers")
+        found[name] = tuple(steps)
+    return found
+
+
+def _texts(value: object, what: str) -> tuple[str, ...]:
+    if type(value) is not list or not all(type(each) is str for each in value):
+        raise ManifestError(f"its {what} is {_shown(value)}")
+    return tuple(value)

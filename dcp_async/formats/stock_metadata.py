@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from ..key_hashes import check_hashes
+
 _MAX_INDEX = 1 << 20
 """A list longer than this is no state but an attempt to exhaust the memory."""
 _MAX_DEPTH = 200
@@ -56,6 +58,7 @@ def merge_ranks(by_rank: Mapping[int, Metadata]) -> Metadata:
                 if index in stored:
                     places.setdefault(index, stored[index])
                 continue
+            check_hashes([tuple(chunk.offsets) for chunk in entry.chunks])
             known = chunks.setdefault(name, {})
             for chunk in entry.chunks:
                 at = tuple(chunk.offsets)
@@ -96,6 +99,9 @@ def usable_paths(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:
             and isinstance(path, (tuple, list))
             and 0 < len(path) <= _MAX_DEPTH
             and all(type(key) is str or (type(key) is int and 0 <= key < _MAX_INDEX) for key in path)
+            # first by length: one long text under many names would take long to join
+            and len(path) - 1 + sum(len(key) if type(key) is str else len(str(key)) for key in path)
+            == len(name)
             and ".".join(map(str, path)) == name
         ):
             found[name] = tuple(path)

@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ..opcodes import end_of_pickle
 from ..trust import Inert, UntrustedGlobal
+from .metadata_grammar import check_metadata_pickle, check_places
 
 _MAX_DIMS = 64
 _MAX_NAME = 64
@@ -192,10 +192,11 @@ def decode_metadata(raw: bytes) -> Metadata:
     """
     unpickler = _MetadataUnpickler(raw)
     try:
-        end_of_pickle(raw)
+        check_metadata_pickle(raw)
         whole = unpickler.load()
         if type(whole) is not _Whole:
             raise ValueError(f"it holds a {type(whole).__name__}, not DCP's Metadata")
+        check_places(vars(whole).get("storage_data"))
         return _Checker(most_chunks=len(raw), has_foreign=bool(unpickler.foreign)).metadata(whole)
     except (UntrustedGlobal, MemoryError):
         raise

@@ -115,33 +115,55 @@ def _key_to_json(key: Any) -> JSON:
     )
 
 
+MAX_TREE_DEPTH = 300
+"""Of containers in each other: what every walk over a tree manages within CPython's recursion limit."""
+
+
 def tree_from_json(node: JSON) -> Tree:
-    """The inverse of ``tree_to_json``, but for keys that were pickled. Raises ValueError for what is no
-    tree."""
+    """The inverse of ``tree_to_json``, but for keys that were pickled.
+
+    Raises: ValueError for what is no tree of containers within MAX_TREE_DEPTH.
+    """
+    if node is None:
+        raise ValueError("there is nothing in it")
+    return _tree_from_json(node, MAX_TREE_DEPTH)
+
+
+def _tree_from_json(node: JSON, depth_left: int) -> Tree:
     if node is None:
         return None
+    if depth_left == 0:
+        raise ValueError(f"it nests containers more than {MAX_TREE_DEPTH} deep")
     if not isinstance(node, list) or len(node) != 2:
-        raise ValueError(f"{str(node)[:50]!r} is no node of a tree")
+        raise ValueError(f"a {type(node).__name__} is no node of a tree")
     kind, entries = node
     if kind == "list" and isinstance(entries, list):
-        return list_node([tree_from_json(child) for child in entries])
-    if isinstance(kind, str) and isinstance(entries, dict):
-        return mapping_node(kind, ((key, tree_from_json(child)) for key, child in entries.items()))
-    if not isinstance(kind, str) or not isinstance(entries, list):
-        raise ValueError(f"{str(kind)[:50]!r} is no kind of container")
-    children = []
+        return list_node([_tree_from_json(child, depth_left - 1) for child in entries])
+    if not isinstance(kind, str) or kind == "list":
+        raise ValueError(f"a {type(kind).__name__} is no kind of container")
+    if isinstance(entries, dict):
+        children = [[key, _tree_from_json(child, depth_left - 1)] for key, child in entries.items()]
+        return [kind, children]
+    if not isinstance(entries, list):
+        raise ValueError(f"a {type(entries).__name__} is no content of a mapping")
+    found: dict[Any, tuple[Any, Tree]] = {}
     for entry in entries:
         if not isinstance(entry, list) or len(entry) != 2:
-            raise ValueError(f"{str(entry)[:50]!r} is no entry of a mapping")
-        children.append((_key_from_json(entry[0]), tree_from_json(entry[1])))
-    return mapping_node(kind, children)
+            raise ValueError(f"a {type(entry).__name__} is no entry of a mapping")
+        identity = _identity(key := _key_from_json(entry[0]))
+        if identity in found:
+            raise ValueError("a mapping in it has a key twice")
+        found[identity] = key, _tree_from_json(entry[1], depth_left - 1)
+    return mapping_node(kind, found.values())
 
 
 def _key_from_json(key: JSON) -> Any:
-    if isinstance(key, dict) and isinstance(key.get("pickle"), str):
-        return PickledKey(str(key.get("text")), base64.b64decode(str(key["pickle"])))
-    if not isinstance(key, _PLAIN_KEYS):
-        raise ValueError(f"{str(key)[:50]!r} is no key")
+    if isinstance(key, dict):
+        text, pickled = key.get("text"), key.get("pickle")
+        if isinstance(text, str) and isinstance(pickled, str):
+            return PickledKey(text, base64.b64decode(pickled, validate=True))
+    if not isinstance(key, _PLAIN_KEYS) or key != key:
+        raise ValueError(f"a {type(key).__name__} is no key")
     return key
 
 

@@ -35,7 +35,7 @@ from dcp_async.formats.stock_pickle import decode_metadata
 from dcp_async.formats.structure import children_of, kind_of, structure_from_paths
 from dcp_async.formats.zip_item import check_records
 from dcp_async.item import StoredItem, inflated_bound
-from dcp_async.opcodes import end_of_pickle
+from dcp_async.pickle_grammar import check_pickle
 from dcp_async.trust import Trust, UntrustedGlobal, load_pickle
 from dcp_async.unfolding import take_apart
 
@@ -313,7 +313,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_pickles_that_ask_for_much_memory_are_damaged(name: str) -> None:
-    for decode in (decode_metadata, functools.partial(load_pickle, trust=Trust()), end_of_pickle):
+    for decode in (decode_metadata, functools.partial(load_pickle, trust=Trust()), check_pickle):
         with pytest.raises(ValueError, match="pickle"):
             decode(BOMBS[name])
 
@@ -322,9 +322,9 @@ def test_pickles_that_ask_for_much_memory_are_damaged(name: str) -> None:
 def test_honest_pickles_end_where_they_end(protocol: int) -> None:
     value: Any = [{str(i): (i, -i, i * 1e9, b"x" * i, {i}, None, True)} for i in range(400)]
     raw = pickle.dumps([value, 1 << 3000, "x" * 70000, Functor()], protocol)
-    assert end_of_pickle(b"before" + raw + b"after", 6) == 6 + len(raw)
+    assert check_pickle(b"before" + raw + b"after", 6).end == 6 + len(raw)
     with pytest.raises(ValueError, match="cut off"):
-        end_of_pickle(raw[:-1])
+        check_pickle(raw[:-1])
 
 
 def test_ranks_that_nobody_has_are_not_all_told() -> None:

@@ -66,17 +66,16 @@ def _legacy(value: Any) -> io.BytesIO:
     return stream
 
 
-def test_legacy_streams_are_read_by_torchs_own_list() -> None:
+def test_legacy_streams_are_read() -> None:
     assert torch.equal(load_item(_legacy({"a": torch.ones(2)}), Trust())["a"], torch.ones(2))
 
 
-@pytest.mark.parametrize(
-    "trust", [Trust(), Trust(safe_globals=(fractions.Fraction,))], ids=["default", "wide"]
-)
-def test_legacy_streams_that_name_more_are_refused(trust: Trust) -> None:
-    with pytest.raises(UntrustedGlobal, match="Fraction in torch's legacy format") as caught:
-        load_item(_legacy([fractions.Fraction(1, 3)]), trust)
-    assert not caught.value.allowable
+def test_legacy_streams_follow_the_same_trust() -> None:
+    assert load_item(_legacy([fractions.Fraction(1, 3)]), Trust()) == [fractions.Fraction(1, 3)]
+    with pytest.raises(UntrustedGlobal, match="Own") as caught:
+        load_item(_legacy([Own()]), Trust())
+    assert caught.value.allowable
+    assert load_item(_legacy([Own()]), Trust(safe_globals=(Own,)))[0].value == [1]
 
 
 def test_legacy_tar_files_are_no_items() -> None:

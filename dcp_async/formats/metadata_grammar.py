@@ -1,0 +1,326 @@
+"""Whether `.metadata` may be given to an unpickler: the pass of pickle_grammar.py, at the speed of C for what
+stock and this package write.
+
+Enters: bytes of unknown origin. Leaves: nothing, or ValueError. An entry of one of three dicts (what a name
+is, the path of a name, where an item lies) and a chunk are recognised by a regular expression as a whole.
+Invariant: what an expression matches is a subset of what the opcodes that it passes over may do: it pushes
+objects that are hashed by identity or are text, calls only what is stored as a global with a flat tuple of
+numbers, hashes only what is stored as text, and stores nothing but those, their flat parts, and tuples of
+text. So its effect does not depend on anything but what is read here, and no number of such entries makes
+anything deep or shared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+
+from ..pickle_grammar import run
+from ..pickle_walk import Made, Walk, get_operands
+
+_STARTS = frozenset(b"X\x8chj")
+_MAX_OF_ONE_NAME = 1000
+_MAX_CONSTANTS = 100
+_RENEWALS = frozenset(4**power for power in range(1, 12))
+"""After so many places where no expression fitted there are others, since making them takes milliseconds."""
+_MAX_HASHED = 16
+
+
+def check_metadata_pickle(raw: bytes) -> None:
+    """Raises ValueError if an unpickler must not have it."""
+    run(Walk(raw, 0, seeded_keys=False), _Entries())
+
+
+def check_places(places: object) -> None:
+    """Raises ValueError if so many places of one name hash alike that a dict of them takes quadratic time.
+
+    Hashes of texts are seeded, so those of two names can't be made to meet.
+    """
+    names = [
+        name
+        for index in (places if isinstance(places, dict) else ())
+        if type(name := getattr(index, "fqn", None)) is str
+    ]
+    crowded = {name for name, count in Counter(names).most_common(1) if count > _MAX_OF_ONE_NAME}
+    if not crowded:
+        return
+    found: Counter[tuple[str, int]] = Counter()
+    for index in cast("dict[Any, Any]", places):
+        if type(offset := getattr(index, "offset", None)) is torch.Size and type(index.fqn) is str:
+            found[index.fqn, hash(offset)] += 1
+    if max(found.values(), default=0) > _MAX_OF_ONE_NAME:
+        raise ValueError("it has too many places that only a comparison could tell apart")
+
+
+def _text(memoizes: bool, below: int) -> bytes:
+    """A text of less than ``below`` bytes, as a pickle of that kind writes it."""
+    zeros = b"" if memoizes else b"\0\0\0"
+    lengths = b"|".join(re.escape(bytes([n])) + zeros + b".{%d}" % n for n in range(below))
+    return (b"\x8c(?:" if memoizes else b"X(?:") + lengths + b")"
+
+
+_INT = b"(?:K.|M..|J....|\\x8a(?:" + b"|".join(re.escape(bytes([n])) + b".{%d}" % n for n in range(9)) + b"))"
+_GET = b"(?:h.|j....)"
+_FETCH = {ord("r"): b"j", ord("q"): b"h"}
+"""What fetches what an opcode stores."""
+
+
+def _tuple_of(part: bytes) -> bytes:
+    """With as many parts as its opcode takes."""
+    few = part + b"(?:\\x85|" + part + b"(?:\\x86|" + part + b"\\x87))"
+    return b"(?:" + few + b"|\\(" + part + b"{0,64}t)"
+
+
+_NUMBERS = _tuple_of(_INT)
+
+
+def _any_of(numbers: Sequence[int]) -> bytes:
+    """Opcodes that fetch one of ``numbers``."""
+    low = b"".join(re.escape(bytes([number])) for number in numbers if number < 256)
+    high = [get_operands(number)[0][1:] for number in numbers if number >= 256]
+    found = [b"h[" + low + b"]"] if low else []
+    found += [b"j" + re.escape(operand) for operand in high]
+    return b"(?:" + b"|".join(found) + b")" if found else b"(?!)"
+
+
+def _between(low: int, high: int) -> bytes:
+    return b"[" + re.escape(bytes([low])) + b"-" + re.escape(bytes([high])) + b"]" if low <= high else b"(?!)"
+
+
+def _put_from(least: int) -> bytes:
+    """Storing what is on top at ``least`` or above."""
+    *low, top = least.to_bytes(4, "little")
+    above = b"." * 3 + _between(top + 1, 255)
+    fixed = re.escape(bytes([top]))
+    for count, digit in zip((2, 1, 0), reversed(low), strict=True):
+        above += b"|" + b"." * count + _between(digit + (count > 0), 255) + fixed
+        fixed = re.escape(bytes([digit])) + fixed
+    short = b"|q" + _between(least, 255) if least < 256 else b""
+    return b"(?:r(?:" + above + b")" + short + b")"
+
+
+@lru_cache(maxsize=8)
+class _Family:
+    """The expressions for pickles that number their memory in one way, with these constants in it."""
+
+    def __init__(
+        self,
+        memoizes: bool,
+        least: int,
+        keys: tuple[int, ...],
+        types: tuple[int, ...],
+        consts: tuple[int, ...],
+    ) -> None:
+        """
+        Args:
+            memoizes: by MEMOIZE, so that one must count; else by PUT, at ``least`` and above, where nothing
+                is yet.
+            keys, types, consts: where texts lie, globals, and what is hashed as fast as a number.
+        """
+        # what is stored under a number is not lost from sight: picklers store nothing twice
+        put = b"\x94" if memoizes else _put_from(least) + b"?+"
+        stored = b"\x94()" if memoizes else b"(" + _put_from(least) + b")?+"
+        key, cls = _any_of(keys), _any_of(types)
+        const = _any_of((*types, *consts))
+        new = cls + b"\\)\x81" + put
+        fields = b"\\}" + put + b"\\("
+        numbers = b"(?:\\)\x85()|" + _NUMBERS + put + b"\x85())" + put + b"R" + put
+        size = b"(?:" + cls + numbers + b"|" + _GET + b")"
+        flag = b"[\x88\x89]"
+        more = b"(?:N|" + _NUMBERS + put + b"()|" + _GET + b")?"
+        state = b"\\(" + const + const + flag + const + flag + more + b"t"
+        properties = b"(?:" + new + state + put + b"b()|" + _GET + b")"
+        chunk = new + fields + key + size + key + size + b"ub()"
+        listed = b"\\]" + put + b"(?:" + chunk + b"a|\\(" + _GET + b"*+e|" + _GET + b"a)"
+        tensor = new + fields + key + properties + key + size + key + listed + b"ub()"
+        number = b"(?:N|" + _INT + b")"
+        place = b"(?:N|" + size + b")"
+        index = new + fields + key + _GET + key
+        index += b"(?:" + number + key + place + b"|" + place + key + number + b")ub"
+        info = new + fields + key + _GET + key + _INT + key + _INT + b"ub"
+        self.memoizes = memoizes
+        part = b"(?:(" + _GET + b")|" + _text(memoizes, 64) + stored + b"|" + _INT + b")"
+        parts = b"(?:" + part + b"(?:\x85|" + part + b"(?:\x86|" + part + b"\x87))|\\(" + part * 4 + b"t)"
+        self.path = re.compile(b"(?s:(" + _GET + b")" + parts + put + b")")
+        self.names = re.compile(
+            b"(?s:"
+            + _text(memoizes, 256)
+            + stored
+            + b"(?:"
+            + tensor
+            + b"|(?:"
+            + new
+            + b"()|"
+            + const
+            + b")(?=[Xu\\x8c])))"
+        )
+        self.chunk = re.compile(b"(?s:" + chunk + b")")
+        self.place = re.compile(b"(?s:" + index + info + b")")
+        # the same where all is fetched, as in most: one part, or any number where the tuple is not stored
+        flat = b"(?:" + _GET + b"|" + _INT + b")"
+        tuples = _tuple_of(flat)
+        self.loose_path = re.compile(b"(?s:(j....)" + tuples + b"(?![\x94qrp]))")
+        self.loose_paths = re.compile(b"(?s:(?:j...." + tuples + b"(?![\x94qrp]))++)")
+        self.short_path = re.compile(b"(?s:(j....)(j....)\x85" + put + b")")
+        self.places = re.compile(b"(?s:(?:" + index + info + b")++)")
+
+
+# Groups that tell what was stored, for the three expressions of a family: how much each counts for.
+_SIZE = (2, 3)
+_OF_NAME = (1, 1, 2, *_SIZE, *_SIZE, *_SIZE, 2, 3, 1)
+_OF_CHUNK = (*_SIZE, *_SIZE, 0)
+_OF_PLACE = (*_SIZE, *_SIZE)
+
+
+class _Entries:
+    """Passes over entries that a family knows."""
+
+    def __init__(self) -> None:
+        self._family: _Family | None = None
+        self._num_misses = 0
+
+    def __call__(self, walk: Walk) -> None:
+        raw, marks, stack = walk.raw, walk.marks, walk.stack
+        if not marks or not marks[-1] or walk.at >= len(raw) or raw[walk.at] not in _STARTS:
+            return
+        filled = stack[marks[-1] - 1]
+        if type(filled) is not Made or not filled.own:
+            return
+        if filled.kind == "dict":
+            if not (len(stack) - marks[-1]) % 2 and not self._pass_entries(walk) and self._renew(walk):
+                self._pass_entries(walk)
+        elif filled.kind == "list" and self._family is not None and raw[walk.at] in b"hj":
+            self._pass_chunks(walk, self._family)
+
+    def _renew(self, walk: Walk) -> bool:
+        """Whether there is another family, since more constants are known."""
+        self._num_misses += 1
+        if self._num_misses not in _RENEWALS:
+            return False
+        memoizes = walk.raw[:1] == b"\x80" and walk.raw[1:2] >= b"\x04"  # there is no other way from then on
+        if not walk.memory or (memoizes and not walk.is_dense):
+            return False
+        keys: list[int] = []
+        types: list[int] = []
+        consts: list[int] = []
+        for number, made in walk.memory.items():
+            if type(made) is bytes:
+                keys.append(number)
+            elif made.kind == "global":
+                types.append(number)
+            elif made.kind == "object" and not made.own and made.hashed <= _MAX_HASHED:
+                consts.append(number)
+        most = _MAX_CONSTANTS
+        least = 0 if memoizes else max(walk.memory) + 1
+        self._family = _Family(memoizes, least, tuple(keys[:most]), tuple(types[:most]), tuple(consts[:most]))
+        return True
+
+    def _pass_entries(self, walk: Walk) -> bool:
+        """Whether there were some, each a key and a value."""
+        family, start = self._family, walk.at
+        while family is not None:
+            at = walk.at
+            if family.path.match(walk.raw, at) is not None:
+                self._pass_paths(walk, family)
+            elif family.place.match(walk.raw, at) is not None:
+                self._pass_places(walk, family)
+            elif family.names.match(walk.raw, at) is not None:
+                self._pass_names(walk, family)
+            if walk.at == at:
+                break
+        return walk.at > start
+
+    def _pass_names(self, walk: Walk, family: _Family) -> None:
+        texts, at, number = walk.texts, walk.at, walk.num_stored
+        if family.memoizes:
+            at, number, _ = _count(family.names, walk, _OF_NAME, 0, texts)
+        else:
+            scanner = family.names.scanner(walk.raw, at)  # type: ignore[attr-defined]  # typeshed lacks it
+            puts = [(match := each)[1] for each in iter(scanner.match, None)]
+            at = match.end()
+            texts.update(_FETCH[put[0]] + put[1:] for put in puts if put is not None)
+        self._passed(walk, at, number, [b"", _VALUE])
+
+    def _pass_paths(self, walk: Walk, family: _Family) -> None:
+        texts, at, number = walk.texts, walk.at, walk.num_stored
+        if (run := family.loose_paths.match(walk.raw, at)) is not None:
+            if texts.issuperset(family.loose_path.findall(walk.raw, at, run.end())):
+                self._passed(walk, run.end(), number, [b"", _VALUE])
+            return
+        scanner = family.short_path.scanner(walk.raw, at)  # type: ignore[attr-defined]  # typeshed lacks it
+        for match in iter(scanner.match, None):
+            key, part = match.groups()
+            if key not in texts or part not in texts:
+                break
+            at = match.end()
+            number += 1
+        scanner = family.path.scanner(walk.raw, at)  # type: ignore[attr-defined]  # typeshed lacks it
+        for match in iter(scanner.match, None):
+            key, *parts = match.groups()
+            if not all(self._is_text(walk, get) for get in (key, *parts[::2]) if get is not None):
+                break
+            for text in parts[1::2]:
+                if text is not None:
+                    texts.add(_FETCH[text[0]] + text[1:] if text else b"j" + number.to_bytes(4, "little"))
+                    number += 1
+            number += 1
+            at = match.end()
+        if at > walk.at:
+            self._passed(walk, at, number if family.memoizes else walk.num_stored, [b"", _VALUE])
+
+    @staticmethod
+    def _is_text(walk: Walk, get: bytes) -> bool:
+        return get in walk.texts or type(walk.memory.get(int.from_bytes(get[1:], "little"))) is bytes
+
+    def _pass_places(self, walk: Walk, family: _Family) -> None:
+        if family.memoizes:
+            at, number, _ = _count(family.place, walk, _OF_PLACE, 4)
+        else:
+            match = family.places.match(walk.raw, walk.at)
+            assert match is not None
+            at, number = match.end(), walk.num_stored
+        self._passed(walk, at, number, [_PLACE, _VALUE])
+
+    def _pass_chunks(self, walk: Walk, family: _Family) -> None:
+        if family.chunk.match(walk.raw, walk.at) is not None:
+            at, number, count = _count(family.chunk, walk, _OF_CHUNK, 2)
+            self._passed(walk, at, number if family.memoizes else walk.num_stored, [_VALUE] * count)
+
+    @staticmethod
+    def _passed(walk: Walk, at: int, number: int, pushed: list[Any]) -> None:
+        walk.at, walk.num_stored, walk.has_passed = at, number, True
+        walk.stack.extend(pushed)
+
+
+_VALUE = Made("object", weight=16, depth=8)
+_PLACE = Made("object", name=("torch.distributed.checkpoint.metadata", "MetadataIndex"), weight=16, depth=8)
+
+
+def _count(
+    expression: re.Pattern[bytes],
+    walk: Walk,
+    costs: Sequence[int],
+    fixed: int,
+    texts: set[bytes] | None = None,
+) -> tuple[int, int, int]:
+    """Over entries from where ``walk`` is: (where they end, the number that MEMOIZE gives next, how many)."""
+    at, number, count = walk.at, walk.num_stored, 0
+    known: dict[tuple[Any, ...], int] = {}
+    scanner = expression.scanner(walk.raw, at)  # type: ignore[attr-defined]  # typeshed lacks it
+    for match in iter(scanner.match, None):
+        if texts is not None:
+            texts.add(b"j" + number.to_bytes(4, "little"))
+        groups = match.groups()
+        cost = known.get(groups)
+        if cost is None:
+            met = (each for group, each in zip(groups, costs, strict=True) if group is not None)
+            cost = known[groups] = fixed + sum(met)
+        number += cost
+        at = match.end()
+        count += 1
+    return at, number, count
