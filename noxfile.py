@@ -238,6 +238,14 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)
+def fuzz(session: nox.Session) -> None:
+    """Read 10,000 damaged and 2,000 made-up files in processes that may die; --fuzz-seed N takes others."""
+    limits = ("--timeout=3600", "-o", "faulthandler_timeout=3700")
+    arguments = ("tests/fuzz", "--mutated=10000", "--generated=2000", *limits, *session.posargs)
+    session.run(DEV_PYTHON, "-m", "pytest", *arguments, external=True)
+
+
+@nox.session(venv_backend="none", requires=["dev"], default=False)
 def ranks(session: nox.Session) -> None:
     """Run all tests over several processes: faults of every kind on every rank, a story of a lost rank."""
     session.run(DEV_PYTHON, "-m", "pytest", "tests/distributed", *session.posargs, external=True)

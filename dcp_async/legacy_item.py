@@ -131,7 +131,7 @@ def storage_type(name: str) -> Any:
 
 
 def _filled(raw: bytes, at: int, keys: object, wanted: dict[str, _StorageId]) -> dict[str, Any]:
-    if type(keys) is not list or not all(type(key) is str for key in keys) or set(keys) != wanted.keys():
+    if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(wanted):
         raise ValueError("it does not hold the storages that it refers to")
     made: dict[str, Any] = {}
     for key in keys:

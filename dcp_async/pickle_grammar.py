@@ -42,14 +42,17 @@ def _proto(walk: Walk) -> None:
 
 @_on(b"\x95")
 def _frame(walk: Walk) -> None:
-    if walk.number(8) > len(walk.raw) - walk.at:
-        raise ValueError("the pickle was cut off")
+    nbytes = walk.number(8)
+    if walk.limit < len(walk.raw) or nbytes > len(walk.raw) - walk.at:
+        raise ValueError("the pickle has a frame that ends where it may not")
+    if nbytes:
+        walk.limit = walk.at + nbytes
 
 
 @_on(b"KMJGN\x88\x89")
 def _scalars(walk: Walk) -> None:
     start = walk.at - 1
-    run = _RUN.match(walk.raw, start)
+    run = _RUN.match(walk.raw, start, walk.limit)
     if run is None:
         raise ValueError("the pickle was cut off")
     walk.at = end = run.end()
@@ -351,6 +354,12 @@ def _get_line(walk: Walk) -> None:
 _STOP = ord(".")
 
 
+def _leave_frame(walk: Walk) -> None:
+    if walk.at > walk.limit:
+        raise ValueError("the pickle was cut off, or has an opcode across the end of a frame")
+    walk.limit = len(walk.raw)
+
+
 def run(walk: Walk, entries: Entries | None = None) -> Outline:
     """Walk to STOP. Raises ValueError."""
     try:
@@ -360,8 +369,12 @@ def run(walk: Walk, entries: Entries | None = None) -> Outline:
             if action is None:
                 raise ValueError(f"the pickle has an opcode {opcode:#04x} that makes no sense there")
             action(walk)
+            if walk.at >= walk.limit:
+                _leave_frame(walk)
             if entries is not None and opcode in _BEFORE_ENTRIES:
                 entries(walk)
+                if walk.at == walk.limit:
+                    _leave_frame(walk)
     except IndexError:
         raise ValueError("the pickle was cut off, or takes what it never put there") from None
     if len(walk.stack) != 1 or walk.marks:

@@ -71,6 +71,9 @@ class Walk:
         """
         self.raw = bytes(raw) if isinstance(raw, bytearray) else raw
         self.at = at
+        self.limit = len(raw)
+        """Where the frame ends in which the walk is: C's unpickler goes astray where an opcode reaches past
+        it."""
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memory: dict[int, Any] = {}

@@ -26,9 +26,13 @@ from ..pickle_walk import Made, Walk, get_operands
 _STARTS = frozenset(b"X\x8chj")
 _MAX_OF_ONE_NAME = 1000
 _MAX_CONSTANTS = 100
-_RENEWALS = frozenset(4**power for power in range(1, 12))
-"""After so many places where no expression fitted there are others, since making them takes milliseconds."""
 _MAX_HASHED = 16
+_MAX_FAMILIES = 32
+"""So often the expressions are made anew, since more constants are known:"""
+_PATIENCE = 16
+"""after so many misses, if there were new globals;"""
+_RENEWALS = frozenset(4**power for power in range(1, 12))
+"""and at any of these."""
 
 
 def check_metadata_pickle(raw: bytes) -> None:
@@ -92,16 +96,17 @@ def _between(low: int, high: int) -> bytes:
     return b"[" + re.escape(bytes([low])) + b"-" + re.escape(bytes([high])) + b"]" if low <= high else b"(?!)"
 
 
-def _put_from(least: int) -> bytes:
-    """Storing what is on top at ``least`` or above."""
+def _put_from(least: int, bits: int) -> bytes:
+    """Storing what is on top at ``least`` or above, at a number of so many ``bits``: memory is an array."""
     *low, top = least.to_bytes(4, "little")
     above = b"." * 3 + _between(top + 1, 255)
     fixed = re.escape(bytes([top]))
     for count, digit in zip((2, 1, 0), reversed(low), strict=True):
         above += b"|" + b"." * count + _between(digit + (count > 0), 255) + fixed
         fixed = re.escape(bytes([digit])) + fixed
+    below = b"".join(_between(0, min(max((1 << bits) - 1 >> shift, 0), 255)) for shift in (0, 8, 16, 24))
     short = b"|q" + _between(least, 255) if least < 256 else b""
-    return b"(?:r(?:" + above + b")" + short + b")"
+    return b"(?:r(?=" + below + b")(?:" + above + b")" + short + b")"
 
 
 @lru_cache(maxsize=8)
@@ -112,6 +117,7 @@ class _Family:
         self,
         memoizes: bool,
         least: int,
+        bits: int,
         keys: tuple[int, ...],
         types: tuple[int, ...],
         consts: tuple[int, ...],
@@ -119,12 +125,12 @@ class _Family:
         """
         Args:
             memoizes: by MEMOIZE, so that one must count; else by PUT, at ``least`` and above, where nothing
-                is yet.
+                is yet, and with ``bits``.
             keys, types, consts: where texts lie, globals, and what is hashed as fast as a number.
         """
         # what is stored under a number is not lost from sight: picklers store nothing twice
-        put = b"\x94" if memoizes else _put_from(least) + b"?+"
-        stored = b"\x94()" if memoizes else b"(" + _put_from(least) + b")?+"
+        put = b"\x94" if memoizes else _put_from(least, bits) + b"?+"
+        stored = b"\x94()" if memoizes else b"(" + _put_from(least, bits) + b")?+"
         key, cls = _any_of(keys), _any_of(types)
         const = _any_of((*types, *consts))
         new = cls + b"\\)\x81" + put
@@ -164,8 +170,8 @@ class _Family:
         # the same where all is fetched, as in most: one part, or any number where the tuple is not stored
         flat = b"(?:" + _GET + b"|" + _INT + b")"
         tuples = _tuple_of(flat)
-        self.loose_path = re.compile(b"(?s:(j....)" + tuples + b"(?![\x94qrp]))")
-        self.loose_paths = re.compile(b"(?s:(?:j...." + tuples + b"(?![\x94qrp]))++)")
+        self.loose_path = re.compile(b"(?s:(j....)" + tuples + b"(?=[^\x94qrp]))")
+        self.loose_paths = re.compile(b"(?s:(?:j...." + tuples + b"(?=[^\x94qrp]))++)")
         self.short_path = re.compile(b"(?s:(j....)(j....)\x85" + put + b")")
         self.places = re.compile(b"(?s:(?:" + index + info + b")++)")
 
@@ -183,10 +189,16 @@ class _Entries:
     def __init__(self) -> None:
         self._family: _Family | None = None
         self._num_misses = 0
+        """Places where no expression fitted."""
+        self._made_at = 0
+        """How many there had been when the family was made, which takes milliseconds."""
+        self._num_names = 0
+        """How many globals the walk had met by then; a new one may be a constant of all that follow."""
+        self._left = _MAX_FAMILIES
 
     def __call__(self, walk: Walk) -> None:
         raw, marks, stack = walk.raw, walk.marks, walk.stack
-        if not marks or not marks[-1] or walk.at >= len(raw) or raw[walk.at] not in _STARTS:
+        if not marks or not marks[-1] or walk.at >= walk.limit or raw[walk.at] not in _STARTS:
             return
         filled = stack[marks[-1] - 1]
         if type(filled) is not Made or not filled.own:
@@ -200,8 +212,12 @@ class _Entries:
     def _renew(self, walk: Walk) -> bool:
         """Whether there is another family, since more constants are known."""
         self._num_misses += 1
-        if self._num_misses not in _RENEWALS:
+        num_names = len(walk.outline.names)
+        fresh = num_names != self._num_names and self._num_misses - self._made_at >= _PATIENCE
+        if not self._left or not (fresh or self._num_misses in _RENEWALS):
             return False
+        self._left -= 1
+        self._num_names, self._made_at = num_names, self._num_misses
         memoizes = walk.raw[:1] == b"\x80" and walk.raw[1:2] >= b"\x04"  # there is no other way from then on
         if not walk.memory or (memoizes and not walk.is_dense):
             return False
@@ -217,7 +233,10 @@ class _Entries:
                 consts.append(number)
         most = _MAX_CONSTANTS
         least = 0 if memoizes else max(walk.memory) + 1
-        self._family = _Family(memoizes, least, tuple(keys[:most]), tuple(types[:most]), tuple(consts[:most]))
+        bits = 0 if memoizes else (len(walk.raw) // 2).bit_length()
+        self._family = _Family(
+            memoizes, least, bits, tuple(keys[:most]), tuple(types[:most]), tuple(consts[:most])
+        )
         return True
 
     def _pass_entries(self, walk: Walk) -> bool:
@@ -225,11 +244,11 @@ class _Entries:
         family, start = self._family, walk.at
         while family is not None:
             at = walk.at
-            if family.path.match(walk.raw, at) is not None:
+            if family.path.match(walk.raw, at, walk.limit) is not None:
                 self._pass_paths(walk, family)
-            elif family.place.match(walk.raw, at) is not None:
+            elif family.place.match(walk.raw, at, walk.limit) is not None:
                 self._pass_places(walk, family)
-            elif family.names.match(walk.raw, at) is not None:
+            elif family.names.match(walk.raw, at, walk.limit) is not None:
                 self._pass_names(walk, family)
             if walk.at == at:
                 break
@@ -240,7 +259,7 @@ class _Entries:
         if family.memoizes:
             at, number, _ = _count(family.names, walk, _OF_NAME, 0, texts)
         else:
-            scanner = family.names.scanner(walk.raw, at)  # type: ignore[attr-defined]  # typeshed lacks it
+            scanner = family.names.scanner(walk.raw, at, walk.limit)  # type: ignore[attr-defined]  # not in typeshed
             puts = [(match := each)[1] for each in iter(scanner.match, None)]
             at = match.end()
             texts.update(_FETCH[put[0]] + put[1:] for put in puts if put is not None)
@@ -248,18 +267,18 @@ class _Entries:
 
     def _pass_paths(self, walk: Walk, family: _Family) -> None:
         texts, at, number = walk.texts, walk.at, walk.num_stored
-        if (run := family.loose_paths.match(walk.raw, at)) is not None:
+        if (run := family.loose_paths.match(walk.raw, at, walk.limit)) is not None:
             if texts.issuperset(family.loose_path.findall(walk.raw, at, run.end())):
                 self._passed(walk, run.end(), number, [b"", _VALUE])
             return
-        scanner = family.short_path.scanner(walk.raw, at)  # type: ignore[attr-defined]  # typeshed lacks it
+        scanner = family.short_path.scanner(walk.raw, at, walk.limit)  # type: ignore[attr-defined]  # not in typeshed
         for match in iter(scanner.match, None):
             key, part = match.groups()
             if key not in texts or part not in texts:
                 break
             at = match.end()
             number += 1
-        scanner = family.path.scanner(walk.raw, at)  # type: ignore[attr-defined]  # typeshed lacks it
+        scanner = family.path.scanner(walk.raw, at, walk.limit)  # type: ignore[attr-defined]  # not in typeshed
         for match in iter(scanner.match, None):
             key, *parts = match.groups()
             if not all(self._is_text(walk, get) for get in (key, *parts[::2]) if get is not None):
@@ -281,13 +300,13 @@ class _Entries:
         if family.memoizes:
             at, number, _ = _count(family.place, walk, _OF_PLACE, 4)
         else:
-            match = family.places.match(walk.raw, walk.at)
+            match = family.places.match(walk.raw, walk.at, walk.limit)
             assert match is not None
             at, number = match.end(), walk.num_stored
         self._passed(walk, at, number, [_PLACE, _VALUE])
 
     def _pass_chunks(self, walk: Walk, family: _Family) -> None:
-        if family.chunk.match(walk.raw, walk.at) is not None:
+        if family.chunk.match(walk.raw, walk.at, walk.limit) is not None:
             at, number, count = _count(family.chunk, walk, _OF_CHUNK, 2)
             self._passed(walk, at, number if family.memoizes else walk.num_stored, [_VALUE] * count)
 
@@ -311,7 +330,7 @@ def _count(
     """Over entries from where ``walk`` is: (where they end, the number that MEMOIZE gives next, how many)."""
     at, number, count = walk.at, walk.num_stored, 0
     known: dict[tuple[Any, ...], int] = {}
-    scanner = expression.scanner(walk.raw, at)  # type: ignore[attr-defined]  # typeshed lacks it
+    scanner = expression.scanner(walk.raw, at, walk.limit)  # type: ignore[attr-defined]  # not in typeshed
     for match in iter(scanner.match, None):
         if texts is not None:
             texts.add(b"j" + number.to_bytes(4, "little"))
