@@ -36,6 +36,7 @@ from .formats.stock_metadata import usable_paths
 from .formats.structure import Tree, build, children_of, leaf_names, pickled_keys, pruned
 from .garbage import collection_paused
 from .item import UnsupportedError
+from .key_hashes import MAX_ALIKE
 from .matching import (
     Dtypes,
     Match,
@@ -112,6 +113,8 @@ class LoadPipeline:
             trust=services.trust,
         )
         self._touched = touched
+        self._keys: dict[int, set[bytes]] = {}
+        """Hash of a mapping's key -> the pickles of such keys."""
 
     async def read(
         self,
@@ -186,16 +189,19 @@ class LoadPipeline:
 
     def unpickle(self, raw: bytes) -> Any:
         """A key of a mapping. Raises UntrustedCheckpointError, CorruptCheckpointError."""
+        name = self._contents.info.checkpoint_id
         try:
             key = load_pickle(raw, self._services.trust)
-            hash(key)
+            alike = self._keys.setdefault(hash(key), set())
+            alike.add(raw)
+            if len(alike) > MAX_ALIKE:
+                raise ValueError("too many hash alike")
             return key
-        except TypeError as error:
+        except UntrustedGlobal as error:
+            raise self._explain(error, name) from error
+        except Exception as error:  # whatever a key of the user's own raises when it is hashed
             damaged = DamagedError(f"a mapping's key can't be one: {error}", [])
-            raise self._explain(damaged, self._contents.info.checkpoint_id) from error
-        except (UntrustedGlobal, ValueError) as error:
-            explained = self._explain(error, self._contents.info.checkpoint_id)
-            raise explained from error
+            raise self._explain(damaged, name) from error
 
     def _explain(self, error: BaseException, name: str) -> BaseException:
         state = "targets are partly overwritten" if self._touched else "nothing was loaded"

@@ -43,8 +43,10 @@ def _proto(walk: Walk) -> None:
 @_on(b"\x95")
 def _frame(walk: Walk) -> None:
     nbytes = walk.number(8)
-    if walk.limit < len(walk.raw) or nbytes > len(walk.raw) - walk.at:
-        raise ValueError("the pickle has a frame that ends where it may not")
+    if nbytes > len(walk.raw) - walk.at:
+        raise ValueError("the pickle was cut off")
+    if walk.limit < len(walk.raw):
+        raise ValueError("the pickle has a frame within a frame")
     if nbytes:
         walk.limit = walk.at + nbytes
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from .catalog import Contents
+from .contents import Contents
 from .errors import CorruptCheckpointError
 from .offer import is_dense
 

@@ -64,7 +64,10 @@ def take_apart(
     names = [""]
     paths = [path[:-1]]
     while above:
-        entry = next(above[-1], None)
+        try:
+            entry = next(above[-1], None)
+        except RecursionError:
+            raise ValueError(f"{name} has a key that is nested too deep") from None
         if entry is None:
             above.pop()
             names.pop()

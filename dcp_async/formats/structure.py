@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
+from ..key_hashes import check_hashes
+
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Tree: TypeAlias = "list[Any] | None"
 
@@ -150,6 +152,8 @@ def _tree_from_json(node: JSON, depth_left: int) -> Tree:
     for entry in entries:
         if not isinstance(entry, list) or len(entry) != 2:
             raise ValueError(f"a {type(entry).__name__} is no entry of a mapping")
+    check_hashes(entry[0] for entry in entries if not isinstance(entry[0], (dict, list)))
+    for entry in entries:
         identity = _identity(key := _key_from_json(entry[0]))
         if identity in found:
             raise ValueError("a mapping in it has a key twice")

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp_async.boxes import Box, first_fault
-from dcp_async.global_plan import ConflictError, _check_covered
 from dcp_async.reading import CoverageError, check_coverage
 
 
@@ -88,9 +87,3 @@ def test_the_first_fault_is_the_one_that_a_grid_shows(shape: list[int], data: st
     else:
         at = tuple(wrong[0].tolist())
         assert fault == (at, int(counts[at]))
-
-
-def test_planning_finds_what_a_sum_hides() -> None:
-    _check_covered("w", (4,), {((0,), (2,)): [], ((2,), (2,)): []})
-    with pytest.raises(ConflictError, match=r"[02] times"):
-        _check_covered("w", (4,), {((0,), (2,)): [], ((1,), (2,)): []})
