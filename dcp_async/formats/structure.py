@@ -148,16 +148,18 @@ def _tree_from_json(node: JSON, depth_left: int) -> Tree:
         return [kind, children]
     if not isinstance(entries, list):
         raise ValueError(f"a {type(entries).__name__} is no content of a mapping")
-    found: dict[Any, tuple[Any, Tree]] = {}
+    pairs: list[tuple[JSON, JSON]] = []
     for entry in entries:
         if not isinstance(entry, list) or len(entry) != 2:
             raise ValueError(f"a {type(entry).__name__} is no entry of a mapping")
-    check_hashes(entry[0] for entry in entries if not isinstance(entry[0], (dict, list)))
-    for entry in entries:
-        identity = _identity(key := _key_from_json(entry[0]))
+        pairs.append((entry[0], entry[1]))
+    check_hashes(key for key, _ in pairs if not isinstance(key, (dict, list)))
+    found: dict[Any, tuple[Any, Tree]] = {}
+    for json_key, child in pairs:
+        identity = _identity(key := _key_from_json(json_key))
         if identity in found:
             raise ValueError("a mapping in it has a key twice")
-        found[identity] = key, _tree_from_json(entry[1], depth_left - 1)
+        found[identity] = key, _tree_from_json(child, depth_left - 1)
     return mapping_node(kind, found.values())
 
 
