@@ -59,6 +59,8 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 class Structure:
     """What a plan depends on: equal structures have equal layouts. Compared list by list, in C."""
 
+    order: list[str]
+    """Every leaf's name in the order of the state, which is the order of its mappings' keys."""
     tensor_names: list[str]
     """Of the tensors that are stored."""
     dtypes: list[torch.dtype]
@@ -173,10 +175,13 @@ def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int =
             return captured
     walk = walk_state(state, rank, given)
     shapes = walk.shapes()
+    addresses = walk.addresses()
     tensors, leaves = walk.tensors, walk.leaves
     names = walk.tensor_names
-    if walk.separate_ties():
+    stored = addresses
+    if walk.separate_ties(addresses):
         shapes = walk.shapes()
+        stored = [addresses[index] for index in walk.kept]
     items = [pickle_leaf(name, value) for name, value in zip(walk.leaf_names, walk.leaves, strict=True)]
     structure = _structure(walk, shapes, items, previous)
     tree: Tree = None
@@ -186,6 +191,9 @@ def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int =
         tree = structure_of(state, walk)
     else:
         structure = previous
+    if stored != structure.trail.in_bounds or 0 in stored:  # no elements, no bytes, or no memory
+        walk.check_memory(shapes)
+        structure.trail.in_bounds = stored
     raw = _is_raw(walk.tensors)
     structure.trail.record(state, walk, tensors, leaves, raw=raw)
     return Captured(
@@ -195,7 +203,7 @@ def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int =
         leaf_items=items,
         optimizers=walk.optimizers,
         live=walk.distributed | dict(zip(walk.leaf_names, walk.leaves, strict=True)),
-        pointers=list(map(torch.Tensor.data_ptr, walk.tensors)) if raw else None,
+        pointers=stored if raw else None,
     )
 
 
@@ -252,6 +260,7 @@ def _structure(
             raise meta_error(name)
     one_of_each: dict[torch.Size, torch.Size] = {}  # a garbage collection goes over each that is kept
     return Structure(
+        order=walk.order,
         tensor_names=walk.tensor_names,
         dtypes=[tensor.dtype for tensor in walk.tensors],
         shapes=[one_of_each.setdefault(shape, shape) for shape in shapes],
@@ -344,7 +353,7 @@ class Targets:
 def capture_targets(state: Mapping[str, Any], *, rank: int = 0, world_size: int = 1) -> Targets:
     """Find out what ``state`` can take. Calls each ``state_dict()`` once. Raises CaptureError."""
     walk = walk_state(state, rank)
-    walk.shapes()  # which sorts nested tensors out
+    walk.check_memory(walk.shapes())  # which sorts nested tensors out
     plain = {
         name: tensor
         for name, tensor in zip(walk.tensor_names, walk.tensors, strict=True)

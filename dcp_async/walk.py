@@ -61,6 +61,53 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def has_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all elements of plain tensors lie in memory that the tensors own.
+
+    A storage that was asked for its length stays in Python's memory as long as the tensor, for each garbage
+    collection to go over: not for tensors by the thousand that stay (``is_in_bounds``).
+    """
+    storages = list(map(torch.Tensor.untyped_storage, tensors))
+    held = map(torch.UntypedStorage.nbytes, storages)
+    return all(nbytes >= _reach(tensor) for nbytes, tensor in zip(held, tensors, strict=True))
+
+
+def is_in_bounds(tensors: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> bool:
+    """The same without a trace: torch checks the bounds of each view that it makes, at a microsecond each."""
+    strides = map(torch.Tensor.stride, tensors)
+    offsets = map(torch.Tensor.storage_offset, tensors)
+    try:
+        with torch.no_grad():
+            deque(map(torch.Tensor.as_strided, tensors, shapes, strides, offsets), maxlen=0)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Where in its storage the last element ends, in bytes."""
+    if not tensor.numel():
+        return 0
+    last = sum((extent - 1) * step for extent, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
+
+
+def _check_memory(name: str, tensor: torch.Tensor) -> None:
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except RuntimeError as error:
+        raise CaptureError(
+            f"{name}: a tensor without memory of its own ({str(error).splitlines()[0]}); "
+            "save what it is made of, outside of the transformation"
+        ) from error
+    if held < (needed := _reach(tensor)):
+        raise CaptureError(
+            f"{name}: its storage holds {held} bytes, and {tuple(tensor.shape)} {tensor.dtype} needs "
+            f"{needed}: it was freed or made smaller, as FSDP1 frees parameters between their uses. Gather "
+            "it first (AppState does), or leave it out of the state"
+        )
+
+
 def _is_stable(key: object) -> bool:
     """Whether the ``str()`` of a key is the same in another process."""
     if isinstance(key, tuple):
@@ -74,6 +121,8 @@ def _is_stable(key: object) -> bool:
 class Walk:
     """The leaves of a state, in DCP's order and by DCP's names."""
 
+    order: list[str] = field(default_factory=list)
+    """Every leaf's name, tensors included, as the walk met them: mappings keep the order of their keys."""
     tensor_names: list[str] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
     shards: dict[int, Shard] = field(default_factory=dict)
@@ -107,6 +156,7 @@ class Walk:
     def visit(self, name: str, value: Any) -> None:
         """Walk ``value``, which lies at ``name``."""
         if isinstance(value, torch.Tensor):
+            self.order.append(name)
             if is_plain(value):
                 self.tensor_names.append(name)
                 self.tensors.append(value)
@@ -133,6 +183,7 @@ class Walk:
                 "state_dict(); use a list or a dict"
             )
         else:
+            self.order.append(name)
             self.leaf_names.append(name)
             self.leaves.append(value)
 
@@ -156,18 +207,34 @@ class Walk:
         self.tensor_names = [self.tensor_names[index] for index in indices]
         self.tensors = [self.tensors[index] for index in indices]
 
-    def separate_ties(self) -> bool:
+    def addresses(self) -> list[int]:
+        """Where each tensor lies. Raises CaptureError for one that has no memory at all."""
+        try:
+            return list(map(torch.Tensor.data_ptr, self.tensors))
+        except RuntimeError:  # it only looks like a plain tensor, as inside of a vmap
+            for name, tensor in zip(self.tensor_names, self.tensors, strict=True):
+                _check_memory(name, tensor)
+            raise
+
+    def check_memory(self, shapes: Sequence[torch.Size]) -> None:
+        """Raises CaptureError for a tensor whose memory ends before its last element: copying it would read
+        what is not its own."""
+        if not is_in_bounds(self.tensors, shapes):
+            for name, tensor in zip(self.tensor_names, self.tensors, strict=True):
+                _check_memory(name, tensor)
+
+    def separate_ties(self, addresses: Sequence[int]) -> bool:
         """Keep one of each group of tensors that are the same view of the same memory: it is stored once.
 
         Says whether there were any.
         """
-        if len({tensor.data_ptr() for tensor in self.tensors}) == len(self.tensors):
+        if len(set(addresses)) == len(addresses):
             return False
         first: dict[tuple[Any, ...], int] = {}
         kept: list[int] = []
         for at, tensor in enumerate(self.tensors):
             # an empty tensor has no memory to share
-            memory = tensor.data_ptr() if tensor.numel() else id(tensor)
+            memory = addresses[at] if tensor.numel() else id(tensor)
             lazy = (tensor.is_conj(), tensor.is_neg())
             shape = (tensor.shape, tensor.stride(), self.shards.get(at))
             index = first.setdefault((tensor.device, memory, tensor.dtype, lazy, shape), len(kept))
@@ -227,7 +294,7 @@ class Walk:
 
     def _visit_mapping(self, name: str, mapping: Mapping[Any, Any]) -> None:
         self._enter(name, mapping_kind(mapping), len(mapping))
-        tensor_names, tensors = self.tensor_names, self.tensors
+        order, tensor_names, tensors = self.order, self.tensor_names, self.tensors
         for key, value in mapping.items():
             below = f"{name}.{key}"
             if type(key) is not str:
@@ -235,6 +302,7 @@ class Walk:
             if isinstance(value, torch.Tensor) and is_plain(
                 value
             ):  # inlined: the common case of a large state
+                order.append(below)
                 tensor_names.append(below)
                 tensors.append(value)
             else:
