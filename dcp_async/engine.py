@@ -26,6 +26,7 @@ from .admission import checkpoint_name
 from .catalog import Catalog
 from .coordinator import Coordination
 from .formats.structure import JSON
+from .leaves import LeafRules
 from .lifetime import Lifetime
 from .load_pipeline import LoadOptions, LoadServices
 from .load_runner import LoadRunner
@@ -79,7 +80,8 @@ class CheckpointEngine:
             coordination: which processes save together.
             limits: how much goes on at once.
             timeouts: how long to wait.
-            trust: which pickled leaves a load accepts, and whether links out of the root are followed.
+            trust: which pickled leaves a load accepts (a save refuses the others), and whether links out of the
+                root are followed.
             observer: is told each event, on the engine's thread.
         """
         owns_storage = isinstance(root, (str, os.PathLike))
@@ -106,6 +108,7 @@ class CheckpointEngine:
         )
         self._planning = planning
         self._trust = trust
+        self._leaf_rules = LeafRules(trust)
         self._observer = observer
 
     def __repr__(self) -> str:
@@ -261,7 +264,8 @@ class CheckpointEngine:
         try:
             if not replace and self._life.book.in_flight(name) is not None:
                 raise FileExistsError(name)
-            captured = capture(state, plan.structure if plan else None, rank=self._life.coordinator.rank)
+            previous = plan.structure if plan else None
+            captured = capture(state, previous, rank=self._life.coordinator.rank, rules=self._leaf_rules)
             events = self._life.stager.prepare(captured)
             if self._life.stager.options.overlap:
                 self._life.hooks.watch(captured.optimizers, response.staging_completion)

@@ -31,7 +31,7 @@ from .errors import (
     UntrustedCheckpointError,
 )
 from .formats.stock_metadata import usable_paths
-from .formats.structure import Tree, build, children_of, leaf_names, pickled_keys, pruned
+from .formats.structure import PickledKey, Tree, build, children_of, leaf_names, pickled_keys, pruned
 from .garbage import collection_paused
 from .item import UnsupportedError
 from .matching import (
@@ -175,16 +175,21 @@ class LoadPipeline:
                     raise self._explain(damaged, contents.info.checkpoint_id) from error
                 contents.parts[leaf] = parts
 
-    def unpickle(self, raw: bytes) -> Any:
-        """A key of a mapping. Raises UntrustedCheckpointError, CorruptCheckpointError."""
+    def unpickle(self, key: PickledKey) -> Any:
+        """A key of a mapping, of its class if that is trusted. Raises UntrustedCheckpointError,
+        CorruptCheckpointError."""
+        if key.raw is None:
+            return key.plain
         try:
-            key = load_pickle(raw, self._services.trust)
-            hash(key)
-            return key
+            found = load_pickle(key.raw, self._services.trust)
+            hash(found)
+            return found
         except TypeError as error:
             damaged = DamagedError(f"a mapping's key can't be one: {error}", [])
             raise self._explain(damaged, self._contents.info.checkpoint_id) from error
         except (UntrustedGlobal, ValueError) as error:
+            if isinstance(error, UntrustedGlobal) and key.plain is not None:
+                return key.plain
             explained = self._explain(error, self._contents.info.checkpoint_id)
             raise explained from error
 
@@ -307,7 +312,7 @@ async def load_into(
             name: [Region(torch.empty_like(region.tensor), region.offsets) for region in regions]
             for name, regions in into.items()
         }
-    keys = {raw: pipeline.unpickle(raw) for node in match.open_nodes.values() for raw in pickled_keys(node)}
+    keys = {key: pipeline.unpickle(key) for node in match.open_nodes.values() for key in pickled_keys(node)}
 
     async def before_touch(values: Mapping[str, Any]) -> None:
         check_groups(targets, values, contents.info.checkpoint_id)

@@ -101,7 +101,8 @@ def make_offer(captured: Captured, previous: Offer | None) -> Offer:
         boxes=[(offsets, shape) for _, _, offsets, shape in forms],
         leaves=_pack(Leaves(names=structure.leaf_names, exotic=exotic)),
         hashes=hashes,
-        tree=_pack(tree_to_json(captured.tree)),
+        # as text: pickle takes four calls of C per level, and a tree may be deep
+        tree=_pack(json.dumps(tree_to_json(captured.tree))),
     )
 
 
@@ -125,7 +126,7 @@ def unpack_leaves(raw: bytes) -> Leaves:
 
 def unpack_tree(raw: bytes) -> JSON:
     """What ``Offer.tree`` holds."""
-    return cast(JSON, _unpack(raw))
+    return cast(JSON, json.loads(_unpack(raw)))
 
 
 def _dense_strides(structure: Structure) -> dict[int, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .formats.structure import text_of
 from .materialise import below, materialise
 from .optimizer_load import load_optimizer
 from .state import Targets
@@ -123,7 +124,7 @@ def restore(
             (own.value,) = holder
 
     for key in state:
-        hand_back(state, key, key)
+        hand_back(state, key, text_of(key))
 
 
 def _left_meta(name: str, value: Any, read: Container[str]) -> list[str]:

@@ -9,8 +9,6 @@ a Captured refers to live tensors only until its save has staged them.
 from __future__ import annotations
 
 import inspect
-import io
-import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,34 +23,14 @@ from torch.optim import Optimizer
 from .boxes import box_at, slices
 from .checkpointable import is_checkpointable
 from .formats.distcp import SECTOR_BYTES
-from .formats.structure import Tree, heads_of
-from .formats.zip_item import object_item, pad_item, slot_bytes
+from .formats.structure import Tree, heads_of, text_of
+from .formats.zip_item import pad_item, slot_bytes
+from .leaves import LeafPickler, LeafRules
 from .mutation import Watch
 from .sharding import Offsets, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
 from .trail import Repeat, Trail
 from .walk import CaptureError, Given, Walk, duplicate_name, structure_of, walk_state
-
-
-def pickle_leaf(name: str, value: Any) -> bytes:
-    """The bytes of a leaf's item, not padded. Raises CaptureError that names it."""
-    try:
-        if type(value) in (int, float, str, bool, bytes, type(None)):
-            return object_item(pickle.dumps(value, protocol=2))
-        stream = io.BytesIO()
-        torch.save(_detached(value) if isinstance(value, torch.Tensor) else value, stream)
-        return stream.getvalue()
-    except Exception as error:  # pickling runs the leaf's own code, which may raise anything
-        raise CaptureError(
-            f"{name}: a {type(value).__qualname__} can't be pickled ({type(error).__name__}: {error}); "
-            "leave it out of the state or give it a state_dict()"
-        ) from error
-
-
-def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    detached = tensor.detach()
-    # a subclass without __torch_function__ would come out as a plain tensor
-    return detached if type(detached) is type(tensor) else tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,20 +138,27 @@ def meta_error(name: str) -> CaptureError:
     return CaptureError(f"{name} is on the meta device and has no bytes to save; materialise it first")
 
 
-def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int = 0) -> Captured:
+def capture(
+    state: Mapping[str, Any],
+    previous: Structure | None,
+    *,
+    rank: int = 0,
+    rules: LeafRules | None = None,
+) -> Captured:
     """Take hold of ``state``; what can't be saved is found here, before anything is written.
 
     Args:
         previous: the structure that the compiled plan belongs to.
         rank: this process's.
+        rules: which leaves a load would admit; None for no check.
     Raises: CaptureError; whatever a ``state_dict()`` raises.
     """
     given: Given = deque()
-    if previous is not None and (repeat := previous.trail.follow(state, given)) is not None:
-        captured = _repeated(repeat, previous)
+    if previous is not None and (repeat := _followed(state, previous, given)) is not None:
+        captured = _repeated(repeat, previous, LeafPickler(rules))
         if captured is not None:
             return captured
-    walk = walk_state(state, rank, given)
+    walk = walk_state(state, rank, given, rules.check_key if rules else None)
     shapes = walk.shapes()
     addresses = walk.addresses()
     tensors, leaves = walk.tensors, walk.leaves
@@ -182,7 +167,7 @@ def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int =
     if walk.separate_ties(addresses):
         shapes = walk.shapes()
         stored = [addresses[index] for index in walk.kept]
-    items = [pickle_leaf(name, value) for name, value in zip(walk.leaf_names, walk.leaves, strict=True)]
+    items = list(map(LeafPickler(rules).item, walk.leaf_names, walk.leaves))
     structure = _structure(walk, shapes, items, previous)
     tree: Tree = None
     if structure != previous:
@@ -207,6 +192,13 @@ def capture(state: Mapping[str, Any], previous: Structure | None, *, rank: int =
     )
 
 
+def _followed(state: Mapping[str, Any], previous: Structure, given: Given) -> Repeat | None:
+    try:
+        return previous.trail.follow(state, given)
+    except RecursionError:  # a list that holds itself now; a new walk says where
+        return None
+
+
 def _is_raw(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the bytes in the memory of all of them are their elements, and the CPU reads them."""
     return (
@@ -216,10 +208,10 @@ def _is_raw(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def _repeated(repeat: Repeat, previous: Structure) -> Captured | None:
+def _repeated(repeat: Repeat, previous: Structure, pickler: LeafPickler) -> Captured | None:
     """The capture of a state that is built as before; None if its leaves don't fit into their slots."""
     leaves = dict(zip(previous.leaf_names, repeat.leaves, strict=True))
-    items = [pickle_leaf(name, value) for name, value in leaves.items()]
+    items = list(map(pickler.item, leaves.keys(), leaves.values()))
     needed = [slot_bytes(len(item), SECTOR_BYTES) for item in items]
     fits = all(map(le, needed, previous.slots))
     without_bytes = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in repeat.leaves)
@@ -383,7 +375,7 @@ def capture_targets(state: Mapping[str, Any], *, rank: int = 0, world_size: int 
         local=local,
         leaves=leaves,
         open_mappings=_open_mappings(walk),
-        prefixes=set(state),
+        prefixes=set(map(text_of, state)),
         entries=_entries(walk),
         device=torch.device("cpu") if device.type == "meta" else device,
         world_size=world_size,

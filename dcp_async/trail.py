@@ -104,7 +104,8 @@ class _Branch:
             if list(map(type, values)) != level.types:
                 return None
             found += values
-            containers = list(compress(values, level.inner))
+            if level is not self.levels[-1]:
+                containers = list(compress(values, level.inner))
         return found
 
 

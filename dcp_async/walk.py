@@ -12,7 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import inspect
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from .checkpointable import is_checkpointable
-from .formats.structure import Tree, list_node, mapping_kind, mapping_node, pickled_key
+from .formats.structure import Tree, list_node, mapping_kind, mapping_node, pickled_key, text_of
 from .formats.zip_item import PLAIN_DTYPES
 from .sharding import LayoutCache, Offsets, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
@@ -34,8 +34,17 @@ Given = deque[tuple[Any, Any]]
 """(Stateful, what it gave) of those that were asked before the walk, in its order."""
 
 
+MAX_DEPTH = 200
+"""How deep containers may lie in one another. All that goes over a state does so recursively, and must not
+run into Python's own limit, which is at 1,000 calls."""
+
+
 class CaptureError(ValueError):
     """The state can't be saved as it is; the message names the leaf."""
+
+
+class _TooDeepError(Exception):
+    """Containers lie in one another without end, or nearly; says where the walk gave up."""
 
 
 def is_terminal(values: list[Any]) -> bool:
@@ -151,7 +160,10 @@ class Walk:
     """This process's, for what is PerRank."""
     per_rank: dict[str, PerRank] = field(default_factory=dict)
     given: Given = field(default_factory=deque)
+    check_key: Callable[[str, object, bytes], None] | None = None
+    """Raises CaptureError for a key, of that name and pickle, that a load would refuse."""
     _layouts: LayoutCache = field(default_factory=dict)
+    _depth: int = 0
 
     def visit(self, name: str, value: Any) -> None:
         """Walk ``value``, which lies at ``name``."""
@@ -173,10 +185,12 @@ class Walk:
             self.per_rank[name] = value
             self._enter(name, "dict", 1)
             self.visit(f"{name}.{PerRank.key(self.rank)}", value.value)
+            self._depth -= 1
         elif isinstance(value, list) and not is_terminal(value):
             self._enter(name, "list", len(value))
             for index, entry in enumerate(value):
                 self.visit(f"{name}.{index}", entry)
+            self._depth -= 1
         elif isinstance(value, tuple) and any(map(is_stateful, value)):
             raise CaptureError(
                 f"{name}: a tuple is pickled whole, so the objects in it would not be asked for their "
@@ -272,13 +286,22 @@ class Walk:
         else:
             inner = snapshot(name, stateful)
         self.statefuls.append((name, stateful, inner))
+        self._descend(name)
         self.visit(name, inner)
+        self._depth -= 1
+
+    def _descend(self, name: str) -> None:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _TooDeepError(name)
 
     def _enter(self, name: str, kind: str, size: int) -> None:
+        self._descend(name)
         leaves = len(self.tensor_names) + len(self.leaf_names) + len(self.bare)
         self.containers.append((name, kind, size, leaves))
 
-    def _visit_odd_key(self, below: str, key: object) -> None:
+    def visit_odd_key(self, below: str, key: object) -> None:
+        """Note a key that is no str, or is of a class that extends it; ``below`` is named by it."""
         if not _is_stable(key):
             raise CaptureError(
                 f"{below}: a key of type {type(key).__name__} has another str() in each process, and names "
@@ -290,15 +313,19 @@ class Walk:
             raise CaptureError(
                 f"{below}: a key of type {type(key).__name__} can't be pickled ({error}); use a str or an int"
             ) from error
+        if raw is not None and self.check_key is not None:
+            self.check_key(below, key, raw)
         self.odd_keys.append((below, repr(key).encode() if raw is None else raw))
 
     def _visit_mapping(self, name: str, mapping: Mapping[Any, Any]) -> None:
         self._enter(name, mapping_kind(mapping), len(mapping))
         order, tensor_names, tensors = self.order, self.tensor_names, self.tensors
         for key, value in mapping.items():
-            below = f"{name}.{key}"
-            if type(key) is not str:
-                self._visit_odd_key(below, key)
+            if type(key) is str:
+                below = f"{name}.{key}"
+            else:
+                below = f"{name}.{text_of(key)}"
+                self.visit_odd_key(below, key)
             if isinstance(value, torch.Tensor) and is_plain(
                 value
             ):  # inlined: the common case of a large state
@@ -307,6 +334,7 @@ class Walk:
                 tensors.append(value)
             else:
                 self.visit(below, value)
+        self._depth -= 1
 
 
 def snapshot(name: str, stateful: Any) -> Any:
@@ -332,18 +360,82 @@ def snapshot(name: str, stateful: Any) -> Any:
     return inner
 
 
-def walk_state(state: Mapping[str, Any], rank: int, given: Given | None = None) -> Walk:
+def walk_state(
+    state: Mapping[str, Any],
+    rank: int,
+    given: Given | None = None,
+    check_key: Callable[[str, object, bytes], None] | None = None,
+) -> Walk:
     """Visit every leaf of ``state``; calls each Stateful's ``state_dict()`` once, in the mapping's order, but
     for those that have ``given`` theirs already."""
     if not isinstance(state, Mapping):
         raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
-    walk = Walk(rank=rank, given=given or deque())
+    walk = Walk(rank=rank, given=given or deque(), check_key=check_key)
     walk.containers.append(("", "root", len(state), 0))
-    for key, value in state.items():
-        if not isinstance(key, str):
-            raise CaptureError(f"the state's keys must be str; {key!r} is a {type(key).__name__}")
-        walk.visit(key, value)
+    try:
+        for key, value in state.items():
+            if not isinstance(key, str):
+                raise CaptureError(f"the state's keys must be str; {key!r} is a {type(key).__name__}")
+            name = text_of(key)
+            if type(key) is not str:
+                walk.visit_odd_key(name, key)
+            walk.visit(name, value)
+    except (_TooDeepError, RecursionError) as error:
+        raise depth_error(state, walk.statefuls, str(error)) from None
     return walk
+
+
+_SHOWN = 60
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 2 * _SHOWN else f"{name[:_SHOWN]}...{name[-_SHOWN:]}"
+
+
+def depth_error(
+    state: Mapping[str, Any], statefuls: Sequence[tuple[str, Any, Any]], given_up_at: str
+) -> CaptureError:
+    """Says whether a state that was too deep to walk goes in circles, and where."""
+    inner = {id(stateful): captured for _, stateful, captured in statefuls}
+    done: dict[int, Any] = {}  # the objects too: one that is made anew at each look would get the same id
+    path: dict[int, str] = {id(state): "the state itself"}
+    above: list[tuple[int, str, Iterator[tuple[object, Any]]]] = [(id(state), "", iter(state.items()))]
+    while above:
+        mine, name, entries = above[-1]
+        key, value = next(entries, (None, above))
+        if value is above:
+            above.pop()
+            del path[mine]
+            continue
+        below = name if key is None else f"{name}.{text_of(key)}" if name else text_of(key)
+        if (first := path.get(id(value))) is not None:
+            return CaptureError(f"{_shortened(below)} is circular: it is {_shortened(first)} once more")
+        children = _children(value, inner)
+        if children is not None and id(value) not in done:
+            if len(above) > MAX_DEPTH:
+                given_up_at = below
+                break
+            done[id(value)] = value
+            path[id(value)] = below
+            above.append((id(value), below, iter(children)))
+    return CaptureError(
+        f"{_shortened(given_up_at)}: containers lie in one another more than {MAX_DEPTH} deep, or deeper "
+        "than this thread's calls leave room for; flatten them, or give the state an object that packs them "
+        "in its state_dict()"
+    )
+
+
+def _children(value: Any, inner: Mapping[int, Any]) -> Iterable[tuple[object, Any]] | None:
+    """(key, value) of all that lies in a container; key None for what lies at the same name."""
+    if isinstance(value, torch.Tensor):
+        return None
+    if id(value) in inner:
+        return [(None, inner[id(value)])]
+    if isinstance(value, Mapping):
+        return value.items()
+    if isinstance(value, PerRank):
+        return [(None, value.value)]
+    return enumerate(value) if isinstance(value, (list, tuple)) else None
 
 
 def duplicate_name(names: Sequence[str]) -> str | None:
@@ -358,17 +450,23 @@ def structure_of(state: Mapping[str, Any], walk: Walk) -> Tree:
     """The tree of containers, for the manifest."""
     inner = {id(stateful): captured for _, stateful, captured in walk.statefuls}
 
-    def node(value: Any) -> Tree:
+    def node(value: Any) -> Tree:  # loops, since each comprehension would be a call more on the stack
         if isinstance(value, torch.Tensor):
             return None
         if is_stateful(value):
             return node(inner[id(value)])
         if isinstance(value, Mapping):
-            return mapping_node(mapping_kind(value), ((key, node(entry)) for key, entry in value.items()))
+            entries: list[tuple[Any, Tree]] = []
+            for key, entry in value.items():
+                entries.append((key, node(entry)))
+            return mapping_node(mapping_kind(value), entries)
         if isinstance(value, PerRank):
             return mapping_node("dict", [(PerRank.key(walk.rank), node(value.value))])
         if isinstance(value, list) and not is_terminal(value):
-            return list_node([node(entry) for entry in value])
+            children: list[Tree] = []
+            for entry in value:
+                children.append(node(entry))  # noqa: PERF401  # see above
+            return list_node(children)
         return None
 
     return mapping_node("dict", ((key, node(value)) for key, value in state.items()))

@@ -46,6 +46,7 @@ LAYERS: list[set[str]] = [
         "naming",
         "walk",
         "trail",
+        "leaves",
         "state",
         "materialise",
         "restore",
