@@ -23,6 +23,7 @@ from .formats.structure import plain_key
 from .formats.zip_item import object_item, pickle_start
 from .trust import Trust, UntrustedGlobal, load_item, load_pickle, untrusted_names
 from .walk import MAX_DEPTH, PLAIN_TENSORS, CaptureError, has_memory
+from .wrapped import is_wrapper
 
 _SCALARS = (int, float, str, bool, bytes, type(None))
 _THEMSELVES: tuple[type, ...] = (type, types.FunctionType, types.BuiltinFunctionType)
@@ -200,6 +201,8 @@ class LeafPickler:
 
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    if is_wrapper(tensor):  # whose detach() may lose what it does not hold in tensors
+        return tensor
     detached = tensor.detach()
     # a subclass without __torch_function__ would come out as a plain tensor
     return detached if type(detached) is type(tensor) else tensor

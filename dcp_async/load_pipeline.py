@@ -10,7 +10,7 @@ that trust is decided before the first tensor is written to.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
 import anyio
@@ -20,9 +20,11 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
+from torch.distributed.tensor import DTensor
 
 from ._concurrency import BlockingThreads, Pipe, first_failure, run_blocking
 from .agreement import Together
+from .boxes import box_at
 from .contents import Contents
 from .errors import (
     CorruptCheckpointError,
@@ -50,6 +52,7 @@ from .spans import Check, DamagedError, FetchBuffers, Span, make_batches, make_s
 from .state import OpenMapping, Region, Targets
 from .trust import Trust, UntrustedGlobal, load_pickle
 from .unfolding import folded, take_apart
+from .wrapped import is_wrapper
 
 P = ParamSpec("P")
 _QUEUE_BATCHES = 2
@@ -87,6 +90,24 @@ class Loaded:
     nbytes: int
 
 
+@dataclass(slots=True, kw_only=True)
+class Wrapped:
+    """Tensors made of others (wrapped.py): read and compared before anything is touched, then copied."""
+
+    regions: Mapping[str, list[Region]]
+    """To be filled."""
+    like: Mapping[str, DTensor]
+    """Leaves that become distributed tensors -> one that lies as they shall."""
+    targets: list[torch.Tensor] = field(default_factory=list)
+    sources: list[torch.Tensor] = field(default_factory=list)
+    """Inner tensors, and what is to be copied into them."""
+
+    def hold(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Keep a pair until all have been read."""
+        self.targets.append(target)
+        self.sources.append(source)
+
+
 class LoadPipeline:
     """Reads what is wanted of one opened checkpoint."""
 
@@ -113,11 +134,13 @@ class LoadPipeline:
         *,
         fresh: bool,
         before_touch: BeforeTouch | None = None,
+        wrapped: Wrapped | None = None,
     ) -> tuple[dict[str, Any], int]:
         """Fill ``tensors``; gives (name -> value of each leaf, number of bytes).
 
         ``fresh``: nobody else has seen ``tensors``, so a failure leaves nothing half loaded. ``before_touch``
-        gets the leaves' values and is awaited before the first tensor is written to.
+        gets the leaves' values and is awaited before the first tensor is written to. ``wrapped``: what is
+        made of other tensors; nothing of it is written to here.
 
         Raises: CorruptCheckpointError, IncompatibleStateError, UntrustedCheckpointError. Cancellation: joins
         the reads in progress; targets may be partly filled.
@@ -132,6 +155,8 @@ class LoadPipeline:
                 for leaf in leaves:
                     if (part := self._contents.part(leaf)) is not None:
                         values[leaf] = part.value
+                    elif wrapped is not None and leaf in wrapped.like:
+                        _want_distributed(small, leaf, wrapped.like[leaf], values)
                     else:
                         small.want_leaf(leaf, values.__setitem__)
                 for fqn, regions in tensors.items():
@@ -139,6 +164,9 @@ class LoadPipeline:
                         inside += [(region.tensor, region.of(part.value)) for region in regions]
                     else:
                         large.want_tensor(fqn, regions)
+                if wrapped is not None:
+                    for fqn, regions in wrapped.regions.items():
+                        small.want_pairs(fqn, regions, wrapped.hold)
             if not (fresh or self._services.trust.unsafe):  # else nothing is at stake, or nothing is refused
                 for item in large.items:
                     heads.want_head(item, doubtful)
@@ -274,11 +302,31 @@ class LoadPipeline:
         await run_blocking(self._services.threads, self._services.timeout, fn, *args, **kwargs)
 
 
+def _want_distributed(collector: Collector, name: str, like: DTensor, values: dict[str, Any]) -> None:
+    """Have ``name`` read as a distributed tensor that lies as ``like`` does."""
+
+    def wrap(name: str, local: torch.Tensor) -> None:
+        values[name] = DTensor.from_local(
+            local,
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+
+    regions = Region.all_of(name, like)
+    for region in regions:
+        collector.want_joined(name, box_at(region.offsets, region.tensor.shape), wrap)
+    if not regions:
+        values[name] = torch.zeros_like(like)  # nothing of it lies here
+
+
 def _scatter(buffers: Iterable[FetchBuffers]) -> None:
     for part in buffers:
         try:
             part.scatter()
-        except DamagedError:
+        except (DamagedError, CoverageError):
             raise
         except (ValueError, RuntimeError, TypeError) as error:
             raise DamagedError(str(error), [piece.name for piece in part.span.pieces]) from error
@@ -306,7 +354,16 @@ async def load_into(
     match.unexpected = await ranks.unexpected(match.unexpected, targets.prefixes)
     if how.strict or refill:
         check_fit(match, contents.info.checkpoint_id, unexpected=how.strict)
-    into = match.tensors
+    wrapped = Wrapped(
+        regions={
+            name: regions
+            for name, regions in match.tensors.items()
+            if any(is_wrapper(region.tensor) for region in regions)
+        },
+        like=match.like,
+    )
+    plain = {name: regions for name, regions in match.tensors.items() if name not in wrapped.regions}
+    into = plain
     if how.atomic:
         into = {
             name: [Region(torch.empty_like(region.tensor), region.offsets) for region in regions]
@@ -323,7 +380,7 @@ async def load_into(
 
     fresh = {name: Region.all_of(name, tensor) for name, tensor in match.fresh.items()}
     values, nbytes = await pipeline.read(
-        {**into, **fresh}, match.leaves, fresh=how.atomic, before_touch=before_touch
+        {**into, **fresh}, match.leaves, fresh=how.atomic, before_touch=before_touch, wrapped=wrapped
     )
     if how.atomic:  # only now has every rank verified what it will copy
         await ranks.ready()
@@ -333,7 +390,9 @@ async def load_into(
     touched = [*filled, *filter(is_known_to_autograd, wrappers)]
     torch.autograd.graph.increment_version([tensor for tensor in touched if not tensor.is_inference()])
     if how.atomic and into:
-        await services.threads.run(_copy_all, filled, _tensors_of(into))
+        await services.threads.run(_copy_all, _tensors_of(plain), _tensors_of(into))
+    if wrapped.targets:
+        await services.threads.run(_copy_all, wrapped.targets, wrapped.sources)
     values |= match.fresh
     extra: dict[str, dict[Any, Any]] = {}
     for prefix, node in match.open_nodes.items():

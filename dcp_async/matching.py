@@ -38,6 +38,8 @@ class Match:
     fresh: dict[str, torch.Tensor] = field(default_factory=dict)
     """Tensors made by us, for mappings that take whatever was saved below them and in place of meta
     tensors."""
+    like: dict[str, DTensor] = field(default_factory=dict)
+    """Leaves that become distributed tensors -> one that lies as they shall."""
     open_nodes: dict[str, Tree] = field(default_factory=dict)
     """The trees of those mappings."""
     replaced: dict[str, set[str]] = field(default_factory=dict)
@@ -236,13 +238,19 @@ def _take(
     their parameters are."""
     for name in wanted:
         meta = names[name]
+        parameter = entries.get(name.rpartition(".")[0])
         if is_raw(meta, name, contents):
-            parameter = entries.get(name.rpartition(".")[0])
             if parameter is not None and global_size(parameter) == meta.size:
                 match.fresh[name] = empty_like(parameter, meta.properties.dtype)
             else:
                 match.fresh[name] = fresh_tensor(meta, contents.strides.get(name), "cpu")
         else:
+            if (
+                parameter is not None
+                and isinstance(meta, TensorStorageMetadata)
+                and parameter.shape == meta.size
+            ):
+                match.like[name] = parameter
             match.leaves.append(name)
 
 

@@ -50,6 +50,8 @@ class Leaves(TypedDict):
     names: list[str]
     exotic: dict[int, tuple[Kind, Offsets]]
     """Leaf -> kind and size, of tensors that go through ``torch.save``."""
+    pieces: dict[int, tuple[str, Offsets, Offsets]]
+    """Leaf -> (name, global size, offsets), of those that are pieces of distributed tensors."""
 
 
 class Offer(TypedDict):
@@ -96,10 +98,15 @@ def make_offer(captured: Captured, previous: Offer | None) -> Offer:
         index: (_kind(captured.live[structure.leaf_names[index]]), size)
         for index, _, size in structure.exotic
     }
+    pieces = {
+        index: (piece.name, piece.shard.size, piece.shard.offsets)
+        for index, name in enumerate(structure.leaf_names)
+        if (piece := structure.pieces.get(name)) is not None
+    }
     return Offer(
         tensors=_pack(tensors),
         boxes=[(offsets, shape) for _, _, offsets, shape in forms],
-        leaves=_pack(Leaves(names=structure.leaf_names, exotic=exotic)),
+        leaves=_pack(Leaves(names=structure.leaf_names, exotic=exotic, pieces=pieces)),
         hashes=hashes,
         # as text: pickle takes four calls of C per level, and a tree may be deep
         tree=_pack(json.dumps(tree_to_json(captured.tree))),

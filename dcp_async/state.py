@@ -27,7 +27,7 @@ from .formats.structure import Tree, heads_of, text_of
 from .formats.zip_item import pad_item, slot_bytes
 from .leaves import LeafPickler, LeafRules
 from .mutation import Watch
-from .sharding import Offsets, Shard, is_sharded, sharded
+from .sharding import Offsets, Piece, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
 from .trail import Repeat, Trail
 from .walk import CaptureError, Given, Walk, duplicate_name, structure_of, walk_state
@@ -58,6 +58,8 @@ class Structure:
     """Which tensors are pieces of distributed ones, and where they lie in those."""
     bare: list[tuple[str, torch.dtype, Offsets]]
     """Distributed tensors of which nothing lies here."""
+    pieces: dict[str, Piece]
+    """Which leaves are pieces of distributed tensors."""
     trail: Trail = field(default_factory=Trail, compare=False, repr=False)
     """How the last state of this structure was walked."""
 
@@ -102,7 +104,8 @@ class Captured:
         structure = self.structure
         found = dict(zip(structure.tensor_names, self.tensors, strict=True))
         found |= {name: self.tensors[index] for name, index in structure.ties}
-        return found | self.live
+        pieces = structure.pieces  # the tensors that they are of are there
+        return found | {name: value for name, value in self.live.items() if name not in pieces}
 
     def part(self, tensors: Sequence[int], leaves: Sequence[int]) -> Captured:
         """These alone, both ascending: other ranks write the rest."""
@@ -268,6 +271,7 @@ def _structure(
         ties=walk.ties,
         shards=walk.shards,
         bare=walk.bare,
+        pieces=walk.pieces,
     )
 
 
@@ -355,10 +359,15 @@ def capture_targets(state: Mapping[str, Any], *, rank: int = 0, world_size: int 
     for index, name in enumerate(walk.tensor_names):
         if name in local:
             local[name].append(Region.piece(walk.tensors[index], walk.shards.get(index)))
+    for leaf, tensor in zip(walk.leaf_names, walk.leaves, strict=True):
+        if (piece := walk.pieces.get(leaf)) is not None:
+            local[piece.name].append(Region(tensor, piece.shard.offsets))
     _check_unique([*(name for name in walk.tensor_names if name not in local), *local, *walk.leaf_names])
     tensors = plain | walk.distributed
     leaves = set()
     for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
+        if name in walk.pieces:
+            continue
         if is_lazy(leaf):
             raise CaptureError(
                 f"{name} is uninitialized and has no shape; run the lazy module once, then load into it"

@@ -23,9 +23,10 @@ from torch.optim import Optimizer
 from .checkpointable import is_checkpointable
 from .formats.structure import Tree, list_node, mapping_kind, mapping_node, pickled_key, text_of
 from .formats.zip_item import PLAIN_DTYPES
-from .sharding import LayoutCache, Offsets, Shard, is_sharded, sharded
+from .sharding import LayoutCache, Offsets, Piece, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
 from .stepping import stepped_by
+from .wrapped import is_wrapper
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SCALARS = frozenset({int, float, str, bool, bytes, complex, type(None)})
@@ -140,6 +141,8 @@ class Walk:
     """(name, dtype, global size) of distributed tensors of which nothing lies here."""
     distributed: dict[str, torch.Tensor] = field(default_factory=dict)
     """Name -> distributed tensor."""
+    pieces: dict[str, Piece] = field(default_factory=dict)
+    """Name of a leaf that is a piece of a distributed tensor -> where it lies in that."""
     kept: list[int] = field(default_factory=list)
     """Which of the tensors ``separate_ties`` has left, if there were ties."""
     ties: list[tuple[str, int]] = field(default_factory=list)
@@ -267,6 +270,12 @@ class Walk:
             raise CaptureError(f"{name}: a {type(tensor).__name__} can't be saved: {error}") from error
         self.distributed[name] = tensor
         for shard, local in found.pieces:
+            if is_wrapper(local):
+                piece = Piece(name, shard or Shard(found.size, (0,) * len(found.size)))
+                self.pieces[piece.leaf] = piece
+                self.leaf_names.append(piece.leaf)
+                self.leaves.append(local)
+                continue
             if not is_plain(local):
                 raise CaptureError(
                     f"{name}: the local part of this {type(tensor).__name__} is a {type(local).__name__} of "

@@ -35,6 +35,7 @@ LAYERS: list[set[str]] = [
         "checkpointable",
         "garbage",
         "sharding",
+        "wrapped",
         "gather",
         "mutation",
         "stepping",
