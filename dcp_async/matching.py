@@ -246,7 +246,7 @@ def _take(
                 match.fresh[name] = fresh_tensor(meta, contents.strides.get(name), "cpu")
         else:
             if (
-                parameter is not None
+                isinstance(parameter, DTensor)
                 and isinstance(meta, TensorStorageMetadata)
                 and parameter.shape == meta.size
             ):

@@ -61,7 +61,9 @@ class Blocks(torch.Tensor):
         return cls(inner["codes"], inner["scale"], inner["table"], *context)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch itself asks for a class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         first = args[0]
         if func is aten.slice.Tensor:
             _, dim, low, high = (*args, None, None)[:4]
@@ -151,7 +153,11 @@ def rank_main(verb: str, root: str) -> str:
     parameter = torch.nn.Parameter(distributed(full, mesh, placement))
     optimizer = Keeper([parameter])
     expected = wrapped(parameter, local_blocks(parameter))
-    settings = {"load-block": {"block": 16}, "load-unsigned": {"signed": False}, "save-large": {"block": 256}}
+    settings: dict[str, dict[str, Any]] = {
+        "load-block": {"block": 16},
+        "load-unsigned": {"signed": False},
+        "save-large": {"block": 256},
+    }
     optimizer.make(zero=not verb.startswith("save"), **settings.get(verb, {}))
     if verb == "fresh":
         optimizer.state.clear()

@@ -1,5 +1,8 @@
-"""Distributed tensors whose local part is made of other tensors, as low-bit optimizers keep their state:
-saved as stock saves them, loaded bit for bit on the same and on other numbers of ranks, or refused by name."""
+"""Distributed tensors whose local part is made of other tensors, as low-bit optimizers keep their state.
+
+They are saved as stock saves them, and loaded bit for bit on the same and on other numbers of ranks, or
+refused by name.
+"""
 
 from __future__ import annotations
 
