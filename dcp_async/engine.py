@@ -80,8 +80,8 @@ class CheckpointEngine:
             coordination: which processes save together.
             limits: how much goes on at once.
             timeouts: how long to wait.
-            trust: which pickled leaves a load accepts (a save refuses the others), and whether links out of the
-                root are followed.
+            trust: which pickled leaves a load accepts (a save refuses the others), and whether links out of
+                the root are followed.
             observer: is told each event, on the engine's thread.
         """
         owns_storage = isinstance(root, (str, os.PathLike))

@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
+from .depth import MAX_DEPTH
 from .formats.structure import plain_key
 from .formats.zip_item import object_item, pickle_start
+from .tensor_memory import has_memory
 from .trust import Trust, UntrustedGlobal, load_item, load_pickle, untrusted_names
-from .walk import MAX_DEPTH, PLAIN_TENSORS, CaptureError, has_memory
+from .walk import PLAIN_TENSORS, CaptureError
 from .wrapped import is_wrapper
 
 _SCALARS = (int, float, str, bool, bytes, type(None))

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from .app_state import AppState, check_before_touch
 from .checkpointable import empty_like, global_size

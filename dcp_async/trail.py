@@ -22,7 +22,8 @@ from .checkpointable import any_checkpointable, is_checkpointable
 from .mutation import Place
 from .stateful import PerRank, is_stateful
 from .stepping import stepped_by
-from .walk import PLAIN_TENSORS, Given, Walk, has_memory, is_plain, is_terminal, snapshot
+from .tensor_memory import has_memory
+from .walk import PLAIN_TENSORS, Given, Walk, is_plain, is_terminal, snapshot
 
 try:
     from torch._C._dynamo.guards import TensorGuards

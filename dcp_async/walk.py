@@ -12,7 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import inspect
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from .checkpointable import is_checkpointable
+from .depth import MAX_DEPTH, why_too_deep
 from .formats.structure import Tree, list_node, mapping_kind, mapping_node, pickled_key, text_of
 from .formats.zip_item import PLAIN_DTYPES
 from .sharding import LayoutCache, Offsets, Piece, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
 from .stepping import stepped_by
+from .tensor_memory import is_in_bounds, lack_of_memory
 from .wrapped import is_wrapper
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -33,11 +35,6 @@ _SCALARS = frozenset({int, float, str, bool, bytes, complex, type(None)})
 
 Given = deque[tuple[Any, Any]]
 """(Stateful, what it gave) of those that were asked before the walk, in its order."""
-
-
-MAX_DEPTH = 200
-"""How deep containers may lie in one another. All that goes over a state does so recursively, and must not
-run into Python's own limit, which is at 1,000 calls."""
 
 
 class CaptureError(ValueError):
@@ -69,53 +66,6 @@ def is_plain(tensor: torch.Tensor) -> bool:
         and tensor.dtype in PLAIN_DTYPES
         and not is_checkpointable(tensor)
     )
-
-
-def has_memory(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether all elements of plain tensors lie in memory that the tensors own.
-
-    A storage that was asked for its length stays in Python's memory as long as the tensor, for each garbage
-    collection to go over: not for tensors by the thousand that stay (``is_in_bounds``).
-    """
-    storages = list(map(torch.Tensor.untyped_storage, tensors))
-    held = map(torch.UntypedStorage.nbytes, storages)
-    return all(nbytes >= _reach(tensor) for nbytes, tensor in zip(held, tensors, strict=True))
-
-
-def is_in_bounds(tensors: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> bool:
-    """The same without a trace: torch checks the bounds of each view that it makes, at a microsecond each."""
-    strides = map(torch.Tensor.stride, tensors)
-    offsets = map(torch.Tensor.storage_offset, tensors)
-    try:
-        with torch.no_grad():
-            deque(map(torch.Tensor.as_strided, tensors, shapes, strides, offsets), maxlen=0)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _reach(tensor: torch.Tensor) -> int:
-    """Where in its storage the last element ends, in bytes."""
-    if not tensor.numel():
-        return 0
-    last = sum((extent - 1) * step for extent, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
-
-
-def _check_memory(name: str, tensor: torch.Tensor) -> None:
-    try:
-        held = tensor.untyped_storage().nbytes()
-    except RuntimeError as error:
-        raise CaptureError(
-            f"{name}: a tensor without memory of its own ({str(error).splitlines()[0]}); "
-            "save what it is made of, outside of the transformation"
-        ) from error
-    if held < (needed := _reach(tensor)):
-        raise CaptureError(
-            f"{name}: its storage holds {held} bytes, and {tuple(tensor.shape)} {tensor.dtype} needs "
-            f"{needed}: it was freed or made smaller, as FSDP1 frees parameters between their uses. Gather "
-            "it first (AppState does), or leave it out of the state"
-        )
 
 
 def _is_stable(key: object) -> bool:
@@ -229,16 +179,19 @@ class Walk:
         try:
             return list(map(torch.Tensor.data_ptr, self.tensors))
         except RuntimeError:  # it only looks like a plain tensor, as inside of a vmap
-            for name, tensor in zip(self.tensor_names, self.tensors, strict=True):
-                _check_memory(name, tensor)
+            self._refuse_without_memory()
             raise
 
     def check_memory(self, shapes: Sequence[torch.Size]) -> None:
         """Raises CaptureError for a tensor whose memory ends before its last element: copying it would read
         what is not its own."""
         if not is_in_bounds(self.tensors, shapes):
-            for name, tensor in zip(self.tensor_names, self.tensors, strict=True):
-                _check_memory(name, tensor)
+            self._refuse_without_memory()
+
+    def _refuse_without_memory(self) -> None:
+        for name, tensor in zip(self.tensor_names, self.tensors, strict=True):
+            if (lack := lack_of_memory(tensor)) is not None:
+                raise CaptureError(f"{name}: {lack}")
 
     def separate_ties(self, addresses: Sequence[int]) -> bool:
         """Keep one of each group of tensors that are the same view of the same memory: it is stored once.
@@ -390,61 +343,8 @@ def walk_state(
                 walk.visit_odd_key(name, key)
             walk.visit(name, value)
     except (_TooDeepError, RecursionError) as error:
-        raise depth_error(state, walk.statefuls, str(error)) from None
+        raise CaptureError(why_too_deep(state, walk.statefuls, str(error))) from None
     return walk
-
-
-_SHOWN = 60
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 2 * _SHOWN else f"{name[:_SHOWN]}...{name[-_SHOWN:]}"
-
-
-def depth_error(
-    state: Mapping[str, Any], statefuls: Sequence[tuple[str, Any, Any]], given_up_at: str
-) -> CaptureError:
-    """Says whether a state that was too deep to walk goes in circles, and where."""
-    inner = {id(stateful): captured for _, stateful, captured in statefuls}
-    done: dict[int, Any] = {}  # the objects too: one that is made anew at each look would get the same id
-    path: dict[int, str] = {id(state): "the state itself"}
-    above: list[tuple[int, str, Iterator[tuple[object, Any]]]] = [(id(state), "", iter(state.items()))]
-    while above:
-        mine, name, entries = above[-1]
-        key, value = next(entries, (None, above))
-        if value is above:
-            above.pop()
-            del path[mine]
-            continue
-        below = name if key is None else f"{name}.{text_of(key)}" if name else text_of(key)
-        if (first := path.get(id(value))) is not None:
-            return CaptureError(f"{_shortened(below)} is circular: it is {_shortened(first)} once more")
-        children = _children(value, inner)
-        if children is not None and id(value) not in done:
-            if len(above) > MAX_DEPTH:
-                given_up_at = below
-                break
-            done[id(value)] = value
-            path[id(value)] = below
-            above.append((id(value), below, iter(children)))
-    return CaptureError(
-        f"{_shortened(given_up_at)}: containers lie in one another more than {MAX_DEPTH} deep, or deeper "
-        "than this thread's calls leave room for; flatten them, or give the state an object that packs them "
-        "in its state_dict()"
-    )
-
-
-def _children(value: Any, inner: Mapping[int, Any]) -> Iterable[tuple[object, Any]] | None:
-    """(key, value) of all that lies in a container; key None for what lies at the same name."""
-    if isinstance(value, torch.Tensor):
-        return None
-    if id(value) in inner:
-        return [(None, inner[id(value)])]
-    if isinstance(value, Mapping):
-        return value.items()
-    if isinstance(value, PerRank):
-        return [(None, value.value)]
-    return enumerate(value) if isinstance(value, (list, tuple)) else None
 
 
 def duplicate_name(names: Sequence[str]) -> str | None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, PerRank, SaveError
-from dcp_async.walk import MAX_DEPTH, CaptureError
+from dcp_async.depth import MAX_DEPTH
+from dcp_async.walk import CaptureError
 from tests.doubles import assert_same
 
 

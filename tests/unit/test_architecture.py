@@ -36,6 +36,8 @@ LAYERS: list[set[str]] = [
         "garbage",
         "sharding",
         "wrapped",
+        "depth",
+        "tensor_memory",
         "gather",
         "mutation",
         "stepping",
