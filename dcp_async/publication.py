@@ -189,12 +189,17 @@ class GlobalPlan:
             yield Promise(names, size, dtype_of(kind), list(offers.pieces(signature)), rows)
         for part in offers.parts:
             for name, kind, size in part.bare:
-                if name not in offers.held:
+                if name not in offers.held and name not in offers.pieces_by_name:
                     yield Promise([name], size, dtype_of(kind), [], [()])
+        for name, stored in offers.pieces_by_name.items():
+            first = next(iter(stored.values()))
+            boxes = [(offsets, piece.shape) for offsets, piece in stored.items()]
+            row = [self._leaf(piece.leaf) for piece in stored.values()]
+            yield Promise([name], first.size, dtype_of(first.kind), boxes, [row])
         known: set[str] = set()
         for leaves in offers.leaves:
             for index, name in enumerate(leaves.names):
-                if name not in known:
+                if name not in known and index not in leaves.pieces:
                     known.add(name)
                     places = [[self._leaf(name)]]
                     if index in leaves.exotic:
