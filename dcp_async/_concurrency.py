@@ -244,6 +244,11 @@ class BlockingThreads(concurrent.futures.Executor):
                 if future.set_running_or_notify_cancel():
                     try:
                         result = fn()
+                    except StopIteration as error:  # no future takes one: its waiter would wait for ever
+                        failure = RuntimeError(f"StopIteration: {error}")
+                        failure.__cause__ = error
+                        future.set_exception(failure)
+                        del failure
                     except BaseException as error:
                         future.set_exception(error)
                     else:

@@ -12,6 +12,8 @@ import functools
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeVar
 
+import anyio
+
 from ._concurrency import run_unless
 from .catalog import Catalog
 from .contents import Contents
@@ -107,44 +109,11 @@ class Agreement:
         self._coordinator.fail(uid, "load", error)
         self._coordinator.forget(uid)
 
-    async def attempt(
-        self,
-        ordinal: int,
-        number: int,
-        name: str,
-        load: Callable[[Contents, Together], Awaitable[T]],
-    ) -> T:
-        """Open ``name`` and ``load`` it, the load's attempt ``number``. Ranks: all must call it. Raises: what
-        ``load`` raises, on every rank."""
-        coordinator = self._coordinator
-        whole = coordinator.uid(ordinal, _LOAD)
-        uid = coordinator.uid(ordinal, _LOAD, part=f"{number} {name}")
-        ranks = Together(coordinator, uid)
-        left = functools.partial(coordinator.failed, whole)
-        try:
-            return await run_unless(left, lambda: self._load(uid, name, load, ranks))
-        except RemoteFailure as failure:
-            raise _load_error(failure, name, touched=ranks.are_ready) from failure
-        except BaseException as error:
-            coordinator.fail(uid, "load", error)
-            raise
-        finally:
-            coordinator.forget(uid)
+    def attempt(self, ordinal: int, number: int, name: str) -> Attempt:
+        """The load's attempt ``number``, at ``name``. Ranks: all must make it."""
+        return Attempt(self, self._coordinator, ordinal, number, name)
 
-    async def _load(
-        self, uid: str, name: str, load: Callable[[Contents, Together], Awaitable[T]], ranks: Together
-    ) -> T:
-        contents = await self._open(uid, name)
-        try:
-            value = await load(contents, ranks)
-            await self._coordinator.exchange(uid, "done", None, _nothing)
-            # not before: other ranks of this host may want to read the same
-            await contents.reader.give_back()
-        finally:
-            await contents.close()
-        return value
-
-    async def _open(self, uid: str, name: str) -> Contents:
+    async def open(self, uid: str, name: str) -> Contents:
         """Open ``name``, the same state of it on all ranks."""
         return await open_same(self._catalog, self._coordinator, uid, name, timeout=self._timeout)
 
@@ -164,6 +133,67 @@ def _unexpected_of_all(reports: Sequence[tuple[Sequence[str], Sequence[str]]]) -
             name in mine or not f"{name}.".startswith(own) for mine, own in zip(lists, owners, strict=True)
         )
     ]
+
+
+class Attempt:
+    """One checkpoint that a load tries: first opened, then loaded; in between the caller's thread looks at
+    what it holds. Owns what it opened until ``load`` or ``give_up`` ends.
+
+    Ranks: all must call ``open`` and ``load``; each raises on every rank what it raises on one.
+    """
+
+    def __init__(
+        self, agreement: Agreement, coordinator: Coordinator, ordinal: int, number: int, name: str
+    ) -> None:
+        self._agreement = agreement
+        self._coordinator = coordinator
+        self._name = name
+        self._whole = coordinator.uid(ordinal, _LOAD)
+        self._uid = coordinator.uid(ordinal, _LOAD, part=f"{number} {name}")
+        self._ranks = Together(coordinator, self._uid)
+        self._contents: Contents | None = None
+
+    async def open(self) -> Contents:
+        """The checkpoint as the coordinator sees it."""
+        self._contents = await self._together(lambda: self._agreement.open(self._uid, self._name))
+        return self._contents
+
+    async def load(self, load: Callable[[Contents, Together], Awaitable[T]]) -> T:
+        """What ``load`` gives; the checkpoint is closed then."""
+        value = await self._together(functools.partial(self._load, load))
+        await self._end()
+        return value
+
+    async def give_up(self, error: BaseException) -> None:
+        """This rank goes no further, because of ``error``."""
+        self._coordinator.fail(self._uid, "load", error)
+        await self._end()
+
+    async def _load(self, load: Callable[[Contents, Together], Awaitable[T]]) -> T:
+        assert self._contents is not None
+        value = await load(self._contents, self._ranks)
+        await self._coordinator.exchange(self._uid, "done", None, _nothing)
+        # not before: other ranks of this host may want to read the same
+        await self._contents.reader.give_back()
+        return value
+
+    async def _together(self, step: Callable[[], Awaitable[T]]) -> T:
+        left = functools.partial(self._coordinator.failed, self._whole)
+        try:
+            return await run_unless(left, step)
+        except RemoteFailure as failure:
+            await self._end()
+            raise _load_error(failure, self._name, touched=self._ranks.are_ready) from failure
+        except BaseException as error:
+            await self.give_up(error)
+            raise
+
+    async def _end(self) -> None:
+        self._coordinator.forget(self._uid)
+        contents, self._contents = self._contents, None
+        if contents is not None:
+            with anyio.CancelScope(shield=True):
+                await contents.close()
 
 
 class Together:

@@ -18,11 +18,11 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, get_args
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ._drive import Ended, Verb, drive
 from .admission import checkpoint_name
+from .boundary import ENDINGS
 from .catalog import Catalog
 from .coordinator import Coordination
 from .formats.structure import JSON
@@ -269,7 +269,10 @@ class CheckpointEngine:
             events = self._life.stager.prepare(captured)
             if self._life.stager.options.overlap:
                 self._life.hooks.watch(captured.optimizers, response.staging_completion)
-        except (Exception, CheckpointException) as error:
+        except ENDINGS as error:
+            self._runner.refuse(ordinal, name, error)
+            raise
+        except BaseException as error:  # the trainer's own code, which may raise anything
             self._runner.refuse(ordinal, name, error)
             raise save_error(error, "capture", response, rank=self._life.coordinator.rank) from error
         request = SaveRequest(

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal, TypeVar
 
 import anyio
@@ -20,8 +20,9 @@ import anyio
 from ._concurrency import BlockingThreads, Job, LoopThread
 from ._drive import Persisting, Verb, Watched
 from .admission import SaveBook
+from .boundary import storage_errors
 from .coordinator import Coordination, Coordinator, make_coordinator
-from .errors import CheckpointError, EngineStateError, StorageError
+from .errors import EngineStateError
 from .exit_guard import ExitGuard
 from .hooks import OptimizerHooks
 from .options import Limits, Timeouts
@@ -204,15 +205,9 @@ class Lifetime:
                 raise EngineStateError("the engine is closed; make a new one") from error
             raise
 
-    @contextlib.contextmanager
-    def storage_errors(self, verb: str) -> Iterator[None]:
+    def storage_errors(self, verb: str) -> contextlib.AbstractContextManager[None]:
         """What a storage of the user's raises becomes an error of the tree."""
-        try:
-            yield
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise StorageError.of(verb, repr(self.storage), error) from error
+        return storage_errors(verb, repr(self.storage))
 
     async def _drain(self, patience: float | None) -> bool:
         """Wait for the saves in flight; False if ``patience`` seconds were not enough."""

@@ -9,8 +9,8 @@ that trust is decided before the first tensor is written to.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ParamSpec
 
 import anyio
@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.tensor import DTensor
 
 from ._concurrency import BlockingThreads, Pipe, first_failure, run_blocking
 from .agreement import Together
-from .boxes import box_at
+from .aliases import conflict
+from .boundary import ENDINGS, FillError, is_foreign, storage_errors, words
 from .contents import Contents
 from .errors import (
     CorruptCheckpointError,
@@ -49,10 +49,12 @@ from .matching import (
 from .reading import Collector, CoverageError, Source, copy_exotic
 from .sharding import is_known_to_autograd
 from .spans import Check, DamagedError, FetchBuffers, Span, make_batches, make_spans
-from .state import OpenMapping, Region, Targets
+from .targets import Region, Targets
 from .trust import Trust, UntrustedGlobal, load_pickle
 from .unfolding import folded, take_apart
+from .walk import PLAIN_TENSORS
 from .wrapped import is_wrapper
+from .wrapped_load import Wrapped, want_distributed
 
 P = ParamSpec("P")
 _QUEUE_BATCHES = 2
@@ -85,27 +87,11 @@ class Loaded:
     """What a load gives to ``restore``."""
 
     values: dict[str, Any]
-    extra: dict[str, dict[Any, Any]]
+    """Name -> new value of a leaf, or of a tensor that was not filled in place."""
+    taken: dict[str, Any]
+    """Name -> what was saved there, for what takes it whole; objects inside of it are the state's own."""
     match: Match
     nbytes: int
-
-
-@dataclass(slots=True, kw_only=True)
-class Wrapped:
-    """Tensors made of others (wrapped.py): read and compared before anything is touched, then copied."""
-
-    regions: Mapping[str, list[Region]]
-    """To be filled."""
-    like: Mapping[str, DTensor]
-    """Leaves that become distributed tensors -> one that lies as they shall."""
-    targets: list[torch.Tensor] = field(default_factory=list)
-    sources: list[torch.Tensor] = field(default_factory=list)
-    """Inner tensors, and what is to be copied into them."""
-
-    def hold(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Keep a pair until all have been read."""
-        self.targets.append(target)
-        self.sources.append(source)
 
 
 class LoadPipeline:
@@ -150,18 +136,18 @@ class LoadPipeline:
         try:
             heads, doubtful = Collector(self._source), Collector(self._source)
             small, large = Collector(self._source), Collector(self._source)
-            inside: list[tuple[torch.Tensor, torch.Tensor]] = []
+            inside: list[tuple[str, torch.Tensor, torch.Tensor]] = []
             with collection_paused():
                 for leaf in leaves:
                     if (part := self._contents.part(leaf)) is not None:
                         values[leaf] = part.value
                     elif wrapped is not None and leaf in wrapped.like:
-                        _want_distributed(small, leaf, wrapped.like[leaf], values)
+                        want_distributed(small, leaf, wrapped.like[leaf], values)
                     else:
                         small.want_leaf(leaf, values.__setitem__)
                 for fqn, regions in tensors.items():
                     if (part := self._contents.part(fqn)) is not None:
-                        inside += [(region.tensor, region.of(part.value)) for region in regions]
+                        inside += [(fqn, region.tensor, region.of(part.value)) for region in regions]
                     else:
                         large.want_tensor(fqn, regions)
                 if wrapped is not None:
@@ -178,7 +164,9 @@ class LoadPipeline:
             await self._flow(large)
             if inside:
                 await self._services.threads.run(_copy_all, *zip(*inside, strict=True))
-        except (BaseExceptionGroup, CoverageError, DamagedError, UnsupportedError) as error:
+        except ENDINGS:
+            raise
+        except BaseException as error:  # what it reads into, and what reads, may be the trainer's own
             cause = first_failure(error)
             explained = self._explain(cause, name)
             if explained is cause:
@@ -251,7 +239,18 @@ class LoadPipeline:
                 partially_loaded=self._touched,
                 tensors=names,
             )
+        if isinstance(error, FillError):
+            return LoadError(f"checkpoint {name!r}: {error}; {state}", checkpoint_id=name)
+        if is_foreign(error) and not isinstance(error, OSError):
+            return LoadError(
+                f"checkpoint {name!r}: reading it failed ({words(error)}); {state}", checkpoint_id=name
+            )
         return error
+
+    def failure(self, error: BaseException) -> BaseException:
+        """The error of the tree for ``error``, with which all that is left of the load failed."""
+        self._touched = True
+        return self._explain(error, self._contents.info.checkpoint_id)
 
     def _names_in(self, file: str, ranges: Iterable[tuple[int, int]]) -> list[str]:
         """Whose items overlap these bytes, wanted or not: a block is damaged for all that lies in it."""
@@ -287,7 +286,13 @@ class LoadPipeline:
                 buffers = [FetchBuffers(span) for span in batch]
             segments = [segment for part in buffers for segment in part.segments]
             check = Check(buffers)
-            await self._contents.reader.read_into(batch[0].file, segments, check.arrived)
+            try:
+                await self._contents.reader.read_into(batch[0].file, segments, check.arrived)
+            except (DamagedError, BaseExceptionGroup):  # found by ``check``, in the storage's own call
+                raise
+            except BaseException as error:
+                with storage_errors("read", f"{batch[0].file} of {self._contents.info.checkpoint_id!r}"):
+                    raise error from error.__cause__
             if not check.done:  # a storage need not say what has arrived
                 await self._blocking(check.finish)
             if any(part.is_unfinished for part in buffers):
@@ -302,26 +307,6 @@ class LoadPipeline:
         await run_blocking(self._services.threads, self._services.timeout, fn, *args, **kwargs)
 
 
-def _want_distributed(collector: Collector, name: str, like: DTensor, values: dict[str, Any]) -> None:
-    """Have ``name`` read as a distributed tensor that lies as ``like`` does."""
-
-    def wrap(name: str, local: torch.Tensor) -> None:
-        values[name] = DTensor.from_local(
-            local,
-            like.device_mesh,
-            like.placements,
-            run_check=False,
-            shape=like.shape,
-            stride=like.stride(),
-        )
-
-    regions = Region.all_of(name, like)
-    for region in regions:
-        collector.want_joined(name, box_at(region.offsets, region.tensor.shape), wrap)
-    if not regions:
-        values[name] = torch.zeros_like(like)  # nothing of it lies here
-
-
 def _scatter(buffers: Iterable[FetchBuffers]) -> None:
     for part in buffers:
         try:
@@ -330,6 +315,11 @@ def _scatter(buffers: Iterable[FetchBuffers]) -> None:
             raise
         except (ValueError, RuntimeError, TypeError) as error:
             raise DamagedError(str(error), [piece.name for piece in part.span.pieces]) from error
+        except (FillError, UnsupportedError, UntrustedGlobal, *ENDINGS):
+            raise
+        except BaseException as error:
+            names = tuple(dict.fromkeys(piece.name for piece in part.span.pieces))
+            raise FillError(f"{', '.join(names[:5])}: {words(error)}", names) from error
 
 
 async def load_into(
@@ -363,13 +353,15 @@ async def load_into(
         like=match.like,
     )
     plain = {name: regions for name, regions in match.tensors.items() if name not in wrapped.regions}
+    for group in match.aliases:
+        await _check_aliases(pipeline, group, contents.info.checkpoint_id)
     into = plain
     if how.atomic:
         into = {
             name: [Region(torch.empty_like(region.tensor), region.offsets) for region in regions]
             for name, regions in into.items()
         }
-    keys = {key: pipeline.unpickle(key) for node in match.open_nodes.values() for key in pickled_keys(node)}
+    keys = {key: pipeline.unpickle(key) for node in match.nodes.values() for key in pickled_keys(node)}
 
     async def before_touch(values: Mapping[str, Any]) -> None:
         check_groups(targets, values, contents.info.checkpoint_id)
@@ -390,40 +382,60 @@ async def load_into(
     touched = [*filled, *filter(is_known_to_autograd, wrappers)]
     torch.autograd.graph.increment_version([tensor for tensor in touched if not tensor.is_inference()])
     if how.atomic and into:
-        await services.threads.run(_copy_all, _tensors_of(plain), _tensors_of(into))
+        names = [name for name, regions in plain.items() for _ in regions]
+        try:
+            await services.threads.run(_copy_all, names, _tensors_of(plain), _tensors_of(into))
+        except FillError as error:
+            raise pipeline.failure(error) from error
     if wrapped.targets:
-        await services.threads.run(_copy_all, wrapped.targets, wrapped.sources)
+        try:
+            await services.threads.run(_copy_all, wrapped.names, wrapped.targets, wrapped.sources)
+        except FillError as error:
+            raise pipeline.failure(error) from error
     values |= match.fresh
-    extra: dict[str, dict[Any, Any]] = {}
-    for prefix, node in match.open_nodes.items():
-        taken = build(node, values.__getitem__, keys.__getitem__, prefix)
-        mapping = targets.open_mappings.get(prefix)
-        extra[prefix] = {_optimizer_key(mapping, key): entry for key, entry in taken.items()}
-    return Loaded(values=values, extra=extra, match=match, nbytes=nbytes)
+
+    def value_of(name: str) -> Any:
+        if name in targets.statefuls:
+            return targets.statefuls[name][0]
+        return values[name] if name in values else targets.tensors[name]
+
+    taken = {name: build(node, value_of, keys.__getitem__, name) for name, node in match.nodes.items()}
+    return Loaded(values=values, taken=taken, match=match, nbytes=nbytes)
+
+
+async def _check_aliases(
+    pipeline: LoadPipeline, group: Sequence[tuple[str, Region]], checkpoint_id: str
+) -> None:
+    """Read what belongs into targets that share memory, elsewhere. Raises IncompatibleStateError if it can't
+    be in there together."""
+    values = [torch.empty_like(region.tensor) for _, region in group]
+    for (name, region), value in zip(group, values, strict=True):
+        await pipeline.read({name: [Region(value, region.offsets)]}, (), fresh=True)
+    if (names := conflict(group, values)) is not None:
+        raise IncompatibleStateError(
+            f"checkpoint {checkpoint_id!r} does not fit the state ({names[0]} and {names[1]} share memory in "
+            "the state and were saved with different values, so one would overwrite the other); nothing was "
+            "loaded. Untie them with clone(), or load one of them only",
+            checkpoint_id=checkpoint_id,
+        )
 
 
 def _tensors_of(regions: Mapping[str, Iterable[Region]]) -> list[torch.Tensor]:
     return [region.tensor for some in regions.values() for region in some]
 
 
-def _copy_all(targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
+def _copy_all(names: Iterable[str], targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
     at_once: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     with torch.inference_mode():  # else tensors that were made in it could not be written to
-        for target, source in zip(targets, sources, strict=True):
+        for name, target, source in zip(names, targets, sources, strict=True):
             strided = target.layout is torch.strided and not target.is_quantized
-            if strided and not target.is_conj() and not target.is_neg():
+            if strided and type(target) in PLAIN_TENSORS and not target.is_conj() and not target.is_neg():
                 at_once[0].append(target)
                 at_once[1].append(source)
             else:
-                copy_exotic(target, source)
+                copy_exotic(name, target, source)
         if at_once[0]:
             torch._foreach_copy_(*at_once)
-
-
-def _optimizer_key(mapping: OpenMapping | None, key: Any) -> Any:
-    """Stock turns an optimizer's parameter numbers into text."""
-    owned = mapping is not None and issubclass(mapping.owner, torch.optim.Optimizer)
-    return int(key) if owned and isinstance(key, str) and key.isdigit() else key
 
 
 async def read_fresh(

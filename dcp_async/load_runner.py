@@ -8,34 +8,36 @@ error.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from ._drive import Verb
-from .agreement import Agreement, Together
+from .agreement import Agreement, Attempt, Together
+from .boundary import ENDINGS, is_foreign, words
 from .catalog import Catalog
 from .contents import Contents
 from .coordinator import Coordinator
 from .errors import CorruptCheckpointError, IncompatibleStateError, LoadError, StorageError
 from .lifetime import Lifetime
 from .load_pipeline import Loaded, LoadOptions, LoadServices, load_into, read_fresh
+from .remote import RemoteFailure
 from .response import CheckpointInfo, CheckpointRef, LoadReport
-from .restore import restore
-from .state import Targets, capture_targets
+from .restore import Restorer
+from .targets import Asked, Schema, Targets, capture_targets
 from .walk import CaptureError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Attempt = Callable[[str, bool], Coroutine[Any, Any, T]]
-"""Loads a checkpoint by name; told whether an earlier attempt touched the targets."""
+Trial = Callable[[str, bool], Verb[T]]
+"""Loads a checkpoint by name; told whether an earlier one touched the targets."""
 
 
 class LoadRunner:
@@ -61,14 +63,13 @@ class LoadRunner:
         """Fill ``state``. Ranks: all must call it."""
         started = time.monotonic()
         book, coordinator = self._life.book, self._life.coordinator
-        ordinal, numbers = book.next_ordinal(), itertools.count()
+        ordinal, numbers, asked = book.next_ordinal(), itertools.count(), Asked()
         try:
-            targets = _targets_of(state, coordinator)
             names = yield from self.ask(self._agreement.resolve(ordinal, source))
-            (info, loaded), skipped = yield from self._try_each(
+            (info, targets, loaded), skipped = yield from self._try_each(
                 names,
                 lambda name, touched: self._load_one(
-                    ordinal, next(numbers), name, targets, how, refill=touched
+                    self._agreement.attempt(ordinal, next(numbers), name), state, asked, how, refill=touched
                 ),
                 falls_back=source == "latest",
             )
@@ -81,7 +82,7 @@ class LoadRunner:
         return LoadReport(
             checkpoint_id=info.checkpoint_id,
             step=info.step,
-            missing=tuple(loaded.match.missing),
+            missing=(*loaded.match.missing, *loaded.match.kept),
             unexpected=tuple(loaded.match.unexpected),
             mismatched=tuple(loaded.match.mismatched),
             skipped=skipped,
@@ -97,28 +98,33 @@ class LoadRunner:
         info: CheckpointInfo,
         how: LoadOptions,
     ) -> None:
-        match = loaded.match
+        restorer = Restorer(targets, loaded, strict=how.strict, exact=how.dtypes == "exact")
         try:
-            restore(
-                *(state, targets, loaded.values, loaded.extra, match.replaced, match.resized),
-                strict=how.strict,
-                exact=how.dtypes == "exact",
-            )
-        except (Exception, CheckpointException) as error:
+            restorer.restore(state)
+        except ENDINGS:
+            raise
+        except BaseException as error:  # the trainer's own code, which may raise anything
             raise LoadError(
                 f"checkpoint {info.checkpoint_id!r} was read, but the state refused it, its tensors "
-                f"overwritten already: {type(error).__name__}: {error}",
+                f"overwritten already: {restorer.at}: {words(error)}",
                 checkpoint_id=info.checkpoint_id,
             ) from error
 
-    async def _load_one(
-        self, ordinal: int, number: int, name: str, targets: Targets, how: LoadOptions, *, refill: bool
-    ) -> tuple[CheckpointInfo, Loaded]:
-        async def load(contents: Contents, ranks: Together) -> tuple[CheckpointInfo, Loaded]:
-            loaded = await load_into(contents, targets, self._services, how, refill=refill, ranks=ranks)
-            return contents.info, loaded
+    def _load_one(
+        self, attempt: Attempt, state: Mapping[str, Any], asked: Asked, how: LoadOptions, *, refill: bool
+    ) -> Verb[tuple[CheckpointInfo, Targets, Loaded]]:
+        contents = yield from self.ask(attempt.open())
+        try:
+            targets = _targets_of(state, Schema(contents), asked, self._life.coordinator)
+        except BaseException as error:
+            yield from self.ask(attempt.give_up(error))
+            raise
 
-        return await self._agreement.attempt(ordinal, number, name, load)
+        async def load(contents: Contents, ranks: Together) -> Loaded:
+            with _load_errors(contents.info.checkpoint_id, lambda: refill or ranks.are_ready):
+                return await load_into(contents, targets, self._services, how, refill=refill, ranks=ranks)
+
+        return contents.info, targets, (yield from self.ask(attempt.load(load)))
 
     def reading(
         self, source: CheckpointRef, keys: Sequence[str] | None, device: torch.device | str
@@ -126,7 +132,7 @@ class LoadRunner:
         """A checkpoint as fresh objects. Each rank reads by itself."""
         names = yield from self.ask(self._catalog.resolve(source))
         value, _ = yield from self._try_each(
-            names, lambda name, _: self._read_one(name, keys, device), falls_back=source == "latest"
+            names, lambda name, _: self.ask(self._read_one(name, keys, device)), falls_back=source == "latest"
         )
         return value
 
@@ -135,12 +141,13 @@ class LoadRunner:
     ) -> dict[str, Any]:
         contents = await self._catalog.open(name)
         try:
-            return await read_fresh(contents, self._services, keys=keys, device=device)
+            with _load_errors(name, lambda: False):
+                return await read_fresh(contents, self._services, keys=keys, device=device)
         finally:
             await contents.close()
 
     def _try_each(
-        self, names: Sequence[str], attempt: Attempt[T], *, falls_back: bool
+        self, names: Sequence[str], trial: Trial[T], *, falls_back: bool
     ) -> Verb[tuple[T, tuple[str, ...]]]:
         """The first checkpoint that is whole, and the names of newer ones that are not."""
         first: CorruptCheckpointError | None = None
@@ -148,7 +155,7 @@ class LoadRunner:
         skipped: list[str] = []
         for name in names:
             try:
-                value = yield from self.ask(attempt(name, touched))
+                value = yield from trial(name, touched)
             except CorruptCheckpointError as error:
                 if not falls_back:
                     raise
@@ -170,11 +177,29 @@ class LoadRunner:
         raise first
 
 
-def _targets_of(state: Mapping[str, Any], coordinator: Coordinator) -> Targets:
+def _targets_of(state: Mapping[str, Any], schema: Schema, asked: Asked, coordinator: Coordinator) -> Targets:
+    rank, world_size = coordinator.rank, coordinator.world_size
     try:
-        return capture_targets(state, rank=coordinator.rank, world_size=coordinator.world_size)
-    except (CaptureError, CheckpointException) as error:
+        return capture_targets(state, schema, asked, rank=rank, world_size=world_size)
+    except CaptureError as error:
         raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
+    except BaseException as error:
+        if not is_foreign(error):
+            raise
+        what = words(error)  # of the trainer's objects, which are looked at
+        raise IncompatibleStateError(f"the state can't be loaded into: {what}; nothing was loaded") from error
+
+
+@contextlib.contextmanager
+def _load_errors(name: str, touched: Callable[[], bool]) -> Iterator[None]:
+    """What the trainer's objects raise while a load looks at them becomes a LoadError."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_foreign(error) or isinstance(error, (OSError, RemoteFailure)):
+            raise  # the storage's, or another rank's
+        state = "targets are partly overwritten" if touched() else "nothing was loaded"
+        raise LoadError(f"checkpoint {name!r}: {words(error)}; {state}", checkpoint_id=name) from error
 
 
 def _overwritten(name: str, what: str) -> CorruptCheckpointError:

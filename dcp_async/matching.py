@@ -7,21 +7,27 @@ is touched.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.tensor import DTensor
 
+from .aliases import are_one_view, groups_in_memory
 from .app_state import AppState, check_before_touch
 from .checkpointable import empty_like, global_size
 from .contents import Contents
 from .errors import IncompatibleStateError
-from .formats.structure import Tree, children_of, kind_of, leaf_names, mapping_node, subtree
+from .formats.structure import Tree, children_of, cut, grafted, kind_of, leaf_names, like, locate, subtree
 from .formats.zip_item import PLAIN_DTYPES
-from .state import Region, Targets
+from .targets import OptimizerState, Region, Targets, Whole
+from .walk import UNASKED
 
 Dtypes = Literal["exact", "convert"]
 
@@ -32,19 +38,30 @@ class Match:
 
     tensors: dict[str, list[Region]] = field(default_factory=dict)
     """To be filled in place."""
+    gappy: set[str] = field(default_factory=set)
+    """Of these, what may not be contiguous."""
+    offered: set[str] = field(default_factory=set)
+    """Of these, what need not be filled: a new tensor does as well."""
     resized: set[str] = field(default_factory=set)
     """What is PerRank and was saved by another number of ranks: taken from all of them."""
     leaves: list[str] = field(default_factory=list)
     """To be replaced."""
     fresh: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Tensors made by us, for mappings that take whatever was saved below them and in place of meta
-    tensors."""
+    """Tensors made by us, for what is taken as it was saved and in place of meta tensors."""
+    nodes: dict[str, Tree] = field(default_factory=dict)
+    """The trees of what is taken as it was saved, by name."""
+    grown: dict[str, list[tuple[Any, str]]] = field(default_factory=dict)
+    """Mapping -> (key, name) of what is taken below it and is not there."""
     like: dict[str, DTensor] = field(default_factory=dict)
     """Leaves that become distributed tensors -> one that lies as they shall."""
-    open_nodes: dict[str, Tree] = field(default_factory=dict)
-    """The trees of those mappings."""
     replaced: dict[str, set[str]] = field(default_factory=dict)
     """Optimizers' mappings whose other entries go: mapping -> names of the entries that were saved."""
+    absent: set[str] = field(default_factory=set)
+    """Statefuls of which nothing was saved: they are not called."""
+    kept: list[str] = field(default_factory=list)
+    """Options of optimizers that were not saved and stay as they are: reported, but no misfit."""
+    aliases: list[list[tuple[str, Region]]] = field(default_factory=list)
+    """Targets that share memory, though what is read into them may differ."""
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
@@ -84,175 +101,271 @@ def is_raw(
     )
 
 
+def _is_gappy(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_contiguous()
+
+
 def _is_expanded(tensor: torch.Tensor) -> bool:
-    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_contiguous():
-        return False
     return any(step == 0 and extent > 1 for step, extent in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def match_state(targets: Targets, contents: Contents, *, dtypes: Dtypes) -> Match:
     """Compare names, kinds, shapes and dtypes. Touches nothing."""
-    names = contents.names
-    match = Match()
-    given_up = _match_open(targets, contents, match)
-    for name, tensor in targets.tensors.items():
-        if name not in given_up:
-            _match_tensor(name, tensor, names.get(name), contents, match, targets, dtypes=dtypes)
-    for name in targets.leaves - given_up:
-        meta = names.get(name)
+    return _Matcher(targets, contents, dtypes).run()
+
+
+class _Matcher:
+    """One comparison."""
+
+    def __init__(self, targets: Targets, contents: Contents, dtypes: Dtypes) -> None:
+        self._targets = targets
+        self._contents = contents
+        self._dtypes = dtypes
+        self._names = contents.names
+        self._match = Match()
+        self._settled: set[str] = set()
+        """Names of the state that are taken care of, whatever the checkpoint has under them."""
+
+    def run(self) -> Match:
+        targets, names, match = self._targets, self._names, self._match
+        per_rank = targets.walk.per_rank
+        if targets.statefuls or per_rank:
+            self._known = sorted(targets.tensors.keys() | targets.leaves)
+            self._structure = self._contents.structure
+            self._match_per_rank()
+            for prefix, whole in targets.wholes.items():
+                if prefix not in self._settled:
+                    self._match_whole(prefix, whole)
+            for prefix, mapping in targets.optimizer_states.items():
+                self._match_optimizer_state(prefix, mapping)
+            for prefix, accepts in targets.grows.items():
+                self._match_grown(prefix, accepts)
+        for name, tensor in targets.tensors.items():
+            if name not in self._settled:
+                self._match_tensor(name, tensor)
+        for name in targets.leaves - self._settled:
+            meta = names.get(name)
+            if meta is None:
+                match.missing.append(name)
+            elif isinstance(meta, BytesStorageMetadata):
+                match.leaves.append(name)
+            else:
+                match.mismatch(name, "is a tensor in the checkpoint, but not in the state")
+        known = targets.tensors.keys() | targets.leaves
+        inside = tuple(f"{prefix}." for prefix in targets.prefixes)
+        others = tuple(f"{prefix}." for prefix in per_rank)  # belongs to other ranks
+        taken = match.fresh.keys() | set(match.leaves)
+        match.unexpected = [
+            name
+            for name in names
+            if name not in known
+            and name not in taken
+            and (name in targets.prefixes or name.startswith(inside))
+            and not name.startswith(others)
+        ]
+        self._separate_aliases()
+        return match
+
+    def _separate_aliases(self) -> None:
+        """Find targets that share memory with others, of which more than these names was saved. What is only
+        offered gives way to new tensors; what is left is compared when its bytes are read."""
+        match = self._match
+        for group in groups_in_memory(match.tensors, match.gappy):
+            if are_one_view(group) and len({self._places(name) for name, _ in group}) == 1:
+                continue
+            for name in sorted({name for name, _ in group} & match.offered):
+                del match.tensors[name]
+                self._take([name])
+            left = [(name, region) for name, region in group if name in match.tensors]
+            if len(left) > 1:
+                match.aliases.append(left)
+
+    def _places(self, name: str) -> tuple[object, ...]:
+        """Where the bytes of a tensor lie; names that were saved as one tensor have the same."""
+        meta, places = self._names[name], self._contents.places
+        chunks = meta.chunks if isinstance(meta, TensorStorageMetadata) else ()
+        found = tuple(places.get(MetadataIndex(name, chunk.offsets)) for chunk in chunks)
+        return found if found and None not in found else (name,)
+
+    def _misfit(self, name: str, tensor: torch.Tensor) -> str | None:
+        """Why what was saved as ``name`` can't be read into ``tensor``."""
+        meta = self._names[name]
+        if not isinstance(meta, TensorStorageMetadata):
+            return "is a tensor in the state, but not in the checkpoint"
+        saved = meta.properties.dtype
+        size = global_size(tensor)
+        if meta.size != size or (saved != tensor.dtype and self._dtypes == "exact"):
+            here, there = f"{tuple(size)} {tensor.dtype}", f"{tuple(meta.size)} {saved}"
+            return f"is {here} in the state, {there} in the checkpoint"
+        if saved != tensor.dtype and not _can_cast(saved, tensor.dtype):
+            here = f"{tuple(size)} {tensor.dtype}"
+            return f"is {here} in the state; {saved}, as in the checkpoint, can't become that"
+        for region in self._regions(name, tensor):
+            if _is_gappy(region.tensor):
+                self._match.gappy.add(name)
+                if _is_expanded(region.tensor):
+                    return "is expanded: its elements share one place; clone() it first"
+        return None
+
+    def _regions(self, name: str, tensor: torch.Tensor) -> list[Region]:
+        # what lies here is asked, not the tensor itself: a ShardedTensor has few answers
+        local = self._targets.local
+        return local[name] if name in local else [Region.whole(tensor)]
+
+    def _match_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        match, meta = self._match, self._names.get(name)
         if meta is None:
             match.missing.append(name)
-        elif isinstance(meta, BytesStorageMetadata):
-            match.leaves.append(name)
+            return
+        if (reason := self._misfit(name, tensor)) is not None:
+            match.mismatch(name, reason)
+            if isinstance(meta, TensorStorageMetadata) and meta.size == global_size(tensor):
+                saved = meta.properties.dtype
+                castable = saved != tensor.dtype and _can_cast(saved, tensor.dtype)
+                match.convertible = match.convertible or castable
+            return
+        assert isinstance(meta, TensorStorageMetadata)
+        regions = self._regions(name, tensor)
+        if not any(region.tensor.is_meta for region in regions):
+            match.tensors[name] = regions
+        elif name in self._targets.local:
+            match.mismatch(
+                name, "is distributed and on the meta device; materialise it first, with to_empty()"
+            )
+        elif is_raw(meta, name, self._contents):
+            match.fresh[name] = fresh_tensor(meta, None, self._targets.device, tensor.dtype)
         else:
-            match.mismatch(name, "is a tensor in the checkpoint, but not in the state")
-    known = targets.tensors.keys() | targets.leaves
-    inside = tuple(f"{prefix}." for prefix in targets.prefixes)
-    others = tuple(f"{prefix}." for prefix in targets.walk.per_rank)  # belongs to other ranks
-    taken = match.fresh.keys() | set(match.leaves)
-    match.unexpected = [
-        name
-        for name in names
-        if name not in known
-        and name not in taken
-        and (name in targets.prefixes or name.startswith(inside))
-        and not name.startswith(others)
-    ]
-    # a container that was saved empty has no leaf, so an open mapping that stays empty misses nothing
-    return match
+            match.leaves.append(name)
 
+    def _match_per_rank(self) -> None:
+        """What is PerRank and was saved by another number of ranks is taken from all of them."""
+        match, targets = self._match, self._targets
+        for prefix, value in targets.walk.per_rank.items():
+            found, node = locate(self._structure, prefix)
+            saved = len(children_of(node)) if found else 0
+            if saved in (0, targets.world_size):
+                continue
+            self._settled.update(_at_or_below(prefix, self._known))
+            self._settled.update(name for name in targets.wholes if f"{name}.".startswith(f"{prefix}."))
+            if value.on_resize is None:
+                match.mismatch(
+                    prefix,
+                    f"was saved by {saved} ranks, one for each, and there are {targets.world_size} now; "
+                    "PerRank(..., on_resize=...) says what each takes",
+                )
+            else:
+                match.resized.add(prefix)
+                match.nodes[prefix] = node
+                self._take(leaf_names(node, prefix))
 
-def _match_tensor(
-    name: str,
-    tensor: torch.Tensor,
-    meta: TensorStorageMetadata | BytesStorageMetadata | None,
-    contents: Contents,
-    match: Match,
-    targets: Targets,
-    *,
-    dtypes: Dtypes,
-) -> None:
-    if meta is None:
-        match.missing.append(name)
-        return
-    if not isinstance(meta, TensorStorageMetadata):
-        match.mismatch(name, "is a tensor in the state, but not in the checkpoint")
-        return
-    saved = meta.properties.dtype
-    # what lies here is asked, not the tensor itself: a ShardedTensor has few answers
-    regions = targets.local[name] if name in targets.local else [Region.whole(tensor)]
-    size = global_size(tensor)
-    here, there = f"{tuple(size)} {tensor.dtype}", f"{tuple(meta.size)} {saved}"
-    if meta.size != size:
-        match.mismatch(name, f"is {here} in the state, {there} in the checkpoint")
-    elif saved != tensor.dtype and dtypes == "exact":
-        match.mismatch(name, f"is {here} in the state, {there} in the checkpoint")
-        match.convertible = match.convertible or _can_cast(saved, tensor.dtype)
-    elif saved != tensor.dtype and not _can_cast(saved, tensor.dtype):
-        match.mismatch(name, f"is {here} in the state; {saved}, as in the checkpoint, can't become that")
-    elif any(_is_expanded(region.tensor) for region in regions):
-        match.mismatch(name, "is expanded: its elements share one place; clone() it first")
-    elif not any(region.tensor.is_meta for region in regions):
-        match.tensors[name] = regions
-    elif name in targets.local:
-        match.mismatch(name, "is distributed and on the meta device; materialise it first, with to_empty()")
-    elif is_raw(meta, name, contents):
-        match.fresh[name] = fresh_tensor(meta, None, targets.device, tensor.dtype)
-    else:
-        match.leaves.append(name)
+    def _match_whole(self, prefix: str, whole: Whole) -> None:
+        """Take all that was saved there; where nothing was, a Stateful is missing."""
+        match, targets = self._match, self._targets
+        found, node = locate(self._structure, prefix)
+        # objects inside of it take their own
+        objects = {name for name in targets.statefuls if name.startswith(f"{prefix}.")}
+        theirs = {name for head in objects for name in _at_or_below(head, self._known)}
+        mine = [name for name in _at_or_below(prefix, self._known) if name not in theirs]
+        if not found:
+            if whole.is_stateful and (mine or whole.present is UNASKED):
+                match.missing.append(prefix)
+                match.absent.add(prefix)
+                self._settled.update(mine)
+            elif whole.keeps and not isinstance(whole.present, Mapping):
+                match.kept += mine
+                self._settled.update(mine)
+            return
+        node = cut(node, objects, prefix)
+        if self._contents.manifest is None and whole.present is not UNASKED:
+            node = like(node, whole.present)
+        match.nodes[prefix] = node
+        there = [name for name in leaf_names(node, prefix) if name not in objects]
+        self._settled.update(mine)
+        strict = targets.strict
+        for name in there:
+            tensor = targets.tensors.get(name)
+            if tensor is None:
+                self._take([name])
+            elif name in strict:
+                self._match_tensor(name, tensor)
+            elif self._can_hold(name, tensor):
+                match.offered.add(name)
+                self._match_tensor(name, tensor)
+            else:
+                self._take([name])
+        if whole.keeps:
+            match.kept += sorted(set(mine).difference(there))
+        if lacking := sorted(strict.intersection(mine).difference(there)):
+            match.missing += lacking
+            match.nodes[prefix] = grafted(node, whole.present, set(lacking), prefix)
+
+    def _can_hold(self, name: str, tensor: torch.Tensor) -> bool:
+        return not tensor.is_meta and self._misfit(name, tensor) is None
+
+    def _match_optimizer_state(self, prefix: str, mapping: OptimizerState) -> None:
+        """An optimizer's state grows with its history: what does not have the saved form gives way to it."""
+        match = self._match
+        node = subtree(self._structure, prefix)
+        kind = kind_of(node)
+        if kind is None or kind == "list":
+            return
+        heads = {f"{prefix}.{key}": (key, child) for key, child in children_of(node)}
+        # entries that a parameter had none of when it was saved must not outlive the load
+        match.replaced[prefix] = set(heads)
+        self._settled.update(_at_or_below(prefix, self._known))
+        for head, (key, child) in heads.items():
+            if mapping.takes is not None and not mapping.takes(key):
+                continue  # another stage's of a pipeline, or nobody's
+            here = _at_or_below(head, self._known)
+            there = leaf_names(child, head)
+            if here and set(here) == set(there) and all(map(self._is_of_one_kind, here)):
+                self._settled.difference_update(here)
+            else:
+                self._grow(prefix, key, child)
+
+    def _is_of_one_kind(self, name: str) -> bool:
+        return (name in self._targets.tensors) == isinstance(self._names[name], TensorStorageMetadata)
+
+    def _match_grown(self, prefix: str, accepts: Callable[[str], bool]) -> None:
+        inside = f"{prefix}."
+        there = self._targets.wholes.keys() | self._targets.statefuls.keys()
+        _, node = locate(self._structure, prefix)
+        for key, child in children_of(node):
+            below = f"{inside}{key}"
+            if accepts(str(key)) and below not in there and not _at_or_below(below, self._known):
+                self._grow(prefix, key, child)
+
+    def _grow(self, prefix: str, key: Any, node: Tree) -> None:
+        name = f"{prefix}.{key}"
+        self._match.grown.setdefault(prefix, []).append((key, name))
+        self._match.nodes[name] = node
+        self._take(leaf_names(node, name))
+
+    def _take(self, wanted: Iterable[str]) -> None:
+        """Have all of ``wanted`` read, into tensors of our own; those of an optimizer's ``entries`` are cut
+        as their parameters are."""
+        match, contents = self._match, self._contents
+        for name in wanted:
+            meta = self._names[name]
+            parameter = self._targets.entries.get(name.rpartition(".")[0])
+            if is_raw(meta, name, contents):
+                if parameter is not None and global_size(parameter) == meta.size:
+                    match.fresh[name] = empty_like(parameter, meta.properties.dtype)
+                else:
+                    match.fresh[name] = fresh_tensor(meta, contents.strides.get(name), "cpu")
+            else:
+                if (
+                    isinstance(parameter, DTensor)
+                    and isinstance(meta, TensorStorageMetadata)
+                    and parameter.shape == meta.size
+                ):
+                    match.like[name] = parameter
+                match.leaves.append(name)
 
 
 def _can_cast(saved: object, dtype: torch.dtype) -> bool:
     """Whether ``saved``, which a newer torch may have and this one not, can become ``dtype``."""
     return isinstance(saved, torch.dtype) and torch.can_cast(saved, dtype)
-
-
-def _match_per_rank(targets: Targets, structure: Tree, known: Sequence[str], match: Match) -> set[str]:
-    """What is PerRank and was saved by another number of ranks is taken from all of them. Gives names of the
-    state that this replaces."""
-    given_up: set[str] = set()
-    for prefix, value in targets.walk.per_rank.items():
-        node = subtree(structure, prefix)
-        saved = len(children_of(node))
-        if saved in (0, targets.world_size):
-            continue
-        given_up.update(_at_or_below(prefix, known))
-        if value.on_resize is None:
-            match.mismatch(
-                prefix,
-                f"was saved by {saved} ranks, one for each, and there are {targets.world_size} now; "
-                "PerRank(..., on_resize=...) says what each takes",
-            )
-        else:
-            match.resized.add(prefix)
-            match.open_nodes[prefix] = node
-    return given_up
-
-
-def _match_open(targets: Targets, contents: Contents, match: Match) -> set[str]:
-    """What is resized is taken from all ranks, and open mappings take each child that they lack, whole. Gives
-    names of the state that this replaces."""
-    if not targets.open_mappings and not targets.walk.per_rank:
-        return set()
-    known = sorted(targets.tensors.keys() | targets.leaves)
-    structure = contents.structure
-    names = contents.names
-    given_up = _match_per_rank(targets, structure, known, match)
-    for prefix, node in match.open_nodes.items():
-        _take(leaf_names(node, prefix), names, contents, match, {})
-    for prefix, mapping in targets.open_mappings.items():
-        node = subtree(structure, prefix)
-        kind = kind_of(node)
-        if kind is None or kind == "list":
-            continue
-        lacking = []
-        heads = {f"{prefix}.{key}": (key, child) for key, child in children_of(node)}
-        if mapping.is_optimizer_state:
-            # entries that a parameter had none of when it was saved must not outlive the load
-            match.replaced[prefix] = set(heads)
-            given_up.update(_at_or_below(prefix, known))
-            for head in heads:
-                given_up.difference_update(_at_or_below(head, known))
-        for head, (key, child) in heads.items():
-            if mapping.takes is not None and not mapping.takes(key):
-                continue  # another stage's of a pipeline, or nobody's
-            here = _at_or_below(head, known)
-            there = leaf_names(child, head)
-            # an optimizer grows with its history: what does not have the saved form gives way to it
-            if here and not (mapping.is_optimizer_state and set(here) != set(there)):
-                continue
-            given_up.update(here)
-            lacking.append((key, child))
-            _take(there, names, contents, match, targets.entries)
-        match.open_nodes[prefix] = mapping_node(kind, lacking)
-    return given_up
-
-
-def _take(
-    wanted: Iterable[str],
-    names: Mapping[str, TensorStorageMetadata | BytesStorageMetadata],
-    contents: Contents,
-    match: Match,
-    entries: Mapping[str, torch.Tensor],
-) -> None:
-    """Have all of ``wanted`` read, into tensors of our own; those of an optimizer's ``entries`` are cut as
-    their parameters are."""
-    for name in wanted:
-        meta = names[name]
-        parameter = entries.get(name.rpartition(".")[0])
-        if is_raw(meta, name, contents):
-            if parameter is not None and global_size(parameter) == meta.size:
-                match.fresh[name] = empty_like(parameter, meta.properties.dtype)
-            else:
-                match.fresh[name] = fresh_tensor(meta, contents.strides.get(name), "cpu")
-        else:
-            if (
-                isinstance(parameter, DTensor)
-                and isinstance(meta, TensorStorageMetadata)
-                and parameter.shape == meta.size
-            ):
-                match.like[name] = parameter
-            match.leaves.append(name)
 
 
 def _at_or_below(head: str, names: Sequence[str]) -> list[str]:
@@ -293,12 +406,14 @@ def check_app_states(
         if not isinstance(stateful, AppState):
             continue
         entries = [key for key, _ in children_of(subtree(structure, f"{prefix}.{stateful.entries_at}"))]
-        groups = []
-        for number, _ in enumerate(children_of(subtree(structure, f"{prefix}.optim.param_groups"))):
-            params = values.get(f"{prefix}.optim.param_groups.{number}.params")
-            if not isinstance(params, list):
-                break  # nobody asked for it: the names alone say that groups are missing here
-            groups.append({"params": params})
+        saved_groups = children_of(subtree(structure, f"{prefix}.optim.param_groups"))
+        params = [
+            values.get(f"{prefix}.optim.param_groups.{number}.params")
+            for number, _ in enumerate(saved_groups)
+        ]
+        if not (entries or params) or not all(isinstance(names, list) for names in params):
+            continue  # a subclass saves something else, or names alone have told that groups are missing
+        groups = [{"params": names} for names in params]
         if problems := check_before_touch(stateful, entries, groups):
             raise IncompatibleStateError(
                 f"checkpoint {checkpoint_id!r} does not fit the state ({prefix}: {'; '.join(problems[:5])}); "

@@ -29,7 +29,8 @@ def below(prefix: str, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def _canonical(module: torch.nn.Module, name: str) -> str:
+def canonical(module: torch.nn.Module, name: str) -> str:
+    """``name`` in ``module`` without what wrappers put into it."""
     if isinstance(module, DistributedDataParallel):
         name = name.removeprefix("module.")
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
@@ -44,7 +45,7 @@ def materialise(module: torch.nn.Module, fresh: Mapping[str, torch.Tensor]) -> N
                 if tensor is None or not tensor.is_meta:
                     continue
                 full = f"{path}.{name}" if path else name
-                found = fresh.get(full, fresh.get(_canonical(module, full)))
+                found = fresh.get(full, fresh.get(canonical(module, full)))
                 if found is not None and found.shape == tensor.shape:
                     _replace(module, tensor, found)
                 elif name in owner._non_persistent_buffers_set:

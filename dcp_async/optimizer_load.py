@@ -41,7 +41,7 @@ def is_custom(optimizer: Optimizer) -> bool:
     return load is not Optimizer.load_state_dict or any(hooks) or "load_state_dict" in vars(optimizer)
 
 
-def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any], *, exact: bool = True) -> None:
+def load_optimizer(optimizer: Optimizer, state: Any, *, exact: bool = True) -> None:
     """Hand ``state``, by numbers, to ``optimizer``, which then has just that.
 
     ``Optimizer.load_state_dict`` casts entries to their parameter's dtype, and turns text into what it is
@@ -52,14 +52,17 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any], *, exact: boo
     Raises: ValueError if the optimizer, by code of its own, lost an entry; what its ``load_state_dict``
         raises.
     """
+    if not (isinstance(state, Mapping) and isinstance(state.get(_STATE), Mapping) and _GROUPS in state):
+        optimizer.load_state_dict(state)  # a form of the optimizer's own
+        return
     given = dict(state)
-    groups = given.get(_GROUPS)
+    groups = given[_GROUPS]
     if isinstance(groups, list) and len(groups) == len(optimizer.param_groups):
         given[_GROUPS] = [
             {**{key: value for key, value in live.items() if key not in (_PARAMS, _NAMES)}, **group}
             for live, group in zip(optimizer.param_groups, groups, strict=True)
         ]
-    expected = dict(given.get(_STATE, {}))
+    expected = dict(given[_STATE])
     optimizer.load_state_dict(given)
     differing = compare_after(optimizer, {**given, _STATE: expected}, exact=exact)
     if differing:

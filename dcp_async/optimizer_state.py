@@ -359,6 +359,8 @@ def unflatten(flat: Mapping[str, Any], names: OptimizerNames, problems: list[str
             strange.append(key)
             continue
         section, name, rest = found
+        if section == _GROUPS and rest == _NAMES:
+            continue  # in the order of a group that a flat state does not tell
         target = (entries if section == _STATE else options).setdefault(names.first_name(name), {})
         *above, last = rest.split(".") if section == _STATE and rest not in target else (rest,)
         for part in above:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from .boundary import ENDINGS, FillError, words
 from .boxes import Box, box_at, common, contiguous_run, cut_box, extents, relative, shifted, slices
 from .formats.distcp import BLOCK_BYTES
 from .formats.zip_item import PLAIN_DTYPES, contiguous_strides, tensor_frame
 from .item import StoredItem, UnsupportedError, inflated_bound
 from .spans import DamagedError, Fill, Piece, host_memory
-from .state import Region
-from .trust import Trust
+from .targets import Region
+from .trust import Trust, UntrustedGlobal
 from .walk import PLAIN_TENSORS
 from .wrapped import joined, pairs, part_of
 
@@ -172,7 +173,7 @@ class Collector:
             self._want_item(name, index, chunk.sizes, collect(chunk, part))
 
     def want_pairs(
-        self, name: str, regions: Iterable[Region], hold: Callable[[torch.Tensor, torch.Tensor], None]
+        self, name: str, regions: Iterable[Region], hold: Callable[[str, torch.Tensor, torch.Tensor], None]
     ) -> None:
         """Read what ``regions``, of tensors made of others, are to be filled with; ``hold`` gets the inner
         tensors (target, source), which are copied once all fits.
@@ -192,7 +193,7 @@ class Collector:
                 except ValueError as error:
                     raise CoverageError(f"{name}: {error}") from error
                 for inner, source in found:
-                    hold(inner, source)
+                    hold(name, inner, source)
 
             return take
 
@@ -326,7 +327,7 @@ class Collector:
             if memory is not None and run is not None:
                 piece = Piece(payload + first, count, memory, run[0] * step, name)
             else:
-                finish = _part_finisher(target.detach()[slices(there)], cut, shape, dtype)
+                finish = _part_finisher(name, target.detach()[slices(there)], cut, shape, dtype)
                 piece = Piece(payload + first, count, Fill(count, finish), 0, name)
             self._add(file, piece)
 
@@ -345,16 +346,23 @@ class Collector:
         def receive(value: Any) -> None:
             self._check_item(name, value, shape)
             # not the target's detach(): that of a sparse tensor is a copy
-            copy_exotic(target, value if extents(part) == shape else value[slices(part)])
+            copy_exotic(name, target, value if extents(part) == shape else value[slices(part)])
 
         return receive
 
 
-def copy_exotic(target: torch.Tensor, value: torch.Tensor) -> None:
-    """``target.copy_(value)``, where a sparse target may hold another number of elements."""
-    if target.layout in _COMPRESSED:
-        target.resize_as_sparse_(value)
-    target.copy_(value)
+def copy_exotic(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
+    """``target.copy_(value)``, where a sparse target may hold another number of elements. Raises FillError:
+    a subclass runs its own code."""
+    try:
+        if target.layout in _COMPRESSED:
+            target.resize_as_sparse_(value)
+        target.copy_(value)
+    except ENDINGS:
+        raise
+    except BaseException as error:
+        what = f"the {type(target).__name__} in the state would not take its value"
+        raise FillError(f"{name}: {what} ({words(error)})", (name,)) from error
 
 
 def _item_finisher(item: StoredItem, receive: Callable[[Any], None]) -> Callable[[bytearray], None]:
@@ -363,18 +371,22 @@ def _item_finisher(item: StoredItem, receive: Callable[[Any], None]) -> Callable
             value = item.decode(stored)
         except ValueError as error:
             raise DamagedError(f"{item.name} in {item.file}: {error}", [item.name]) from error
+        except (UnsupportedError, UntrustedGlobal, *ENDINGS):
+            raise
+        except BaseException as error:  # making an object runs code of its class
+            raise FillError(f"{item.name}: its value can't be made ({words(error)})", (item.name,)) from error
         receive(value)
 
     return finish
 
 
 def _part_finisher(
-    place: torch.Tensor, part: Box, shape: Sequence[int], dtype: torch.dtype
+    name: str, place: torch.Tensor, part: Box, shape: Sequence[int], dtype: torch.dtype
 ) -> Callable[[bytearray], None]:
     """Copies what was read of a chunk of ``shape``, from the first element of ``part`` to its last."""
 
     def finish(buffer: bytearray) -> None:
         read = torch.frombuffer(buffer, dtype=dtype)
-        place.copy_(read.as_strided(extents(part), contiguous_strides(shape)))
+        copy_exotic(name, place, read.as_strided(extents(part), contiguous_strides(shape)))
 
     return finish

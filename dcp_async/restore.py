@@ -1,6 +1,6 @@
-"""restore(): hands what was read back to the trainer's objects.
+"""Restorer: hands what was read back to the trainer's objects.
 
-Enters: the caller's state, its Targets, values of leaves. Leaves: nothing; Statefuls got ``load_state_dict``,
+Enters: the caller's state, its Targets, what was Loaded. Leaves: nothing; Statefuls got ``load_state_dict``,
 other leaves were replaced in the mapping that the caller passed. Runs in the caller's thread and in one
 piece.
 """
@@ -8,129 +8,163 @@ piece.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 
 from .formats.structure import text_of
+from .load_pipeline import Loaded
 from .materialise import below, materialise
 from .optimizer_load import load_optimizer
-from .state import Targets
 from .stateful import AppState, PerRank
+from .targets import Targets
+from .walk import UNASKED
 
 
-def restore(
-    state: Mapping[str, Any],
-    targets: Targets,
-    values: Mapping[str, Any],
-    extra: Mapping[str, Mapping[Any, Any]],
-    replaced: Mapping[str, Collection[str]],
-    resized: Collection[str],
-    *,
-    strict: bool = True,
-    exact: bool = True,
-) -> None:
-    """Hand what was read back to ``state``; runs in the caller's thread.
+class Restorer:
+    """One restoration. A Stateful gets all that was saved of it, and is not called where nothing was; modules
+    and optimizers get what they have, with what was read in it."""
 
-    Args:
-        values: name -> new value of a leaf or of a tensor on the meta device (others were filled in place).
-        extra: name of an open mapping -> what it takes in addition.
-        replaced: name of an optimizer's mapping -> names of the entries that stay; others go.
-        resized: names of what is PerRank and was saved by another number of ranks.
-        strict: whether what does not fit is an error.
-        exact: whether an optimizer's entries keep their saved dtypes.
-    """
-    # first of all: an optimizer casts its state to the device that it finds its parameters on
-    for prefix, stateful, _ in targets.walk.statefuls:
+    def __init__(self, targets: Targets, loaded: Loaded, *, strict: bool, exact: bool) -> None:
+        """
+        Args:
+            strict: whether what does not fit is an error.
+            exact: whether an optimizer's entries keep their saved dtypes.
+        """
+        self._strict = strict
+        self._exact = exact
+        self._targets = targets
+        self._values = loaded.values
+        self._taken = loaded.taken
+        self._match = loaded.match
+        self.at = "the state"
+        """The name of what is handed back."""
+        self._done: set[str] = set()
+        """Names of Statefuls that have theirs."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Hand what was read back to ``state``."""
+        # first of all: an optimizer casts its state to the device that it finds its parameters on
+        for prefix, (stateful, _) in self._targets.statefuls.items():
+            self.at = prefix
+            if isinstance(stateful, AppState):
+                materialise(stateful.model, below(f"{prefix}.model", self._values))
+            elif isinstance(stateful, torch.nn.Module):
+                materialise(stateful, below(prefix, self._values))
+        for key in state:
+            self._hand_back(state, key, text_of(key))
+
+    def _hand_back(self, container: Any, key: Any, name: str) -> None:
+        self.at = name
+        value = container[key]
+        if name in self._targets.statefuls:
+            self._give(name)
+        elif name in self._values:
+            container[key] = self._values[name]
+        elif isinstance(value, torch.Tensor):
+            return
+        elif isinstance(value, Mapping):
+            for inner_key in list(value):
+                self._hand_back(value, inner_key, f"{name}.{text_of(inner_key)}")
+        elif isinstance(value, PerRank):
+            self._hand_back_own(value, name)
+        elif isinstance(value, list):
+            for index in range(len(value)):
+                self._hand_back(value, index, f"{name}.{index}")
+
+    def _hand_back_own(self, own: PerRank, name: str) -> None:
+        inside = f"{name}.{PerRank.key(self._targets.walk.rank)}"
+        if name in self._match.resized:
+            assert own.on_resize is not None
+            chosen = own.on_resize(list(self._taken[name].values()))
+            if inside in self._targets.statefuls:
+                own.value.load_state_dict(chosen)
+            else:
+                own.value = chosen
+        else:
+            holder = [own.value]
+            self._hand_back(holder, 0, inside)
+            (own.value,) = holder
+
+    def _give(self, name: str) -> None:
+        """Give the Stateful at ``name`` its state, after those that lie inside of that."""
+        if name in self._done:
+            return
+        self._done.add(name)
+        stateful, inner = self._targets.statefuls[name]
+        for other in self._targets.statefuls:
+            if other.startswith(f"{name}."):
+                self._give(other)
+        if name in self._match.absent:
+            return
+        self.at = name
+        saved = self._merged(name, inner)
         if isinstance(stateful, AppState):
-            materialise(stateful.model, below(f"{prefix}.model", values))
-        elif isinstance(stateful, torch.nn.Module):
-            materialise(stateful, below(prefix, values))
-    captured = {id(stateful): inner for _, stateful, inner in targets.walk.statefuls}
-
-    def merged(name: str, value: Any) -> Any:
-        """``value`` with its leaves replaced; containers that change are copied, the trainer's own stay as
-        they are."""
-        if name in values:
-            return values[name]
-        if id(value) in captured:  # one inside of another's state: it takes its own
-            give(value, name)
-            return value
-        if isinstance(value, Mapping):
-            updates = {key: merged(f"{name}.{key}", entry) for key, entry in value.items()}
-            changed = {key: entry for key, entry in updates.items() if entry is not value[key]}
-            changed |= extra.get(name, {})
-            stay = replaced.get(name)
-            gone = [key for key in value if f"{name}.{key}" not in stay] if stay is not None else []
-            if not changed and not gone:
-                return value
-            # a copy of another mapping might share what is inside of it
-            made = copy.copy(value) if isinstance(value, dict) else dict(value)
-            for key in gone:
-                del made[key]
-            for key, entry in changed.items():  # not update(): a Counter would add
-                made[key] = entry
-            return made
-        if isinstance(value, list):
-            entries = [merged(f"{name}.{index}", entry) for index, entry in enumerate(value)]
-            return entries if any(new is not old for new, old in zip(entries, value, strict=True)) else value
-        return value
-
-    def give(stateful: Any, name: str) -> None:
-        inner = captured[id(stateful)]
-        saved = merged(name, inner)
-        if isinstance(stateful, AppState):
-            stateful._restore(saved, strict=strict, exact=exact)
+            stateful._restore(saved, strict=self._strict, exact=self._exact)
         elif isinstance(stateful, torch.optim.Optimizer):
-            load_optimizer(stateful, saved, exact=exact)
+            load_optimizer(stateful, saved, exact=self._exact)
         else:
             stateful.load_state_dict(saved)
-        if _left_meta(name, inner, values) and (left := _left_meta(name, stateful.state_dict(), values)):
+        if inner is UNASKED or not _left_meta(name, inner, self._values):
+            return
+        if left := _left_meta(name, stateful.state_dict(), self._values):
             # torch's load_state_dict() fills nothing there, and only warns
             raise ValueError(
                 f"{left[0]} is still on the meta device after {type(stateful).__name__}.load_state_dict(); "
                 "put the module itself or an AppState into the state, or use to_empty() first"
             )
 
-    def hand_back(container: Any, key: Any, name: str) -> None:
-        value = container[key]
-        if name in values:
-            container[key] = values[name]
-        elif isinstance(value, torch.Tensor):
-            return
-        elif id(value) in captured:
-            give(value, name)
-        elif isinstance(value, Mapping):
-            for inner_key in list(value):
-                hand_back(value, inner_key, f"{name}.{inner_key}")
-        elif isinstance(value, PerRank):
-            hand_back_own(value, name)
-        elif isinstance(value, list):
-            for index in range(len(value)):
-                hand_back(value, index, f"{name}.{index}")
+    def _merged(self, name: str, value: Any) -> Any:
+        """``value`` with what was read; containers that change are copied, the trainer's own stay as they
+        are."""
+        whole = self._targets.wholes.get(name)
+        if name in self._taken and not (whole is not None and whole.keeps and isinstance(value, Mapping)):
+            return self._taken[name]
+        if name in self._values:
+            return self._values[name]
+        if name in self._done and value is self._targets.statefuls[name][0]:
+            return value
+        if isinstance(value, Mapping):
+            return self._merged_mapping(name, value)
+        if isinstance(value, list):
+            entries = [self._merged(f"{name}.{index}", entry) for index, entry in enumerate(value)]
+            return entries if any(new is not old for new, old in zip(entries, value, strict=True)) else value
+        return value
 
-    def hand_back_own(own: PerRank, name: str) -> None:
-        if name in resized:
-            assert own.on_resize is not None
-            chosen = own.on_resize(list(extra[name].values()))
-            if id(own.value) in captured:
-                own.value.load_state_dict(chosen)
-            else:
-                own.value = chosen
+    def _merged_mapping(self, name: str, value: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        if name in self._taken:  # what was not saved stays
+            changed = dict(self._taken[name])
         else:
-            holder = [own.value]
-            hand_back(holder, 0, f"{name}.{PerRank.key(targets.walk.rank)}")
-            (own.value,) = holder
+            updates = {key: self._merged(f"{name}.{text_of(key)}", entry) for key, entry in value.items()}
+            changed = {key: entry for key, entry in updates.items() if entry is not value[key]}
+            for key, inside in self._match.grown.get(name, ()):
+                changed[self._optimizer_key(name, key)] = self._taken[inside]
+        stay = self._match.replaced.get(name)
+        gone = [key for key in value if f"{name}.{text_of(key)}" not in stay] if stay is not None else []
+        if not changed and not gone:
+            return value
+        # a copy of another mapping might share what is inside of it
+        made = copy.copy(value) if isinstance(value, dict) else dict(value)
+        for key in gone:
+            del made[key]
+        for key, entry in changed.items():  # not update(): a Counter would add
+            made[key] = entry
+        return made
 
-    for key in state:
-        hand_back(state, key, text_of(key))
+    def _optimizer_key(self, name: str, key: Any) -> Any:
+        """Stock turns an optimizer's parameter numbers into text."""
+        mapping = self._targets.optimizer_states.get(name)
+        owned = mapping is not None and issubclass(mapping.owner, torch.optim.Optimizer)
+        return int(key) if owned and isinstance(key, str) and key.isdigit() else key
 
 
 def _left_meta(name: str, value: Any, read: Container[str]) -> list[str]:
     """Names of tensors on the meta device although they were read."""
     if isinstance(value, Mapping):
-        return [left for key, entry in value.items() for left in _left_meta(f"{name}.{key}", entry, read)]
+        return [
+            left for key, entry in value.items() for left in _left_meta(f"{name}.{text_of(key)}", entry, read)
+        ]
     if isinstance(value, list):
         return [left for at, entry in enumerate(value) for left in _left_meta(f"{name}.{at}", entry, read)]
     return [name] if isinstance(value, torch.Tensor) and name in read and value.is_meta else []

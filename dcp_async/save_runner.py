@@ -17,6 +17,8 @@ import anyio
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from ._concurrency import first_failure
+from .boundary import ENDINGS
 from .errors import SaveCancelled, SaveError
 from .lifetime import Lifetime
 from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
@@ -94,7 +96,10 @@ class SaveRunner:
                 if request.cancelled:
                     request.scope.cancel()
                 outcome = await SavePipeline(request, self._services).run()
-        except Exception as error:
+        except ENDINGS:
+            raise
+        except BaseException as error:  # a planner, a storage or a tensor's class may raise anything
+            error = first_failure(error) if not isinstance(error, Exception) else error
             forget_locals(error)
             self._fail(response, save_error(error, "plan", response, rank=self._life.coordinator.rank))
         else:

@@ -1,6 +1,6 @@
-"""capture(): takes hold of a trainer's state, and finds out what a load may fill.
+"""capture(): takes hold of a trainer's state.
 
-Enters: a mapping of Statefuls, tensors, containers and picklable leaves. Leaves: a Captured (or Targets):
+Enters: a mapping of Statefuls, tensors, containers and picklable leaves. Leaves: a Captured:
 parallel lists in the walk's order, tensors by reference, everything else by value. Runs in the caller's
 thread and in one piece, so a data pipeline can't advance between the model's snapshot and its own. Invariant:
 a Captured refers to live tensors only until its save has staged them.
@@ -8,27 +8,21 @@ a Captured refers to live tensors only until its save has staged them.
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter, le
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .boxes import box_at, slices
-from .checkpointable import is_checkpointable
 from .formats.distcp import SECTOR_BYTES
-from .formats.structure import Tree, heads_of, text_of
+from .formats.structure import Tree
 from .formats.zip_item import pad_item, slot_bytes
 from .leaves import LeafPickler, LeafRules
 from .mutation import Watch
-from .sharding import Offsets, Piece, Shard, is_sharded, sharded
-from .stateful import AppState, PerRank, is_stateful
+from .sharding import Offsets, Piece, Shard
 from .trail import Repeat, Trail
 from .walk import CaptureError, Given, Walk, duplicate_name, structure_of, walk_state
 
@@ -175,7 +169,7 @@ def capture(
     tree: Tree = None
     if structure != previous:
         whole = [name for name in names if name not in walk.distributed]
-        _check_unique([*whole, *walk.distributed, *walk.leaf_names])
+        check_unique([*whole, *walk.distributed, *walk.leaf_names])
         tree = structure_of(state, walk)
     else:
         structure = previous
@@ -239,7 +233,7 @@ def _exotic(leaves: Sequence[Any]) -> list[tuple[int, str, tuple[int, ...]]]:
     ]
 
 
-def _check_unique(names: list[str]) -> None:
+def check_unique(names: list[str]) -> None:
     if twice := duplicate_name(names):
         raise CaptureError(f"two leaves have the name {twice!r}; rename one of their keys")
 
@@ -279,171 +273,3 @@ def padded_items(captured: Captured, slots: Iterable[int]) -> Iterator[bytes]:
     """Each leaf's item, grown to its slot."""
     for item, slot in zip(captured.leaf_items, slots, strict=True):
         yield pad_item(item, slot)
-
-
-@dataclass(frozen=True, slots=True)
-class OpenMapping:
-    """A mapping of a Stateful that takes what was saved below it and is not there."""
-
-    owner: type
-    """The Stateful's."""
-    is_optimizer_state: bool
-    """Whether it also takes what was saved in another form than is there."""
-    takes: Callable[[Any], bool] | None = None
-    """Which keys it has a place for; None if for every one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A tensor in memory, to be filled with the part of a global one that begins at ``offsets``."""
-
-    tensor: torch.Tensor
-    offsets: Offsets
-
-    @classmethod
-    def whole(cls, tensor: torch.Tensor) -> Region:
-        """The region of a tensor that is no part of another."""
-        return cls(tensor, (0,) * tensor.dim())
-
-    @classmethod
-    def piece(cls, tensor: torch.Tensor, shard: Shard | None) -> Region:
-        """A piece of a distributed tensor; one without a shard is the whole."""
-        return cls(tensor, shard.offsets) if shard else cls.whole(tensor)
-
-    @classmethod
-    def all_of(cls, name: str, tensor: torch.Tensor) -> list[Region]:
-        """What of ``tensor`` lies here, if it is a distributed one; else the whole."""
-        if not is_sharded(tensor):
-            return [cls.whole(tensor)]
-        return [cls.piece(local, shard) for shard, local in sharded(name, tensor, {}).pieces]
-
-    def of(self, value: torch.Tensor) -> torch.Tensor:
-        """The part of a global ``value`` that belongs here."""
-        if value.shape == self.tensor.shape:
-            return value
-        return value[slices(box_at(self.offsets, self.tensor.shape))]
-
-
-@dataclass(slots=True, kw_only=True)
-class Targets:
-    """Where a load puts what it reads."""
-
-    walk: Walk
-    tensors: dict[str, torch.Tensor]
-    """Name -> tensor to fill in place: plain, exotic, or distributed."""
-    local: dict[str, list[Region]]
-    """Of the distributed ones, what lies here."""
-    leaves: set[str]
-    """Names of other leaves: replaced."""
-    open_mappings: dict[str, OpenMapping]
-    """Mappings that take what was saved below them, by name."""
-    prefixes: set[str]
-    """Top-level names of the state."""
-    entries: dict[str, torch.Tensor]
-    """Name of an optimizer's entry for a distributed parameter -> that parameter."""
-    device: torch.device
-    """Where tensors are made that take the place of those on the meta device."""
-    world_size: int
-
-
-def capture_targets(state: Mapping[str, Any], *, rank: int = 0, world_size: int = 1) -> Targets:
-    """Find out what ``state`` can take. Calls each ``state_dict()`` once. Raises CaptureError."""
-    walk = walk_state(state, rank)
-    walk.check_memory(walk.shapes())  # which sorts nested tensors out
-    plain = {
-        name: tensor
-        for name, tensor in zip(walk.tensor_names, walk.tensors, strict=True)
-        if name not in walk.distributed
-    }
-    local: dict[str, list[Region]] = {name: [] for name in walk.distributed}
-    for index, name in enumerate(walk.tensor_names):
-        if name in local:
-            local[name].append(Region.piece(walk.tensors[index], walk.shards.get(index)))
-    for leaf, tensor in zip(walk.leaf_names, walk.leaves, strict=True):
-        if (piece := walk.pieces.get(leaf)) is not None:
-            local[piece.name].append(Region(tensor, piece.shard.offsets))
-    _check_unique([*(name for name in walk.tensor_names if name not in local), *local, *walk.leaf_names])
-    tensors = plain | walk.distributed
-    leaves = set()
-    for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
-        if name in walk.pieces:
-            continue
-        if is_lazy(leaf):
-            raise CaptureError(
-                f"{name} is uninitialized and has no shape; run the lazy module once, then load into it"
-            )
-        if is_exotic(leaf):
-            tensors[name] = leaf
-        else:
-            leaves.add(name)
-    _check_assignable("", state)
-    device = torch.get_default_device()
-    return Targets(
-        walk=walk,
-        tensors=tensors,
-        local=local,
-        leaves=leaves,
-        open_mappings=_open_mappings(walk),
-        prefixes=set(map(text_of, state)),
-        entries=_entries(walk),
-        device=torch.device("cpu") if device.type == "meta" else device,
-        world_size=world_size,
-    )
-
-
-def _entries(walk: Walk) -> dict[str, torch.Tensor]:
-    parameters: dict[str, torch.Tensor] = {}
-    for prefix, stateful, _ in walk.statefuls:
-        if isinstance(stateful, AppState):
-            inside = f"{prefix}.model."
-            for name, tensor in walk.distributed.items():
-                if name.startswith(inside):
-                    parameters[f"{prefix}.optim.state.{name.removeprefix(inside)}"] = tensor
-        elif isinstance(stateful, Optimizer):
-            owned = [parameter for group in stateful.param_groups for parameter in group["params"]]
-            parameters |= {f"{prefix}.state.{number}": parameter for number, parameter in enumerate(owned)}
-    return {
-        name: tensor
-        for name, tensor in parameters.items()
-        if (type(tensor) is DTensor or is_checkpointable(tensor)) and not tensor.is_meta
-    }
-
-
-def _open_mappings(walk: Walk) -> dict[str, OpenMapping]:
-    owners = {prefix: type(stateful) for prefix, stateful, _ in walk.statefuls}
-    found: dict[str, OpenMapping] = {}
-    for name, kind, size, _ in walk.containers:
-        if kind != "list" and size == 0:
-            owner = next((owners[head] for head in reversed(heads_of(name)) if head in owners), None)
-            if owner is not None:
-                found[name] = OpenMapping(owner, False)
-    for prefix, stateful, _ in walk.statefuls:
-        if inspect.iscoroutinefunction(stateful.load_state_dict):
-            raise CaptureError(
-                f"{prefix}: {type(stateful).__name__}.load_state_dict() is asynchronous and would not be "
-                "awaited; give the state an object that takes its state in one piece"
-            )
-        if isinstance(stateful, Optimizer):
-            found[f"{prefix}.state"] = OpenMapping(type(stateful), True)
-        elif isinstance(stateful, AppState):
-            found[f"{prefix}.{stateful.entries_at}"] = OpenMapping(type(stateful), True, stateful.taker())
-    return found
-
-
-def _check_assignable(name: str, container: Any) -> None:
-    """Leaves are replaced in the caller's containers. Raises CaptureError for one that can't be assigned
-    to."""
-    is_mapping = isinstance(container, Mapping)
-    entries = container.items() if is_mapping else enumerate(container)
-    fixed = is_mapping and not isinstance(container, MutableMapping)
-    for key, value in entries:
-        if isinstance(value, torch.Tensor) or is_stateful(value):
-            continue
-        if isinstance(value, (Mapping, list)):
-            _check_assignable(f"{name}.{key}" if name else str(key), value)
-        elif fixed and not isinstance(value, PerRank):
-            where = name or "the state"
-            raise CaptureError(
-                f"{where} is a {type(container).__name__}, which can't be assigned to, and holds {key!r}, "
-                "which is no tensor; use a dict"
-            )

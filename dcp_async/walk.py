@@ -17,12 +17,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from .boundary import ENDINGS, words
 from .checkpointable import is_checkpointable
 from .depth import MAX_DEPTH, why_too_deep
-from .formats.structure import Tree, list_node, mapping_kind, mapping_node, pickled_key, text_of
+from .formats.structure import (
+    Tree,
+    kind_of_stateful,
+    list_node,
+    mapping_kind,
+    mapping_node,
+    pickled_key,
+    text_of,
+)
 from .formats.zip_item import PLAIN_DTYPES
 from .sharding import LayoutCache, Offsets, Piece, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
@@ -35,6 +43,10 @@ _SCALARS = frozenset({int, float, str, bool, bytes, complex, type(None)})
 
 Given = deque[tuple[Any, Any]]
 """(Stateful, what it gave) of those that were asked before the walk, in its order."""
+
+
+UNASKED: Any = object()
+"""In place of what a Stateful would have given, had it been asked."""
 
 
 class CaptureError(ValueError):
@@ -108,18 +120,23 @@ class Walk:
     """Mapping keys that are no str: (name below the key, what tells it from another of that name)."""
     optimizers: list[Optimizer] = field(default_factory=list)
     statefuls: list[tuple[str, Any, Any]] = field(default_factory=list)
-    """(prefix, the Stateful, what its state_dict() gave)."""
+    """(prefix, the Stateful, what its state_dict() gave, or UNASKED)."""
     rank: int = 0
     """This process's, for what is PerRank."""
     per_rank: dict[str, PerRank] = field(default_factory=dict)
     given: Given = field(default_factory=deque)
     check_key: Callable[[str, object, bytes], None] | None = None
     """Raises CaptureError for a key, of that name and pickle, that a load would refuse."""
+    at: str = ""
+    """Where the walk is."""
+    ask: Callable[[str, Any], Any] | None = None
+    """Asks a Stateful at a name, or gives UNASKED; None asks each."""
     _layouts: LayoutCache = field(default_factory=dict)
     _depth: int = 0
 
     def visit(self, name: str, value: Any) -> None:
         """Walk ``value``, which lies at ``name``."""
+        self.at = name
         if isinstance(value, torch.Tensor):
             self.order.append(name)
             if is_plain(value):
@@ -246,10 +263,15 @@ class Walk:
         if self.given and self.given[0][0] is stateful:
             _, inner = self.given.popleft()
         else:
-            inner = snapshot(name, stateful)
+            inner = self.ask(name, stateful) if self.ask else snapshot(name, stateful)
         self.statefuls.append((name, stateful, inner))
+        if inner is UNASKED:
+            return
         self._descend(name)
-        self.visit(name, inner)
+        if isinstance(inner, Mapping) and not is_stateful(inner):
+            self._visit_mapping(name, inner, kind_of_stateful(mapping_kind(inner)))
+        else:
+            self.visit(name, inner)
         self._depth -= 1
 
     def _descend(self, name: str) -> None:
@@ -279,8 +301,8 @@ class Walk:
             self.check_key(below, key, raw)
         self.odd_keys.append((below, repr(key).encode() if raw is None else raw))
 
-    def _visit_mapping(self, name: str, mapping: Mapping[Any, Any]) -> None:
-        self._enter(name, mapping_kind(mapping), len(mapping))
+    def _visit_mapping(self, name: str, mapping: Mapping[Any, Any], kind: str | None = None) -> None:
+        self._enter(name, kind or mapping_kind(mapping), len(mapping))
         order, tensor_names, tensors = self.order, self.tensor_names, self.tensors
         for key, value in mapping.items():
             if type(key) is str:
@@ -303,10 +325,11 @@ def snapshot(name: str, stateful: Any) -> Any:
     """What the ``state_dict()`` of ``stateful``, which lies at ``name``, gives. Raises CaptureError."""
     try:
         inner = stateful._snapshot() if isinstance(stateful, AppState) else stateful.state_dict()
-    except (Exception, CheckpointException) as error:  # the trainer's own code, which may raise anything
-        kind = type(error).__name__
+    except ENDINGS:
+        raise
+    except BaseException as error:  # the trainer's own code, which may raise anything
         raise CaptureError(
-            f"{name}: {type(stateful).__name__}.state_dict() failed ({kind}: {error})"
+            f"{name}: {type(stateful).__name__}.state_dict() failed ({words(error)})"
         ) from error
     if (
         inspect.isawaitable(inner)
@@ -315,11 +338,16 @@ def snapshot(name: str, stateful: Any) -> Any:
     ):
         if inspect.iscoroutine(inner):
             inner.close()
-        raise CaptureError(
-            f"{name}: {type(stateful).__name__}.state_dict() is asynchronous; a snapshot must be taken "
-            "in one piece, so give the state an object whose state_dict() returns a plain dict"
-        )
+        raise asynchronous_error(name, stateful)
     return inner
+
+
+def asynchronous_error(name: str, stateful: object) -> CaptureError:
+    """For a ``state_dict()`` that would have to be awaited."""
+    return CaptureError(
+        f"{name}: {type(stateful).__name__}.state_dict() is asynchronous; a snapshot must be taken "
+        "in one piece, so give the state an object whose state_dict() returns a plain dict"
+    )
 
 
 def walk_state(
@@ -327,13 +355,14 @@ def walk_state(
     rank: int,
     given: Given | None = None,
     check_key: Callable[[str, object, bytes], None] | None = None,
+    ask: Callable[[str, Any], Any] | None = None,
 ) -> Walk:
     """Visit every leaf of ``state``; calls each Stateful's ``state_dict()`` once, in the mapping's order, but
-    for those that have ``given`` theirs already."""
+    for those that have ``given`` theirs already. ``ask`` does it in another way, see Walk."""
     if not isinstance(state, Mapping):
         raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
-    walk = Walk(rank=rank, given=given or deque(), check_key=check_key)
-    walk.containers.append(("", "root", len(state), 0))
+    walk = Walk(rank=rank, given=given or deque(), check_key=check_key, ask=ask)
+    walk.containers.append(("", mapping_kind(state), len(state), 0))
     try:
         for key, value in state.items():
             if not isinstance(key, str):
@@ -344,6 +373,10 @@ def walk_state(
             walk.visit(name, value)
     except (_TooDeepError, RecursionError) as error:
         raise CaptureError(why_too_deep(state, walk.statefuls, str(error))) from None
+    except (CaptureError, *ENDINGS):
+        raise
+    except BaseException as error:  # mappings and tensors of the trainer's own may raise anything
+        raise CaptureError(f"{walk.at or 'the state'}: it can't be looked at ({words(error)})") from error
     return walk
 
 
@@ -363,7 +396,7 @@ def structure_of(state: Mapping[str, Any], walk: Walk) -> Tree:
         if isinstance(value, torch.Tensor):
             return None
         if is_stateful(value):
-            return node(inner[id(value)])
+            return node_of_stateful(inner[id(value)])
         if isinstance(value, Mapping):
             entries: list[tuple[Any, Tree]] = []
             for key, entry in value.items():
@@ -378,4 +411,10 @@ def structure_of(state: Mapping[str, Any], walk: Walk) -> Tree:
             return list_node(children)
         return None
 
-    return mapping_node("dict", ((key, node(value)) for key, value in state.items()))
+    def node_of_stateful(given: Any) -> Tree:
+        made = node(given)
+        if made is None or isinstance(given, list) or is_stateful(given):
+            return made
+        return [kind_of_stateful(made[0]), made[1]]
+
+    return mapping_node(mapping_kind(state), ((key, node(value)) for key, value in state.items()))

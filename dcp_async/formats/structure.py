@@ -23,6 +23,9 @@ _KINDS: dict[type, str] = {dict: "dict", OrderedDict: "odict", Counter: "counter
 _FACTORIES: dict[str, Callable[[], Any]] = {
     factory.__name__: factory for factory in (bool, bytes, dict, float, int, list, set, str, tuple)
 }
+_OF_STATEFUL = "@stateful"
+"""Ends the kind of a mapping that a ``state_dict()`` gave: a load can tell by it where objects were. Releases
+that do not know it read a plain dict."""
 _PLAIN_KEYS = (str, bool, int, float, type(None))
 
 
@@ -68,9 +71,20 @@ def mapping_kind(mapping: Mapping[Any, Any]) -> str:
     return "dict"
 
 
+def kind_of_stateful(kind: str) -> str:
+    """``kind``, of a mapping that a ``state_dict()`` gave."""
+    return kind + _OF_STATEFUL
+
+
+def is_of_stateful(node: Tree) -> bool:
+    """Whether a ``state_dict()`` gave it. Of what older releases and stock wrote, nothing tells."""
+    return node is not None and node[0].endswith(_OF_STATEFUL)
+
+
 def make_mapping(kind: str, entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     """A mapping of ``kind`` with ``entries``."""
     made = dict(entries)
+    kind = kind.removesuffix(_OF_STATEFUL)
     if kind == "odict":
         return OrderedDict(made)
     if kind == "counter":
@@ -275,6 +289,79 @@ def subtree(node: Tree, name: str, prefix: str | None = None) -> Tree:
             if found is not None:
                 return found
     return None
+
+
+def locate(node: Tree, name: str, prefix: str | None = None) -> tuple[bool, Tree]:
+    """Whether there is a node at ``name``, and which: None is that of a leaf."""
+    for key, child in children_of(node):
+        below = _join(prefix, key)
+        if name == below:
+            return True, child
+        if name.startswith(f"{below}."):
+            found, inner = locate(child, name, below)
+            if found:
+                return True, inner
+    return False, None
+
+
+def cut(node: Tree, at: Collection[str], name: str) -> Tree:
+    """``node``, which lies at ``name``, with a leaf in place of each node whose name is in ``at``."""
+    if name in at or node is None:
+        return None
+    kind, entries = node
+    if kind == "list":
+        return [kind, [cut(child, at, _join(name, key)) for key, child in enumerate(entries)]]
+    return [kind, [[key, cut(child, at, _join(name, key))] for key, child in entries]]
+
+
+def like(node: Tree, value: Any) -> Tree:
+    """``node`` with the keys and kinds that ``value`` has where both have a container: stock writes all keys
+    as text. An empty container that ``node`` lacks, since stock drops those, is added."""
+    if node is None or not isinstance(value, (Mapping, list)):
+        return node
+    if isinstance(value, list):
+        if node[0] != "list":
+            return node
+        entries = [like(child, value[at]) if at < len(value) else child for at, child in enumerate(node[1])]
+        return list_node(entries)
+    if node[0] == "list":
+        return node
+    keys = {str(key): key for key in value}
+    children = []
+    for key, child in node[1]:
+        own = keys.pop(str(key), key)
+        children.append((own, like(child, value[own]) if own in value else child))
+    empty = [(key, entry) for key, entry in value.items() if str(key) in keys and not _has_leaf(entry)]
+    return mapping_node(
+        mapping_kind(value),
+        [*children, *((key, _of_empty(entry)) for key, entry in empty)],
+    )
+
+
+def grafted(node: Tree, value: Any, wanted: Collection[str], name: str) -> Tree:
+    """``node``, which lies at ``name``, and besides the leaves of ``value`` that are ``wanted``, in its
+    mappings."""
+    if name in wanted or not isinstance(value, Mapping):
+        return node
+    known = {str(key): (key, child) for key, child in children_of(node)}
+    for key, entry in value.items():
+        below = _join(name, key)
+        if below in wanted or any(each.startswith(f"{below}.") for each in wanted):
+            old = known.get(str(key), (key, None))
+            known[str(key)] = (old[0], grafted(old[1], entry, wanted, below))
+    return mapping_node(kind_of(node) or "dict", known.values())
+
+
+def _has_leaf(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_leaf, value.values()))
+    return not isinstance(value, list) or not value or any(map(_has_leaf, value))
+
+
+def _of_empty(value: Any) -> Tree:
+    if isinstance(value, Mapping):
+        return mapping_node(mapping_kind(value), ((key, _of_empty(entry)) for key, entry in value.items()))
+    return list_node([_of_empty(entry) for entry in value])
 
 
 def merged_trees(trees: Sequence[JSON]) -> JSON:

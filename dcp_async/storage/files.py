@@ -89,12 +89,17 @@ def sync_directory(path: Path) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Raises OSError if a checkpoint of this name would be written through a link."""
+    """Raises OSError if a checkpoint of this name would be written through a link, or into what is no
+    directory."""
     if path.is_symlink():
         raise OSError(
             errno.ELOOP,
             f"it is a link to {os.readlink(path)}, and nothing is written through links; remove it, or save "
             "under another name",
+        )
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(
+            errno.ENOTDIR, "it is no directory; remove it, or save under another name", os.fspath(path)
         )
 
 

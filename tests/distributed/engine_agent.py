@@ -60,15 +60,17 @@ class Foreign:
 
 
 class Trap:
-    """A Stateful that does what it is told when it is asked for its state."""
+    """A Stateful that does what it is told when it is asked for its state, which a load does for the memory
+    that it holds."""
 
     def __init__(self) -> None:
+        self.harmless = torch.ones(1)
         self.act: Callable[[], None] = lambda: None
         self.act_on_load: Callable[[], None] = lambda: None
 
     def state_dict(self) -> dict[str, Any]:
         self.act()
-        return {"harmless": 1}
+        return {"harmless": self.harmless}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.act_on_load()
@@ -90,7 +92,7 @@ def whole(size: int, value: int) -> dict[str, Any]:
         "model": replicated(value),
         "count": value,
         "own": {PerRank.key(rank): own(rank, value) for rank in range(size)},
-        "trap": {"harmless": 1},
+        "trap": {"harmless": torch.ones(1)},
     }
 
 

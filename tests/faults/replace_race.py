@@ -29,8 +29,8 @@ from dcp_async import CheckpointEngine, StagingOptions
 
 NUMEL = (3, 1_000, 250_000)
 STAGING = StagingOptions(part_bytes=1 << 18, budget_bytes=1 << 21)
-WRITER_LIVES = (0.3, 2.0)
-"""Seconds: the least and the most that a writer is let live."""
+WRITER_LIVES = (0.0, 2.0)
+"""Seconds: the least and the most that a writer is let live after its first save."""
 
 
 def state(version: int) -> dict[str, Any]:
@@ -165,16 +165,25 @@ def race(root: Path, results: Path, seconds: float, seed: int) -> tuple[Counter[
     children = {fork(seat(root, results, role, until, seed), results / role): role for role in roles}
     writer = 0
     totals: Counter[str] = Counter()
+    tally = results / "saves"
+    tally.touch()
+
+    def saves() -> int:
+        return tally.stat().st_size
+
     try:
         while time.monotonic() < until:
+            before = saves()
             writer = fork(seat(root, results, "writer", until, seed), results / "writer")
+            while saves() == before and time.monotonic() < until:
+                time.sleep(0.01)
             time.sleep(max(0.0, min(rng.uniform(*WRITER_LIVES), until - time.monotonic())))
             if time.monotonic() < until:
                 os.kill(writer, signal.SIGKILL)
                 totals["writers killed"] += 1
             os.waitpid(writer, 0)
             writer = 0
-        totals["saves"] = (results / "saves").stat().st_size
+        totals["saves"] = saves()
         failures = []
         for pid, role in list(children.items()):
             _, status = os.waitpid(pid, 0)

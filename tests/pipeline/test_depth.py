@@ -121,7 +121,8 @@ async def test_a_circle_is_refused_by_name(root: Path, make: Callable[[], Any]) 
         with pytest.raises((CaptureError, SaveError), match="circular"):
             await engine.save({"a": {"x": value}})
         await (await engine.save({"before": torch.ones(1)})).upload_completion
-        with pytest.raises(Exception, match="circular"):
+        # a Stateful of which nothing was saved is not asked
+        with pytest.raises(Exception, match=r"circular|missing in the checkpoint: x"):
             await engine.load({"before": torch.zeros(1), "x": value})
 
 

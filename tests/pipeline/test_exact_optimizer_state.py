@@ -369,6 +369,39 @@ async def test_a_parameter_of_two_optimizers_fails_the_save_by_name(root: Path, 
             await engine.save({"app": AppState(model, [optim, second])})
 
 
+class WeightsOnly(AppState):
+    """Saves less than its base class, which is a subclass's own business."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": super().state_dict()["model"]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+
+
+async def test_a_subclass_may_save_something_else(root: Path) -> None:
+    one, other = build(1), build(2)
+    step(*one)
+    await handed_over(root, {"app": WeightsOnly(*one)}, {"app": WeightsOnly(*other)})
+    assert_same(frozen(other[0]), frozen(one[0]))
+
+
+@pytest.mark.parametrize("options", [None, FLAT], ids=["nested", "flat"])
+async def test_named_parameters_keep_their_names_in_any_order(root: Path, options: Any) -> None:
+    def named(seed: int, turn: int) -> tuple[Any, Any]:
+        model, _ = build(seed)
+        return model, AdamW([*model.named_parameters()][::turn], lr=0.1)
+
+    one, other = named(1, 1), named(2, -1)
+    step(*one)
+    await handed_over(
+        root, {"app": AppState(*one, options=options)}, {"app": AppState(*other, options=options)}
+    )
+    assert other[1].param_groups[0]["param_names"] == one[1].param_groups[0]["param_names"][::-1]
+    for weight, mine in zip(other[0].parameters(), one[0].parameters(), strict=True):
+        assert_same(frozen(other[1].state[weight]), frozen(one[1].state[mine]))
+
+
 # --- bare optimizers, and what their own code does ------------------------------------------------
 
 

@@ -17,7 +17,13 @@ import pytest
 import torch
 import xxhash
 
-from dcp_async import CheckpointEngine, CheckpointNotFoundError, CorruptCheckpointError
+from dcp_async import (
+    CheckpointEngine,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    SaveError,
+)
 from dcp_async.storage.local import LocalStorage
 from tests.doubles import MIB, assert_same, manifest_file
 
@@ -292,6 +298,22 @@ async def test_a_lease_that_is_no_file_protects_what_is_below_it(
     await save(root, 10)
     async with CheckpointEngine(root) as engine:
         assert_same(await engine.read(), STATE)
+
+
+@pytest.mark.parametrize("kind", [a_fifo, a_socket, a_loop, a_link_to_a_device, a_gigabyte_of_nothing])
+@pytest.mark.parametrize("replace", [False, True])
+async def test_a_name_that_is_no_directory_is_in_nobodys_way_and_not_saved_under(
+    root: Path, kind: Callable[[Path], None], replace: bool
+) -> None:
+    await save(root, 5)
+    kind(root / BAD)
+    async with CheckpointEngine(root) as engine:
+        assert_same(await engine.read(), STATE)
+        assert [info.checkpoint_id async for info in engine.checkpoints()] == [GOOD]
+        with pytest.raises(SaveError, match=r"no directory|a link") as caught:
+            await (await engine.save(STATE, step=9, replace=replace)).upload_completion
+        assert not isinstance(caught.value, CheckpointExistsError)
+        await (await engine.save(STATE, step=10)).upload_completion
 
 
 # --- references and roots -----------------------------------------------------------------------------

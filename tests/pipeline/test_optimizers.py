@@ -158,16 +158,14 @@ async def test_the_capturable_flag_of_another_machine_comes_back(root: Path) -> 
     assert_same(fresh.picture(), trainer.picture())
 
 
-async def test_keys_of_a_group_that_a_newer_torch_added_are_kept_out_of_the_way(root: Path) -> None:
+async def test_options_of_a_group_that_a_newer_torch_added_stay_and_are_reported(root: Path) -> None:
     """An optimizer pickled or saved before an option existed: its group lacks the key."""
     trainer, fresh = Trainer("adamw", 1), Trainer("adamw", 2)
     trainer.step(2)
     del trainer.optim.param_groups[0]["decoupled_weight_decay"]
     async with CheckpointEngine(root) as engine:
         await saved(engine, trainer.state)
-        with pytest.raises(IncompatibleStateError, match="decoupled_weight_decay"):
-            await engine.load(fresh.state)
-        report = await engine.load(fresh.state, strict=False)
+        report = await engine.load(fresh.state)
     assert report.missing == ("optim.param_groups.0.decoupled_weight_decay",)
     assert fresh.optim.param_groups[0]["decoupled_weight_decay"] is True
     assert_same(frozen(fresh.optim)["state"], frozen(trainer.optim)["state"])

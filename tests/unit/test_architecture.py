@@ -14,7 +14,7 @@ PACKAGE = Path(dcp_async.__file__).parent
 
 # Lower layers first; a module imports from its own layer or below.
 LAYERS: list[set[str]] = [
-    {"errors", "_concurrency", "options", "trust", "plain", "opcodes", "rebuilding"},
+    {"errors", "_concurrency", "options", "trust", "plain", "opcodes", "rebuilding", "boundary"},
     {
         "formats",
         "formats.structure",
@@ -52,7 +52,8 @@ LAYERS: list[set[str]] = [
         "leaves",
         "state",
         "materialise",
-        "restore",
+        "holdings",
+        "targets",
         "storage",
         "storage.base",
         "storage.calls",
@@ -87,12 +88,13 @@ LAYERS: list[set[str]] = [
         "contents",
         "opening",
         "reading",
+        "wrapped_load",
         "spans",
         "hooks",
         "admission",
         "exit_guard",
     },
-    {"pipeline", "release", "matching", "load_pipeline", "outcome"},
+    {"pipeline", "release", "aliases", "matching", "load_pipeline", "restore", "outcome"},
     {"lifetime"},
     {"save_runner", "load_runner"},
     {"engine"},
