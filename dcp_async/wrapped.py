@@ -75,7 +75,7 @@ def pairs(target: torch.Tensor, at: Box, value: torch.Tensor, part: Box) -> list
             raise ValueError(f"its {name} is {here} in the state, {there} in the checkpoint")
         elif _is_view(inner, owned[name]):
             found.append((inner, other))
-        elif not torch.equal(inner, other):  # a table that all parts share, or a copy that nobody would see
+        elif not _same_bytes(inner, other):  # a table that all parts share, or a copy that nobody would see
             raise ValueError(f"its {name} is another in the checkpoint, which a part of it can't take over")
     return found
 
@@ -85,6 +85,14 @@ def _equal(left: Any, right: Any) -> bool:
         return bool(left == right)
     except Exception:  # settings of any class
         return False
+
+
+def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Of any dtype: torch compares no float8."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    one, other = (each.reshape(-1).contiguous().view(torch.uint8) for each in (left, right))
+    return torch.equal(one, other)
 
 
 def _is_view(part: torch.Tensor, whole: torch.Tensor) -> bool:
@@ -127,7 +135,7 @@ def _choices(
         for each, part in zip(mine, parts, strict=True)
     ):
         found.append(torch.cat(list(mine)))
-    if all(each.shape == first.shape and torch.equal(each, first) for each in mine):
+    if all(each.shape == first.shape and _same_bytes(each, first) for each in mine):
         found.append(first)
     return found
 
@@ -147,7 +155,7 @@ def _gives_back(made: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
     for part in parts:
         box = box_at((start, *(0,) * (part.dim() - 1)), part.shape)
         again, expected = _parts(part_of(made, box))[0], _parts(part)[0]
-        if not all(torch.equal(again[name], expected[name]) for name in expected):
+        if not all(_same_bytes(again[name], expected[name]) for name in expected):
             return False
         start += part.shape[0]
     return True
