@@ -27,6 +27,7 @@ from .catalog import Catalog
 from .coordinator import Coordination
 from .errors import EngineStateError
 from .formats.structure import JSON
+from .leaves import LeafRules
 from .lifetime import Lifetime
 from .load_pipeline import LoadOptions, LoadServices
 from .load_runner import LoadRunner
@@ -81,7 +82,8 @@ class CheckpointEngine:
             coordination: which processes save together.
             limits: how much goes on at once.
             timeouts: how long to wait.
-            trust: which pickled leaves a load accepts, and whether links out of the root are followed.
+            trust: which pickled leaves a load accepts (a save refuses the others), and whether links out of
+                the root are followed.
             observer: is told each event, on the engine's thread.
         """
         owns_storage = isinstance(root, (str, os.PathLike))
@@ -111,6 +113,7 @@ class CheckpointEngine:
         self._planning = planning
         self._replicas = coordination.replicas
         self._trust = trust
+        self._leaf_rules = LeafRules(trust)
         self._observer = observer
 
     def __repr__(self) -> str:
@@ -293,7 +296,9 @@ class CheckpointEngine:
             ranks = self._life.coordinator
             previous = plan.structure if plan else None
             with ranks.activity.watched():
-                captured = capture(state, previous, rank=ranks.rank, world_size=ranks.world_size)
+                captured = capture(
+                    state, previous, rank=ranks.rank, world_size=ranks.world_size, rules=self._leaf_rules
+                )
             events = self._life.stager.prepare(captured)
             if self._life.stager.options.overlap:
                 self._life.hooks.watch(captured.optimizers, response.staging_completion)

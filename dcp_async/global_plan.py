@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, count, repeat
-from typing import TypedDict, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 import torch
 
@@ -75,6 +75,18 @@ class _LeafPart:
     ranks: list[int]
     names: list[str]
     exotic: dict[int, tuple[Kind, Offsets]]
+    pieces: dict[int, tuple[str, Offsets, Offsets]]
+
+
+class StoredPiece(NamedTuple):
+    """A piece of a distributed tensor that is an item of its own."""
+
+    leaf: str
+    kind: Kind
+    size: Offsets
+    """Of the whole tensor."""
+    shape: Offsets
+    """Of the piece."""
 
 
 Places = Sequence[tuple[int, int]]
@@ -118,7 +130,7 @@ class Offers:
             for ranks, each in _grouped((offer["tensors"] for offer in offers), unpack_tensors)
         ]
         self.leaves = [
-            _LeafPart(ranks, each["names"], each["exotic"])
+            _LeafPart(ranks, each["names"], each["exotic"], each["pieces"])
             for ranks, each in _grouped((offer["leaves"] for offer in offers), unpack_leaves)
         ]
         self._pieces: dict[Signature, Pieces] = {}
@@ -137,8 +149,24 @@ class Offers:
 
     def names(self) -> set[str]:
         """Of all that some rank holds."""
-        found = {name for leaves in self.leaves for name in leaves.names}
+        found = {
+            leaves.pieces[index][0] if index in leaves.pieces else name
+            for leaves in self.leaves
+            for index, name in enumerate(leaves.names)
+        }
         return found | self.held.keys()
+
+    @cached_property
+    def pieces_by_name(self) -> dict[str, dict[Offsets, StoredPiece]]:
+        """Distributed tensors whose pieces are items of their own -> offsets -> the piece there."""
+        found: dict[str, dict[Offsets, StoredPiece]] = {}
+        for leaves in self.leaves:
+            for index, (name, size, offsets) in leaves.pieces.items():
+                kind, shape = leaves.exotic[index]
+                found.setdefault(name, {}).setdefault(
+                    offsets, StoredPiece(leaves.names[index], kind, size, shape)
+                )
+        return found
 
     @cached_property
     def places(self) -> dict[str, Places]:
@@ -223,6 +251,11 @@ class Offers:
         for leaves in self.leaves:
             rank = leaves.ranks[0]
             for index, name in enumerate(leaves.names):
+                if index in leaves.pieces and leaves.pieces[index][0] not in self.held:
+                    whole, size, _ = leaves.pieces[index]
+                    check(whole, (leaves.exotic[index][0][0], size, rank))
+                    continue
+                name = leaves.pieces[index][0] if index in leaves.pieces else name
                 if name in self.held or name in bare:
                     there = (held(name) or known[name])[2]
                     raise ConflictError(
@@ -246,7 +279,11 @@ class Offers:
             suspects += differing_leaves(mine for _, mine in distinct())
 
     def _check_coverage(self) -> None:
-        missing = {name: size for part in self.parts for name, _, size in part.bare if name not in self.held}
+        known = self.held.keys() | self.pieces_by_name.keys()
+        missing = {name: size for part in self.parts for name, _, size in part.bare if name not in known}
+        for name, stored in self.pieces_by_name.items():
+            boxes: Pieces = {(offsets, piece.shape): [] for offsets, piece in stored.items()}
+            _check_covered(name, next(iter(stored.values())).size, boxes, list)
         for signature, names in self.signed.items():
             _check_covered(names[0], self.kind(signature)[1], self.pieces(signature), self._on(signature))
         for name, size in missing.items():

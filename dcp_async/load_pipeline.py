@@ -33,7 +33,7 @@ from .errors import (
     UntrustedCheckpointError,
 )
 from .formats.stock_metadata import usable_paths
-from .formats.structure import Tree, build, children_of, leaf_names, pickled_keys, pruned
+from .formats.structure import PickledKey, Tree, build, children_of, leaf_names, pickled_keys, pruned
 from .garbage import collection_paused
 from .item import UnsupportedError
 from .key_hashes import MAX_ALIKE
@@ -56,6 +56,8 @@ from .targets import Region, Targets
 from .trust import Trust, UntrustedGlobal, load_pickle
 from .unfolding import folded, take_apart
 from .walk import PLAIN_TENSORS
+from .wrapped import is_wrapper
+from .wrapped_load import Wrapped, want_distributed
 
 P = ParamSpec("P")
 _QUEUE_BATCHES = 2
@@ -123,11 +125,13 @@ class LoadPipeline:
         *,
         fresh: bool,
         before_touch: BeforeTouch | None = None,
+        wrapped: Wrapped | None = None,
     ) -> tuple[dict[str, Any], int]:
         """Fill ``tensors``; gives (name -> value of each leaf, number of bytes).
 
         ``fresh``: nobody else has seen ``tensors``, so a failure leaves nothing half loaded. ``before_touch``
-        gets the leaves' values and is awaited before the first tensor is written to.
+        gets the leaves' values and is awaited before the first tensor is written to. ``wrapped``: what is
+        made of other tensors; nothing of it is written to here.
 
         Raises: CorruptCheckpointError, IncompatibleStateError, UntrustedCheckpointError. Cancellation: joins
         the reads in progress; targets may be partly filled.
@@ -142,6 +146,8 @@ class LoadPipeline:
                 for leaf in leaves:
                     if (part := self._contents.part(leaf)) is not None:
                         values[leaf] = part.value
+                    elif wrapped is not None and leaf in wrapped.like:
+                        want_distributed(small, leaf, wrapped.like[leaf], values)
                     else:
                         small.want_leaf(leaf, values.__setitem__)
                 for fqn, regions in tensors.items():
@@ -149,6 +155,9 @@ class LoadPipeline:
                         inside += [(fqn, region.tensor, region.of(part.value)) for region in regions]
                     else:
                         large.want_tensor(fqn, regions)
+                if wrapped is not None:
+                    for fqn, regions in wrapped.regions.items():
+                        small.want_pairs(fqn, regions, wrapped.hold)
             if not (fresh or self._services.trust.unsafe):  # else nothing is at stake, or nothing is refused
                 for item in large.items:
                     heads.want_head(item, doubtful)
@@ -187,17 +196,22 @@ class LoadPipeline:
                     raise self._explain(damaged, contents.info.checkpoint_id) from error
                 contents.parts[leaf] = parts
 
-    def unpickle(self, raw: bytes) -> Any:
-        """A key of a mapping. Raises UntrustedCheckpointError, CorruptCheckpointError."""
+    def unpickle(self, key: PickledKey) -> Any:
+        """A key of a mapping, of its class if that is trusted. Raises UntrustedCheckpointError,
+        CorruptCheckpointError."""
+        if key.raw is None:
+            return key.plain
         name = self._contents.info.checkpoint_id
         try:
-            key = load_pickle(raw, self._services.trust)
-            alike = self._keys.setdefault(hash(key), set())
-            alike.add(raw)
+            found = load_pickle(key.raw, self._services.trust)
+            alike = self._keys.setdefault(hash(found), set())
+            alike.add(key.raw)
             if len(alike) > MAX_ALIKE:
                 raise ValueError("too many hash alike")
-            return key
+            return found
         except UntrustedGlobal as error:
+            if key.plain is not None:
+                return key.plain
             raise self._explain(error, name) from error
         except Exception as error:  # whatever a key of the user's own raises when it is hashed
             damaged = DamagedError(f"a mapping's key can't be one: {error}", [])
@@ -307,7 +321,7 @@ def _scatter(buffers: Iterable[FetchBuffers]) -> None:
     for part in buffers:
         try:
             part.scatter()
-        except DamagedError:
+        except (DamagedError, CoverageError):
             raise
         except (ValueError, RuntimeError, TypeError) as error:
             raise DamagedError(str(error), [piece.name for piece in part.span.pieces]) from error
@@ -340,15 +354,24 @@ async def load_into(
     match.unexpected = await ranks.unexpected(match.unexpected, targets.prefixes)
     if how.strict or refill:
         check_fit(match, contents.info.checkpoint_id, unexpected=how.strict)
+    wrapped = Wrapped(
+        regions={
+            name: regions
+            for name, regions in match.tensors.items()
+            if any(is_wrapper(region.tensor) for region in regions)
+        },
+        like=match.like,
+    )
+    plain = {name: regions for name, regions in match.tensors.items() if name not in wrapped.regions}
     for group in match.aliases:
         await _check_aliases(pipeline, group, contents.info.checkpoint_id)
-    into = match.tensors
+    into = plain
     if how.atomic:
         into = {
             name: [Region(torch.empty_like(region.tensor), region.offsets) for region in regions]
             for name, regions in into.items()
         }
-    keys = {raw: pipeline.unpickle(raw) for node in match.nodes.values() for raw in pickled_keys(node)}
+    keys = {key: pipeline.unpickle(key) for node in match.nodes.values() for key in pickled_keys(node)}
 
     async def before_touch(values: Mapping[str, Any]) -> None:
         check_groups(targets, values, contents.info.checkpoint_id)
@@ -359,7 +382,7 @@ async def load_into(
 
     fresh = {name: Region.all_of(name, tensor) for name, tensor in match.fresh.items()}
     values, nbytes = await pipeline.read(
-        {**into, **fresh}, match.leaves, fresh=how.atomic, before_touch=before_touch
+        {**into, **fresh}, match.leaves, fresh=how.atomic, before_touch=before_touch, wrapped=wrapped
     )
     if how.atomic:  # only now has every rank verified what it will copy
         await ranks.ready()
@@ -369,9 +392,14 @@ async def load_into(
     touched = [*filled, *filter(is_known_to_autograd, wrappers)]
     torch.autograd.graph.increment_version([tensor for tensor in touched if not tensor.is_inference()])
     if how.atomic and into:
-        names = [name for name, regions in match.tensors.items() for _ in regions]
+        names = [name for name, regions in plain.items() for _ in regions]
         try:
-            await services.threads.run(_copy_all, names, filled, _tensors_of(into))
+            await services.threads.run(_copy_all, names, _tensors_of(plain), _tensors_of(into))
+        except FillError as error:
+            raise pipeline.failure(error) from error
+    if wrapped.targets:
+        try:
+            await services.threads.run(_copy_all, wrapped.names, wrapped.targets, wrapped.sources)
         except FillError as error:
             raise pipeline.failure(error) from error
     values |= match.fresh

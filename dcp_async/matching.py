@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
+from torch.distributed.tensor import DTensor
 
 from .aliases import are_one_view, groups_in_memory
 from .app_state import AppState, check_before_touch
@@ -53,6 +54,8 @@ class Match:
     """The trees of what is taken as it was saved, by name."""
     grown: dict[str, list[tuple[Any, str]]] = field(default_factory=dict)
     """Mapping -> (key, name) of what is taken below it and is not there."""
+    like: dict[str, DTensor] = field(default_factory=dict)
+    """Leaves that become distributed tensors -> one that lies as they shall."""
     replaced: dict[str, set[str]] = field(default_factory=dict)
     """Optimizers' mappings whose other entries go: mapping -> names of the entries that were saved."""
     absent: set[str] = field(default_factory=set)
@@ -372,14 +375,20 @@ class _Matcher:
         match, contents = self._match, self._contents
         for name in wanted:
             meta = self._names[name]
+            parameter = self._targets.entries.get(name.rpartition(".")[0])
             if is_raw(meta, name, contents):
                 check_room(name, meta, contents)
-                parameter = self._targets.entries.get(name.rpartition(".")[0])
                 if parameter is not None and global_size(parameter) == meta.size:
                     match.fresh[name] = empty_like(parameter, meta.properties.dtype)
                 else:
                     match.fresh[name] = fresh_tensor(meta, contents.strides.get(name), "cpu")
             else:
+                if (
+                    isinstance(parameter, DTensor)
+                    and isinstance(meta, TensorStorageMetadata)
+                    and parameter.shape == meta.size
+                ):
+                    match.like[name] = parameter
                 match.leaves.append(name)
 
 

@@ -54,6 +54,8 @@ class Leaves(TypedDict):
     names: list[str]
     exotic: dict[int, tuple[Kind, Offsets]]
     """Leaf -> kind and size, of tensors that go through ``torch.save``."""
+    pieces: dict[int, tuple[str, Offsets, Offsets]]
+    """Leaf -> (name, global size, offsets), of those that are pieces of distributed tensors."""
 
 
 class Offer(TypedDict):
@@ -104,13 +106,19 @@ def make_offer(captured: Captured, previous: Offer | None) -> Offer:
         index: (_kind(captured.live[structure.leaf_names[index]]), size)
         for index, _, size in structure.exotic
     }
+    pieces = {
+        index: (piece.name, piece.shard.size, piece.shard.offsets)
+        for index, name in enumerate(structure.leaf_names)
+        if (piece := structure.pieces.get(name)) is not None
+    }
     return Offer(
         tensors=_pack(tensors),
         boxes=[(offsets, shape) for _, _, offsets, shape, _ in forms],
         meshes=[mesh for *_, mesh in forms],
-        leaves=_pack(Leaves(names=structure.leaf_names, exotic=exotic)),
+        leaves=_pack(Leaves(names=structure.leaf_names, exotic=exotic, pieces=pieces)),
         hashes=hashes,
-        tree=_pack(tree_to_json(captured.tree)),
+        # as text: pickle takes four calls of C per level, and a tree may be deep
+        tree=_pack(json.dumps(tree_to_json(captured.tree))),
     )
 
 
@@ -155,7 +163,7 @@ def unpack_leaves(raw: bytes) -> Leaves:
 
 def unpack_tree(raw: bytes) -> JSON:
     """What ``Offer.tree`` holds."""
-    return cast(JSON, _unpack(raw))
+    return cast(JSON, json.loads(_unpack(raw)))
 
 
 def _dense_strides(structure: Structure) -> dict[int, tuple[int, ...]]:

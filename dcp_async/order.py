@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from .boundary import ENDINGS, words
+from .depth import MAX_DEPTH
+from .formats.structure import text_of
 from .stateful import PerRank, RNGState, is_stateful
 from .walk import PLAIN_TENSORS, UNASKED, CaptureError, Given, is_terminal, snapshot
 
 _LEAVES = frozenset({*PLAIN_TENSORS, int, float, str, bool, bytes, complex, type(None)})
-_DEPTH = 500
-"""The walk refuses what goes deeper, or in circles, and says where."""
 
 
 def ask_in_order(
@@ -35,6 +35,8 @@ def ask_in_order(
             asking.visit_all(state.items(), "", 0, is_own=False)
         except (CaptureError, *ENDINGS):
             raise
+        except RecursionError:
+            return  # the walk says whether it goes in circles, and where
         except BaseException as error:  # mappings of the trainer's own may raise anything
             where = asking.at or "the state"
             raise CaptureError(f"{where}: it can't be looked at ({words(error)})") from error
@@ -48,14 +50,14 @@ class _Asking:
         self.at = ""
 
     def visit_all(self, entries: Iterable[tuple[Any, Any]], above: str, depth: int, *, is_own: bool) -> None:
-        inner = [(str(key), value) for key, value in entries if type(value) not in _LEAVES]
+        inner = [(text_of(key), value) for key, value in entries if type(value) not in _LEAVES]
         for key, value in sorted(inner, key=lambda entry: entry[0]) if len(inner) > 1 else inner:
             self._visit(f"{above}.{key}" if above else key, value, depth, is_own=is_own)
 
     def _visit(self, name: str, value: Any, depth: int, *, is_own: bool) -> None:
         self.at = name
-        if isinstance(value, torch.Tensor) or depth > _DEPTH:
-            return
+        if isinstance(value, torch.Tensor) or depth > MAX_DEPTH:
+            return  # the walk refuses what goes deeper, or in circles, and says where
         if is_stateful(value):
             if isinstance(value, RNGState) and not is_own:
                 name = f"{name}.{self._own}"

@@ -179,10 +179,15 @@ class PlannerDraft:
         pieces |= {(name, keys[index][1]): index for name, index in structure.ties}
         leaves = {name: index for index, name in enumerate(structure.leaf_names)}
         exotic = {structure.leaf_names[index] for index, *_ in structure.exotic}
+        wrapped = {
+            (piece.name, piece.shard.offsets): leaves[leaf] for leaf, piece in structure.pieces.items()
+        }
         mine = Assignment(tensors=[], leaves=[], groups=groups, replicas=replicas)
         for item in self._planner.finish_plan(plan).items:
             name, is_tensor = item.index.fqn, item.type is not WriteItemType.BYTE_IO
-            if name in leaves:
+            if (at := (name, tuple(item.index.offset or ()))) in wrapped:
+                found, target, fits = wrapped[at], mine["leaves"], is_tensor
+            elif name in leaves:
                 found, target = leaves[name], mine["leaves"]
                 fits = is_tensor == (name in exotic)
             else:

@@ -116,7 +116,12 @@ class GlobalPlan:
             rows = self._rows(offers, signature, names)
             whole = map(_whole, names, repeat([offsets for offsets, _ in boxes]), rows)
             groups.append(Group(made.tensor(kind, size, boxes), names, whole))
-        known = set(offers.held)
+        for name, stored in offers.pieces_by_name.items():
+            kind, size = next(iter(stored.values()))[1:3]
+            boxes = [(offsets, piece.shape) for offsets, piece in stored.items()]
+            places = [self._leaf(piece.leaf) for piece in stored.values()]
+            groups.append(Group(made.tensor(kind, size, boxes), [name], [places]))
+        known = set(offers.held) | offers.pieces_by_name.keys()
         for part in offers.parts:
             for name, kind, size in part.bare:
                 if name not in known:
@@ -125,7 +130,7 @@ class GlobalPlan:
         opaque = BytesStorageMetadata()
         for leaves in offers.leaves:
             for index, name in enumerate(leaves.names):
-                if name not in known:
+                if name not in known and index not in leaves.pieces:
                     known.add(name)
                     entry: STORAGE_TYPES = opaque
                     if index in leaves.exotic:
@@ -146,6 +151,9 @@ class GlobalPlan:
                 found = {offsets: at for (offsets, _), at in zip(offers.pieces(signature), row, strict=True)}
                 chunks = [tuple(chunk.offsets) for chunk in entry.chunks]
                 places = _whole(name, chunks, [found.get(offsets) for offsets in chunks])
+            elif isinstance(entry, TensorStorageMetadata) and name in offers.pieces_by_name:
+                stored = offers.pieces_by_name[name]
+                places = [self._leaf(stored[tuple(chunk.offsets)].leaf) for chunk in entry.chunks]
             elif isinstance(entry, TensorStorageMetadata) and not entry.chunks:
                 places = ()
             else:
@@ -181,12 +189,17 @@ class GlobalPlan:
             yield Promise(names, size, dtype_of(kind), list(offers.pieces(signature)), rows)
         for part in offers.parts:
             for name, kind, size in part.bare:
-                if name not in offers.held:
+                if name not in offers.held and name not in offers.pieces_by_name:
                     yield Promise([name], size, dtype_of(kind), [], [()])
+        for name, stored in offers.pieces_by_name.items():
+            first = next(iter(stored.values()))
+            boxes = [(offsets, piece.shape) for offsets, piece in stored.items()]
+            row = [self._leaf(piece.leaf) for piece in stored.values()]
+            yield Promise([name], first.size, dtype_of(first.kind), boxes, [row])
         known: set[str] = set()
         for leaves in offers.leaves:
             for index, name in enumerate(leaves.names):
-                if name not in known:
+                if name not in known and index not in leaves.pieces:
                     known.add(name)
                     places = [[self._leaf(name)]]
                     if index in leaves.exotic:
@@ -216,7 +229,13 @@ def _strides(offers: Offers) -> dict[str, tuple[int, ...]]:
 
 
 def _exotic(offers: Offers) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(leaves.names[index] for leaves in offers.leaves for index in leaves.exotic))
+    return tuple(
+        dict.fromkeys(
+            leaves.pieces[index][0] if index in leaves.pieces else leaves.names[index]
+            for leaves in offers.leaves
+            for index in leaves.exotic
+        )
+    )
 
 
 class _Entries:

@@ -34,6 +34,7 @@ from .spans import DamagedError, Fill, Piece, host_memory
 from .targets import Region
 from .trust import Trust, UntrustedGlobal
 from .walk import PLAIN_TENSORS
+from .wrapped import joined, pairs, part_of
 
 _READ_BYTES = 32 << 20
 """The most that is read at once for what can't go straight into its target."""
@@ -144,9 +145,87 @@ class Collector:
         """Read the item ``name``, a pickled leaf or a whole tensor stored as one, and hand its value over."""
         meta = self._source.tensors.get(name)
         if meta is not None and len(meta.chunks) != 1:
-            raise DamagedError(f"{name}: a tensor of this kind can't be put together from chunks", [name])
+            self.want_joined(name, box_at((0,) * len(meta.size), meta.size), receive)
+            return
         offsets, sizes = (meta.chunks[0].offsets, meta.chunks[0].sizes) if meta else (None, ())
         self._want_item(name, MetadataIndex(name, offsets), sizes, lambda value: receive(name, value))
+
+    def want_joined(self, name: str, wanted: Box, receive: Callable[[str, Any], None]) -> None:
+        """Hand over a tensor made of what ``wanted`` meets of the chunks of one that is more than bytes.
+
+        Raises: CoverageError, DamagedError, UnsupportedError.
+        """
+        meta = self._source.tensors[name]
+        found: dict[int, torch.Tensor] = {}
+        boxes = self._chunk_boxes(name, meta)
+        met = [(chunk, part) for chunk, box in zip(meta.chunks, boxes, strict=True)
+               if (part := common(box, wanted)) is not None]  # fmt: skip
+        sides = {tuple(part[1:]) for _, part in met}
+        if not met or sides != {tuple(wanted[1:])}:
+            raise CoverageError(f"{name}: its chunks can't be put side by side")
+        check_coverage(extents(wanted), [relative(part, [low for low, _ in wanted]) for _, part in met])
+
+        def collect(chunk: ChunkStorageMetadata, part: Box) -> Callable[[Any], None]:
+            def take(value: Any) -> None:
+                self._check_item(name, value, tuple(chunk.sizes))
+                try:
+                    found[part[0][0]] = part_of(value, relative(part, chunk.offsets))
+                    if len(found) == len(met):
+                        receive(name, joined([found[at] for at in sorted(found)]))
+                except ValueError as error:
+                    raise CoverageError(f"{name}: {error}") from error
+
+            return take
+
+        for chunk, part in met:
+            index = MetadataIndex(name, chunk.offsets)
+            self._want_item(name, index, chunk.sizes, collect(chunk, part))
+
+    def want_pairs(
+        self, name: str, regions: Iterable[Region], hold: Callable[[str, torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        """Read what ``regions``, of tensors made of others, are to be filled with; ``hold`` gets the inner
+        tensors (target, source), which are copied once all fits.
+
+        Raises: CoverageError, DamagedError, UnsupportedError.
+        """
+        meta = self._source.tensors[name]
+        boxes = self._chunk_boxes(name, meta)
+
+        def receiver(
+            target: torch.Tensor, at: Box, chunk: ChunkStorageMetadata, part: Box
+        ) -> Callable[[Any], None]:
+            def take(value: Any) -> None:
+                self._check_item(name, value, tuple(chunk.sizes))
+                try:
+                    found = pairs(target, at, value, part)
+                except ValueError as error:
+                    raise CoverageError(f"{name}: {error}") from error
+                for inner, source in found:
+                    hold(name, inner, source)
+
+            return take
+
+        for region in regions:
+            wanted = box_at(region.offsets, region.tensor.shape)
+            met = [(chunk, common(box, wanted)) for chunk, box in zip(meta.chunks, boxes, strict=True)]
+            here = [relative(box, region.offsets) for _, box in met if box is not None]
+            try:
+                check_coverage(region.tensor.shape, here)
+                for at in here:
+                    part_of(region.tensor, at)
+            except ValueError as error:
+                raise CoverageError(f"{name}: {error}") from error
+            for chunk, box in met:
+                if box is not None:
+                    at, part = relative(box, region.offsets), relative(box, chunk.offsets)
+                    index = MetadataIndex(name, chunk.offsets)
+                    self._want_item(name, index, chunk.sizes, receiver(region.tensor, at, chunk, part))
+
+    def _check_item(self, name: str, value: Any, shape: tuple[int, ...]) -> None:
+        dtype = self._source.tensors[name].properties.dtype
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
+            raise DamagedError(f"{name}: its item is not the tensor of {shape} that .metadata names", [name])
 
     def want_tensor(self, name: str, regions: Iterable[Region]) -> None:
         """Fill ``regions`` of a tensor.
@@ -273,13 +352,8 @@ class Collector:
     def _tensor_receiver(
         self, name: str, target: torch.Tensor, shape: tuple[int, ...], part: Box
     ) -> Callable[[Any], None]:
-        dtype = self._source.tensors[name].properties.dtype
-
         def receive(value: Any) -> None:
-            if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
-                raise DamagedError(
-                    f"{name}: its item is not the tensor of {shape} that .metadata names", [name]
-                )
+            self._check_item(name, value, shape)
             # not the target's detach(): that of a sparse tensor is a copy
             copy_exotic(name, target, value if extents(part) == shape else value[slices(part)])
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .activity import user_code
+from .formats.structure import text_of
 from .load_pipeline import Loaded
 from .materialise import below, materialise
 from .optimizer_load import load_optimizer
@@ -56,13 +57,13 @@ class Restorer:
             elif isinstance(stateful, torch.nn.Module):
                 materialise(stateful, below(prefix, self._values))
         for key in self._in_order(state):
-            self._hand_back(state, key, key)
+            self._hand_back(state, key, text_of(key))
 
     def _in_order(self, keys: Iterable[Any]) -> list[Any]:
         """One order on all ranks: a ``load_state_dict()`` may run collectives."""
-        return (
-            sorted(keys, key=lambda key: str(key).split(".")) if self._targets.world_size > 1 else list(keys)
-        )
+        if self._targets.world_size == 1:
+            return list(keys)
+        return sorted(keys, key=lambda key: text_of(key).split("."))
 
     def _hand_back(self, container: Any, key: Any, name: str) -> None:
         self.at = name
@@ -77,7 +78,7 @@ class Restorer:
             self._give_own(value, name)
         elif isinstance(value, Mapping):
             for inner_key in self._in_order(value):
-                self._hand_back(value, inner_key, f"{name}.{inner_key}")
+                self._hand_back(value, inner_key, f"{name}.{text_of(inner_key)}")
         elif isinstance(value, PerRank):
             self._hand_back_own(value, name)
         elif isinstance(value, list):
@@ -166,12 +167,12 @@ class Restorer:
         if name in self._taken:  # what was not saved stays
             changed = dict(self._taken[name])
         else:
-            updates = {key: self._merged(f"{name}.{key}", entry) for key, entry in value.items()}
+            updates = {key: self._merged(f"{name}.{text_of(key)}", entry) for key, entry in value.items()}
             changed = {key: entry for key, entry in updates.items() if entry is not value[key]}
             for key, inside in self._match.grown.get(name, ()):
                 changed[self._optimizer_key(name, key)] = self._taken[inside]
         stay = self._match.replaced.get(name)
-        gone = [key for key in value if f"{name}.{key}" not in stay] if stay is not None else []
+        gone = [key for key in value if f"{name}.{text_of(key)}" not in stay] if stay is not None else []
         if not changed and not gone:
             return value
         # a copy of another mapping might share what is inside of it
@@ -192,7 +193,9 @@ class Restorer:
 def _left_meta(name: str, value: Any, read: Container[str]) -> list[str]:
     """Names of tensors on the meta device although they were read."""
     if isinstance(value, Mapping):
-        return [left for key, entry in value.items() for left in _left_meta(f"{name}.{key}", entry, read)]
+        return [
+            left for key, entry in value.items() for left in _left_meta(f"{name}.{text_of(key)}", entry, read)
+        ]
     if isinstance(value, list):
         return [left for at, entry in enumerate(value) for left in _left_meta(f"{name}.{at}", entry, read)]
     return [name] if isinstance(value, torch.Tensor) and name in read and value.is_meta else []

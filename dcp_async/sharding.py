@@ -42,6 +42,20 @@ class Sharded:
     """What lies here; a piece that is the whole has no Shard. Empty where this rank holds nothing of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A local tensor that is stored as an item of its own, not as bytes: a subclass around other tensors."""
+
+    name: str
+    """Of the distributed tensor."""
+    shard: Shard
+
+    @property
+    def leaf(self) -> str:
+        """What its item is called: two ranks hold different ones of one tensor."""
+        return f"{self.name}@{','.join(map(str, self.shard.offsets))}"
+
+
 class PartialError(ValueError):
     """A tensor whose ranks hold summands, not pieces, has no bytes to save."""
 

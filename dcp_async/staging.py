@@ -340,11 +340,13 @@ class Stager:
             if low < high:
                 memory[low - start : high - start] = item[low - offset : high - offset]
         views = self._batch_views(job, first, start, stop, lease)
+        self._check_memory(job, views)
         try:
             self._gather(views, job.captured)
         except RefusedError as error:
             self.gather_no_more(error)
             views = self._batch_views(job, first, start, stop, lease)
+            self._check_memory(job, views)
         sources = [job.captured.tensors[index] for index in views.indices]
         targets = list(views.targets)
         for index in views.cut:
@@ -436,6 +438,21 @@ class Stager:
             targets, sources = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         if sources:
             torch._foreach_copy_(targets, sources)
+
+    def _check_memory(self, job: StageJob, views: _BatchViews) -> None:
+        """A storage may have been freed since capture; but for the small ones, only a crash would tell."""
+        captured = job.captured
+        if captured.versions is None:  # the trainer waits
+            return
+        moved: set[int] = set()
+        for indices in (views.indices, views.cut):
+            now = list(map(torch.Tensor.data_ptr, [captured.tensors[index] for index in indices]))
+            if captured.pointers is not None:
+                moved |= _differing(indices, now, [captured.pointers[index] for index in indices])
+            elif not all(now):
+                moved |= {index for index, address in zip(indices, now, strict=True) if not address}
+        if moved:
+            raise MutatedTensors([job.plan.names[index] for index in sorted(moved)])
 
     def _check_versions(self, job: StageJob, views: _BatchViews, *, whole: bool) -> None:
         """``whole``: these are the last. Raises MutatedTensors."""

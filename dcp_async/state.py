@@ -8,8 +8,6 @@ a Captured refers to live tensors only until its save has staged them.
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter, le
@@ -18,46 +16,23 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .activity import user_code
-from .boundary import ENDINGS, words
 from .formats.distcp import SECTOR_BYTES
 from .formats.structure import Tree
-from .formats.zip_item import object_item, pad_item, slot_bytes
+from .formats.zip_item import pad_item, slot_bytes
+from .leaves import LeafPickler, LeafRules
 from .mutation import Watch
 from .order import ask_in_order
-from .sharding import Offsets, Shard
+from .sharding import Offsets, Piece, Shard
 from .trail import Repeat, Trail
 from .walk import CaptureError, Given, Walk, duplicate_name, structure_of, walk_state
-
-
-def pickle_leaf(name: str, value: Any) -> bytes:
-    """The bytes of a leaf's item, not padded. Raises CaptureError that names it."""
-    try:
-        if type(value) in (int, float, str, bool, bytes, type(None)):
-            return object_item(pickle.dumps(value, protocol=2))
-        stream = io.BytesIO()
-        with user_code("__reduce__", value, name):
-            torch.save(_detached(value) if isinstance(value, torch.Tensor) else value, stream)
-        return stream.getvalue()
-    except ENDINGS:
-        raise
-    except BaseException as error:  # pickling runs the leaf's own code, which may raise anything
-        raise CaptureError(
-            f"{name}: a {type(value).__qualname__} can't be pickled ({words(error)}); "
-            "leave it out of the state or give it a state_dict()"
-        ) from error
-
-
-def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    detached = tensor.detach()
-    # a subclass without __torch_function__ would come out as a plain tensor
-    return detached if type(detached) is type(tensor) else tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
     """What a plan depends on: equal structures have equal layouts. Compared list by list, in C."""
 
+    order: list[str]
+    """Every leaf's name in the order of the state, which is the order of its mappings' keys."""
     tensor_names: list[str]
     """Of the tensors that are stored."""
     dtypes: list[torch.dtype]
@@ -77,6 +52,8 @@ class Structure:
     """Which tensors are pieces of distributed ones, and where they lie in those."""
     bare: list[tuple[str, torch.dtype, Offsets]]
     """Distributed tensors of which nothing lies here."""
+    pieces: dict[str, Piece]
+    """Which leaves are pieces of distributed tensors."""
     trail: Trail = field(default_factory=Trail, compare=False, repr=False)
     """How the last state of this structure was walked."""
 
@@ -121,7 +98,8 @@ class Captured:
         structure = self.structure
         found = dict(zip(structure.tensor_names, self.tensors, strict=True))
         found |= {name: self.tensors[index] for name, index in structure.ties}
-        return found | self.live
+        pieces = structure.pieces  # the tensors that they are of are there
+        return found | {name: value for name, value in self.live.items() if name not in pieces}
 
     def part(self, tensors: Sequence[int], leaves: Sequence[int]) -> Captured:
         """These alone, both ascending: other ranks write the rest."""
@@ -158,29 +136,38 @@ def meta_error(name: str) -> CaptureError:
 
 
 def capture(
-    state: Mapping[str, Any], previous: Structure | None, *, rank: int = 0, world_size: int = 1
+    state: Mapping[str, Any],
+    previous: Structure | None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    rules: LeafRules | None = None,
 ) -> Captured:
     """Take hold of ``state``; what can't be saved is found here, before anything is written.
 
     Args:
         previous: the structure that the compiled plan belongs to.
         rank: this process's, of ``world_size``; several ask their Statefuls in one order.
+        rules: which leaves a load would admit; None for no check.
     Raises: CaptureError; whatever a ``state_dict()`` raises.
     """
     given: Given = {}
-    if previous is not None and (repeat := previous.trail.follow(state, given)) is not None:
-        captured = _repeated(repeat, previous)
+    if previous is not None and (repeat := _followed(state, previous, given)) is not None:
+        captured = _repeated(repeat, previous, LeafPickler(rules))
         if captured is not None:
             return captured
     if world_size > 1:
         ask_in_order(state, rank, given)
-    walk = walk_state(state, rank, given)
+    walk = walk_state(state, rank, given, rules.check_key if rules else None)
     shapes = walk.shapes()
+    addresses = walk.addresses()
     tensors, leaves = walk.tensors, walk.leaves
     names = walk.tensor_names
-    if walk.separate_ties():
+    stored = addresses
+    if walk.separate_ties(addresses):
         shapes = walk.shapes()
-    items = [pickle_leaf(name, value) for name, value in zip(walk.leaf_names, walk.leaves, strict=True)]
+        stored = [addresses[index] for index in walk.kept]
+    items = list(map(LeafPickler(rules).item, walk.leaf_names, walk.leaves))
     structure = _structure(walk, shapes, items, previous)
     tree: Tree = None
     if structure != previous:
@@ -189,6 +176,9 @@ def capture(
         tree = structure_of(state, walk)
     else:
         structure = previous
+    if stored != structure.trail.in_bounds or 0 in stored:  # no elements, no bytes, or no memory
+        walk.check_memory(shapes)
+        structure.trail.in_bounds = stored
     raw = _is_raw(walk.tensors)
     structure.trail.record(state, walk, tensors, leaves, raw=raw)
     return Captured(
@@ -198,8 +188,15 @@ def capture(
         leaf_items=items,
         optimizers=walk.optimizers,
         live=walk.distributed | dict(zip(walk.leaf_names, walk.leaves, strict=True)),
-        pointers=list(map(torch.Tensor.data_ptr, walk.tensors)) if raw else None,
+        pointers=stored if raw else None,
     )
+
+
+def _followed(state: Mapping[str, Any], previous: Structure, given: Given) -> Repeat | None:
+    try:
+        return previous.trail.follow(state, given)
+    except RecursionError:  # a list that holds itself now; a new walk says where
+        return None
 
 
 def _is_raw(tensors: Sequence[torch.Tensor]) -> bool:
@@ -211,10 +208,10 @@ def _is_raw(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def _repeated(repeat: Repeat, previous: Structure) -> Captured | None:
+def _repeated(repeat: Repeat, previous: Structure, pickler: LeafPickler) -> Captured | None:
     """The capture of a state that is built as before; None if its leaves don't fit into their slots."""
     leaves = dict(zip(previous.leaf_names, repeat.leaves, strict=True))
-    items = [pickle_leaf(name, value) for name, value in leaves.items()]
+    items = list(map(pickler.item, leaves.keys(), leaves.values()))
     needed = [slot_bytes(len(item), SECTOR_BYTES) for item in items]
     fits = all(map(le, needed, previous.slots))
     without_bytes = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in repeat.leaves)
@@ -255,6 +252,7 @@ def _structure(
             raise meta_error(name)
     one_of_each: dict[torch.Size, torch.Size] = {}  # a garbage collection goes over each that is kept
     return Structure(
+        order=walk.order,
         tensor_names=walk.tensor_names,
         dtypes=[tensor.dtype for tensor in walk.tensors],
         shapes=[one_of_each.setdefault(shape, shape) for shape in shapes],
@@ -270,6 +268,7 @@ def _structure(
         ties=walk.ties,
         shards=walk.shards,
         bare=walk.bare,
+        pieces=walk.pieces,
     )
 
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from .boxes import box_at, slices
 from .checkpointable import is_checkpointable
-from .formats.structure import Tree, children_of, is_of_stateful, leaf_names, locate
+from .formats.structure import Tree, children_of, is_of_stateful, leaf_names, locate, text_of
 from .holdings import holds_memory_for, memory_of_modules, resizable_owners
 from .order import ask_in_order
 from .sharding import Offsets, Shard, is_sharded, sharded
@@ -200,8 +200,8 @@ def capture_targets(
 
     if world_size > 1:
         ask_in_order(state, rank, given, ask)
-    walk = walk_state(state, rank, given, ask)
-    walk.shapes()  # which sorts nested tensors out
+    walk = walk_state(state, rank, given, ask=ask)
+    walk.check_memory(walk.shapes())  # which sorts nested tensors out
     plain = {
         name: tensor
         for name, tensor in zip(walk.tensor_names, walk.tensors, strict=True)
@@ -211,6 +211,9 @@ def capture_targets(
     for index, name in enumerate(walk.tensor_names):
         if name in local:
             local[name].append(Region.piece(walk.tensors[index], walk.shards.get(index)))
+    for leaf, tensor in zip(walk.leaf_names, walk.leaves, strict=True):
+        if (piece := walk.pieces.get(leaf)) is not None:
+            local[piece.name].append(Region(tensor, piece.shard.offsets))
     check_unique([*(name for name in walk.tensor_names if name not in local), *local, *walk.leaf_names])
     device = torch.get_default_device()
     targets = Targets(
@@ -223,7 +226,7 @@ def capture_targets(
         grows={},
         optimizer_states={},
         strict=set(),
-        prefixes=set(state),
+        prefixes=set(map(text_of, state)),
         entries=_entries(walk),
         device=torch.device("cpu") if device.type == "meta" else device,
         world_size=world_size,
@@ -231,6 +234,8 @@ def capture_targets(
     for prefix, (stateful, given) in targets.statefuls.items():
         _describe(targets, prefix, stateful, given)
     for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
+        if name in walk.pieces:
+            continue
         if is_lazy(leaf):
             if name not in targets.wholes:
                 raise CaptureError(

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
-from operator import call, is_, itemgetter
+from operator import attrgetter, call, is_, itemgetter, ne
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .checkpointable import any_checkpointable, is_checkpointable
 from .mutation import Place
 from .stateful import PerRank, is_stateful
 from .stepping import stepped_by
+from .tensor_memory import has_memory
 from .walk import PLAIN_TENSORS, Given, Walk, is_plain, is_terminal, snapshot
 
 try:
@@ -31,6 +32,7 @@ except ImportError:  # private, and the only way to look at thousands of tensors
 
 _CHUNK = 512
 """Tensors that are compared by one call; more at once miss the cache, fewer cost calls."""
+_is_nested = attrgetter("is_nested")
 _KEYS = frozenset({str, int, bool, type(None)})
 """Types of keys that are equal only if what they are called and pickled as is."""
 
@@ -105,7 +107,8 @@ class _Branch:
             if list(map(type, values)) != level.types:
                 return None
             found += values
-            containers = list(compress(values, level.inner))
+            if level is not self.levels[-1]:
+                containers = list(compress(values, level.inner))
         return found
 
 
@@ -158,7 +161,8 @@ class _Way:
         pointers: list[int] = []
         for start, stop, guard in self.guards:  # in chunks, so that the second look finds them in the cache
             chunk = tensors[start:stop]
-            if not guard.check(*chunk):
+            # asked first: the guard ends the process where it is given a nested tensor, which has no strides
+            if any(map(_is_nested, chunk)) or not guard.check(*chunk):
                 return None
             pointers += map(torch.Tensor.data_ptr, chunk)
         # the same list as long as they are the same, so that what was made of it is known to be good still
@@ -166,6 +170,8 @@ class _Way:
         if pointers != known:
             if len(tensors) != self.num_stored or len(set(pointers)) != len(pointers):
                 return None  # ties may have come or gone
+            if not has_memory(list(compress(tensors, map(ne, pointers, known)))):
+                return None  # a new walk says which one has not
             self.pointers = (pointers, pointers)
             stored = pointers
         return Repeat(
@@ -216,6 +222,8 @@ class Trail:
         """The accelerators on which tensors lie that are built so; None before somebody has looked."""
         self.places: list[Place] | None = None
         """Where tensors that are built so are sampled; None before somebody has looked."""
+        self.in_bounds: list[int] | None = None
+        """Addresses of the last tensors that were found to end within their memory."""
         self._way: _Way | None = None
         self._smallest: list[int] | None = None
 

@@ -403,6 +403,18 @@ def _resolver(trust: Trust) -> Callable[[str, str], object]:
     return resolve
 
 
+def untrusted_names(names: Iterable[tuple[str, str]], trust: Trust) -> list[str]:
+    """Those of the globals (module, name) that ``trust`` does not admit, by their full names."""
+    resolve = _resolver(trust)
+    found = []
+    for module, name in names:
+        try:
+            resolve(module, name)
+        except UntrustedGlobal as error:
+            found.append(error.name)
+    return found
+
+
 class _LegacyNames:
     """Finds typed storages as ``torch.load`` does."""
 

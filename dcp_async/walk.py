@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from .activity import user_code
 from .boundary import ENDINGS, words
 from .checkpointable import is_checkpointable
+from .depth import MAX_DEPTH, why_too_deep
 from .formats.structure import (
     Tree,
     kind_of_stateful,
@@ -29,11 +30,14 @@ from .formats.structure import (
     mapping_kind,
     mapping_node,
     pickled_key,
+    text_of,
 )
 from .formats.zip_item import PLAIN_DTYPES
-from .sharding import LayoutCache, Offsets, Shard, is_sharded, sharded
+from .sharding import LayoutCache, Offsets, Piece, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, RNGState, is_stateful
 from .stepping import stepped_by
+from .tensor_memory import is_in_bounds, lack_of_memory
+from .wrapped import is_wrapper
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SCALARS = frozenset({int, float, str, bool, bytes, complex, type(None)})
@@ -48,6 +52,10 @@ UNASKED: Any = object()
 
 class CaptureError(ValueError):
     """The state can't be saved as it is; the message names the leaf."""
+
+
+class _TooDeepError(Exception):
+    """Containers lie in one another without end, or nearly; says where the walk gave up."""
 
 
 def is_terminal(values: list[Any]) -> bool:
@@ -86,6 +94,8 @@ def _is_stable(key: object) -> bool:
 class Walk:
     """The leaves of a state, in DCP's order and by DCP's names."""
 
+    order: list[str] = field(default_factory=list)
+    """Every leaf's name, tensors included, as the walk met them: mappings keep the order of their keys."""
     tensor_names: list[str] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
     shards: dict[int, Shard] = field(default_factory=dict)
@@ -94,6 +104,8 @@ class Walk:
     """(name, dtype, global size) of distributed tensors of which nothing lies here."""
     distributed: dict[str, torch.Tensor] = field(default_factory=dict)
     """Name -> distributed tensor."""
+    pieces: dict[str, Piece] = field(default_factory=dict)
+    """Name of a leaf that is a piece of a distributed tensor -> where it lies in that."""
     kept: list[int] = field(default_factory=list)
     """Which of the tensors ``separate_ties`` has left, if there were ties."""
     ties: list[tuple[str, int]] = field(default_factory=list)
@@ -118,16 +130,20 @@ class Walk:
     given: Given = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     """Names of the Statefuls in the order in which they were asked."""
+    check_key: Callable[[str, object, bytes], None] | None = None
+    """Raises CaptureError for a key, of that name and pickle, that a load would refuse."""
     at: str = ""
     """Where the walk is."""
     ask: Callable[[str, Any], Any] | None = None
     """Asks a Stateful at a name, or gives UNASKED; None asks each."""
     _layouts: LayoutCache = field(default_factory=dict)
+    _depth: int = 0
 
     def visit(self, name: str, value: Any) -> None:
         """Walk ``value``, which lies at ``name``."""
         self.at = name
         if isinstance(value, torch.Tensor):
+            self.order.append(name)
             if is_plain(value):
                 self.tensor_names.append(name)
                 self.tensors.append(value)
@@ -148,16 +164,19 @@ class Walk:
             self.per_rank[name] = value
             self._enter(name, "dict", 1)
             self.visit(f"{name}.{PerRank.key(self.rank)}", value.value)
+            self._depth -= 1
         elif isinstance(value, list) and not is_terminal(value):
             self._enter(name, "list", len(value))
             for index, entry in enumerate(value):
                 self.visit(f"{name}.{index}", entry)
+            self._depth -= 1
         elif isinstance(value, tuple) and any(map(is_stateful, value)):
             raise CaptureError(
                 f"{name}: a tuple is pickled whole, so the objects in it would not be asked for their "
                 "state_dict(); use a list or a dict"
             )
         else:
+            self.order.append(name)
             self.leaf_names.append(name)
             self.leaves.append(value)
 
@@ -185,18 +204,37 @@ class Walk:
         self.tensor_names = [self.tensor_names[index] for index in indices]
         self.tensors = [self.tensors[index] for index in indices]
 
-    def separate_ties(self) -> bool:
+    def addresses(self) -> list[int]:
+        """Where each tensor lies. Raises CaptureError for one that has no memory at all."""
+        try:
+            return list(map(torch.Tensor.data_ptr, self.tensors))
+        except RuntimeError:  # it only looks like a plain tensor, as inside of a vmap
+            self._refuse_without_memory()
+            raise
+
+    def check_memory(self, shapes: Sequence[torch.Size]) -> None:
+        """Raises CaptureError for a tensor whose memory ends before its last element: copying it would read
+        what is not its own."""
+        if not is_in_bounds(self.tensors, shapes):
+            self._refuse_without_memory()
+
+    def _refuse_without_memory(self) -> None:
+        for name, tensor in zip(self.tensor_names, self.tensors, strict=True):
+            if (lack := lack_of_memory(tensor)) is not None:
+                raise CaptureError(f"{name}: {lack}")
+
+    def separate_ties(self, addresses: Sequence[int]) -> bool:
         """Keep one of each group of tensors that are the same view of the same memory: it is stored once.
 
         Says whether there were any.
         """
-        if len({tensor.data_ptr() for tensor in self.tensors}) == len(self.tensors):
+        if len(set(addresses)) == len(addresses):
             return False
         first: dict[tuple[Any, ...], int] = {}
         kept: list[int] = []
         for at, tensor in enumerate(self.tensors):
             # an empty tensor has no memory to share
-            memory = tensor.data_ptr() if tensor.numel() else id(tensor)
+            memory = addresses[at] if tensor.numel() else id(tensor)
             lazy = (tensor.is_conj(), tensor.is_neg())
             shape = (tensor.shape, tensor.stride(), self.shards.get(at))
             index = first.setdefault((tensor.device, memory, tensor.dtype, lazy, shape), len(kept))
@@ -215,6 +253,12 @@ class Walk:
             raise CaptureError(f"{name}: a {type(tensor).__name__} can't be saved: {error}") from error
         self.distributed[name] = tensor
         for shard, local in found.pieces:
+            if is_wrapper(local):
+                piece = Piece(name, shard or Shard(found.size, (0,) * len(found.size)))
+                self.pieces[piece.leaf] = piece
+                self.leaf_names.append(piece.leaf)
+                self.leaves.append(local)
+                continue
             if not is_plain(local):
                 raise CaptureError(
                     f"{name}: the local part of this {type(tensor).__name__} is a {type(local).__name__} of "
@@ -236,16 +280,25 @@ class Walk:
         self.statefuls.append((name, stateful, inner))
         if inner is UNASKED:
             return
+        self._descend(name)
         if isinstance(inner, Mapping) and not is_stateful(inner):
             self._visit_mapping(name, inner, kind_of_stateful(mapping_kind(inner)))
         else:
             self.visit(name, inner)
+        self._depth -= 1
+
+    def _descend(self, name: str) -> None:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _TooDeepError(name)
 
     def _enter(self, name: str, kind: str, size: int) -> None:
+        self._descend(name)
         leaves = len(self.tensor_names) + len(self.leaf_names) + len(self.bare)
         self.containers.append((name, kind, size, leaves))
 
-    def _visit_odd_key(self, below: str, key: object) -> None:
+    def visit_odd_key(self, below: str, key: object) -> None:
+        """Note a key that is no str, or is of a class that extends it; ``below`` is named by it."""
         if not _is_stable(key):
             raise CaptureError(
                 f"{below}: a key of type {type(key).__name__} has another str() in each process, and names "
@@ -257,22 +310,28 @@ class Walk:
             raise CaptureError(
                 f"{below}: a key of type {type(key).__name__} can't be pickled ({error}); use a str or an int"
             ) from error
+        if raw is not None and self.check_key is not None:
+            self.check_key(below, key, raw)
         self.odd_keys.append((below, repr(key).encode() if raw is None else raw))
 
     def _visit_mapping(self, name: str, mapping: Mapping[Any, Any], kind: str | None = None) -> None:
         self._enter(name, kind or mapping_kind(mapping), len(mapping))
-        tensor_names, tensors = self.tensor_names, self.tensors
+        order, tensor_names, tensors = self.order, self.tensor_names, self.tensors
         for key, value in mapping.items():
-            below = f"{name}.{key}"
-            if type(key) is not str:
-                self._visit_odd_key(below, key)
+            if type(key) is str:
+                below = f"{name}.{key}"
+            else:
+                below = f"{name}.{text_of(key)}"
+                self.visit_odd_key(below, key)
             if isinstance(value, torch.Tensor) and is_plain(
                 value
             ):  # inlined: the common case of a large state
+                order.append(below)
                 tensor_names.append(below)
                 tensors.append(value)
             else:
                 self.visit(below, value)
+        self._depth -= 1
 
 
 def snapshot(name: str, stateful: Any) -> Any:
@@ -310,6 +369,7 @@ def walk_state(
     state: Mapping[str, Any],
     rank: int,
     given: Given | None = None,
+    check_key: Callable[[str, object, bytes], None] | None = None,
     ask: Callable[[str, Any], Any] | None = None,
 ) -> Walk:
     """Visit every leaf of ``state``; calls each Stateful's ``state_dict()`` once, in the mapping's order, but
@@ -317,13 +377,18 @@ def walk_state(
     if not isinstance(state, Mapping):
         raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
     given = given or {}
-    walk = Walk(rank=rank, given=given, asked=list(given), ask=ask)
+    walk = Walk(rank=rank, given=given, asked=list(given), check_key=check_key, ask=ask)
     walk.containers.append(("", mapping_kind(state), len(state), 0))
     try:
         for key, value in state.items():
             if not isinstance(key, str):
                 raise CaptureError(f"the state's keys must be str; {key!r} is a {type(key).__name__}")
-            walk.visit(key, value)
+            name = text_of(key)
+            if type(key) is not str:
+                walk.visit_odd_key(name, key)
+            walk.visit(name, value)
+    except (_TooDeepError, RecursionError) as error:
+        raise CaptureError(why_too_deep(state, walk.statefuls, str(error))) from None
     except (CaptureError, *ENDINGS):
         raise
     except BaseException as error:  # mappings and tensors of the trainer's own may raise anything
@@ -344,7 +409,8 @@ def structure_of(state: Mapping[str, Any], walk: Walk) -> Tree:
     inner = {id(stateful): captured for _, stateful, captured in walk.statefuls}
 
     def node(value: Any, *, is_own: bool = False) -> Tree:
-        """``is_own``: it lies inside of what is PerRank."""
+        """``is_own``: it lies inside of what is PerRank. Loops, since each comprehension would be a call more
+        on the stack."""
         if isinstance(value, torch.Tensor):
             return None
         if isinstance(value, RNGState) and not is_own:
@@ -352,13 +418,17 @@ def structure_of(state: Mapping[str, Any], walk: Walk) -> Tree:
         if is_stateful(value):
             return node_of_stateful(inner[id(value)], is_own=is_own)
         if isinstance(value, Mapping):
-            return mapping_node(
-                mapping_kind(value), ((key, node(entry, is_own=is_own)) for key, entry in value.items())
-            )
+            entries: list[tuple[Any, Tree]] = []
+            for key, entry in value.items():
+                entries.append((key, node(entry, is_own=is_own)))
+            return mapping_node(mapping_kind(value), entries)
         if isinstance(value, PerRank):
             return mapping_node("dict", [(PerRank.key(walk.rank), node(value.value, is_own=True))])
         if isinstance(value, list) and not is_terminal(value):
-            return list_node([node(entry, is_own=is_own) for entry in value])
+            children: list[Tree] = []
+            for entry in value:
+                children.append(node(entry, is_own=is_own))  # noqa: PERF401  # see above
+            return list_node(children)
         return None
 
     def node_of_stateful(given: Any, *, is_own: bool = False) -> Tree:

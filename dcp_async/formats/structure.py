@@ -2,8 +2,9 @@
 
 A leaf is None; a mapping is [kind, [[key, node], ...]], a list ["list", [node, ...]]. Leaves have no name of
 their own: it follows from the path. The manifest holds the tree as JSON: there a mapping whose keys are all
-str is [kind, {key: node}], and a key that JSON has no word for is {"text": str(key), "pickle": base64}; such
-a key stays a PickledKey until ``build`` needs it, so that nothing is unpickled to look at a tree.
+str is [kind, {key: node}], and a key that JSON has no word for is {"text": str(key), "pickle": base64}; a key
+of a class that extends str, int or float also has "plain", its value without that class. Such a key stays a
+PickledKey until ``build`` needs it, so that nothing is unpickled to look at a tree.
 """
 
 from __future__ import annotations
@@ -36,10 +37,27 @@ class PickledKey:
 
     text: str
     """Its ``str()``, which names are made of."""
-    raw: bytes
+    raw: bytes | None
+    """None if only ``plain`` is known of it: its class can't be pickled."""
+    plain: str | int | float | None = None
+    """What it is where its class is not trusted: an enum of text is that text."""
 
     def __str__(self) -> str:
         return self.text
+
+
+def text_of(key: object) -> str:
+    """What names are made of, as DCP makes them: ``str(key)``, and never of a subclass."""
+    return key if type(key) is str else str.__str__(str(key))
+
+
+def plain_key(key: object) -> str | int | float | None:
+    """The value of a key whose class extends str, int or float; None of any other."""
+    if isinstance(key, str):
+        return str.__str__(key)
+    if isinstance(key, int):
+        return int.__int__(key)
+    return float.__float__(key) if isinstance(key, float) else None
 
 
 def mapping_kind(mapping: Mapping[Any, Any]) -> str:
@@ -89,8 +107,18 @@ def list_node(children: list[Tree]) -> Tree:
 
 
 def pickled_key(key: object) -> bytes | None:
-    """The pickle of a key that JSON has no word for, None of any other. Raises what pickling it raises."""
-    return None if type(key) in _PLAIN_KEYS else pickle.dumps(key, protocol=2)
+    """The pickle of a key that JSON has no word for; None of any other, and of one that can do without.
+
+    Raises what its pickling raises.
+    ."""
+    if type(key) in _PLAIN_KEYS:
+        return None
+    try:
+        return pickle.dumps(key, protocol=2)
+    except Exception:  # pickling runs the key's own code, which may raise anything
+        if plain_key(key) is not None:
+            return None
+        raise
 
 
 def tree_to_json(node: Tree) -> JSON:
@@ -106,15 +134,18 @@ def tree_to_json(node: Tree) -> JSON:
 
 
 def _key_to_json(key: Any) -> JSON:
-    raw = key.raw if isinstance(key, PickledKey) else pickled_key(key)
-    return (
-        cast(JSON, key)
-        if raw is None
-        else {
-            "text": str(key),
-            "pickle": base64.b64encode(raw).decode(),
-        }
-    )
+    if type(key) in _PLAIN_KEYS:
+        return cast(JSON, key)
+    if isinstance(key, PickledKey):
+        raw, plain = key.raw, key.plain
+    else:
+        raw, plain = pickled_key(key), plain_key(key)
+    encoded: dict[str, JSON] = {"text": text_of(key)}
+    if raw is not None:
+        encoded["pickle"] = base64.b64encode(raw).decode()
+    if plain is not None:
+        encoded["plain"] = plain
+    return encoded
 
 
 MAX_TREE_DEPTH = 300
@@ -165,9 +196,13 @@ def _tree_from_json(node: JSON, depth_left: int) -> Tree:
 
 def _key_from_json(key: JSON) -> Any:
     if isinstance(key, dict):
-        text, pickled = key.get("text"), key.get("pickle")
-        if isinstance(text, str) and isinstance(pickled, str):
-            return PickledKey(text, base64.b64decode(pickled, validate=True))
+        text, raw, plain = key.get("text"), key.get("pickle"), key.get("plain")
+        if not (plain is None or (isinstance(plain, (str, int, float)) and not isinstance(plain, bool))):
+            raise ValueError(f"a {type(plain).__name__} is no plain form of a key")
+        if isinstance(text, str) and isinstance(raw, str):
+            return PickledKey(text, base64.b64decode(raw, validate=True), plain)
+        if isinstance(text, str) and raw is None and plain is not None:
+            return PickledKey(text, None, plain)
     if not isinstance(key, _PLAIN_KEYS) or key != key:
         raise ValueError(f"a {type(key).__name__} is no key")
     return key
@@ -188,11 +223,11 @@ def children_of(node: Tree) -> list[tuple[Any, Tree]]:
 
 def _join(name: str | None, key: object) -> str:
     """The name of a child; ``name`` is None for the root, since "" is a key like any other."""
-    return str(key) if name is None else f"{name}.{key}"
+    return text_of(key) if name is None else f"{name}.{text_of(key)}"
 
 
 def build(
-    node: Tree, leaf: Callable[[str], Any], unpickle: Callable[[bytes], Any], name: str | None = None
+    node: Tree, leaf: Callable[[str], Any], unpickle: Callable[[PickledKey], Any], name: str | None = None
 ) -> Any:
     """Containers as they were, with ``leaf(name)`` at the leaves. ``name`` is where ``node`` lies, None for
     the root."""
@@ -202,7 +237,7 @@ def build(
         return leaf(name)
     made = [
         (
-            unpickle(key.raw) if isinstance(key, PickledKey) else key,
+            unpickle(key) if isinstance(key, PickledKey) else key,
             build(child, leaf, unpickle, _join(name, key)),
         )
         for key, child in children_of(node)
@@ -218,12 +253,12 @@ def leaf_names(node: Tree, name: str | None = None) -> list[str]:
     return [leaf for key, child in children_of(node) for leaf in leaf_names(child, _join(name, key))]
 
 
-def pickled_keys(node: Tree) -> list[bytes]:
+def pickled_keys(node: Tree) -> list[PickledKey]:
     """Every key in a tree that is still pickled."""
     found = []
     for key, child in children_of(node):
         if isinstance(key, PickledKey):
-            found.append(key.raw)
+            found.append(key)
         found += pickled_keys(child)
     return found
 
@@ -264,7 +299,7 @@ def pruned(node: Tree, keys: Collection[str]) -> tuple[Tree, set[str]]:
 
     tree = prune(node, None)
     for key, child in children_of(tree):
-        mark(child, str(key))
+        mark(child, text_of(key))
     return tree, found
 
 
@@ -402,7 +437,7 @@ def _pairs(node: list[Any]) -> Iterable[tuple[JSON, JSON]]:
 
 def _identity(key: Any) -> tuple[type, Any]:
     # 1, 1.0 and True are equal, but not the same key
-    return type(key), (key["text"], key["pickle"]) if isinstance(key, dict) else key
+    return type(key), tuple(key.items()) if isinstance(key, dict) else key
 
 
 def dcp_paths(tree: JSON) -> dict[str, tuple[str | int, ...]]:

@@ -813,7 +813,7 @@ def test_a_leaf_that_one_rank_does_not_trust_is_loaded_by_none(shared: Shared, r
     with shared.job(root) as job:
         for rank in job.ranks:
             job.world[rank].start("fill", value=1, foreign=True)
-        job.open()
+        job.open(unsafe=True)
         assert {each["kind"] for each in job.world.all("save", step=1)} == {"committed"}
         job.end()
         opened = [

@@ -35,6 +35,7 @@ from tests.doubles import (
     manifest_file,
     manifest_of,
     random_tensor,
+    written_unchecked,
 )
 
 SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
@@ -426,8 +427,8 @@ async def test_data_files_exchanged_between_saves_are_noticed(root: Path) -> Non
 
 async def test_a_failed_load_of_leaves_touches_no_tensor(root: Path) -> None:
     """The leaf's class is forbidden: that is known before the first target is touched."""
+    await written_unchecked(root, {"w": GOOD["w"], "leaf": Harmless(3)})
     async with CheckpointEngine(root) as engine:
-        await saved(engine, {"w": GOOD["w"], "leaf": Harmless(3)}, step=1)
         state: dict[str, Any] = {"w": torch.zeros(30, 40), "leaf": None}
         before = frozen(state)
         with pytest.raises(UntrustedCheckpointError, match="Harmless"):

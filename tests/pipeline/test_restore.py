@@ -22,7 +22,7 @@ from dcp_async import (
     Trust,
     UntrustedCheckpointError,
 )
-from tests.doubles import assert_same, flip, frozen
+from tests.doubles import assert_same, flip, frozen, written_unchecked
 
 
 class Trainer:
@@ -113,9 +113,8 @@ async def test_trust_in_keys_is_decided_before_a_target_is_touched(root: Path, a
     saved, other = Cache(), Cache()
     saved.entries[Colour.RED] = torch.ones(2)
     other.weight.zero_()
+    await written_unchecked(root, {"cache": saved})
     async with CheckpointEngine(root) as engine:
-        await engine.save({"cache": saved})
-        await engine.wait()
         with pytest.raises(UntrustedCheckpointError, match=r"Colour.*nothing was loaded"):
             await engine.load({"cache": other}, atomic=atomic)
         assert not other.weight.any()
@@ -143,9 +142,8 @@ async def test_a_state_that_was_overwritten_by_an_older_corrupt_one_is_said_to_b
 
 
 async def test_an_untrusted_older_one_does_not_deny_what_a_corrupt_one_has_done(root: Path) -> None:
+    await written_unchecked(root, {"x": torch.ones(1 << 16), "y": Colour.RED})
     async with CheckpointEngine(root) as engine:
-        await engine.save({"x": torch.ones(1 << 16), "y": Colour.RED}, step=1)
-        await engine.wait()
         await engine.save({"x": torch.ones(1 << 16), "y": 1}, step=2)
         await engine.wait()
         break_data(root / "step-00000002")

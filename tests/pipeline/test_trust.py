@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, StagingOptions, Trust, UntrustedCheckpointError
-from tests.doubles import KIB, assert_same, random_tensor
+from tests.doubles import KIB, assert_same, random_tensor, written_unchecked
 
 SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
 
@@ -57,8 +57,8 @@ CUSTOM = {"dataclass": Progress(3, "x"), "enum": Colour.RED, "slotted": Slotted(
 @pytest.mark.parametrize("name", CUSTOM)
 async def test_a_custom_class_is_refused_by_name_before_anything_is_touched(root: Path, name: str) -> None:
     leaf = CUSTOM[name]
+    await written_unchecked(root, {"w": torch.ones(3), "leaf": leaf})
     async with CheckpointEngine(root) as engine:
-        await (await engine.save({"w": torch.ones(3), "leaf": leaf})).upload_completion
         state: dict[str, Any] = {"w": torch.zeros(3), "leaf": None}
         with pytest.raises(UntrustedCheckpointError, match=type(leaf).__name__) as caught:
             await engine.load(state)
@@ -90,8 +90,8 @@ async def test_unsafe_admits_everything(root: Path, name: str) -> None:
 
 
 async def test_safe_globals_admit_nothing_else(root: Path) -> None:
+    await written_unchecked(root, {"leaf": Colour.RED})
     async with CheckpointEngine(root, trust=Trust(safe_globals=(Progress,))) as engine:
-        await (await engine.save({"leaf": Colour.RED})).upload_completion
         with pytest.raises(UntrustedCheckpointError, match="Colour"):
             await engine.read()
 
@@ -119,9 +119,10 @@ class Evaluator:
 @pytest.mark.parametrize("trusted", [(), (Progress,)])
 async def test_leaves_run_nothing(root: Path, tmp_path: Path, trusted: tuple[type, ...]) -> None:
     mark = tmp_path / "exploded"
+    leaves = (Bomb(mark), (1, [Bomb(mark)]), Getter(), Evaluator())
+    await written_unchecked(root, *({"leaf": leaf} for leaf in leaves), first=0)
     async with CheckpointEngine(root, trust=Trust(safe_globals=trusted)) as engine:
-        for step, leaf in enumerate((Bomb(mark), (1, [Bomb(mark)]), Getter(), Evaluator())):
-            await (await engine.save({"leaf": leaf}, step=step)).upload_completion
+        for step in range(len(leaves)):
             with pytest.raises(UntrustedCheckpointError):
                 await engine.read(step)
             with pytest.raises(UntrustedCheckpointError):
@@ -130,9 +131,8 @@ async def test_leaves_run_nothing(root: Path, tmp_path: Path, trusted: tuple[typ
 
 
 async def test_latest_does_not_fall_back_over_an_untrusted_checkpoint(root: Path) -> None:
+    await written_unchecked(root, {"leaf": 1}, {"leaf": Progress(1, "x")})
     async with CheckpointEngine(root) as engine:
-        await (await engine.save({"leaf": 1}, step=1)).upload_completion
-        await (await engine.save({"leaf": Progress(1, "x")}, step=2)).upload_completion
         with pytest.raises(UntrustedCheckpointError):
             await engine.load({"leaf": None})
 
@@ -245,9 +245,8 @@ async def test_what_no_list_can_admit_is_not_offered(root: Path) -> None:
         def __reduce__(self) -> Any:
             return np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 0)
 
+    await written_unchecked(root, {"leaf": Patch()}, {"leaf": Scalar()})
     async with CheckpointEngine(root) as engine:
-        await (await engine.save({"leaf": Patch()}, step=1)).upload_completion
-        await (await engine.save({"leaf": Scalar()}, step=2)).upload_completion
         with pytest.raises(UntrustedCheckpointError, match=r"safe_globals=\(Progress,\)"):
             await engine.read(1)
         with pytest.raises(UntrustedCheckpointError, match=r"allow anything with Trust\(unsafe=True\)"):

@@ -1,0 +1,210 @@
+"""Leaves as items of their own, and only such as a load takes back.
+
+Enters: picklable values, and the Trust that a load of this engine has. Leaves: bytes, or CaptureError that
+names the leaf and says what would allow it. Invariant: what was pickled here is admitted by the very check
+that a load makes. That check unpickles, so it is made once for each form of a leaf, by the classes and
+functions that its pickle names in their order; a leaf that names none has nothing to be refused.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import io
+import pickle
+import pickletools
+import sys
+import types
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+
+from .depth import MAX_DEPTH
+from .formats.structure import plain_key
+from .formats.zip_item import object_item, pickle_start
+from .tensor_memory import has_memory
+from .trust import Trust, UntrustedGlobal, load_item, load_pickle, untrusted_names
+from .walk import PLAIN_TENSORS, CaptureError
+from .wrapped import is_wrapper
+
+_SCALARS = (int, float, str, bool, bytes, type(None))
+_THEMSELVES: tuple[type, ...] = (type, types.FunctionType, types.BuiltinFunctionType)
+"""What a pickle names; of other objects it names the class."""
+_POWERFUL = frozenset({"builtins", "importlib", "nt", "os", "posix", "subprocess", "sys"})
+"""Modules whose functions do anything for whoever may call them."""
+_NUMBERS = "biufc"
+"""Kinds of numpy's dtypes that are nothing else."""
+_GLANCE = 16
+_LONG = 256
+"""A leaf of more objects is known by the set of what it names alone."""
+_MAX_KNOWN = 10_000
+
+
+class LeafRules:
+    """What a load under ``trust`` admits; remembers what was found out, and may be shared by threads."""
+
+    def __init__(self, trust: Trust) -> None:
+        self._trust = trust
+        self._forms: set[tuple[Any, ...]] = set()
+        self._keys: set[bytes] = set()
+
+    def check_leaf(self, name: str, value: object, item: bytes, named: list[Any]) -> None:
+        """Raises CaptureError for a leaf that a load would refuse; ``named`` is what its pickle names."""
+        if self._trust.unsafe or not named or (type(value) in PLAIN_TENSORS and not vars(value)):
+            return
+        form = tuple(named if len(named) <= _LONG else dict.fromkeys(named))
+        if form in self._forms:
+            return
+        try:
+            load_item(io.BytesIO(item), self._trust)
+        except UntrustedGlobal as error:
+            pickled = item[pickle_start(item) or 0 :]
+            raise self._refusal(f"{name}: a {type(value).__qualname__}", pickled, error) from error
+        except (ValueError, NameError) as error:
+            raise CaptureError(
+                f"{name}: a {type(value).__qualname__} can be pickled, but not unpickled again ({error}); "
+                "leave it out of the state or give it a state_dict()"
+            ) from error
+        if len(self._forms) >= _MAX_KNOWN:
+            self._forms.clear()
+        self._forms.add(form)
+
+    def check_key(self, below: str, key: object, raw: bytes) -> None:
+        """The same for a mapping's key, whose pickle is ``raw``. One that extends text or a number comes back
+        as that, so it is never refused."""
+        if self._trust.unsafe or raw in self._keys or plain_key(key) is not None:
+            return
+        try:
+            load_pickle(raw, self._trust)
+        except UntrustedGlobal as error:
+            raise self._refusal(f"{below}: its key, a {type(key).__qualname__},", raw, error) from error
+        except ValueError as error:
+            raise CaptureError(
+                f"{below}: its key, a {type(key).__qualname__}, can be pickled, but not unpickled again "
+                f"({error}); use a str or an int"
+            ) from error
+        if len(self._keys) >= _MAX_KNOWN:
+            self._keys.clear()
+        self._keys.add(raw)
+
+    def _refusal(self, what: str, pickled: bytes, error: UntrustedGlobal) -> CaptureError:
+        names = untrusted_names(_globals_of(pickled), self._trust) if error.allowable else []
+        powerful = [name for name in names if name.partition(".")[0] in _POWERFUL]
+        if powerful or not names:
+            return CaptureError(
+                f"{what} could not be loaded again: it names {(powerful or [error.name])[0]}, which no list "
+                "should admit. Save plain data in its place, or trust whoever can write to the checkpoint "
+                "with Trust(unsafe=True)"
+            )
+        listed = ", ".join(name.removeprefix("__main__.") for name in names)
+        return CaptureError(
+            f"{what} could not be loaded again: it names {', '.join(names)}, which this engine's trust does "
+            f"not admit. Pass trust=Trust(safe_globals=({listed},)) to the engine that saves and to the one "
+            "that loads, or save plain data in its place, such as vars() of it or its state_dict()"
+        )
+
+
+def _globals_of(pickled: bytes) -> list[tuple[str, str]]:
+    """(module, name) of what a pickle of protocol 2 names, by today's names, each once."""
+    found: dict[tuple[str, str], None] = {}
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "GLOBAL":
+            module, _, name = str(argument).partition(" ")
+            module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+            found[_compat_pickle.IMPORT_MAPPING.get(module, module), name] = None
+    return list(found)
+
+
+@cache
+def _values() -> frozenset[type]:
+    """Classes of values that every load admits, whatever they hold."""
+    found: set[type] = {*_SCALARS, complex, torch.Size, torch.dtype, torch.device}
+    if "numpy" in sys.modules:
+        numpy = sys.modules["numpy"]
+        found.update(kind for kind in numpy.sctypeDict.values() if issubclass(kind, numpy.number))
+        found.update((numpy.bool_, numpy.str_))
+    return frozenset(found)
+
+
+def _is_admitted(value: Any) -> bool:
+    """Whether it can be seen at a glance that every load admits ``value``, as of most leaves."""
+    kind = type(value)
+    if kind in _values():
+        return True
+    if kind is tuple or kind is list:
+        return len(value) <= _GLANCE and all(map(_is_admitted, value))
+    return kind.__module__ == "numpy" and kind.__name__ == "ndarray" and value.dtype.kind in _NUMBERS
+
+
+class _Recorder(pickle.Pickler):
+    """Notes every class and function that the pickle will name."""
+
+    named: list[Any]
+
+    def reducer_override(self, value: Any, /) -> Any:
+        self.named.append(value if isinstance(value, _THEMSELVES) else _kind(value))
+        return NotImplemented
+
+
+def _kind(value: object) -> Any:
+    """What decides on how an object is pickled: its class, and of numpy's dtypes what they say."""
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        _check_tensor(value)
+    return repr(value) if kind.__module__ == "numpy.dtypes" else kind
+
+
+def _check_tensor(tensor: torch.Tensor) -> None:
+    """What lies outside of its memory would be missing in the pickle."""
+    plain = type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided
+    if plain and not tensor.is_nested and not tensor.is_meta and not has_memory([tensor]):
+        raise ValueError("its storage was freed or made smaller than the tensor")
+
+
+class LeafPickler:
+    """Pickles the leaves of one state."""
+
+    def __init__(self, rules: LeafRules | None) -> None:
+        """``rules``: what refuses; None for no check."""
+        self._rules = rules
+        self._named: list[Any] = []
+
+    @cached_property
+    def _module(self) -> types.SimpleNamespace:
+        recorder = type("Recorder", (_Recorder,), {"named": self._named})
+        return types.SimpleNamespace(__name__="dcp_async.leaves", Pickler=recorder)
+
+    def item(self, name: str, value: Any) -> bytes:
+        """The bytes of a leaf's item, not padded. Raises CaptureError that names it."""
+        self._named.clear()
+        try:
+            if type(value) in _SCALARS:
+                return object_item(pickle.dumps(value, protocol=2))
+            stream = io.BytesIO()
+            if _is_admitted(value):
+                torch.save(value, stream)
+                return stream.getvalue()
+            detached = _detached(value) if isinstance(value, torch.Tensor) else value
+            torch.save(detached, stream, pickle_module=self._module)
+            item = stream.getvalue()
+        except RecursionError as error:
+            raise CaptureError(
+                f"{name}: a {type(value).__qualname__} in which objects lie in one another too deep to be "
+                f"pickled; flatten it, or use containers, which may be {MAX_DEPTH} deep"
+            ) from error
+        except Exception as error:  # pickling runs the leaf's own code, which may raise anything
+            raise CaptureError(
+                f"{name}: a {type(value).__qualname__} can't be pickled ({type(error).__name__}: {error}); "
+                "leave it out of the state or give it a state_dict()"
+            ) from error
+        if self._rules is not None:
+            self._rules.check_leaf(name, detached, item, self._named)
+        return item
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    if is_wrapper(tensor):  # whose detach() may lose what it does not hold in tensors
+        return tensor
+    detached = tensor.detach()
+    # a subclass without __torch_function__ would come out as a plain tensor
+    return detached if type(detached) is type(tensor) else tensor

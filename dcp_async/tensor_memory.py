@@ -1,0 +1,61 @@
+"""Whether the memory of a tensor is there, up to its last element.
+
+A storage can be freed or made smaller under its tensors, as FSDP1 frees parameters between their uses; then
+whoever copies the tensor reads memory that is not its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+
+def has_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all elements of plain tensors lie in memory that the tensors own.
+
+    A storage that was asked for its length stays in Python's memory as long as the tensor, for each garbage
+    collection to go over: not for tensors by the thousand that stay (``is_in_bounds``).
+    """
+    storages = list(map(torch.Tensor.untyped_storage, tensors))
+    held = map(torch.UntypedStorage.nbytes, storages)
+    return all(nbytes >= _reach(tensor) for nbytes, tensor in zip(held, tensors, strict=True))
+
+
+def is_in_bounds(tensors: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> bool:
+    """The same without a trace: torch checks the bounds of each view that it makes, at a microsecond each."""
+    strides = map(torch.Tensor.stride, tensors)
+    offsets = map(torch.Tensor.storage_offset, tensors)
+    try:
+        with torch.no_grad():
+            deque(map(torch.Tensor.as_strided, tensors, shapes, strides, offsets), maxlen=0)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Where in its storage the last element ends, in bytes."""
+    if not tensor.numel():
+        return 0
+    last = sum((extent - 1) * step for extent, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
+
+
+def lack_of_memory(tensor: torch.Tensor) -> str | None:
+    """What is wrong with the memory of a tensor, None if nothing is."""
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except RuntimeError as error:
+        return (
+            f"a tensor without memory of its own ({str(error).splitlines()[0]}); "
+            "save what it is made of, outside of the transformation"
+        )
+    if held < (needed := _reach(tensor)):
+        return (
+            f"its storage holds {held} bytes, and {tuple(tensor.shape)} {tensor.dtype} needs "
+            f"{needed}: it was freed or made smaller, as FSDP1 frees parameters between their uses. Gather "
+            "it first (AppState does), or leave it out of the state"
+        )
+    return None
