@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .activity import user_code
+from .boundary import ENDINGS, words
 from .depth import MAX_DEPTH
 from .formats.structure import plain_key
 from .formats.zip_item import object_item, pickle_start
@@ -185,16 +187,19 @@ class LeafPickler:
                 torch.save(value, stream)
                 return stream.getvalue()
             detached = _detached(value) if isinstance(value, torch.Tensor) else value
-            torch.save(detached, stream, pickle_module=self._module)
+            with user_code("__reduce__", value, name):
+                torch.save(detached, stream, pickle_module=self._module)
             item = stream.getvalue()
         except RecursionError as error:
             raise CaptureError(
                 f"{name}: a {type(value).__qualname__} in which objects lie in one another too deep to be "
                 f"pickled; flatten it, or use containers, which may be {MAX_DEPTH} deep"
             ) from error
-        except Exception as error:  # pickling runs the leaf's own code, which may raise anything
+        except ENDINGS:
+            raise
+        except BaseException as error:  # pickling runs the leaf's own code, which may raise anything
             raise CaptureError(
-                f"{name}: a {type(value).__qualname__} can't be pickled ({type(error).__name__}: {error}); "
+                f"{name}: a {type(value).__qualname__} can't be pickled ({words(error)}); "
                 "leave it out of the state or give it a state_dict()"
             ) from error
         if self._rules is not None:

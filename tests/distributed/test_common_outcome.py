@@ -70,7 +70,8 @@ def test_a_save_that_fails_on_two_ranks_fails_alike_on_all(
     assert outcomes[0]["kind"] == "SaveError"
     known = list(outcomes[0]["failures"])
     assert set(known) <= {first[0], second[0]}
-    assert len(told) < 2 or known == [first[0], second[0]], outcomes
+    # a rank that is told to stop before it comes to its own fault has none to tell; a capture can't be stopped
+    assert known and (where != "capture" or known == [first[0], second[0]]), outcomes
     if known[0] == first[0]:
         assert outcomes[0]["phase"] == phase
     for text, (rank, *_) in zip(told, (first, second), strict=False):
@@ -124,7 +125,7 @@ def test_a_corrupt_block_names_its_tensors_on_all_ranks(job: World, root: Path) 
 
 
 def test_what_a_trust_refuses_says_on_all_ranks_how_to_allow_it(world: World, root: Path) -> None:
-    assert {each["kind"] for each in world.all("engine", root=str(root))} == {"open"}
+    assert {each["kind"] for each in world.all("engine", root=str(root), unsafe=True)} == {"open"}
     world.all("fill", value=1, foreign=True)
     assert {each["kind"] for each in world.all("save", step=1)} == {"committed"}
     world.all("abort")

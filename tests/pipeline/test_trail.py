@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from operator import is_
 from pathlib import Path
@@ -241,7 +241,7 @@ def only_leaves() -> dict[str, Any]:
 def test_a_state_that_did_not_change_is_not_walked_again(make: Callable[[], dict[str, Any]]) -> None:
     state = {"plain": make(), "asked": Counting(make())}
     first = capture(state, None)
-    given: Given = deque()
+    given: Given = {}
     repeat = first.structure.trail.follow(state, given)
     assert repeat is not None
     assert all(map(is_, repeat.tensors, first.tensors))

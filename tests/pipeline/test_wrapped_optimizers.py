@@ -277,8 +277,13 @@ def test_an_optimizer_is_found_once_and_nothing_runs() -> None:
 # --- a thread that comes in again -----------------------------------------------------------------
 
 
+def never(what: str) -> CheckpointHandle[None]:
+    """A handle that nobody settles by itself."""
+    return CheckpointHandle(what, on_own_thread=lambda: False, waits_for_caller=lambda: False)
+
+
 def settled() -> CheckpointHandle[None]:
-    handle: CheckpointHandle[None] = CheckpointHandle("staging", on_own_thread=lambda: False)
+    handle = never("staging")
     handle._settle(None)
     return handle
 
@@ -324,7 +329,7 @@ def test_a_signal_handler_inside_of_the_hooks_does_not_wait_for_itself(kind: str
 def test_what_a_signal_handler_adds_is_waited_for() -> None:
     hooks = OptimizerHooks()
     _, optim = build()
-    late: CheckpointHandle[None] = CheckpointHandle("staging", on_own_thread=lambda: False)
+    late = never("staging")
 
     class Early(CheckpointHandle[None]):
         """A signal comes in while the handles that have ended are sorted out."""
@@ -334,7 +339,7 @@ def test_what_a_signal_handler_adds_is_waited_for() -> None:
                 hooks.watch([optim], late)
             return True
 
-    first = Early("staging", on_own_thread=lambda: False)
+    first = Early("staging", on_own_thread=lambda: False, waits_for_caller=lambda: False)
     first._settle(None)
     hooks.watch([optim], first)
     hooks.watch([optim], settled())
