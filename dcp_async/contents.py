@@ -22,6 +22,7 @@ from .errors import CorruptCheckpointError
 from .formats.manifest import Manifest
 from .formats.stock_metadata import usable_paths
 from .formats.structure import Tree, leaf_names, structure_from_paths, tree_from_json
+from .garbage import collection_paused
 from .response import CheckpointInfo
 from .storage.base import Reader
 from .unfolding import Part
@@ -51,6 +52,8 @@ class Contents:
     digests: dict[str, array[int]] = field(default_factory=dict)
     image_bytes: dict[str, int] = field(default_factory=dict)
     """Length of each file without its footer."""
+    _tree: Tree = field(default=None, init=False, repr=False)
+    """What ``structure`` has decoded, if it was asked: nothing may change it."""
 
     @property
     def names(self) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
@@ -74,11 +77,15 @@ class Contents:
         """The tree that was saved; of stock's checkpoints, as far as ``planner_data`` tells (its keys are all
         str, and nothing tells the strides that a tensor had: they come back row-major, as stock gives
         them)."""
+        if self._tree is not None:
+            return self._tree
         if self.manifest is not None:
             try:
-                tree = tree_from_json(self.manifest.structure)
-                if set(leaf_names(tree)) != self.names.keys():
-                    raise ValueError("its leaves are not the names in .metadata")
+                with collection_paused():  # that of many tensors is as many objects
+                    tree = tree_from_json(self.manifest.structure)
+                    if set(leaf_names(tree)) != self.names.keys():
+                        raise ValueError("its leaves are not the names in .metadata")
+                self._tree = tree
                 return tree
             except ValueError as error:
                 name = self.info.checkpoint_id

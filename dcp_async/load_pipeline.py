@@ -376,7 +376,7 @@ async def load_into(
     async def before_touch(values: Mapping[str, Any]) -> None:
         check_groups(targets, values, contents.info.checkpoint_id)
         if how.strict:
-            check_app_states(targets, contents.structure, values, contents.info.checkpoint_id)
+            check_app_states(targets, contents, values)
         if not how.atomic:
             await ranks.ready()
 

@@ -194,8 +194,8 @@ class _Matcher:
         found = tuple(places.get(MetadataIndex(name, chunk.offsets)) for chunk in chunks)
         return found if found and None not in found else (name,)
 
-    def _misfit(self, name: str, tensor: torch.Tensor) -> str | None:
-        """Why what was saved as ``name`` can't be read into ``tensor``."""
+    def _misfit(self, name: str, tensor: torch.Tensor, regions: Iterable[Region]) -> str | None:
+        """Why what was saved as ``name`` can't be read into ``tensor``, of which ``regions`` lie here."""
         meta = self._names[name]
         if not isinstance(meta, TensorStorageMetadata):
             return "is a tensor in the state, but not in the checkpoint"
@@ -207,7 +207,7 @@ class _Matcher:
         if saved != tensor.dtype and not _can_cast(saved, tensor.dtype):
             here = f"{tuple(size)} {tensor.dtype}"
             return f"is {here} in the state; {saved}, as in the checkpoint, can't become that"
-        for region in self._regions(name, tensor):
+        for region in regions:
             if _is_gappy(region.tensor):
                 self._match.gappy.add(name)
                 if _is_expanded(region.tensor):
@@ -224,7 +224,8 @@ class _Matcher:
         if meta is None:
             match.missing.append(name)
             return
-        if (reason := self._misfit(name, tensor)) is not None:
+        regions = self._regions(name, tensor)
+        if (reason := self._misfit(name, tensor, regions)) is not None:
             match.mismatch(name, reason)
             if isinstance(meta, TensorStorageMetadata) and meta.size == global_size(tensor):
                 saved = meta.properties.dtype
@@ -232,7 +233,6 @@ class _Matcher:
                 match.convertible = match.convertible or castable
             return
         assert isinstance(meta, TensorStorageMetadata)
-        regions = self._regions(name, tensor)
         if not any(region.tensor.is_meta for region in regions):
             match.tensors[name] = regions
         elif name in self._targets.local:
@@ -328,7 +328,7 @@ class _Matcher:
             match.nodes[prefix] = grafted(node, whole.present, set(lacking), prefix)
 
     def _can_hold(self, name: str, tensor: torch.Tensor) -> bool:
-        return not tensor.is_meta and self._misfit(name, tensor) is None
+        return not tensor.is_meta and self._misfit(name, tensor, self._regions(name, tensor)) is None
 
     def _match_optimizer_state(self, prefix: str, mapping: OptimizerState) -> None:
         """An optimizer's state grows with its history: what does not have the saved form gives way to it."""
@@ -426,14 +426,13 @@ def check_groups(targets: Targets, values: Mapping[str, Any], checkpoint_id: str
                     )
 
 
-def check_app_states(
-    targets: Targets, structure: Tree, values: Mapping[str, Any], checkpoint_id: str
-) -> None:
+def check_app_states(targets: Targets, contents: Contents, values: Mapping[str, Any]) -> None:
     """What was saved of an AppState's optimizers must fit, parameter by parameter and group by group. Raises
     IncompatibleStateError."""
     for prefix, stateful, _ in targets.walk.statefuls:
         if not isinstance(stateful, AppState):
             continue
+        structure, checkpoint_id = contents.structure, contents.info.checkpoint_id
         entries = [key for key, _ in children_of(subtree(structure, f"{prefix}.{stateful.entries_at}"))]
         saved_groups = children_of(subtree(structure, f"{prefix}.optim.param_groups"))
         params = [
