@@ -388,12 +388,21 @@ def walk_state(
                 walk.visit_odd_key(name, key)
             walk.visit(name, value)
     except (_TooDeepError, RecursionError) as error:
-        raise CaptureError(why_too_deep(state, walk.statefuls, str(error))) from None
+        raise CaptureError(_why_too_deep(state, walk, error)) from None
     except (CaptureError, *ENDINGS):
         raise
     except BaseException as error:  # mappings and tensors of the trainer's own may raise anything
         raise CaptureError(f"{walk.at or 'the state'}: it can't be looked at ({words(error)})") from error
     return walk
+
+
+def _why_too_deep(state: Mapping[str, Any], walk: Walk, error: Exception) -> str:
+    try:
+        return why_too_deep(state, walk.statefuls, str(error))
+    except ENDINGS:
+        raise
+    except BaseException as second:  # it looks at the trainer's own mappings once more
+        return f"{walk.at or 'the state'}: it can't be looked at ({words(second)})"
 
 
 def duplicate_name(names: Sequence[str]) -> str | None:

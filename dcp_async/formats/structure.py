@@ -358,10 +358,11 @@ def like(node: Tree, value: Any) -> Tree:
         own = keys.pop(str(key), key)
         children.append((own, like(child, value[own]) if own in value else child))
     empty = [(key, entry) for key, entry in value.items() if str(key) in keys and not _has_leaf(entry)]
-    return mapping_node(
-        mapping_kind(value),
-        [*children, *((key, _of_empty(entry)) for key, entry in empty)],
-    )
+    children += [(key, _of_empty(entry)) for key, entry in empty]
+    if empty and len(children) == len(value):  # where the empty ones stood nobody has written down
+        found = {str(key): (key, child) for key, child in children}
+        children = [found[str(key)] for key in value]
+    return mapping_node(mapping_kind(value), children)
 
 
 def grafted(node: Tree, value: Any, wanted: Collection[str], name: str) -> Tree:

@@ -71,7 +71,7 @@ def test_a_save_that_fails_on_two_ranks_fails_alike_on_all(
     known = list(outcomes[0]["failures"])
     assert known
     assert set(known) <= {first[0], second[0]}
-    if where == "capture":  # elsewhere a rank that is told to stop before its own fault comes up has none to tell
+    if where == "capture":  # elsewhere one that is stopped before its own fault comes up has none to tell
         assert known == [first[0], second[0]], outcomes
     if known[0] == first[0]:
         assert outcomes[0]["phase"] == phase

@@ -6,6 +6,7 @@ are issues of pytorch/pytorch unless another project is named.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import io
 import os
@@ -136,23 +137,30 @@ async def test_the_stored_files_tell_whether_a_checkpoint_is_whole(
 
 
 async def test_a_load_right_after_save_gets_what_is_committed(root: Path, faulty: FaultyStorage) -> None:
-    """torchtitan 930: it failed on a directory without `.metadata`."""
-    async with CheckpointEngine(faulty) as engine:
-        with faulty.hold("commit", times=1):
+    """torchtitan 930: it failed on a directory without `.metadata`. Ours waits for its own saves; another
+    engine sees what is committed."""
+    async with CheckpointEngine(faulty) as engine, CheckpointEngine(root) as other:
+        target = {"w": torch.zeros_like(W)}
+        with faulty.hold("commit", times=1) as gate:
             await engine.save({"w": W}, step=1)
-            target = {"w": torch.zeros_like(W)}
             for source in ("latest", "step-00000001", 1):
                 with pytest.raises(CheckpointNotFoundError):
-                    await engine.load(target, source)
+                    await other.load(target, source)
             assert_same(target, {"w": torch.zeros_like(W)})
-        await engine.wait()
-        with faulty.hold("commit", nth=2, times=1):
+            loads = [
+                asyncio.create_task(engine.load({"w": torch.zeros_like(W)}, source))
+                for source in ("latest", "step-00000001", 1)
+            ]
+            await asyncio.wait(loads, timeout=0)
+            gate.release()
+            assert [(await load).step for load in loads] == [1, 1, 1]
+        with faulty.hold("commit", nth=1, times=1) as gate:
             await engine.save({"w": W + 1}, step=2)
-            assert (await engine.load(target)).step == 1
+            assert (await other.load(target)).step == 1
             assert_same(target, {"w": W})
-        await engine.wait()
-        assert (await engine.load(target)).step == 2
-        assert_same(target, {"w": W + 1})
+            gate.release()
+            assert (await engine.load(target)).step == 2
+            assert_same(target, {"w": W + 1})
 
 
 # --- ranks that saved alone -----------------------------------------------------------------------
