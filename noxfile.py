@@ -179,7 +179,9 @@ def tests(session: nox.Session) -> None:
     # Paths given as arguments replace testpaths; tests that need an accelerator or other libraries, and the
     # longer ones over several processes, have sessions of their own.
     apart = [f"--ignore={path}" for path in ("tests/gpu", "tests/ecosystem", *RANKS_APART)]
-    session.run(DEV_PYTHON, "-m", "pytest", *apart, *session.posargs, external=True)
+    # Everything takes two processes; a few tests, or a debugger in one of them, are better off in one.
+    shared_out = () if session.posargs else ("-n", "2", "--dist", "worksteal")
+    session.run(DEV_PYTHON, "-m", "pytest", *apart, *shared_out, *session.posargs, external=True)
 
 
 @nox.session(reuse_venv=True, default=False)
