@@ -129,7 +129,9 @@ COMPAT_TESTS = (
     "tests/interop",
 )
 # What of tests/distributed `tests` leaves to `ranks`: minutes of processes that wait for each other.
-RANKS_APART = ("tests/distributed/test_rank_faults.py", "tests/distributed/test_fsdp_example.py")
+RANKS_APART = tuple(
+    f"tests/distributed/test_{name}.py" for name in ("rank_faults", "fsdp_example", "hanging")
+)
 
 nox.needs_version = ">=2026.10"
 nox.options.sessions = ["tests", "lint", "types"]
