@@ -107,7 +107,9 @@ class Agreement:
             raise await self.common(uid, "restore", failure, name, flag=True) from failure
         self._coordinator.forget(uid)
 
-    async def concluded(self, ordinal: int, error: CheckpointError) -> CheckpointError:
+    async def concluded(
+        self, ordinal: int, error: CheckpointError | MemoryError
+    ) -> CheckpointError | MemoryError:
         """What this rank raises because of ``error``, its own: the same as every other rank."""
         if self._coordinator.world_size == 1 or error in self._told_to_all:
             return error

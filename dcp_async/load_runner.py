@@ -76,8 +76,13 @@ class LoadRunner:
             self._restore(state, targets, loaded, info, how)
             if coordinator.world_size > 1:
                 yield from self.ask(self._agreement.restored(ordinal, info.checkpoint_id))
-        except CheckpointError as error:
-            common = yield from self.ask(self._agreement.concluded(ordinal, error))
+        except (CheckpointError, MemoryError) as error:
+            told = error
+            if isinstance(error, MemoryError) and coordinator.world_size > 1:
+                # nobody's fault here, but one rank's among several: they all raise the same
+                told = LoadError(f"rank {coordinator.rank}: {words(error)}")
+                told.__cause__ = error
+            common = yield from self.ask(self._agreement.concluded(ordinal, told))
             self._life.loop.call_soon(self._agreement.leave, ordinal, error)
             if common is error:
                 raise
