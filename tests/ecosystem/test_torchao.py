@@ -27,7 +27,7 @@ JOB = """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     import torchao.optim
-    from dcp_async import CheckpointEngine
+    from dcp_async import CheckpointEngine, IncompatibleStateError
 
     root, kind, *verbs = sys.argv[1:]
     dist.init_process_group("gloo")
@@ -75,7 +75,10 @@ JOB = """
             else:
                 for name in wanted:
                     made.state[parameter][name] = made._new_buffer(parameter, name == "exp_avg")
-            await engine.load({"optim": made})
+            try:
+                await engine.load({"optim": made})
+            except IncompatibleStateError as error:
+                return str(error)
             for name, (inner, rest) in wanted.items():
                 value = made.state[parameter][name]
                 assert isinstance(value, DTensor), type(value)
@@ -119,7 +122,13 @@ def job(root: Path, world: int, kind: str, *verbs: str) -> list[list[str]]:
 def test_under_fsdp_it_resumes_bit_for_bit_on_other_numbers_of_ranks(tmp_path: Path, kind: str) -> None:
     root = tmp_path / "run"
     assert job(root, 2, kind, "save", "load", "fresh") == [["saved", "same", "same"]] * 2
-    assert job(root, 1, kind, "load", "fresh") == [["same", "same"]]
+    ((filled, made),) = job(root, 1, kind, "load", "fresh")
+    assert filled == "same"
+    if kind == "AdamW4bit":  # its codes are packed without rows: a class that can't be cut is not put together
+        assert "optim.state.0.exp_avg: a OptimState4bit can't be put together from 2 parts" in made, made
+        assert "nothing was loaded" in made
+    else:
+        assert made == "same"
 
 
 @pytest.mark.parametrize("case", OPTIMIZERS)
