@@ -124,7 +124,7 @@ def test_under_fsdp_it_resumes_bit_for_bit_on_other_numbers_of_ranks(tmp_path: P
     assert job(root, 2, kind, "save", "load", "fresh") == [["saved", "same", "same"]] * 2
     ((filled, made),) = job(root, 1, kind, "load", "fresh")
     assert filled == "same"
-    if kind == "AdamW4bit":  # its codes are packed without rows: a class that can't be cut is not put together
+    if kind == "AdamW4bit":  # its codes are packed without rows, so it can be neither cut nor put together
         assert "optim.state.0.exp_avg: a OptimState4bit can't be put together from 2 parts" in made, made
         assert "nothing was loaded" in made
     else:
