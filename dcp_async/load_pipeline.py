@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ParamSpec
 
 import anyio
@@ -404,12 +405,15 @@ async def load_into(
             raise pipeline.failure(error) from error
     values |= match.fresh
 
-    def value_of(name: str) -> Any:
-        if name in targets.statefuls:
+    def value_of(name: str, objects: Collection[str]) -> Any:
+        if name in objects:
             return targets.statefuls[name][0]
         return values[name] if name in values else targets.tensors[name]
 
-    taken = {name: build(node, value_of, keys.__getitem__, name) for name, node in match.nodes.items()}
+    taken = {
+        name: build(node, partial(value_of, objects=match.objects.get(name, ())), keys.__getitem__, name)
+        for name, node in match.nodes.items()
+    }
     return Loaded(values=values, taken=taken, match=match, nbytes=nbytes)
 
 

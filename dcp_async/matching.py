@@ -52,6 +52,9 @@ class Match:
     """Tensors made by us, for what is taken as it was saved and in place of meta tensors."""
     nodes: dict[str, Tree] = field(default_factory=dict)
     """The trees of what is taken as it was saved, by name."""
+    objects: dict[str, set[str]] = field(default_factory=dict)
+    """Name of one of these trees -> the leaves in it that stand for Statefuls. No other does: what a Stateful
+    gave may be a leaf itself, under its own name."""
     grown: dict[str, list[tuple[Any, str]]] = field(default_factory=dict)
     """Mapping -> (key, name) of what is taken below it and is not there."""
     like: dict[str, DTensor] = field(default_factory=dict)
@@ -307,6 +310,7 @@ class _Matcher:
         if self._contents.manifest is None and whole.present is not UNASKED:
             node = like(node, whole.present)
         match.nodes[prefix] = node
+        match.objects[prefix] = objects
         there = [name for name in leaf_names(node, prefix) if name not in objects]
         self._settled.update(mine)
         strict = targets.strict

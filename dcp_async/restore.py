@@ -149,13 +149,13 @@ class Restorer:
     def _merged(self, name: str, value: Any) -> Any:
         """``value`` with what was read; containers that change are copied, the trainer's own stay as they
         are."""
+        if name in self._done and value is self._targets.statefuls[name][0]:
+            return value
         whole = self._targets.wholes.get(name)
         if name in self._taken and not (whole is not None and whole.keeps and isinstance(value, Mapping)):
             return self._taken[name]
         if name in self._values:
             return self._values[name]
-        if name in self._done and value is self._targets.statefuls[name][0]:
-            return value
         if isinstance(value, Mapping):
             return self._merged_mapping(name, value)
         if isinstance(value, list):
