@@ -6,21 +6,32 @@ at, and what lies in containers that are attributes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .materialise import canonical
+from .sharding import is_sharded
+from .stateful import is_stateful
 
 _MAX_ENTRIES = 1000
 """Of a container: what is longer is data."""
 _FIXED = ("torch.nn.", "torch.distributed.")
 """Where ``_load_from_state_dict`` and hooks come from that rename and convert, but never resize."""
+
+
+def _is_object(value: object) -> bool:
+    """Whether ``value`` is of a class of the trainer's, and no container."""
+    return hasattr(value, "__dict__") and not isinstance(
+        value, (type, ModuleType, FunctionType, Mapping, list, tuple, set, torch.Tensor, torch.nn.Module)
+    )
 
 
 def _attributes(thing: object) -> Iterator[Any]:
@@ -41,15 +52,61 @@ def _held(thing: object) -> Iterator[Any]:
             yield from islice(value, _MAX_ENTRIES)
 
 
-def holds_memory_for(thing: object, wanted: Collection[tuple[torch.Size, torch.dtype]]) -> bool:
-    """Whether ``thing`` holds a module, an optimizer, a distributed tensor, or one of a ``wanted`` shape and
-    dtype."""
+def holds_memory_for(thing: object, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> bool:
+    """Whether ``thing`` holds, itself or in a module or an optimizer, a tensor of the shape and dtype of a
+    ``saved`` one, or a distributed tensor; or a module with a tensor of one's name, whose shape must fit.
+    Distributed ones are found one object further in as well."""
+    wanted = set(saved.values())
+    tails = {name[at + 1 :] for name in saved for at, letter in enumerate(name) if letter == "."}
     for value in _held(thing):
-        if isinstance(value, (torch.nn.Module, Optimizer, DTensor)):
+        for tensor in _tensors_in(value):
+            if _is_distributed(tensor):
+                return True
+            if not is_lazy(tensor) and (tensor.shape, tensor.dtype) in wanted:
+                return True
+        if isinstance(value, torch.nn.Module) and any(
+            canonical(value, name) in tails for name, _ in value.named_parameters()
+        ):
             return True
-        if isinstance(value, torch.Tensor) and (value.shape, value.dtype) in wanted:
+        if _is_object(value) and any(
+            _is_distributed(tensor) for inner in _held(value) for tensor in _tensors_in(inner)
+        ):
             return True
     return False
+
+
+def holds_objects(thing: object) -> bool:
+    """Whether ``thing`` holds a Stateful that it may show in its state: modules and optimizers are told
+    by their tensors."""
+    return any(
+        is_stateful(value) and not isinstance(value, (torch.nn.Module, Optimizer)) for value in _held(thing)
+    )
+
+
+def holds_what_stock_changes(thing: object) -> bool:
+    """Whether ``thing`` holds an empty container, which stock drops, or a mapping other than a dict, which
+    it makes one."""
+    return any(
+        (isinstance(value, Mapping) and (type(value) is not dict or not value))
+        or (isinstance(value, list) and not value)
+        for value in _held(thing)
+    )
+
+
+def _tensors_in(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, torch.nn.Module):
+        yield from value.parameters()
+        yield from value.buffers()
+    elif isinstance(value, Optimizer):
+        for group in value.param_groups:
+            yield from group["params"]
+
+
+def _is_distributed(tensor: torch.Tensor) -> bool:
+    # a FlatParameter of FSDP1 shows none of the shapes that it is made of
+    return isinstance(tensor, DTensor) or is_sharded(tensor) or hasattr(tensor, "_is_flat_param")
 
 
 def memory_of_modules(thing: object) -> set[int]:

@@ -21,16 +21,22 @@ from torch.optim import Optimizer
 
 from .boxes import box_at, slices
 from .checkpointable import is_checkpointable
-from .formats.structure import Tree, children_of, is_of_stateful, leaf_names, locate, text_of
-from .holdings import holds_memory_for, memory_of_modules, resizable_owners
+from .formats.structure import Tree, children_of, is_of_stateful, kind_of, leaf_names, locate, text_of
+from .holdings import (
+    holds_memory_for,
+    holds_objects,
+    holds_what_stock_changes,
+    memory_of_modules,
+    resizable_owners,
+)
 from .order import ask_in_order
 from .sharding import Offsets, Shard, is_sharded, sharded
 from .state import check_unique, is_exotic
 from .stateful import AppState, PerRank, is_stateful
 from .walk import UNASKED, CaptureError, Given, Walk, asynchronous_error, snapshot, walk_state
 
-_SMALL_BYTES = 64 << 10
-"""Tensors up to this are not worth asking for memory to read them into."""
+_DOUBTFUL_STARTS = tuple("0123456789-(<")
+_DOUBTFUL = ("None", "True", "False", "inf", "nan")
 _EXTRA_STATE = "_extra_state"
 """What torch.nn.Module calls that of ``get_extra_state()``."""
 
@@ -61,32 +67,44 @@ class Schema:
         return self._contents.structure
 
     def needs_memory(self, name: str, stateful: Any) -> bool:
-        """Whether ``stateful``, which lies at ``name``, is to be asked for memory to read into.
+        """Whether ``stateful``, which lies at ``name``, is to be asked for its state.
 
-        It is where that is worth it or may be needed: for large and for distributed tensors, for objects
-        inside of its state, and for tensors that it seems to hold. Of what stock and older releases wrote,
-        too little is known not to ask.
+        It is where it seems to hold memory to read into, for distributed tensors, for objects inside of its
+        state, and where the checkpoint does not tell what was saved: stock drops empty containers, kinds of
+        mappings and of their keys, and older releases do not say what was an object.
         """
-        if self._contents.manifest is None:
-            return True
         found, node = locate(self._structure, name)
         if not found:
             return False
-        if node is not None and (not is_of_stateful(node) or _has_stateful_below(node)):
+        if self._contents.manifest is None:
+            if _has_doubtful_key(node) or holds_what_stock_changes(stateful):
+                return True
+        elif node is not None and not is_of_stateful(node):
+            if holds_objects(stateful):
+                return True
+        elif _has_stateful_below(node):
             return True
-        shapes: set[tuple[torch.Size, torch.dtype]] = set()
+        saved: dict[str, tuple[torch.Size, torch.dtype]] = {}
         for leaf in leaf_names(node, name):
             meta = self._names[leaf]
             if isinstance(meta, TensorStorageMetadata):
-                dtype = meta.properties.dtype
-                if len(meta.chunks) != 1 or meta.size.numel() * dtype.itemsize > _SMALL_BYTES:
+                if len(meta.chunks) != 1:
                     return True
-                shapes.add((meta.size, dtype))
-        return bool(shapes) and holds_memory_for(stateful, shapes)
+                saved[leaf] = (meta.size, meta.properties.dtype)
+        return bool(saved) and holds_memory_for(stateful, saved)
 
 
 def _has_stateful_below(node: Tree) -> bool:
     return any(is_of_stateful(child) or _has_stateful_below(child) for _, child in children_of(node))
+
+
+def _has_doubtful_key(node: Tree) -> bool:
+    """Whether a key, of which stock writes the text, may have been a number, a tuple or None."""
+    is_mapping = kind_of(node) != "list"
+    return any(
+        (is_mapping and (key[:1] in _DOUBTFUL_STARTS or key in _DOUBTFUL)) or _has_doubtful_key(child)
+        for key, child in children_of(node)
+    )
 
 
 @dataclass(frozen=True, slots=True)
