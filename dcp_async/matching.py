@@ -298,10 +298,11 @@ class _Matcher:
         theirs = {name for head in objects for name in _at_or_below(head, self._known)}
         mine = [name for name in _at_or_below(prefix, self._known) if name not in theirs]
         if not found:
-            if whole.is_stateful and (mine or whole.present is UNASKED):
-                match.missing.append(prefix)
+            if whole.is_stateful:
                 match.absent.add(prefix)
                 self._settled.update(mine)
+                if mine or whole.present is UNASKED:  # else it has no state, and had none
+                    match.missing.append(prefix)
             elif whole.keeps and not isinstance(whole.present, Mapping):
                 match.kept += mine
                 self._settled.update(mine)

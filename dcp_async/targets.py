@@ -21,7 +21,16 @@ from torch.optim import Optimizer
 
 from .boxes import box_at, slices
 from .checkpointable import is_checkpointable
-from .formats.structure import Tree, children_of, is_of_stateful, kind_of, leaf_names, locate, text_of
+from .formats.structure import (
+    Tree,
+    children_of,
+    heads_of,
+    is_of_stateful,
+    kind_of,
+    leaf_names,
+    locate,
+    text_of,
+)
 from .holdings import (
     holds_memory_for,
     holds_objects,
@@ -71,11 +80,12 @@ class Schema:
 
         It is where it seems to hold memory to read into, for distributed tensors, for objects inside of its
         state, and where the checkpoint does not tell what was saved: stock drops empty containers, kinds of
-        mappings and of their keys, and older releases do not say what was an object.
+        mappings and of their keys, and older releases do not say what was an object. Where nothing was saved
+        it says whether anything is missing.
         """
         found, node = locate(self._structure, name)
         if not found:
-            return False
+            return not self._is_of_other_ranks(name)
         if self._contents.manifest is None:
             if _has_doubtful_key(node) or holds_what_stock_changes(stateful):
                 return True
@@ -92,6 +102,14 @@ class Schema:
                     return True
                 saved[leaf] = (meta.size, meta.properties.dtype)
         return bool(saved) and holds_memory_for(stateful, saved)
+
+    def _is_of_other_ranks(self, name: str) -> bool:
+        """Whether it lies in what each rank has for itself, of which others have saved theirs."""
+        return any(
+            head.rpartition(".")[2].startswith(PerRank.key(""))
+            and locate(self._structure, head.rpartition(".")[0])[0]
+            for head in heads_of(name)
+        )
 
 
 def _has_stateful_below(node: Tree) -> bool:
