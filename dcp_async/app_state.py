@@ -168,7 +168,13 @@ class AppState:
         options = self._options
         if options.broadcast_from_rank0 or not saved:
             lenient = StateDictOptions(**{**vars(options), "strict": False})
+            groups = [dict(group) for own in self.optimizers for group in own.param_groups]
             set_optimizer_state_dict(self.model, self.optimizers, dict(saved), options=lenient)
+            for group, before in zip(
+                (group for own in self.optimizers for group in own.param_groups), groups, strict=True
+            ):
+                for key, value in before.items():  # an option that was not saved stays as it is
+                    group.setdefault(key, value)
             return
         entries = saved.get("state")
         numbered = isinstance(entries, Mapping) and any(isinstance(key, int) for key in entries)

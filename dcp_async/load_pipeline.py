@@ -33,6 +33,7 @@ from .errors import (
     LoadError,
     UntrustedCheckpointError,
 )
+from .fit import check_app_states, check_fit, check_groups, kept_options
 from .formats.stock_metadata import usable_paths
 from .formats.structure import PickledKey, Tree, build, children_of, leaf_names, pickled_keys, pruned
 from .garbage import collection_paused
@@ -41,9 +42,6 @@ from .key_hashes import MAX_ALIKE
 from .matching import (
     Dtypes,
     Match,
-    check_app_states,
-    check_fit,
-    check_groups,
     fresh_tensor,
     is_raw,
     match_state,
@@ -378,6 +376,7 @@ async def load_into(
         check_groups(targets, values, contents.info.checkpoint_id)
         if how.strict:
             check_app_states(targets, contents, values)
+        match.kept += kept_options(targets, contents, values)
         if not how.atomic:
             await ranks.ready()
 

@@ -20,10 +20,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.tensor import DTensor
 
 from .aliases import are_one_view, groups_in_memory
-from .app_state import AppState, check_before_touch
 from .checkpointable import empty_like, global_size
 from .contents import Contents
-from .errors import IncompatibleStateError
 from .formats.structure import Tree, children_of, cut, grafted, kind_of, leaf_names, like, locate, subtree
 from .formats.zip_item import PLAIN_DTYPES
 from .room import check_room
@@ -135,6 +133,8 @@ class _Matcher:
         self._match = Match()
         self._settled: set[str] = set()
         """Names of the state that are taken care of, whatever the checkpoint has under them."""
+        self._surplus: set[str] = set()
+        """What is taken although the state has no place of that number."""
 
     def run(self) -> Match:
         targets, names, match = self._targets, self._names, self._match
@@ -146,6 +146,9 @@ class _Matcher:
             for prefix, whole in targets.wholes.items():
                 if prefix not in self._settled:
                     self._match_whole(prefix, whole)
+            for prefix, groups in targets.named_groups.items():
+                if prefix not in self._settled:
+                    self._match_named_groups(prefix, groups)
             for prefix, mapping in targets.optimizer_states.items():
                 self._match_optimizer_state(prefix, mapping)
             for prefix, accepts in targets.grows.items():
@@ -164,7 +167,7 @@ class _Matcher:
         known = targets.tensors.keys() | targets.leaves
         inside = tuple(f"{prefix}." for prefix in targets.prefixes)
         others = tuple(f"{prefix}." for prefix in per_rank)  # belongs to other ranks
-        taken = match.fresh.keys() | set(match.leaves)
+        taken = (match.fresh.keys() | set(match.leaves)) - self._surplus
         match.unexpected = [
             name
             for name in names
@@ -262,7 +265,8 @@ class _Matcher:
             if saved in (0, targets.world_size):
                 continue
             self._settled.update(_at_or_below(prefix, self._known))
-            self._settled.update(name for name in targets.wholes if f"{name}.".startswith(f"{prefix}."))
+            others = (*targets.wholes, *targets.named_groups)
+            self._settled.update(name for name in others if f"{name}.".startswith(f"{prefix}."))
             if value.on_resize is None:
                 match.mismatch(
                     prefix,
@@ -334,6 +338,26 @@ class _Matcher:
 
     def _can_hold(self, name: str, tensor: torch.Tensor) -> bool:
         return not tensor.is_meta and self._misfit(name, tensor, self._regions(name, tensor)) is None
+
+    def _match_named_groups(self, prefix: str, groups: list[Any]) -> None:
+        """Take all groups as they were saved. A group finds its own when all is read, so nothing is read into
+        the one that happens to have its number; another number of them is a misfit."""
+        match = self._match
+        _, node = locate(self._structure, prefix)
+        if self._contents.manifest is None:
+            node = like(node, groups)
+        if kind_of(node) != "list":
+            return
+        saved = len(children_of(node))
+        mine = _at_or_below(prefix, self._known)
+        there = leaf_names(node, prefix)
+        beyond = tuple(f"{prefix}.{number}." for number in range(saved, len(groups)))
+        match.missing += [name for name in mine if name.startswith(beyond)]
+        self._settled.update(mine)
+        beyond = tuple(f"{prefix}.{number}." for number in range(len(groups), saved))
+        self._surplus.update(name for name in there if name.startswith(beyond))
+        match.nodes[prefix] = node
+        self._take(there)
 
     def _match_optimizer_state(self, prefix: str, mapping: OptimizerState) -> None:
         """An optimizer's state grows with its history: what does not have the saved form gives way to it."""
@@ -413,67 +437,3 @@ def _at_or_below(head: str, names: Sequence[str]) -> list[str]:
         found.append(names[at])
         at += 1
     return found
-
-
-def check_groups(targets: Targets, values: Mapping[str, Any], checkpoint_id: str) -> None:
-    """Optimizers refuse groups of other sizes, but only when all is read. Raises IncompatibleStateError."""
-    for prefix, stateful, _ in targets.walk.statefuls:
-        if isinstance(stateful, torch.optim.Optimizer):
-            for number, group in enumerate(stateful.param_groups):
-                name = f"{prefix}.param_groups.{number}.params"
-                saved = values.get(name)
-                if isinstance(saved, list) and len(saved) != len(group["params"]):
-                    raise IncompatibleStateError(
-                        f"checkpoint {checkpoint_id!r} does not fit the state ({prefix}: group {number} "
-                        f"has {len(group['params'])} parameters, {len(saved)} in the checkpoint); "
-                        "nothing was loaded",
-                        checkpoint_id=checkpoint_id,
-                    )
-
-
-def check_app_states(targets: Targets, contents: Contents, values: Mapping[str, Any]) -> None:
-    """What was saved of an AppState's optimizers must fit, parameter by parameter and group by group. Raises
-    IncompatibleStateError."""
-    for prefix, stateful, _ in targets.walk.statefuls:
-        if not isinstance(stateful, AppState):
-            continue
-        structure, checkpoint_id = contents.structure, contents.info.checkpoint_id
-        entries = [key for key, _ in children_of(subtree(structure, f"{prefix}.{stateful.entries_at}"))]
-        saved_groups = children_of(subtree(structure, f"{prefix}.optim.param_groups"))
-        params = [
-            values.get(f"{prefix}.optim.param_groups.{number}.params")
-            for number, _ in enumerate(saved_groups)
-        ]
-        if not (entries or params) or not all(isinstance(names, list) for names in params):
-            continue  # a subclass saves something else, or names alone have told that groups are missing
-        groups = [{"params": names} for names in params]
-        if problems := check_before_touch(stateful, entries, groups):
-            raise IncompatibleStateError(
-                f"checkpoint {checkpoint_id!r} does not fit the state ({prefix}: {'; '.join(problems[:5])}); "
-                "nothing was loaded. Build the optimizers as they were, or pass strict=False to load what "
-                "fits",
-                checkpoint_id=checkpoint_id,
-            )
-
-
-def check_fit(match: Match, checkpoint_id: str, *, unexpected: bool) -> None:
-    """Raises IncompatibleStateError unless everything fits; ``unexpected`` says whether what is only in the
-    checkpoint counts."""
-    parts = []
-    surplus = match.unexpected if unexpected else []
-    for what, names in (("missing in the checkpoint", match.missing), ("not in the state", surplus)):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            parts.append(f"{what}: {', '.join(names[:5])}{more}")
-    if match.mismatched:
-        more = f" and {len(match.reasons) - 5} more" if len(match.reasons) > 5 else ""
-        parts.append("; ".join(match.reasons[:5]) + more)
-    if parts:
-        convert = (
-            "pass dtypes='convert' to convert where only the dtype differs, " if match.convertible else ""
-        )
-        raise IncompatibleStateError(
-            f"checkpoint {checkpoint_id!r} does not fit the state ({'; '.join(parts)}); nothing was loaded. "
-            f"Fix the state, {convert}or pass strict=False to load what fits",
-            checkpoint_id=checkpoint_id,
-        )

@@ -197,6 +197,8 @@ class Targets:
     """Mappings of Statefuls that take entries which they lack, by name: says which."""
     optimizer_states: dict[str, OptimizerState]
     """Optimizers' mappings of parameters to what is kept for them, by name."""
+    named_groups: dict[str, list[Any]]
+    """The parameter groups of AppStates, by name: only their parameters tell which of the saved is theirs."""
     strict: set[str]
     """Names below one of ``wholes`` that must be there in the shape that they have: parameters, buffers,
     DTensors."""
@@ -261,6 +263,7 @@ def capture_targets(
         wholes={},
         grows={},
         optimizer_states={},
+        named_groups={},
         strict=set(),
         prefixes=set(map(text_of, state)),
         entries=_entries(walk),
@@ -299,7 +302,7 @@ def _describe(targets: Targets, prefix: str, stateful: Any, given: Any) -> None:
         mapping = OptimizerState(type(stateful), stateful.taker())
         targets.optimizer_states[f"{prefix}.{stateful.entries_at}"] = mapping
         if stateful.entries_at != "optim":  # flat, its options are entries like any other
-            _describe_options(targets, f"{prefix}.optim", given.get("optim"))
+            _describe_options(targets, f"{prefix}.optim", given.get("optim"), named=True)
         for key, value in given.items():
             if key not in ("model", "optim"):
                 targets.wholes[f"{prefix}.{key}"] = Whole(value)
@@ -333,11 +336,15 @@ def _describe_module(targets: Targets, name: str, module: torch.nn.Module, given
         targets.grows[name] = may_resize
 
 
-def _describe_options(targets: Targets, name: str, given: Any) -> None:
-    """An optimizer's groups take all options that were saved."""
+def _describe_options(targets: Targets, name: str, given: Any, *, named: bool = False) -> None:
+    """An optimizer's groups take all options that were saved. ``named``: their parameters have names, by
+    which a group finds its own wherever it lies."""
     if not isinstance(given, Mapping):
         return
     groups = given.get("param_groups")
+    if named and isinstance(groups, list):
+        targets.named_groups[f"{name}.param_groups"] = groups
+        groups = None
     for number, group in enumerate(groups if isinstance(groups, list) else ()):
         targets.wholes[f"{name}.param_groups.{number}"] = Whole(group, keeps=True)
     for key, value in given.items():

@@ -119,7 +119,7 @@ LAYERS: list[set[str]] = [
         "admission",
         "exit_guard",
     },
-    {"pipeline", "release", "aliases", "matching", "load_pipeline", "restore", "outcome"},
+    {"pipeline", "release", "aliases", "matching", "fit", "load_pipeline", "restore", "outcome"},
     {"lifetime"},
     {"save_runner", "load_runner"},
     {"engine"},
