@@ -23,6 +23,7 @@ from .errors import (
     StorageError,
     UntrustedCheckpointError,
 )
+from .formats.manifest import Manifest
 from .opening import Opener, last_number, refused_link
 from .reference import reference
 from .response import CheckpointInfo, CheckpointRef
@@ -41,7 +42,8 @@ class Catalog:
     """Reads what lies in a storage. Owns nothing.
 
     Committed checkpoints have one order for all verbs. Going down from the newest, one that is damaged is
-    passed over with a warning, and one behind a link that is not followed ends the search: it may be whole.
+    passed over with a warning; one that the medium can't read, or behind a link that is not followed, ends
+    the search: it may be whole. Older ones of that kind are in nobody's way.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Catalog:
         self._metadata_of = metadata_of
         self._opener = Opener(storage, threads, metadata_of, timeout=timeout)
         self._told: set[tuple[str, str]] = set()
-        """(name, why) of what was passed over: told once, not at every look."""
+        """(name, why) of what could not be read: told once, not at every look."""
 
     async def open(self, name: str) -> Contents:
         """Open ``name`` and all its files, and check everything but the payload. Raises:
@@ -86,14 +88,29 @@ class Catalog:
 
     async def _key(self, stored: StoredCheckpoint) -> tuple[bool, int | None, float]:
         """(has a step, step, time): what "latest" orders by."""
-        step = None
         if stored.committed:
-            manifest = await self._opener.manifest(stored.name)
+            manifest = await self._manifest(stored.name)
             if manifest is not None:
                 return manifest.step is not None, manifest.step, stored.modified
         # a foreign directory with digits in its name is no step: only ours count before they are committed
         step = last_number(stored.name) if stored.committed or _OUR_NAME.fullmatch(stored.name) else None
         return step is not None, step, stored.modified
+
+    async def _manifest(self, name: str) -> Manifest | None:
+        """The manifest of ``name``; None if there is none or it can't be read, which is no reason to know
+        nothing of the others: whoever opens this one is told why not."""
+        try:
+            return await self._opener.manifest(name)
+        except CheckpointNotFoundError:
+            return None  # removed meanwhile
+        except (LoadError, StorageError) as error:
+            problem = refused_link(name, error) if isinstance(error, LinkError) else error
+            is_medium = isinstance(problem, StorageError) and not isinstance(error, LinkError)
+            if is_medium or not _OUR_NAME.fullmatch(name):  # of ours, the name tells the step
+                self._tell(name, problem, "is put in order by its name and time")
+            else:
+                logger.debug("%r has no manifest to order it by: %s", name, problem)
+            return None
 
     async def _ordered(self) -> dict[str, int | None]:
         """Name -> step of committed checkpoints, ascending: by step, those without one first, by time."""
@@ -115,22 +132,25 @@ class Catalog:
         return names
 
     async def info(self, name: str) -> CheckpointInfo | None:
-        """What ``name`` is; None, and a warning, if it is not whole or behind a link that is not
-        followed."""
+        """What ``name`` is; None, and a warning, if it is not whole, can't be read, or is behind a link that
+        is not followed."""
         try:
             return await self._opener.describe(name)
         except CheckpointNotFoundError:
             return None  # removed meanwhile
         except LinkError as error:
             self._pass_over(name, refused_link(name, error))
-        except LoadError as error:
+        except (LoadError, StorageError) as error:
             self._pass_over(name, error)
         return None
 
     def _pass_over(self, name: str, error: CheckpointError) -> None:
+        self._tell(name, error, "is passed over")
+
+    def _tell(self, name: str, error: CheckpointError, what: str) -> None:
         if (name, str(error)) not in self._told:
             self._told.add((name, str(error)))
-            logger.warning("%r in %r is passed over: %s", name, self._storage, error)
+            logger.warning("%r in %r %s: %s", name, self._storage, what, error)
 
     def info_from(self, plain: dict[str, Any]) -> CheckpointInfo:
         """What another rank told of a checkpoint, see ``CheckpointInfo._plain``."""

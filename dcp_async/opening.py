@@ -143,24 +143,21 @@ class Opener:
             raise refused_link(name, error) from error
 
     async def manifest(self, name: str) -> Manifest | None:
-        """The manifest of ``name``, if it can be read and has one: whoever opens it is told why not, this is
-        to put it in order."""
-        try:
-            if len(found := await self._manifests(name)) == 1:
-                return found[0]
-            # by none or several a replace shows, under way or killed: the one that belongs to .metadata
-            # counts
-            return await self._look(name, self._manifest_of)
-        except (FileNotFoundError, LoadError, LinkError, UnreadableError) as error:
-            logger.debug("checkpoint %r has no manifest to order it by: %s", name, error)
-            return None
+        """The manifest of ``name``, to put it in order; None if stock wrote it. Raises: as ``describe``;
+        StorageError."""
+        if len(found := await self._manifests(name)) == 1:
+            return found[0]
+        # by none or several a replace shows, under way or killed: the one that belongs to .metadata counts
+        return await self._look(name, self._manifest_of)
 
     async def _manifests(self, name: str) -> list[Manifest]:
-        reader = await self._storage.open(name)
+        reader = await self._enter(name)
         try:
             return [_manifest(raw) for raw in await reader.manifest()]
         except ManifestError:
             return []
+        except StorageError as error:
+            raise _verdict(name, error) from error
         finally:
             await reader.close()
 

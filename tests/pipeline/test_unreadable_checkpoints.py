@@ -1,0 +1,98 @@
+"""A checkpoint that can't be read for now is no reason to know nothing of the others: only the verb that
+wants this very one raises. What is passed over is passed over by all verbs that look for the newest."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dcp_async import CheckpointEngine, StorageError
+
+OLD, MIDDLE, NEW = "step-00000001", "step-00000002", "step-00000003"
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"w": torch.full((100,), float(step)), "n": step}
+
+
+async def save(root: Path, *steps: int) -> None:
+    async with CheckpointEngine(root) as engine:
+        for step in steps:
+            await engine.save(state(step), step=step)
+
+
+async def names(engine: CheckpointEngine) -> list[str]:
+    return [info.checkpoint_id async for info in engine.checkpoints()]
+
+
+def break_blocks(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None:
+    """Let the medium fail wherever one of ``paths`` is opened."""
+    inodes, real = {path.stat().st_ino for path in paths}, os.open
+
+    def guarded(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        fd = real(path, flags, *rest, **options)
+        if os.fstat(fd).st_ino in inodes:
+            os.close(fd)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return fd
+
+    monkeypatch.setattr(os, "open", guarded)
+
+
+@pytest.mark.parametrize("file", [".metadata", "manifest-*.json", "*.distcp", "everything"])
+async def test_a_bad_block_of_an_older_checkpoint_is_in_nobodys_way(
+    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    await save(root, 1, 2, 3)
+    paths = [*(root / OLD).iterdir(), root / OLD] if file == "everything" else (root / OLD).glob(file)
+    break_blocks(monkeypatch, *paths)
+    caplog.set_level(logging.WARNING)
+    async with CheckpointEngine(root) as engine:
+        for _ in range(2):
+            latest = await engine.latest()
+            assert latest is not None
+            assert latest.checkpoint_id == NEW
+            assert await names(engine) == [MIDDLE, NEW]
+        told = [record.getMessage() for record in caplog.records if OLD in record.getMessage()]
+        assert len(told) == 1, told
+        assert "Input/output error" in told[0]
+        target = state(0)
+        report = await engine.load(target)
+        assert (report.checkpoint_id, report.skipped, target["n"]) == (NEW, (), 3)
+        with pytest.raises(StorageError, match="Input/output error"):
+            await engine.load(target, OLD)
+        assert (await (await engine.save(state(4))).upload_completion).step == 4
+
+
+@pytest.mark.parametrize("file", [".metadata", "manifest-*.json"])
+async def test_a_bad_block_of_the_newest_checkpoint_is_told_by_whoever_looks_for_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    await save(root, 1, 2, 3)
+    break_blocks(monkeypatch, *(root / NEW).glob(file))
+    async with CheckpointEngine(root) as engine:
+        for ask in (engine.latest, lambda: engine.load(state(0)), engine.read, lambda: names(engine)):
+            with pytest.raises(StorageError, match="Input/output error"):
+                await ask()
+        assert (await engine.load(state(0), 2)).checkpoint_id == MIDDLE
+        assert (await (await engine.save(state(4))).upload_completion).step == 4
+
+
+async def test_a_name_that_may_not_tell_the_step_is_put_in_order_with_a_warning(
+    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await save(root, 1, 2)
+    async with CheckpointEngine(root) as engine:
+        await engine.save(state(9), step=9, checkpoint_id="best")
+    break_blocks(monkeypatch, *(root / "best").glob("manifest-*.json"))
+    caplog.set_level(logging.WARNING)
+    async with CheckpointEngine(root) as engine:
+        assert (await engine.load(state(0))).checkpoint_id == MIDDLE
+    (told,) = [record.getMessage() for record in caplog.records if "best" in record.getMessage()]
+    assert "put in order by its name and time" in told
