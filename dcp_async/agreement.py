@@ -29,6 +29,7 @@ from .errors import (
     UntrustedCheckpointError,
 )
 from .joint_opening import open_same
+from .opening import UnfitMetadataError
 from .remote import RemoteFailure
 from .response import CheckpointInfo, CheckpointRef
 
@@ -40,6 +41,7 @@ _LOAD_ERRORS: dict[str, type[LoadError]] = {
         CheckpointNotFoundError,
         CorruptCheckpointError,
         IncompatibleStateError,
+        UnfitMetadataError,
         UntrustedCheckpointError,
     )
 }

@@ -24,7 +24,7 @@ from .errors import (
     UntrustedCheckpointError,
 )
 from .formats.manifest import Manifest
-from .opening import Opener, last_number, refused_link
+from .opening import Opener, UnfitMetadataError, last_number, refused_link
 from .reference import reference
 from .response import CheckpointInfo, CheckpointRef
 from .storage.base import LinkError, Storage, StoredCheckpoint
@@ -172,7 +172,7 @@ class Catalog:
                 continue  # removed meanwhile
             except LinkError as error:
                 raise refused_link(name, error) from error
-            except (CorruptCheckpointError, UntrustedCheckpointError) as error:
+            except (CorruptCheckpointError, UnfitMetadataError) as error:
                 self._pass_over(name, error)
         return None
 

@@ -26,6 +26,7 @@ from .coordinator import Coordinator
 from .errors import CheckpointError, CorruptCheckpointError, IncompatibleStateError, LoadError, StorageError
 from .lifetime import Lifetime
 from .load_pipeline import Loaded, LoadOptions, LoadServices, load_into, read_fresh
+from .opening import UnfitMetadataError
 from .remote import RemoteFailure
 from .response import CheckpointInfo, CheckpointRef, LoadReport
 from .restore import Restorer
@@ -164,17 +165,17 @@ class LoadRunner:
         self, names: Sequence[str], trial: Trial[T], *, falls_back: bool
     ) -> Verb[tuple[T, tuple[str, ...]]]:
         """The first checkpoint that is whole, and the names of newer ones that are not."""
-        first: CorruptCheckpointError | None = None
+        first: LoadError | None = None
         touched = False
         skipped: list[str] = []
         for name in names:
             try:
                 value = yield from trial(name, touched)
-            except CorruptCheckpointError as error:
+            except (CorruptCheckpointError, UnfitMetadataError) as error:
                 if not falls_back:
                     raise
                 first = first or error
-                touched = touched or error.partially_loaded
+                touched = touched or _has_touched(error)
                 skipped.append(name)
                 logger.warning("%s; trying the next older one", error)
             except (LoadError, StorageError) as error:
@@ -186,9 +187,13 @@ class LoadRunner:
             else:
                 return value, tuple(skipped)
         assert first is not None
-        if touched and not first.partially_loaded:
+        if touched and not _has_touched(first):
             raise _overwritten(skipped[0], f"{first}; and the older ones are corrupt as well") from first
         raise first
+
+
+def _has_touched(error: LoadError) -> bool:
+    return isinstance(error, CorruptCheckpointError) and error.partially_loaded
 
 
 def _targets_of(state: Mapping[str, Any], schema: Schema, asked: Asked, coordinator: Coordinator) -> Targets:

@@ -49,6 +49,12 @@ _RawMetadata = Mapping[int | None, bytes]
 ranks."""
 
 
+class UnfitMetadataError(UntrustedCheckpointError):
+    """`.metadata` names what no checkpoint needs, so it is none that any release wrote: whoever looks for the
+    newest passes over it, with a warning, as over one that is damaged. An untrusted leaf or link is the
+    user's decision, and no older checkpoint is given in its place."""
+
+
 def last_number(name: str) -> int | None:
     """The step that a name tells: its last digits."""
     found = re.findall(r"\d+", name)
@@ -113,7 +119,8 @@ class Opener:
     async def open(self, name: str) -> Contents:
         """Open ``name`` and all its files, and check everything but the payload.
 
-        Raises: CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError.
+        Raises: CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError, of which
+            UnfitMetadataError is a kind.
         """
         try:
             return await self._look(name, self._contents, keep=True)
@@ -310,7 +317,7 @@ class Opener:
         try:
             return await self._threads.run(_decode_raw, raw)
         except UntrustedGlobal as error:
-            raise UntrustedCheckpointError(
+            raise UnfitMetadataError(
                 f"checkpoint {name!r}: .metadata names {error.name}, which no checkpoint needs; nothing "
                 "of it was run. If you trust its writer, load it with stock torch and save it again",
                 checkpoint_id=name,

@@ -4,6 +4,8 @@ a directory that holds whole checkpoints only."""
 from __future__ import annotations
 
 import contextlib
+import os
+import pickle
 import signal
 import socket
 import time
@@ -763,6 +765,26 @@ def test_what_is_wrong_with_one_ranks_file_all_are_told_and_latest_falls_back(
             assert job.world.all("holds", value=9) == [None] * job.size
         calls = job.world.begin("load")
         outcomes = [call.result(LATEST) for call in calls]
+        assert [(each["kind"], each["id"], each["skipped"]) for each in outcomes] == [
+            ("loaded", step(1), (step(2),))
+        ] * job.size
+        assert job.world.all("holds", value=1) == [None] * job.size
+        end_well(shared, job)
+
+
+def test_a_metadata_file_that_names_what_no_checkpoint_needs_is_passed_over_by_the_load_of_all(
+    shared: Shared, root: Path
+) -> None:
+    with shared.job(root) as job:
+        job.open()
+        for number in (1, 2):
+            job.save_well(number)
+        (root / step(2) / ".metadata").write_bytes(pickle.dumps(os.system))
+        job.world.all("fill", value=9)
+        outcomes = [call.result(LATEST) for call in job.world.begin("load", source=2)]
+        assert all("which no checkpoint needs" in each["text"] for each in outcomes), outcomes
+        assert {each["id"] for each in job.world.all("latest")} == {step(1)}
+        outcomes = [call.result(LATEST) for call in job.world.begin("load")]
         assert [(each["kind"], each["id"], each["skipped"]) for each in outcomes] == [
             ("loaded", step(1), (step(2),))
         ] * job.size

@@ -6,13 +6,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, StorageError
+from dcp_async import CheckpointEngine, StorageError, Trust, UntrustedCheckpointError
 
 OLD, MIDDLE, NEW = "step-00000001", "step-00000002", "step-00000003"
 
@@ -96,3 +97,64 @@ async def test_a_name_that_may_not_tell_the_step_is_put_in_order_with_a_warning(
         assert (await engine.load(state(0))).checkpoint_id == MIDDLE
     (told,) = [record.getMessage() for record in caplog.records if "best" in record.getMessage()]
     assert "put in order by its name and time" in told
+
+
+class Command:
+    def __reduce__(self) -> Any:
+        return os.system, ("exit 1",)
+
+
+class Harmless:
+    pass
+
+
+FOREIGN: dict[str, Any] = {
+    "a command": Command(),
+    "a class": Harmless(),
+    "one inside": {"state_dict_metadata": [Harmless()]},
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+async def test_a_metadata_file_that_names_what_no_checkpoint_needs_is_passed_over_by_all_verbs(
+    root: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    await save(root, 1, 2, 3)
+    (root / NEW / ".metadata").write_bytes(pickle.dumps(FOREIGN[what]))
+    caplog.set_level(logging.WARNING)
+    async with CheckpointEngine(root) as engine:
+        latest = await engine.latest()
+        assert latest is not None
+        assert latest.checkpoint_id == MIDDLE
+        assert await names(engine) == [OLD, MIDDLE]
+        assert len([record for record in caplog.records if NEW in record.getMessage()]) == 1
+        target = state(0)
+        report = await engine.load(target)
+        assert (report.checkpoint_id, report.skipped, target["n"]) == (MIDDLE, (NEW,), 2)
+        assert (await engine.read())["n"] == 2
+        for ref in (NEW, 3):
+            with pytest.raises(UntrustedCheckpointError, match="which no checkpoint needs"):
+                await engine.read(ref)
+            with pytest.raises(UntrustedCheckpointError, match="which no checkpoint needs"):
+                await engine.load(target, ref)
+
+
+async def test_where_no_checkpoint_is_fit_the_newest_says_why(root: Path) -> None:
+    await save(root, 1, 2)
+    for name in (OLD, MIDDLE):
+        (root / name / ".metadata").write_bytes(pickle.dumps(Harmless()))
+    async with CheckpointEngine(root) as engine:
+        assert await engine.latest() is None
+        with pytest.raises(UntrustedCheckpointError, match=MIDDLE):
+            await engine.load(state(0))
+
+
+async def test_a_leaf_that_is_not_trusted_is_no_reason_to_give_an_older_checkpoint(root: Path) -> None:
+    await save(root, 1)
+    async with CheckpointEngine(root, trust=Trust(unsafe=True)) as engine:
+        await engine.save({**state(2), "n": Harmless()}, step=2)
+    async with CheckpointEngine(root) as engine:
+        with pytest.raises(UntrustedCheckpointError, match="Harmless"):
+            await engine.load(state(0))
+        with pytest.raises(UntrustedCheckpointError, match="Harmless"):
+            await engine.read()
