@@ -36,7 +36,7 @@ _POWERFUL = frozenset({"builtins", "importlib", "nt", "os", "posix", "subprocess
 """Modules whose functions do anything for whoever may call them."""
 _NUMBERS = "biufc"
 """Kinds of numpy's dtypes that are nothing else."""
-_GLANCE = 16
+_GLANCE = 32
 _LONG = 256
 """A leaf of more objects is known by the set of what it names alone."""
 _MAX_KNOWN = 10_000
@@ -130,12 +130,22 @@ def _values() -> frozenset[type]:
 
 def _is_admitted(value: Any) -> bool:
     """Whether it can be seen at a glance that every load admits ``value``, as of most leaves."""
-    kind = type(value)
-    if kind in _values():
+    if type(value) in _values():
         return True
-    if kind is tuple or kind is list:
-        return len(value) <= _GLANCE and all(map(_is_admitted, value))
-    return kind.__module__ == "numpy" and kind.__name__ == "ndarray" and value.dtype.kind in _NUMBERS
+    left = [value]  # parts that are met again count again: what is small may be large to whoever goes over it
+    for met in left:
+        kind = type(met)
+        if kind is tuple or kind is list:
+            if len(left) + len(met) > _GLANCE:
+                return False
+            left += met
+        elif not (kind in _values() or (_is_array(kind) and met.dtype.kind in _NUMBERS)):
+            return False
+    return True
+
+
+def _is_array(kind: type) -> bool:
+    return kind.__module__ == "numpy" and kind.__name__ == "ndarray"
 
 
 class _Recorder(pickle.Pickler):

@@ -62,11 +62,18 @@ def is_terminal(values: list[Any]) -> bool:
     """Whether DCP pickles this list whole: it does unless a tensor or a mapping is in it."""
     if _SCALARS.issuperset(map(type, values)):  # an optimizer's list of parameters is long
         return True
+    return _is_terminal(values, {})
+
+
+def _is_terminal(values: list[Any], known: dict[int, list[Any]]) -> bool:
+    """``known``: those that are; a list may refer to another any number of times."""
     for entry in values:
         if isinstance(entry, (torch.Tensor, Mapping, PerRank)) or is_stateful(entry):
             return False
-        if isinstance(entry, list) and not is_terminal(entry):
-            return False
+        if isinstance(entry, list) and id(entry) not in known:
+            if not (_SCALARS.issuperset(map(type, entry)) or _is_terminal(entry, known)):
+                return False
+            known[id(entry)] = entry  # not before: one that lies in itself has to end in a RecursionError
     return True
 
 
