@@ -3,19 +3,22 @@
 Enters: picklable values, and the Trust that a load of this engine has. Leaves: bytes, or CaptureError that
 names the leaf and says what would allow it. Invariant: what was pickled here is admitted by the very check
 that a load makes. That check unpickles, so it is made once for each form of a leaf, by the classes and
-functions that its pickle names in their order; a leaf that names none has nothing to be refused.
+functions that its pickle names in their order; what a load refuses by values is looked for in each pickle
+that is new (leaf_values.py).
 """
 
 from __future__ import annotations
 
 import _compat_pickle
+import hashlib
 import io
 import pickle
 import pickletools
 import sys
 import types
+from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,11 +26,14 @@ from .activity import user_code
 from .boundary import ENDINGS, words
 from .depth import MAX_DEPTH
 from .formats.structure import plain_key
-from .formats.zip_item import object_item, pickle_start
+from .formats.zip_item import object_item
+from .leaf_values import is_all_numbers, must_be_unpickled
 from .tensor_memory import has_memory
 from .trust import Trust, UntrustedGlobal, load_item, load_pickle, untrusted_names
 from .walk import PLAIN_TENSORS, CaptureError
 from .wrapped import is_wrapper
+
+T = TypeVar("T")
 
 _SCALARS = (int, float, str, bool, bytes, type(None))
 _THEMSELVES: tuple[type, ...] = (type, types.FunctionType, types.BuiltinFunctionType)
@@ -47,29 +53,36 @@ class LeafRules:
 
     def __init__(self, trust: Trust) -> None:
         self._trust = trust
-        self._forms: set[tuple[Any, ...]] = set()
+        self._forms: set[tuple[Any, ...]] = {()}  # of a leaf that names nothing
+        self._admitted: set[bytes] = set()
+        """Digests of pickles."""
         self._keys: set[bytes] = set()
 
-    def check_leaf(self, name: str, value: object, item: bytes, named: list[Any]) -> None:
-        """Raises CaptureError for a leaf that a load would refuse; ``named`` is what its pickle names."""
-        if self._trust.unsafe or not named or (type(value) in PLAIN_TENSORS and not vars(value)):
+    def check_leaf(self, name: str, value: object, item: bytes, made: _Pickled) -> None:
+        """Raises CaptureError for a leaf that a load would refuse; ``made`` is what its ``item`` holds."""
+        if self._trust.unsafe or (type(value) in PLAIN_TENSORS and not vars(value)) or is_all_numbers(value):
             return
+        digest = hashlib.blake2b(made.pickled, digest_size=16).digest()
+        if digest in self._admitted:
+            return
+        try:
+            by_value = must_be_unpickled(made.pickled)
+        except ValueError as error:
+            raise _value_error(name, value, error) from error
+        named = made.named
         form = tuple(named if len(named) <= _LONG else dict.fromkeys(named))
-        if form in self._forms:
-            return
+        if by_value or form not in self._forms:
+            self._load(name, value, item, made.pickled)
+        _remember(self._forms, form)
+        _remember(self._admitted, digest)
+
+    def _load(self, name: str, value: object, item: bytes, pickled: bytes) -> None:
         try:
             load_item(io.BytesIO(item), self._trust)
         except UntrustedGlobal as error:
-            pickled = item[pickle_start(item) or 0 :]
             raise self._refusal(f"{name}: a {type(value).__qualname__}", pickled, error) from error
         except (ValueError, NameError) as error:
-            raise CaptureError(
-                f"{name}: a {type(value).__qualname__} can be pickled, but not unpickled again ({error}); "
-                "leave it out of the state or give it a state_dict()"
-            ) from error
-        if len(self._forms) >= _MAX_KNOWN:
-            self._forms.clear()
-        self._forms.add(form)
+            raise _value_error(name, value, error) from error
 
     def check_key(self, below: str, key: object, raw: bytes) -> None:
         """The same for a mapping's key, whose pickle is ``raw``. One that extends text or a number comes back
@@ -85,9 +98,7 @@ class LeafRules:
                 f"{below}: its key, a {type(key).__qualname__}, can be pickled, but not unpickled again "
                 f"({error}); use a str or an int"
             ) from error
-        if len(self._keys) >= _MAX_KNOWN:
-            self._keys.clear()
-        self._keys.add(raw)
+        _remember(self._keys, raw)
 
     def _refusal(self, what: str, pickled: bytes, error: UntrustedGlobal) -> CaptureError:
         names = untrusted_names(_globals_of(pickled), self._trust) if error.allowable else []
@@ -104,6 +115,19 @@ class LeafRules:
             f"not admit. Pass trust=Trust(safe_globals=({listed},)) to the engine that saves and to the one "
             "that loads, or save plain data in its place, such as vars() of it or its state_dict()"
         )
+
+
+def _value_error(name: str, value: object, error: Exception) -> CaptureError:
+    return CaptureError(
+        f"{name}: a {type(value).__qualname__} can be pickled, but not unpickled again ({error}); "
+        "leave it out of the state or give it a state_dict()"
+    )
+
+
+def _remember(known: set[T], new: T) -> None:
+    if len(known) >= _MAX_KNOWN:
+        known.clear()
+    known.add(new)
 
 
 def _globals_of(pickled: bytes) -> list[tuple[str, str]]:
@@ -148,14 +172,30 @@ def _is_array(kind: type) -> bool:
     return kind.__module__ == "numpy" and kind.__name__ == "ndarray"
 
 
-class _Recorder(pickle.Pickler):
-    """Notes every class and function that the pickle will name."""
+@dataclass(slots=True)
+class _Pickled:
+    """What the last pickle names, and its bytes, which lie in an item among those of tensors."""
 
-    named: list[Any]
+    named: list[Any] = field(default_factory=list)
+    pickled: bytes = b""
+
+
+class _Recorder(pickle.Pickler):
+    """Notes every class and function that the pickle will name, and the pickle."""
+
+    made: _Pickled
+
+    def __init__(self, file: io.BytesIO, protocol: int) -> None:
+        super().__init__(file, protocol)
+        self._file = file
 
     def reducer_override(self, value: Any, /) -> Any:
-        self.named.append(value if isinstance(value, _THEMSELVES) else _kind(value))
+        self.made.named.append(value if isinstance(value, _THEMSELVES) else _kind(value))
         return NotImplemented
+
+    def dump(self, value: Any, /) -> None:
+        super().dump(value)
+        self.made.pickled = self._file.getvalue()
 
 
 def _kind(value: object) -> Any:
@@ -179,16 +219,16 @@ class LeafPickler:
     def __init__(self, rules: LeafRules | None) -> None:
         """``rules``: what refuses; None for no check."""
         self._rules = rules
-        self._named: list[Any] = []
+        self._made = _Pickled()
 
     @cached_property
     def _module(self) -> types.SimpleNamespace:
-        recorder = type("Recorder", (_Recorder,), {"named": self._named})
+        recorder = type("Recorder", (_Recorder,), {"made": self._made})
         return types.SimpleNamespace(__name__="dcp_async.leaves", Pickler=recorder)
 
     def item(self, name: str, value: Any) -> bytes:
         """The bytes of a leaf's item, not padded. Raises CaptureError that names it."""
-        self._named.clear()
+        self._made.named.clear()
         try:
             if type(value) in _SCALARS:
                 return object_item(pickle.dumps(value, protocol=2))
@@ -213,7 +253,7 @@ class LeafPickler:
                 "leave it out of the state or give it a state_dict()"
             ) from error
         if self._rules is not None:
-            self._rules.check_leaf(name, detached, item, self._named)
+            self._rules.check_leaf(name, detached, item, self._made)
         return item
 
 

@@ -66,6 +66,7 @@ LAYERS: list[set[str]] = [
         "walk",
         "order",
         "trail",
+        "leaf_values",
         "leaves",
         "state",
         "materialise",
