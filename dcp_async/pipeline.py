@@ -27,6 +27,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ._concurrency import BlockingThreads, Pipe, StuckThreadError, run_blocking, run_unless
+from .comparison import Comparison
 from .coordinator import Coordinator
 from .device import Event as DeviceEvent
 from .errors import Phase
@@ -40,7 +41,7 @@ from .planner import CompiledPlan, PlanningOptions
 from .pool import Lease
 from .proof import prove_head
 from .remote import PhaseFailure, RemoteError, RemoteFailure
-from .replicas import Details, Digest, Kind, ReplicaCheck, Sample, differing, explain
+from .replicas import Digest, Kind, ReplicaCheck, differing
 from .response import AsyncSaveResponse
 from .signal_safe import SignalSafeFuture
 from .staging import StageJob, Stager, num_parts, parts_between
@@ -182,7 +183,14 @@ class SavePipeline:
         self._begun = anyio.Event()
         self._calm = anyio.Event()
         self._written_bytes = 0
-        self._sample: Sample | None = None
+        self._comparison = Comparison(
+            services.replicas,
+            uid=request.uid,
+            stager=services.stager,
+            coordinator=services.coordinator,
+            threads=services.threads,
+            timeout=services.timeout,
+        )
         self._told: list[Digest] = []
         """Of what this rank holds as others do."""
         self._file = data_file_name(services.coordinator.rank, 0, request.uid)
@@ -228,6 +236,7 @@ class SavePipeline:
             threads=services.threads,
             options=services.planning,
             lead=self._lead,
+            comparison=self._comparison,
         )
         cached, agreed = request.plan, False
         # under a budget, memory that waits for a late rank would be missed by other saves
@@ -347,7 +356,8 @@ class SavePipeline:
                     await staged.put(StagedPart(first + slot, offset, memory, lease, slot))
                 first, left = first + lease.count, left - lease.count
         await staged.close()
-        await self._take_sample()
+        with in_phase("stage"):
+            await self._comparison.read(self._plan, self._request.captured, self._request.events)
         self._calm.set()
         # that other ranks need a new plan, that a name is taken or a root can't be written, is the caller's
         # business: its state is held for the first, and it is told of the others before save() returns
@@ -362,29 +372,7 @@ class SavePipeline:
             )
         )
         response._settle_staged()
-        if self._sample is not None:
-            self._told = await services.threads.run(self._sample.digests)
-
-    async def _take_sample(self) -> None:
-        """Read what the ranks compare, while the state is held still."""
-        request, services = self._request, self._services
-        self._drop_sample()
-        if not self._plan.replicas:
-            return
-        with in_phase("stage"):
-            self._sample = await services.stager.run(
-                services.timeout,
-                services.replicas.take,
-                self._plan,
-                request.captured,
-                request.events,
-                request.ordinal,
-            )
-
-    def _drop_sample(self) -> None:
-        if self._sample is not None:
-            self._sample.release()
-            self._sample = None
+        self._told = await self._comparison.digests()
 
     async def _write(self, staged: Pipe[StagedPart], written: Pipe[StagedPart]) -> None:
         """Hand parts to the storage as they are. Direct writes take hardly any CPU, so they need not wait for
@@ -434,9 +422,8 @@ class SavePipeline:
         coordinator = self._services.coordinator
         verdict = await coordinator.exchange(self._request.uid, "commit", message, self._conclude)
         if verdict["differing"]:
-            await self._explain(verdict["differing"])
-        if self._sample is not None:
-            self._sample.matched()
+            await self._comparison.explain(verdict["differing"])
+        self._comparison.matched()
         return CommitOutcome(*verdict["published"])
 
     async def _conclude(self, outcomes: Sequence[Outcome]) -> list[Conclusion]:
@@ -446,17 +433,6 @@ class SavePipeline:
             return [Conclusion(published=(0.0, 0, 0), differing=found)] * len(outcomes)
         published = await self._publish([outcome["file"] for outcome in outcomes])
         return [Conclusion(published=published, differing=[])] * len(outcomes)
-
-    async def _explain(self, groups: list[tuple[int, Kind]]) -> None:
-        """Find out which tensors differ. Raises ConflictError, or RemoteFailure."""
-
-        async def decide(details: Sequence[Details]) -> list[None]:
-            raise explain(details)
-
-        details: Details = []
-        if self._sample is not None:
-            details = await self._services.threads.run(self._sample.details, groups)
-        await self._services.coordinator.exchange(self._request.uid, "replicas", details, decide)
 
     async def _finish_file(self) -> File | None:
         """Append the footer and sync; None if this rank has no file."""
@@ -509,7 +485,7 @@ class SavePipeline:
 
     async def _clean_up(self) -> None:
         self._drop_staged()
-        self._drop_sample()
+        self._comparison.close()
         if self._transaction is not None:
             try:
                 await self._transaction.abort()

@@ -1,16 +1,18 @@
 """How the ranks of one save come to plans that belong together.
 
 Enters: what this rank captured, the plan that it has. Leaves: whether all ranks can go on with theirs, or a
-new plan on each. Invariant: no rank is told to go on before the coordinator's transaction holds the
-directory, and a leaf that all ranks share is equal on each.
+new plan on each; and which turn of the plan's replicas it compares, alike on all. Invariant: no rank is told
+to go on before the coordinator's transaction holds the directory, and a leaf that all ranks share is equal on
+each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from ._concurrency import BlockingThreads
+from .comparison import Comparison
 from .coordinator import Coordinator
 from .global_plan import differing_leaves
 from .leaf_equality import (
@@ -25,12 +27,21 @@ from .leaf_equality import (
 from .offer import group_hashes
 from .planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
 from .publication import GlobalPlan, Placement
+from .replica_turns import Turn
 from .state import Captured
 
+Verdict = Literal["reuse", "replan", "compare"]
 
-def judge(
-    plan: CompiledPlan | None, messages: Sequence[dict[str, Any]]
-) -> Literal["reuse", "replan", "compare"]:
+
+class Ruling(TypedDict):
+    """What the coordinator answers each rank. Plain data: it travels."""
+
+    verdict: Verdict
+    turn: Turn | None
+    """None if they have to plan anew."""
+
+
+def judge(plan: CompiledPlan | None, messages: Sequence[dict[str, Any]]) -> Verdict:
     """The coordinator's verdict, given its own plan and all ranks' messages: whether they can go on, or have
     to plan anew, or to look for the shared leaf that differs."""
     if plan is None or any(message["generation"] != plan.generation for message in messages):
@@ -56,9 +67,11 @@ class PlanExchange:
         threads: BlockingThreads,
         options: PlanningOptions,
         lead: Callable[[CompiledPlan], Awaitable[None]],
+        comparison: Comparison,
     ) -> None:
         """``plan`` is what this rank has for the structure of ``captured``; ``lead``, called on the
-        coordinator of several ranks, makes the directory ready for them to write."""
+        coordinator of several ranks, makes the directory ready for them to write; ``comparison`` is told its
+        turn as soon as they have a plan."""
         self._captured = captured
         self._plan = plan
         self._uid = uid
@@ -66,6 +79,7 @@ class PlanExchange:
         self._threads = threads
         self._options = options
         self._lead = lead
+        self._comparison = comparison
 
     async def is_agreed(self) -> bool:
         """Whether every rank can go on with the plan that it has. Ranks: all must call it, whether they have
@@ -81,15 +95,18 @@ class PlanExchange:
                 "groups": [group for group, _ in plan.groups],
                 "shared": group_hashes(hashes, [leaves for _, leaves in plan.groups]),
             }
-        verdict = await self._coordinator.exchange(self._uid, "verdict", message, self._judge)
-        if verdict == "compare" and plan is not None:
+        ruling = await self._coordinator.exchange(self._uid, "verdict", message, self._judge)
+        if ruling["verdict"] == "compare" and plan is not None:
             named = dict(zip(plan.structure.leaf_names, hashes, strict=True))
             shared = {plan.structure.leaf_names[index] for _, leaves in plan.groups for index in leaves}
             mine = {name: value for name, value in named.items() if name in shared}
             suspects = await self._coordinator.exchange(self._uid, "leaves", mine, _find_suspects)
             await self._compare_values(suspects, plan)
             self._learn(plan, suspects)
-        return verdict != "replan"
+        if ruling["turn"] is None:
+            return False
+        self._comparison.begin(ruling["turn"])
+        return True
 
     def _learn(self, plan: CompiledPlan, names: Sequence[str]) -> None:
         """These leaves are equal, and pickled otherwise on each rank."""
@@ -117,11 +134,14 @@ class PlanExchange:
             described = await run(descriptions, self._captured, unequal)
             await self._coordinator.exchange(self._uid, "differences", described, explain)
 
-    async def _judge(self, messages: Sequence[dict[str, Any]]) -> list[str]:
-        verdict = judge(self._plan, messages)
-        if verdict == "reuse" and self._plan is not None:
-            await self._go_ahead(self._plan)
-        return [verdict] * len(messages)
+    async def _judge(self, messages: Sequence[dict[str, Any]]) -> list[Ruling]:
+        plan = self._plan
+        verdict = judge(plan, messages)
+        if plan is None or verdict == "replan":
+            return [Ruling(verdict=verdict, turn=None)] * len(messages)
+        if verdict == "reuse":
+            await self._go_ahead(plan)
+        return [Ruling(verdict=verdict, turn=self._comparison.deal(plan))] * len(messages)
 
     async def _go_ahead(self, plan: CompiledPlan) -> None:
         if self._coordinator.world_size > 1:
@@ -146,12 +166,12 @@ class PlanExchange:
             answers, shared = await run(draft.merge, messages, suspects)
             return [(answer, suspects) for answer in answers]
 
-        async def place(placements: Sequence[Placement]) -> list[None]:
+        async def place(placements: Sequence[Placement]) -> list[Turn]:
             assert shared is not None
             for rank, each in enumerate(placements):
                 await run(shared.place, rank, each)
             await self._go_ahead(plan)
-            return [None] * len(placements)
+            return [self._comparison.deal(plan)] * len(placements)
 
         answer, suspects = await coordinator.exchange(self._uid, "plan", draft.message, merge)
         if suspects:
@@ -160,7 +180,7 @@ class PlanExchange:
             compile_plan, self._captured.structure, draft.offer, draft.assigned(answer), self._uid, shared
         )
         self._learn(plan, suspects)
-        await coordinator.exchange(self._uid, "place", placement, place)
+        self._comparison.begin(await coordinator.exchange(self._uid, "place", placement, place))
         return plan
 
 

@@ -25,6 +25,7 @@ from .leaf_equality import Canonical
 from .offer import Offer, make_offer
 from .publication import GlobalPlan, Placement
 from .replica_groups import shared_tensors
+from .replica_turns import Rotation
 from .sharding import Offsets
 from .state import Captured, Structure
 from .walk import CaptureError
@@ -72,6 +73,8 @@ class CompiledPlan:
     canonical: Canonical = field(default_factory=dict, compare=False)
     """Leaves that are pickled otherwise on each rank although they are equal; they are compared by value. All
     ranks find them out together."""
+    rotation: Rotation = field(default_factory=Rotation, compare=False, repr=False)
+    """Which blocks of ``replicas`` its saves compare; the coordinator's alone."""
 
     @property
     def names(self) -> list[str]:

