@@ -7,7 +7,7 @@ tensors cost no step of Python each, but for what ``whole`` reads once.
 
 Tensors of up to 64 KiB are compared in every save: they are copied into a side buffer, which is hashed when
 the caller has its state back. Larger ones are read as a whole by the first save of a plan, and by the later
-ones in blocks that take turns.
+ones in blocks that take turns. Those of several meshes are read as a whole by every save, whatever the mode.
 """
 
 from __future__ import annotations
@@ -257,6 +257,10 @@ class _Kept:
         """The same for blocks, which are others in each save."""
         self.small: list[_Region] = []
         self.whole: list[_Region] = []
+        """Until the plan is proven."""
+        self.always: list[_Region] = []
+        """What nothing but its bytes tells from another layer of the same name: equal at first, as zeros are,
+        is not equal for good."""
         self._turning: list[tuple[ReplicaGroup, list[tuple[int, int]], list[int]]] = []
         """(group, (place, bytes) of its larger pieces, how many blocks come before each)"""
         structure = plan.structure
@@ -270,14 +274,14 @@ class _Kept:
             large = [(index, nbytes) for index, nbytes in sizes if nbytes > least]
             if small:
                 self.small.append(_Region(group["number"], "small", small))
-            if large and mode != "trust":
+            whole = _Region(group["number"], "whole", [(index, 0, nbytes) for index, nbytes in large])
+            if large and group["meshes"]:
+                self.always.append(whole)
+            elif large and mode != "trust":
                 counts = [-(-nbytes // _BLOCK_BYTES) for _, nbytes in large]
                 self._turning.append((group, large, [0, *accumulate(counts)]))
-            # whatever is trusted: tensors of several meshes have nothing but their bytes to tell
-            # replicas from another layer of the same name
-            if large and (mode == "check" or group["meshes"]):
-                pieces = [(index, 0, nbytes) for index, nbytes in large]
-                self.whole.append(_Region(group["number"], "whole", pieces))
+                if mode == "check":
+                    self.whole.append(whole)
 
     def blocks(self, turn: int) -> list[_Region]:
         """The blocks of larger tensors whose turn it is: spread evenly, and all of them once in a round."""
@@ -335,8 +339,7 @@ class ReplicaCheck:
                 found += reader.filled(blocks, regions)
         else:
             found += map(reader.streamed, [*kept.small, *regions])
-        if not is_proven:
-            found += map(reader.streamed, kept.whole)
+        found += map(reader.streamed, kept.always if is_proven else [*kept.always, *kept.whole])
         sample = Sample(kept, found, small, blocks)
         try:
             self._check_versions(captured, plan, found)

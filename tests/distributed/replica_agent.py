@@ -324,6 +324,10 @@ class ReplicaAgent(EngineAgent):
             lambda: stages(self._rank, self._size, per_stage, odd, large=large)
         )
 
+    async def change_stage(self, element: int, by: float) -> None:
+        """Add to one element of what this rank holds of its stage's tensor."""
+        self._state["model"]["layers.0.weight"].to_local().view(-1)[element] += by
+
     async def hold_large(self, megabytes: int, odd: float = 0.0, block: int = 0, own: bool = False) -> None:
         """One large tensor, of which one element of a block of 64 KiB may differ."""
         tensor = torch.zeros(megabytes << 18)

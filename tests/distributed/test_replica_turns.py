@@ -71,3 +71,24 @@ def test_a_difference_that_stays_is_refused_by_each_save_from_then_on(pair: Worl
     pair.all("hold_large", megabytes=16)
     assert_committed(save(pair, 8))
     pair.all("finish_engine")
+
+
+@pytest.mark.parametrize("replicas", ["check", "sample", "trust"])
+@pytest.mark.parametrize("large", [False, True])
+def test_stages_that_were_equal_at_first_are_refused_once_they_differ(
+    four: World, root: Path, large: bool, replicas: str
+) -> None:
+    """As moments of an optimizer are: zeros, until it has stepped."""
+    opened(four, root, replicas=replicas)
+    four.all("hold_stages", per_stage=2, large=large)
+    for step in range(1, 4):
+        assert_committed(save(four, step))
+    for element in (0, 11, -1):
+        for member in four.members:
+            member.do("change_stage", element=element, by=1.0 + member.rank // 2)
+        where = "model.layers.0.weight lies on the device mesh of ranks 0, 1 and on that of ranks 2, 3"
+        assert_refused(save(four, 4), where)
+        for member in four.members:
+            member.do("change_stage", element=element, by=-1.0 - member.rank // 2)
+        assert_committed(save(four, 10 + element))
+    four.all("finish_engine")
