@@ -301,7 +301,9 @@ class CheckpointEngine:
                 )
             events = self._life.stager.prepare(captured)
             if self._life.stager.options.overlap:
-                self._life.hooks.watch(captured.optimizers, response.staging_completion)
+                self._life.hooks.watch(
+                    captured.optimizers, response.staging_completion, lambda: captured.tensors
+                )
         except ENDINGS as error:
             self._runner.refuse_at_once(ordinal, name, error)
             raise

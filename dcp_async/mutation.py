@@ -49,18 +49,18 @@ def _version_of(tensor: torch.Tensor) -> int | None:
         return None
 
 
-def _layers(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """``tensor``, and the tensors that it is made of: an operation counts on the outermost that it was called
-    with."""
+def layers_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """``tensor``, and the tensors that it is made of, outermost first: an operation counts on the outermost
+    that it was called with."""
     yield tensor
     if isinstance(tensor, DTensor):
-        yield from _layers(tensor._local_tensor)
+        yield from layers_of(tensor._local_tensor)
         return
     if hasattr(type(tensor), "__tensor_flatten__"):
         whole: Any = tensor
         names, _ = whole.__tensor_flatten__()
         for name in names:
-            yield from _layers(getattr(tensor, name))
+            yield from layers_of(getattr(tensor, name))
 
 
 def places_to_sample(nbytes: Sequence[int], row_major: Sequence[bool], aside: Collection[int]) -> list[Place]:
@@ -163,7 +163,7 @@ class Watch:
         }
         if wrappers:
             counted = {
-                name: [(layer, _version_of(layer)) for layer in _layers(wrapper)]
+                name: [(layer, _version_of(layer)) for layer in layers_of(wrapper)]
                 for name, wrapper in wrappers.items()
             }
             for index in set(range(len(names))).difference(aside):

@@ -7,6 +7,8 @@ up where they lie, so that no code of a wrapper runs; tensors and modules are no
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ _HOLDERS = frozenset(
 """Attributes under which wrappers, schedulers and containers keep an optimizer, whatever it looks like."""
 _OWN = frozenset({"state", "param_groups", "defaults"})
 """What each optimizer has, and what may be large."""
+_DATA = frozenset({int, float, str, bool, bytes, type(None)})
+_LOOKED_AT = 64
+"""Entries of a container that say whether optimizers lie in it: a list of samples may be long."""
 
 
 def stepped_by(stateful: object) -> list[Optimizer]:
@@ -51,12 +56,11 @@ def _held(value: object) -> Iterator[object]:
             continue
         if name in _HOLDERS:
             yield from _each(inner)
-        elif _steps(inner):
-            yield inner
-        elif isinstance(inner, (list, tuple, dict)):
-            first = next(iter(inner.values() if isinstance(inner, dict) else inner), None)
-            if first is not None and _steps(first):  # a look at the first says what the others are
+        elif isinstance(inner, (list, tuple, dict, set, frozenset)):
+            if any(map(_leads_on, islice(_each(inner), _LOOKED_AT))):
                 yield from _each(inner)
+        elif _leads_on(inner):
+            yield inner
 
 
 def _attributes(value: object) -> Iterable[tuple[str, Any]]:
@@ -81,11 +85,18 @@ def _each(value: object) -> Iterator[object]:
         yield value
 
 
-def _steps(value: object) -> bool:
-    if isinstance(value, Optimizer):
-        return True
-    kind = type(value)
+def _leads_on(value: object) -> bool:
+    """Whether ``value`` is an optimizer, or has an attribute under which one is kept."""
+    if type(value) in _DATA or isinstance(value, (torch.Tensor, torch.nn.Module, type)):
+        return False
     own = getattr(value, "__dict__", {})
-    return callable(getattr(kind, "step", None)) and (
-        any(name in own or hasattr(kind, name) for name in ("param_groups", *_HOLDERS))
-    )
+    kind: Any = type(value)
+    holds, steps, has_groups = _class_of(kind)
+    return holds or any(map(own.__contains__, _HOLDERS)) or (steps and (has_groups or "param_groups" in own))
+
+
+@lru_cache(maxsize=256)
+def _class_of(kind: type) -> tuple[bool, bool, bool]:
+    """Whether instances are optimizers or name one as an attribute, whether they step, and have groups."""
+    holds = issubclass(kind, Optimizer) or any(hasattr(kind, name) for name in _HOLDERS)
+    return holds, callable(getattr(kind, "step", None)), hasattr(kind, "param_groups")
