@@ -21,7 +21,6 @@ from .errors import (
     CorruptCheckpointError,
     LoadError,
     StorageError,
-    UntrustedCheckpointError,
 )
 from .formats.manifest import Manifest
 from .opening import Opener, UnfitMetadataError, last_number, refused_link
