@@ -229,18 +229,21 @@ class AppState:
         """Where in ``state_dict()`` the mapping lies that grows with the optimizers' history."""
         return "optim" if self._options.flatten_optimizer_state_dict else "optim.state"
 
-    def taker(self) -> Callable[[Any], bool]:
-        """Says whether the mapping at ``entries_at`` has a place for what was saved as some key: there is
-        none for the entries of another stage of a pipeline, nor for those of parameters that are gone."""
+    def taker(self) -> Callable[[Any, bool], bool]:
+        """Says whether the mapping at ``entries_at`` has a place for what was saved as some key, told whether
+        that was a parameter's name: there is none for the entries of another stage of a pipeline, nor for
+        those of parameters that are gone."""
         known = self._names().known()
         if self._options.flatten_optimizer_state_dict:
-            return lambda key: isinstance(key, str) and owner_of(key, known) is not None
+            return lambda key, _: isinstance(key, str) and owner_of(key, known) is not None
         # an optimizer may keep something of its own beside its parameters' entries
         single = len(self.optimizers) == 1
         own = set(self.optimizers[0].state) if single else set()
-        plain = single and all("." in name for name in known)
-        return lambda key: (
-            key in known or key in own or not isinstance(key, str) or (plain and "." not in key)
+        return lambda key, was_parameter: (
+            key in known
+            or key in own
+            or not isinstance(key, str)
+            or (single and not was_parameter and "." not in key)
         )
 
     @property
@@ -299,7 +302,8 @@ def check_before_touch(
     names = state._names()
     problems: list[str] = []
     if state._options.flatten_optimizer_state_dict:
-        ours = filter(state.taker(), entries)
+        takes = state.taker()
+        ours = (key for key in entries if takes(key, False))
         unflatten({key: None for key in ours if key.startswith("param_groups.")}, names, problems)
         return problems
     _, others = names.assign({"state": dict.fromkeys(entries), "param_groups": list(groups)})

@@ -22,7 +22,18 @@ from torch.distributed.tensor import DTensor
 from .aliases import are_one_view, groups_in_memory
 from .checkpointable import empty_like, global_size
 from .contents import Contents
-from .formats.structure import Tree, children_of, cut, grafted, kind_of, leaf_names, like, locate, subtree
+from .formats.structure import (
+    Tree,
+    children_of,
+    cut,
+    grafted,
+    kind_of,
+    leaf_names,
+    like,
+    locate,
+    subtree,
+    text_of,
+)
 from .formats.zip_item import PLAIN_DTYPES
 from .room import check_room
 from .stateful import PerRank, RNGState
@@ -371,7 +382,8 @@ class _Matcher:
         match.replaced[prefix] = set(heads)
         self._settled.update(_at_or_below(prefix, self._known))
         for head, (key, child) in heads.items():
-            if mapping.takes is not None and not mapping.takes(key):
+            was_parameter = f"{mapping.model}.{text_of(key)}" in self._names
+            if mapping.takes is not None and not mapping.takes(key, was_parameter):
                 continue  # another stage's of a pipeline, or nobody's
             here = _at_or_below(head, self._known)
             there = leaf_names(child, head)

@@ -174,8 +174,10 @@ class OptimizerState:
 
     owner: type
     """The Stateful's."""
-    takes: Callable[[Any], bool] | None = None
-    """Which keys it has a place for; None if for every one."""
+    takes: Callable[[Any, bool], bool] | None = None
+    """Which keys it has a place for, told whether one was a parameter's; None if for every one."""
+    model: str | None = None
+    """Where the parameters lie whose names are its keys."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -299,7 +301,7 @@ def _describe(targets: Targets, prefix: str, stateful: Any, given: Any) -> None:
         )
     if isinstance(stateful, AppState) and isinstance(given, Mapping):
         _describe_module(targets, f"{prefix}.model", stateful.model, given.get("model"))
-        mapping = OptimizerState(type(stateful), stateful.taker())
+        mapping = OptimizerState(type(stateful), stateful.taker(), f"{prefix}.model")
         targets.optimizer_states[f"{prefix}.{stateful.entries_at}"] = mapping
         if stateful.entries_at != "optim":  # flat, its options are entries like any other
             _describe_options(targets, f"{prefix}.optim", given.get("optim"), named=True)
@@ -337,7 +339,8 @@ def _describe_module(targets: Targets, name: str, module: torch.nn.Module, given
 
 
 def _describe_options(targets: Targets, name: str, given: Any, *, named: bool = False) -> None:
-    """An optimizer's groups take all options that were saved. ``named``: their parameters have names, by
+    """An optimizer takes all that was saved of its options and of what it keeps beside its parameters'
+    entries. ``named``: their parameters have names, by
     which a group finds its own wherever it lies."""
     if not isinstance(given, Mapping):
         return
@@ -350,9 +353,18 @@ def _describe_options(targets: Targets, name: str, given: Any, *, named: bool = 
     for key, value in given.items():
         if str(key).startswith("param_groups."):  # a flat one
             targets.wholes[f"{name}.{key}"] = Whole(value, keeps=True)
-        elif key not in ("state", "param_groups") and not isinstance(value, torch.Tensor):
+        elif key not in ("state", "param_groups") and (
+            _is_extra_of_optimizer(str(key)) or not isinstance(value, torch.Tensor)
+        ):
             targets.wholes[f"{name}.{key}"] = Whole(value)
-    targets.grows[name] = lambda key: key.startswith("param_groups.")
+            inside = f"{name}.{key}"  # distributed tensors are filled as they lie here, or refused
+            targets.strict |= {one for one in targets.local if one == inside or one.startswith(f"{inside}.")}
+    targets.grows[name] = lambda key: key.startswith("param_groups.") or _is_extra_of_optimizer(key)
+
+
+def _is_extra_of_optimizer(key: str) -> bool:
+    """Whether an optimizer has ``key`` beside its parameters' entries and its groups, flat or not."""
+    return key.partition(".")[0] not in ("state", "param_groups")
 
 
 def _strict_below(walk: Walk, prefix: str, stateful: Any) -> set[str]:
