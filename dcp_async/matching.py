@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from .aliases import are_one_view, groups_in_memory
 from .checkpointable import empty_like, global_size
 from .contents import Contents
+from .entry_shapes import misfit
 from .formats.structure import (
     Tree,
     children_of,
@@ -144,6 +145,8 @@ class _Matcher:
         self._match = Match()
         self._settled: set[str] = set()
         """Names of the state that are taken care of, whatever the checkpoint has under them."""
+        self._misfits: list[tuple[str, str]] = []
+        """Entries of parameters that have another size now, and why: said after what became of those."""
         self._surplus: set[str] = set()
         """What is taken although the state has no place of that number."""
 
@@ -175,7 +178,9 @@ class _Matcher:
                 match.leaves.append(name)
             else:
                 match.mismatch(name, "is a tensor in the checkpoint, but not in the state")
-        known = targets.tensors.keys() | targets.leaves
+        for name, reason in self._misfits:
+            match.mismatch(name, reason)
+        known = targets.tensors.keys() | targets.leaves | set(match.mismatched)
         inside = tuple(f"{prefix}." for prefix in targets.prefixes)
         others = tuple(f"{prefix}." for prefix in per_rank)  # belongs to other ranks
         taken = (match.fresh.keys() | set(match.leaves)) - self._surplus
@@ -387,7 +392,9 @@ class _Matcher:
                 continue  # another stage's of a pipeline, or nobody's
             here = _at_or_below(head, self._known)
             there = leaf_names(child, head)
-            if here and set(here) == set(there) and all(map(self._is_of_one_kind, here)):
+            if (reason := misfit(mapping, self._targets, self._names, key, there)) is not None:
+                self._misfits += [(name, reason) for name in there]  # what is there stays
+            elif here and set(here) == set(there) and all(map(self._is_of_one_kind, here)):
                 self._settled.difference_update(here)
             else:
                 self._grow(prefix, key, child)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .optimizer_load import few, same_value
@@ -291,6 +292,14 @@ def _options(live: Mapping[str, Any], saved: Mapping[str, Any], names: list[str]
         made[_NAMES] = [by_name.get(name, own) for name, own in zip(names, live[_NAMES], strict=False)]
     made[_PARAMS] = names
     return made
+
+
+def parameter_sizes(optimizer: Optimizer) -> dict[str, torch.Size]:
+    """Number -> size of each parameter of one of torch.optim's own classes; nothing of another."""
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        return {}
+    owned = [parameter for group in optimizer.param_groups for parameter in group[_PARAMS]]
+    return {str(number): parameter.shape for number, parameter in enumerate(owned) if not is_lazy(parameter)}
 
 
 # -- flat

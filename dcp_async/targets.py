@@ -38,6 +38,7 @@ from .holdings import (
     memory_of_modules,
     resizable_owners,
 )
+from .optimizer_state import parameter_sizes
 from .order import ask_in_order
 from .sharding import Offsets, Shard, is_sharded, sharded
 from .state import check_unique, is_exotic
@@ -178,6 +179,8 @@ class OptimizerState:
     """Which keys it has a place for, told whether one was a parameter's; None if for every one."""
     model: str | None = None
     """Where the parameters lie whose names are its keys."""
+    sizes: Mapping[str, torch.Size] = field(default_factory=dict)
+    """By number, of parameters whose entries are known to be like them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -313,7 +316,9 @@ def _describe(targets: Targets, prefix: str, stateful: Any, given: Any) -> None:
     elif isinstance(stateful, torch.nn.Module):
         _describe_module(targets, prefix, stateful, given)
     elif isinstance(stateful, Optimizer):
-        targets.optimizer_states[f"{prefix}.state"] = OptimizerState(type(stateful))
+        targets.optimizer_states[f"{prefix}.state"] = OptimizerState(
+            type(stateful), sizes=parameter_sizes(stateful)
+        )
         _describe_options(targets, prefix, given)
     else:
         targets.wholes[prefix] = Whole(given, is_stateful=True)
