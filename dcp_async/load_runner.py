@@ -23,7 +23,14 @@ from .boundary import ENDINGS, is_foreign, words
 from .catalog import Catalog
 from .contents import Contents
 from .coordinator import Coordinator
-from .errors import CheckpointError, CorruptCheckpointError, IncompatibleStateError, LoadError, StorageError
+from .errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    IncompatibleStateError,
+    LoadError,
+    StorageError,
+)
 from .lifetime import Lifetime
 from .load_pipeline import Loaded, LoadOptions, LoadServices, load_into, read_fresh
 from .opening import UnfitMetadataError
@@ -166,6 +173,7 @@ class LoadRunner:
     ) -> Verb[tuple[T, tuple[str, ...]]]:
         """The first checkpoint that is whole, and the names of newer ones that are not."""
         first: LoadError | None = None
+        gone: CheckpointNotFoundError | None = None
         touched = False
         skipped: list[str] = []
         for name in names:
@@ -178,6 +186,11 @@ class LoadRunner:
                 touched = touched or _has_touched(error)
                 skipped.append(name)
                 logger.warning("%s; trying the next older one", error)
+            except CheckpointNotFoundError as error:  # removed since it was chosen, as old ones are
+                if not falls_back:
+                    raise
+                gone = error
+                logger.info("%s any more; trying the next older one", error)
             except (LoadError, StorageError) as error:
                 if not touched:
                     raise
@@ -186,7 +199,9 @@ class LoadRunner:
                 ) from error
             else:
                 return value, tuple(skipped)
-        assert first is not None
+        if first is None:
+            assert gone is not None
+            raise gone
         if touched and not _has_touched(first):
             raise _overwritten(skipped[0], f"{first}; and the older ones are corrupt as well") from first
         raise first

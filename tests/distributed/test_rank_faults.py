@@ -792,6 +792,25 @@ def test_a_metadata_file_that_names_what_no_checkpoint_needs_is_passed_over_by_t
         end_well(shared, job)
 
 
+def test_a_newest_checkpoint_that_is_gone_before_it_is_open_is_no_end_of_the_load_of_all(
+    pair: Shared, root: Path
+) -> None:
+    """The coordinator's word counts: the others may see it still."""
+    with pair.job(root) as job:
+        job.open()
+        for number in (1, 2):
+            job.save_well(number)
+        job.world.all("fill", value=9)
+        job.world[0].do("fail_verb", at="open", failure="missing", nth=3)  # after two to put them in order
+        outcomes = [call.result(LATEST) for call in job.world.begin("load")]
+        assert [(each["kind"], each.get("id")) for each in outcomes] == [("loaded", step(1))] * job.size, (
+            outcomes
+        )
+        assert job.world.all("holds", value=1) == [None] * job.size
+        job.world.all("heal")
+        end_well(pair, job)
+
+
 def test_an_atomic_load_that_one_rank_fails_leaves_every_state_alone(shared: Shared, root: Path) -> None:
     with shared.job(root) as job:
         job.open()

@@ -7,13 +7,21 @@ import errno
 import logging
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, StorageError, Trust, UntrustedCheckpointError
+from dcp_async import (
+    CheckpointEngine,
+    CheckpointNotFoundError,
+    StorageError,
+    Trust,
+    UntrustedCheckpointError,
+)
+from dcp_async.storage.local import LocalStorage
 
 OLD, MIDDLE, NEW = "step-00000001", "step-00000002", "step-00000003"
 
@@ -158,3 +166,61 @@ async def test_a_leaf_that_is_not_trusted_is_no_reason_to_give_an_older_checkpoi
             await engine.load(state(0))
         with pytest.raises(UntrustedCheckpointError, match="Harmless"):
             await engine.read()
+
+
+class Vanishing:
+    """A storage from which the next of ``names`` are removed right before they are opened to be read, after
+    each was opened once to be put in order."""
+
+    def __init__(self, inner: LocalStorage) -> None:
+        self._inner = inner
+        self._opened: dict[str, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def vanish(self, *names: str) -> None:
+        self._opened = dict.fromkeys(names, 0)
+
+    async def open(self, name: str) -> Any:
+        if name in self._opened:
+            self._opened[name] += 1
+            if self._opened[name] == 2:
+                await self._inner.remove(name)
+        return await self._inner.open(name)
+
+
+@pytest.mark.parametrize("gone", [(NEW,), (NEW, MIDDLE), (NEW, MIDDLE, OLD)], ids=len)
+async def test_a_newest_checkpoint_that_is_removed_before_it_is_open_is_no_end_of_the_search(
+    root: Path, gone: tuple[str, ...]
+) -> None:
+    for verb in ("load", "read"):
+        await save(root, 1, 2, 3)
+        storage = LocalStorage(root)
+        vanishing: Any = Vanishing(storage)
+        async with CheckpointEngine(vanishing) as engine:
+            vanishing.vanish(*gone)
+            target = state(0)
+            call = engine.load(target) if verb == "load" else engine.read()
+            if len(gone) == 3:
+                with pytest.raises(CheckpointNotFoundError, match="is not committed"):
+                    await call
+                assert target["n"] == 0
+            else:
+                found = await call
+                assert (target if verb == "load" else found)["n"] == 3 - len(gone)  # type: ignore[index]
+        await storage.close()
+        shutil.rmtree(root)
+
+
+async def test_a_checkpoint_that_was_asked_for_by_name_and_is_gone_is_not_replaced_by_an_older_one(
+    root: Path,
+) -> None:
+    await save(root, 1, 2, 3)
+    storage = LocalStorage(root)
+    vanishing: Any = Vanishing(storage)
+    async with CheckpointEngine(vanishing) as engine:
+        vanishing.vanish(NEW)
+        with pytest.raises(CheckpointNotFoundError, match=NEW):
+            await engine.load(state(0), NEW)
+    await storage.close()
