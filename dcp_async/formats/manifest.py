@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import xxhash
 
@@ -107,7 +107,7 @@ def decode_manifest(raw: bytes) -> Manifest:
     if tail != b',"digest":"' + xxhash.xxh3_64_hexdigest(body).encode() + b'"}':
         raise ManifestError("it does not match its own checksum")
     try:
-        parts = _Fields(json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant))
+        parts = _Fields(_parsed(raw))
         if (kind := parts.text("format")) != "dcp_async":
             raise ManifestError(f"its format is {kind[:40]!r}, not 'dcp_async'")
         version = parts.integer("version", 1)
@@ -151,8 +151,19 @@ def _unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
     return found
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ManifestError(f"it holds {name}, which is no JSON")
+def _parsed(raw: bytes) -> object:
+    """The JSON in ``raw``. Infinity and NaN are no JSON, but earlier releases wrote them for keys of the
+    tree: there they are read, elsewhere they raise ValueError."""
+    constants: list[str] = []
+
+    def constant(name: str) -> float:
+        constants.append(name)
+        return float(name)
+
+    found = json.loads(raw, object_pairs_hook=_unique, parse_constant=constant)
+    if constants and isinstance(found, dict):
+        json.dumps({name: value for name, value in found.items() if name != "structure"}, allow_nan=False)
+    return found
 
 
 class _Fields:

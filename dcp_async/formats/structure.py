@@ -10,6 +10,7 @@ PickledKey until ``build`` needs it, so that nothing is unpickled to look at a t
 from __future__ import annotations
 
 import base64
+import math
 import pickle
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -29,6 +30,15 @@ _OF_STATEFUL = "@stateful"
 """Ends the kind of a mapping that a ``state_dict()`` gave: a load can tell by it where objects were. Releases
 that do not know it read a plain dict."""
 _PLAIN_KEYS = (str, bool, int, float, type(None))
+
+
+def _has_json(key: object) -> bool:
+    """Whether JSON has a word for ``key`` itself: for an infinity or NaN it has none."""
+    return type(key) in _PLAIN_KEYS and not _is_non_finite(key)
+
+
+def _is_non_finite(key: object) -> bool:
+    return isinstance(key, float) and not math.isfinite(key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +121,15 @@ def pickled_key(key: object) -> bytes | None:
 
     Raises what its pickling raises.
     ."""
-    if type(key) in _PLAIN_KEYS:
+    if _has_json(key):
         return None
     try:
         return pickle.dumps(key, protocol=2)
     except Exception:  # pickling runs the key's own code, which may raise anything
-        if plain_key(key) is not None:
-            return None
-        raise
+        plain = plain_key(key)
+        if plain is None:
+            raise
+        return pickle.dumps(plain, protocol=2) if _is_non_finite(plain) else None
 
 
 def tree_to_json(node: Tree) -> JSON:
@@ -134,7 +145,7 @@ def tree_to_json(node: Tree) -> JSON:
 
 
 def _key_to_json(key: Any) -> JSON:
-    if type(key) in _PLAIN_KEYS:
+    if _has_json(key):
         return cast(JSON, key)
     if isinstance(key, PickledKey):
         raw, plain = key.raw, key.plain
@@ -143,7 +154,7 @@ def _key_to_json(key: Any) -> JSON:
     encoded: dict[str, JSON] = {"text": text_of(key)}
     if raw is not None:
         encoded["pickle"] = base64.b64encode(raw).decode()
-    if plain is not None:
+    if plain is not None and not _is_non_finite(plain):
         encoded["plain"] = plain
     return encoded
 
@@ -203,7 +214,8 @@ def _key_from_json(key: JSON) -> Any:
             return PickledKey(text, base64.b64decode(raw, validate=True), plain)
         if isinstance(text, str) and raw is None and plain is not None:
             return PickledKey(text, None, plain)
-    if not isinstance(key, _PLAIN_KEYS) or key != key:
+    # an infinity or NaN among them is of an earlier release, which wrote it as a bare word
+    if not isinstance(key, _PLAIN_KEYS):
         raise ValueError(f"a {type(key).__name__} is no key")
     return key
 
@@ -437,8 +449,10 @@ def _pairs(node: list[Any]) -> Iterable[tuple[JSON, JSON]]:
 
 
 def _identity(key: Any) -> tuple[type, Any]:
-    # 1, 1.0 and True are equal, but not the same key
-    return type(key), tuple(key.items()) if isinstance(key, dict) else key
+    # 1, 1.0 and True are equal, but not the same key; NaN equals not even itself
+    if isinstance(key, dict):
+        return type(key), tuple(key.items())
+    return type(key), key if key == key else "nan"
 
 
 def dcp_paths(tree: JSON) -> dict[str, tuple[str | int, ...]]:

@@ -16,7 +16,7 @@ from dcp_async.formats.manifest import (
     encode_manifest,
     structure_json,
 )
-from dcp_async.formats.structure import MAX_TREE_DEPTH, leaf_names, tree_from_json, tree_to_json
+from dcp_async.formats.structure import MAX_TREE_DEPTH, children_of, leaf_names, tree_from_json, tree_to_json
 
 _HEX = "0123456789abcdef"
 
@@ -160,7 +160,7 @@ TREES: dict[str, Any] = {
     "key_with_a_number_for_text": ["dict", [[{"text": 5, "pickle": "gAJLAS4="}, None]]],
     "key_of_no_base64": ["dict", [[{"text": "a", "pickle": "\u00e9"}, None]]],
     "key_twice": ["dict", [[1, None], [1, None]]],
-    "not_a_number": ["dict", [[float("nan"), None]]],
+    "not_a_number_twice": ["dict", [[float("nan"), None], [float("nan"), None]]],
     "deep": _deep(MAX_TREE_DEPTH + 1),
     "deeper": _deep(900),
     "deep_lists": ["list", [_deep(MAX_TREE_DEPTH)]],
@@ -181,3 +181,19 @@ def test_trees_as_they_are_written_come_back() -> None:
         [["a", None], [1, ["list", [None, None]]], [True, None], [1.0, None], [None, None]],
     ]
     assert tree_to_json(tree_from_json(mixed)) == mixed
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("key", [INF, -INF, NAN], ids=repr)
+def test_a_key_that_an_earlier_release_wrote_as_a_bare_word_is_read(key: float) -> None:
+    """Which is no JSON: it is written as a pickle now, and refused in any other field."""
+    manifest = decode_manifest(signed(json.dumps({**_sound(), "structure": ["dict", [[key, None]]]})))
+    (entry,) = children_of(tree_from_json(manifest.structure))
+    assert repr(entry[0]) == repr(key)
+    json.dumps(tree_to_json(["dict", [[key, None]]]), allow_nan=False)
+    for field in ("notes", "strides", "exotic"):
+        changed = {**_sound(), field: {"a": [key]}}
+        with pytest.raises(ManifestError, match=r"\w"):
+            decode_manifest(signed(json.dumps(changed)))
