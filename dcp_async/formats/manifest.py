@@ -118,7 +118,7 @@ def decode_manifest(raw: bytes) -> Manifest:
         return Manifest(
             checkpoint_id=parts.text("checkpoint_id"),
             uid=parts.text("uid", _HEX),
-            step=None if parts.found["step"] is None else parts.integer("step", -_MAX_INT),
+            step=None if parts.found["step"] is None else parts.integer("step"),
             time=parts.seconds("time"),
             world_size=parts.integer("world_size", 1),
             torch_version=parts.text("torch_version"),
@@ -183,9 +183,10 @@ class _Fields:
             raise self._wrong(name)
         return value
 
-    def integer(self, name: str, least: int) -> int:
+    def integer(self, name: str, least: int | None = None) -> int:
+        """Any at all without a ``least``: earlier releases saved steps that this one refuses."""
         value = self.found[name]
-        if type(value) is not int or not least <= value <= _MAX_INT:
+        if type(value) is not int or (least is not None and not least <= value <= _MAX_INT):
             raise self._wrong(name)
         return value
 

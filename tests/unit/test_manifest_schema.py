@@ -65,7 +65,7 @@ RIGHT: dict[str, tuple[Any, ...]] = {
     "version": (),
     "checkpoint_id": ("x",),
     "uid": (),
-    "step": (None, -1, 0),
+    "step": (None, -1, 0, 1 << 70),  # which earlier releases saved
     "time": (-1, 0, 1.5),
     "world_size": (),
     "torch_version": ("x",),
