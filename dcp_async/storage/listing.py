@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 
 from .base import StoredCheckpoint
@@ -68,10 +67,10 @@ def _linked(entry: os.DirEntry[str], root: str) -> StoredCheckpoint | None:
     try:
         real = os.path.realpath(entry.path, strict=True)
     except FileNotFoundError:
-        if is_beneath(os.path.realpath(entry.path), root) or not re.search(r"\d", entry.name):
+        if is_beneath(os.path.realpath(entry.path), root):
             logger.debug("%r is a link to nothing", entry.path)
             return None
-        # a disk that is not mounted: whoever opens it is told
+        # a disk that is not mounted, whatever the link is called: whoever opens it is told
         return StoredCheckpoint(name=entry.name, committed=True, modified=_changed(entry))
     if not os.path.isdir(real):
         return None
