@@ -176,7 +176,7 @@ def capture(
         tree = structure_of(state, walk)
     else:
         structure = previous
-    if stored != structure.trail.in_bounds or 0 in stored:  # no elements, no bytes, or no memory
+    if not structure.trail.is_in_bounds(walk.tensors, stored):
         walk.check_memory(shapes)
         structure.trail.in_bounds = stored
     raw = _is_raw(walk.tensors)

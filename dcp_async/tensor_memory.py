@@ -11,6 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
+_LARGE = 1 << 20
+"""Looking at one takes a hundredth of the time of copying it."""
+_AT_A_TIME = 128
+
 
 def has_memory(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether all elements of plain tensors lie in memory that the tensors own.
@@ -33,6 +37,24 @@ def is_in_bounds(tensors: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) 
     except RuntimeError:
         return False
     return True
+
+
+class SpotCheck:
+    """Looks again and again at tensors whose storages may have been made anew, smaller, at the same address:
+    at the large ones each time, which are those that are freed to save memory, and at the others in turn."""
+
+    def __init__(self, nbytes: Sequence[int]) -> None:
+        """``nbytes``: of each tensor."""
+        self._large = [at for at, size in enumerate(nbytes) if size >= _LARGE]
+        self._others = [at for at, size in enumerate(nbytes) if size < _LARGE]
+        self._turn = 0
+
+    def is_in_bounds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether those that are looked at this time end within their memory."""
+        start = self._turn if self._turn < len(self._others) else 0
+        self._turn = stop = start + _AT_A_TIME
+        chosen = [tensors[at] for at in (*self._large, *self._others[start:stop])]
+        return is_in_bounds(chosen, [tensor.shape for tensor in chosen])
 
 
 def _reach(tensor: torch.Tensor) -> int:

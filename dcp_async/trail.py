@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
-from operator import attrgetter, call, is_, itemgetter, ne
+from operator import attrgetter, call, is_, itemgetter, ne, not_
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .checkpointable import any_checkpointable, is_checkpointable
 from .mutation import Place
 from .stateful import PerRank, is_stateful
 from .stepping import stepped_by
-from .tensor_memory import has_memory
+from .tensor_memory import SpotCheck, has_memory
 from .walk import PLAIN_TENSORS, Given, Walk, is_plain, is_terminal, snapshot
 
 try:
@@ -225,6 +225,7 @@ class Trail:
         self.in_bounds: list[int] | None = None
         """Addresses of the last tensors that were found to end within their memory."""
         self._way: _Way | None = None
+        self._spots: SpotCheck | None = None
         self._smallest: list[int] | None = None
 
     def follow(self, state: object, given: Given) -> Repeat | None:
@@ -234,7 +235,25 @@ class Trail:
         Asks the Statefuls in the order in which they were asked then, and adds to ``given`` what they gave,
         also where the answer is None. Raises: CaptureError of a ``state_dict()`` that fails.
         """
-        return self._way.follow(state, given) if self._way is not None else None
+        repeat = self._way.follow(state, given) if self._way is not None else None
+        if repeat is not None and not self._spots_in_bounds(repeat.tensors):
+            self.in_bounds = None  # a new walk looks at all, and says which one has too little memory
+            return None
+        return repeat
+
+    def is_in_bounds(self, tensors: Sequence[torch.Tensor], addresses: list[int]) -> bool:
+        """Whether nothing speaks against it that ``tensors``, at ``addresses``, end within their memory, as
+        they did the last time."""
+        if addresses != self.in_bounds:
+            return False
+        if 0 in addresses and any(map(torch.Tensor.numel, compress(tensors, map(not_, addresses)))):
+            return False  # no memory; those without elements have none either
+        return self._spots_in_bounds(tensors)
+
+    def _spots_in_bounds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        if self._spots is None:  # once, as all tensors of one structure have the same sizes
+            self._spots = SpotCheck([tensor.nbytes for tensor in tensors])
+        return self._spots.is_in_bounds(tensors)
 
     def smallest(self, tensors: Sequence[torch.Tensor], each_bytes: int, all_bytes: int) -> list[int]:
         """The smallest of ``tensors``, of ``each_bytes`` at most and ``all_bytes`` together. All tensors of
