@@ -344,6 +344,8 @@ class Stager:
         try:
             self._gather(views, job.captured)
         except RefusedError as error:
+            # the kernel refuses memory that is gone as well, which says nothing of the next save
+            self._check_freed(job, [views.small])
             self.gather_no_more(error)
             views = self._batch_views(job, first, start, stop, lease)
             self._check_memory(job, views)
@@ -441,11 +443,14 @@ class Stager:
 
     def _check_memory(self, job: StageJob, views: _BatchViews) -> None:
         """A storage may have been freed since capture; but for the small ones, only a crash would tell."""
+        if job.captured.versions is not None:  # else the trainer waits
+            self._check_freed(job, (views.indices, views.cut))
+
+    def _check_freed(self, job: StageJob, groups: Sequence[list[int]]) -> None:
+        """Raises MutatedTensors for tensors that lie elsewhere than at capture, or nowhere."""
         captured = job.captured
-        if captured.versions is None:  # the trainer waits
-            return
         moved: set[int] = set()
-        for indices in (views.indices, views.cut):
+        for indices in groups:
             now = list(map(torch.Tensor.data_ptr, [captured.tensors[index] for index in indices]))
             if captured.pointers is not None:
                 moved |= _differing(indices, now, [captured.pointers[index] for index in indices])
