@@ -18,24 +18,21 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from operator import itemgetter
 from typing import Literal
 
 import torch
 import xxhash
 
 from .device import Event
-from .formats.zip_item import contiguous_strides
-from .gather import Gather, RefusedError
 from .global_plan import ConflictError, ReplicaGroup, two_meshes
-from .mutation import versions_of
 from .offer import Mesh
 from .planner import CompiledPlan
 from .remote import name_ranks
 from .replica_groups import pieces_of
 from .replica_turns import Turn
-from .staging import MutatedTensors, Stager, flat_slices
-from .state import Captured, Structure
+from .side_buffer import Piece, Places, SideBuffer, refuse_changed
+from .staging import MutatedTensors, Stager
+from .state import Captured
 
 Mode = Literal["check", "sample", "trust"]
 Kind = Literal["small", "blocks", "whole"]
@@ -44,8 +41,6 @@ _SMALL_BYTES = 64 << 10
 _BLOCK_BYTES = 64 << 10
 _CHUNK_BYTES = 1 << 20
 """What is read at a time where the bytes are not kept; it stays in a core's cache."""
-_ALIGN = 16
-"""Of a piece in a buffer: the largest itemsize."""
 _KEPT_PLANS = 2
 
 Digest = tuple[int, Kind, int]
@@ -53,9 +48,6 @@ Digest = tuple[int, Kind, int]
 Details = list[tuple[int, Kind, list[str], bytes, list[Mesh]]]
 """(group, what of it, the name of each piece, array("Q") of their digests, the group's meshes). Plain data:
 it travels."""
-
-Piece = tuple[int, int, int]
-"""(place in the structure, first byte, number of bytes) of a run of a piece's elements."""
 
 
 @dataclass(slots=True)
@@ -67,128 +59,12 @@ class _Region:
     pieces: list[Piece]
 
 
-class _Buffer:
-    """Pieces one behind the other; whatever reads them is made once, and fits each state of the structure."""
-
-    def __init__(
-        self, structure: Structure, pieces: Sequence[Piece], memory: bytearray | None = None
-    ) -> None:
-        """``memory`` is used if it is given and they fit in; what was there is overwritten."""
-        self.starts = [0, *accumulate(_aligned(nbytes) for *_, nbytes in pieces)]
-        self.pieces = pieces
-        if memory is None or len(memory) < self.starts[-1]:
-            memory = bytearray(self.starts[-1])
-        self.bytes = memory
-        for start, stop, (*_, nbytes) in zip(self.starts, self.starts[1:], pieces, strict=False):
-            if start + nbytes != stop:
-                memory[start + nbytes : stop] = bytes(stop - start - nbytes)
-        self._structure = structure
-        self._memory = torch.frombuffer(self.bytes, dtype=torch.uint8)
-        self._flat: dict[torch.dtype, torch.Tensor] = {}
-        self._gathered: list[int] = []
-        self._rest: list[int] | None = None
-        """Which of the pieces torch copies; None before anything was read."""
-        self._gather: Gather | None = None
-        self._aimed: list[int] | None = None
-
-    def fill(self, captured: Captured, stager: Stager, events: dict[torch.device, Event]) -> None:
-        """Read all pieces."""
-        gathers = stager.gathers and captured.pointers is not None and not events
-        if self._rest is None or (self._gather is not None and not gathers):
-            self._divide(gathers=gathers)
-        try:
-            self._copy_gathered(captured)
-        except RefusedError as error:
-            stager.gather_no_more(error)
-            self._divide(gathers=False)
-        self._copy_rest(captured, stager, events)
-
-    def _divide(self, *, gathers: bool) -> None:
-        """Decide who copies what."""
-        strides = self._structure.strides
-        self._gathered, self._rest, run_starts = [], [], []
-        for at, (index, *_) in enumerate(self.pieces):
-            if not gathers or strides[index] is not None:
-                self._rest.append(at)
-                continue
-            if not self._gathered or self._gathered[-1] != at - 1:
-                run_starts.append(len(self._gathered))
-            self._gathered.append(at)
-        self._gather = self._aimed = None
-        if self._gathered:
-            base = self._memory.data_ptr()
-            targets = [base + self.starts[at] for at in self._gathered]
-            lengths = [self.pieces[at][2] for at in self._gathered]
-            self._gather = Gather(targets, lengths, run_starts)
-
-    def _copy_gathered(self, captured: Captured) -> None:
-        if self._gather is None:
-            return
-        pointers = captured.pointers
-        assert pointers is not None
-        if pointers is not self._aimed:
-            chosen = [self.pieces[at] for at in self._gathered]
-            found = _picked(pointers, [index for index, *_ in chosen])
-            if any(low for _, low, _ in chosen):
-                found = [pointer + low for pointer, (_, low, _) in zip(found, chosen, strict=True)]
-            self._gather.aim(found)
-            self._aimed = pointers
-        self._gather.copy(0, self._gather.num_calls)
-
-    def _copy_rest(self, captured: Captured, stager: Stager, events: dict[torch.device, Event]) -> None:
-        targets: list[torch.Tensor] = []
-        sources: list[torch.Tensor] = []
-        for at in self._rest or ():
-            for target, source in self._boxes(captured, at):
-                targets.append(target)
-                sources.append(source)
-        if targets:
-            stager.copy_tensors(events, targets, sources)
-
-    def _boxes(self, captured: Captured, at: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(target, source) of a piece."""
-        index, low, nbytes = self.pieces[at]
-        dtype, shape = self._structure.dtypes[index], self._structure.shapes[index]
-        if dtype not in self._flat:
-            self._flat[dtype] = self._memory.view(dtype)
-        flat, size = self._flat[dtype], dtype.itemsize
-        base = self.starts[at] // size
-        source = captured.tensors[index].detach()
-        if nbytes == shape.numel() * size:
-            yield flat.as_strided(shape, contiguous_strides(shape), base), source
-            return
-        first = low // size
-        for box, begin, end in flat_slices(shape, first, first + nbytes // size):
-            part = source[box]
-            yield flat[base + begin - first : base + end - first].view(part.shape), part
-
-    def piece(self, at: int) -> memoryview:
-        """The bytes of a piece."""
-        start = self.starts[at]
-        return memoryview(self.bytes)[start : start + self.pieces[at][2]]
-
-    def span(self, first: int, stop: int) -> memoryview:
-        """The bytes of pieces [first, stop), and the zeros between them."""
-        return memoryview(self.bytes)[self.starts[first] : self.starts[stop]]
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN) * _ALIGN
-
-
-def _picked(values: list[int], places: list[int]) -> Sequence[int]:
-    if len(places) == 1:
-        return [values[places[0]]]
-    found: Sequence[int] = itemgetter(*places)(values)
-    return found
-
-
 @dataclass(slots=True)
 class _Found:
     """What was read of a region: its bytes, as pieces from ``first`` on of ``buffer``, or their digests."""
 
     region: _Region
-    buffer: _Buffer | None = None
+    buffer: SideBuffer | None = None
     first: int = 0
     digests: array[int] = field(default_factory=lambda: array("Q"))
     digest: int = 0
@@ -212,7 +88,7 @@ class Sample:
     """What one save read of this rank's replicas. Holds memory until ``release``."""
 
     def __init__(
-        self, kept: _Kept, found: Sequence[_Found], small: _Buffer | None, blocks: _Buffer | None
+        self, kept: _Kept, found: Sequence[_Found], small: SideBuffer | None, blocks: SideBuffer | None
     ) -> None:
         self._kept, self._found, self._small, self._blocks = kept, found, small, blocks
 
@@ -251,7 +127,7 @@ class _Kept:
 
     def __init__(self, plan: CompiledPlan, mode: Mode) -> None:
         self.plan = plan
-        self.free: list[_Buffer] = []
+        self.free: list[SideBuffer] = []
         """Side buffers that no save is using."""
         self.memory: list[bytearray] = []
         """The same for blocks, which are others in each save."""
@@ -263,6 +139,8 @@ class _Kept:
         is not equal for good."""
         self._turning: list[tuple[ReplicaGroup, list[tuple[int, int]], list[int]]] = []
         """(group, (place, bytes) of its larger pieces, how many blocks come before each)"""
+        self.places = Places([])
+        """Of ``small``."""
         structure = plan.structure
         least = _SMALL_BYTES if mode == "check" else 0
         for group in plan.replicas:
@@ -282,6 +160,8 @@ class _Kept:
                 self._turning.append((group, large, [0, *accumulate(counts)]))
                 if mode == "check":
                     self.whole.append(whole)
+
+        self.places = Places([index for index, *_ in _all_pieces(self.small)])
 
     def blocks(self, turn: int) -> list[_Region]:
         """The blocks of larger tensors whose turn it is: spread evenly, and all of them once in a round."""
@@ -323,42 +203,37 @@ class ReplicaCheck:
             if len(self._kept) > _KEPT_PLANS:
                 self._kept.popitem(last=False)
         found: list[_Found] = []
-        small: _Buffer | None = None
-        blocks: _Buffer | None = None
+        small: SideBuffer | None = None
+        blocks: SideBuffer | None = None
         structure = plan.structure
         reader = _Reader(captured, self._stager, events)
         is_proven = turn["is_proven"]
         regions = kept.blocks(turn["number"]) if is_proven or self._mode == "sample" else []
         if not self._stager.pool.has_budget:
             if kept.small:
-                small = kept.free.pop() if kept.free else _Buffer(structure, _all_pieces(kept.small))
+                small = kept.free.pop() if kept.free else SideBuffer(structure, _all_pieces(kept.small))
                 found += reader.filled(small, kept.small)
             if regions:
                 memory = kept.memory.pop() if kept.memory else None
-                blocks = _Buffer(structure, _all_pieces(regions), memory)
+                blocks = SideBuffer(structure, _all_pieces(regions), memory)
                 found += reader.filled(blocks, regions)
         else:
             found += map(reader.streamed, [*kept.small, *regions])
         found += map(reader.streamed, kept.always if is_proven else [*kept.always, *kept.whole])
         sample = Sample(kept, found, small, blocks)
+        # with overlap=True: what was changed meanwhile must not pass for a difference between ranks
+        changed: set[int] = set()
+        if captured.versions is not None:
+            large = _all_pieces([each.region for each in found if each.region.kind != "small"])
+            unseen = captured.watch.changed_unseen(captured.tensors, captured.versions)
+            for places in (kept.places, Places([index for index, *_ in large])):
+                changed |= places.changed(captured) | unseen.intersection(places.indices)
         try:
-            self._check_versions(captured, plan, found)
+            refuse_changed(structure, changed)
         except MutatedTensors:
             sample.release()
             raise
         return sample
-
-    def _check_versions(self, captured: Captured, plan: CompiledPlan, found: Iterable[_Found]) -> None:
-        """With ``overlap=True``: what was changed meanwhile must not pass for a difference between ranks."""
-        expected = captured.versions
-        if expected is None:
-            return
-        places = sorted({index for each in found for index, *_ in each.region.pieces})
-        now = versions_of([captured.tensors[index] for index in places])
-        moved = [index for index, version in zip(places, now, strict=True) if version != expected[index]]
-        moved += captured.watch.moved(places)
-        if moved:
-            raise MutatedTensors([plan.structure.tensor_names[index] for index in moved])
 
 
 def _all_pieces(regions: Iterable[_Region]) -> list[Piece]:
@@ -372,7 +247,7 @@ class _Reader:
         self._captured, self._stager, self._events = captured, stager, events
         self._scratch = bytearray(_CHUNK_BYTES)
 
-    def filled(self, buffer: _Buffer, regions: Sequence[_Region]) -> Iterator[_Found]:
+    def filled(self, buffer: SideBuffer, regions: Sequence[_Region]) -> Iterator[_Found]:
         """Of all ``regions`` at once, to be hashed later."""
         buffer.fill(self._captured, self._stager, self._events)
         first = 0
@@ -388,7 +263,7 @@ class _Reader:
         for piece in region.pieces:
             one = xxhash.xxh3_64()
             for chunk in _chunks(piece):
-                buffer = _Buffer(self._captured.structure, [chunk], self._scratch)
+                buffer = SideBuffer(self._captured.structure, [chunk], self._scratch)
                 buffer.fill(self._captured, self._stager, self._events)
                 one.update(buffer.piece(0))
                 if not is_whole:  # what ``filled`` would give

@@ -93,6 +93,7 @@ LAYERS: list[set[str]] = [
         "replica_turns",
         "canonical",
         "leaf_equality",
+        "side_buffer",
         "replicas",
         "publication",
         "planner",
