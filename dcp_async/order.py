@@ -61,9 +61,10 @@ class _Asking:
         if is_stateful(value):
             if isinstance(value, RNGState) and not is_own:
                 name = f"{name}.{self._own}"
-            if name not in self._given or self._given[name][0] is not value:
-                self._given[name] = (value, self._ask(name, value))
-            if (inner := self._given[name][1]) is not UNASKED:
+            asked = (name, id(value))
+            if asked not in self._given:
+                self._given[asked] = (value, self._ask(name, value))
+            if (inner := self._given[asked][1]) is not UNASKED:
                 self._visit(name, inner, depth + 1, is_own=is_own)
         elif isinstance(value, Mapping):
             self.visit_all(value.items(), name, depth + 1, is_own=is_own)

@@ -195,7 +195,7 @@ class _Way:
             stateful = values[starts[depth] + place]
             optimizers += stepped_by(stateful)
             inner = snapshot(name, stateful)
-            given[name] = (stateful, inner)
+            given[name, id(stateful)] = (stateful, inner)
             if not self._collect(inside, inner, inside_of[at], given, optimizers):
                 return False
         found += chain.from_iterable(inside_of)

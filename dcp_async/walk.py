@@ -42,8 +42,9 @@ from .wrapped import is_wrapper
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SCALARS = frozenset({int, float, str, bool, bytes, complex, type(None)})
 
-Given = dict[str, tuple[Any, Any]]
-"""Name -> (Stateful, what it gave) of those that were asked before the walk, in the order of asking."""
+Given = dict[tuple[str, int], tuple[Any, Any]]
+"""(name, id of a Stateful) -> (it, what it gave) of those that were asked before the walk, in the order of
+asking. One that gives another shares its name with that."""
 
 
 UNASKED: Any = object()
@@ -145,6 +146,8 @@ class Walk:
     """Asks a Stateful at a name, or gives UNASKED; None asks each."""
     _layouts: LayoutCache = field(default_factory=dict)
     _depth: int = 0
+    _is_own: bool = False
+    """Whether the walk is inside of what is PerRank."""
 
     def visit(self, name: str, value: Any) -> None:
         """Walk ``value``, which lies at ``name``."""
@@ -159,7 +162,7 @@ class Walk:
             else:
                 self.leaf_names.append(name)
                 self.leaves.append(value)
-        elif isinstance(value, RNGState) and not self._is_own(name):
+        elif isinstance(value, RNGState) and not self._is_own:
             self.own[name] = value
             self._enter(name, "dict", 1)
             self._visit_stateful(f"{name}.{PerRank.key(self.rank)}", value)
@@ -170,7 +173,9 @@ class Walk:
         elif isinstance(value, PerRank):
             self.per_rank[name] = value
             self._enter(name, "dict", 1)
+            around, self._is_own = self._is_own, True
             self.visit(f"{name}.{PerRank.key(self.rank)}", value.value)
+            self._is_own = around
             self._depth -= 1
         elif isinstance(value, list) and not is_terminal(value):
             self._enter(name, "list", len(value))
@@ -186,10 +191,6 @@ class Walk:
             self.order.append(name)
             self.leaf_names.append(name)
             self.leaves.append(value)
-
-    def _is_own(self, name: str) -> bool:
-        """Whether ``name`` lies inside of what is PerRank."""
-        return any(name.startswith(f"{prefix}.") for prefix in self.per_rank)
 
     def shapes(self) -> list[torch.Size]:
         """The shapes of ``tensors``; nested ones, which have none, become leaves."""
@@ -280,8 +281,9 @@ class Walk:
 
     def _visit_stateful(self, name: str, stateful: Any) -> None:
         self.optimizers += stepped_by(stateful)
-        asked, inner = self.given.pop(name, (None, None))
-        if asked is not stateful:
+        if (asked := (name, id(stateful))) in self.given:
+            _, inner = self.given.pop(asked)
+        else:
             inner = self.ask(name, stateful) if self.ask else snapshot(name, stateful)
             self.asked.append(name)
         self.statefuls.append((name, stateful, inner))
@@ -384,7 +386,7 @@ def walk_state(
     if not isinstance(state, Mapping):
         raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
     given = given or {}
-    walk = Walk(rank=rank, given=given, asked=list(given), check_key=check_key, ask=ask)
+    walk = Walk(rank=rank, given=given, asked=[name for name, _ in given], check_key=check_key, ask=ask)
     walk.containers.append(("", mapping_kind(state), len(state), 0))
     try:
         for key, value in state.items():
