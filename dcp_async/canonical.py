@@ -2,7 +2,8 @@
 
 Enters: a leaf. Leaves: a digest that equal values share in every process, and the places at which two differ.
 Invariant: what a pickle depends on and a value does not is left out: hash seeds, the identity of equal
-objects, the order of a dict's keys and of a set, an array's order in memory. What a value does depend on is
+objects, the order of a dict's keys and of a set, an array's order in memory and the gaps between its fields,
+at which object of a circle one begins. What a value does depend on is
 kept: types, the bits of floats, an OrderedDict's order, the elements of arrays and tensors.
 Source: Lib/copyreg.py and the pickle protocol, by which objects tell what they consist of.
 """
@@ -17,15 +18,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
 
 from .walk import PLAIN_TENSORS
 
+_T = TypeVar("_T")
 _PROTOCOL = 4
+_NOWHERE = sys.maxsize
+_X87_MANTISSA, _X87_BYTES = 63, 10
+"""Of a ``longdouble`` on x86: what is behind these bytes is padding."""
 _DEPTH = 400
+_IN_CIRCLES = 20_000
+"""How many objects of circles are looked at, as often as each is reached; if more, each is once."""
 _SHORT = 60
 """Characters of a value in a message."""
 _PLACES = 20_000
@@ -39,7 +46,7 @@ class UndecidableError(ValueError):
 def digest(value: object) -> int:
     """A hash that equal values have in common. Raises UndecidableError."""
     try:
-        return xxhash.xxh3_64_intdigest(_Encoder().of(value))
+        return xxhash.xxh3_64_intdigest(_encoded(lambda encoder: encoder.of(value)))
     except RecursionError as error:
         raise UndecidableError("it goes too deep") from error
 
@@ -52,12 +59,16 @@ _NOTHING = (b"", "nothing")
 def places(value: object) -> Places:
     """Path inside ``value`` -> (digest, a few words) of what lies there; deeper ones after what they are in.
     Raises UndecidableError."""
-    found: Places = {}
+
+    def describe(encoder: _Encoder) -> Places:
+        found: Places = {}
+        _describe(value, "", found, encoder, 0)
+        return found
+
     try:
-        _describe(value, "", found, _Encoder(), 0)
+        return _encoded(describe)
     except RecursionError as error:
         raise UndecidableError("it goes too deep") from error
-    return found
 
 
 def first_difference(left: Places, right: Places) -> tuple[str, str, str]:
@@ -75,13 +86,28 @@ def first_difference(left: Places, right: Places) -> tuple[str, str, str]:
     return inside, left.get(inside, _NOTHING)[1], right.get(inside, _NOTHING)[1]
 
 
-class _Encoder:
-    """Digests, made once for an object that occurs several times."""
+class _TangledError(Exception):
+    """Circles lie in one another: there are too many ways through them."""
 
-    def __init__(self) -> None:
+
+def _encoded(make: Callable[[_Encoder], _T]) -> _T:
+    try:
+        return make(_Encoder(_IN_CIRCLES))
+    except _TangledError:  # then equal ones of another order may differ
+        return make(_Encoder(None))
+
+
+class _Encoder:
+    """Digests, made once for an object that occurs several times. One in a circle has another from each way
+    into the circle, so it is made again for each; ``in_circles`` times in all, None to make it once."""
+
+    def __init__(self, in_circles: int | None) -> None:
         self._known: dict[int, tuple[object, bytes]] = {}
         self._above: dict[int, int] = {}
         """Containers that are being encoded -> how deep they lie."""
+        self._reached = _NOWHERE
+        """The highest of those that the one being encoded leads back to."""
+        self._in_circles = in_circles
 
     def of(self, value: object) -> bytes:
         cls = type(value)
@@ -91,16 +117,25 @@ class _Encoder:
         known = self._known.get(id(value))
         if known is not None:
             return known[1]
+        depth = len(self._above)
         if id(value) in self._above:
-            return _hash(b"circle", str(len(self._above) - self._above[id(value)]).encode())
-        if len(self._above) > _DEPTH:
+            self._reached = min(self._reached, self._above[id(value)])
+            return _hash(b"circle", str(depth - self._above[id(value)]).encode())
+        if depth > _DEPTH:
             raise UndecidableError("it goes too deep")
-        self._above[id(value)] = len(self._above)
+        around, self._reached = self._reached, _NOWHERE
+        self._above[id(value)] = depth
         try:
             found = self._container(value, cls)
         finally:
             del self._above[id(value)]
-        self._known[id(value)] = (value, found)  # kept, so that its id is not used again
+        if self._reached > depth or self._in_circles is None:
+            self._known[id(value)] = (value, found)  # kept, so that its id is not used again
+        else:
+            self._in_circles -= 1
+            if self._in_circles < 0:
+                raise _TangledError
+        self._reached = min(around, self._reached if self._reached < depth else _NOWHERE)
         return found
 
     def _container(self, value: Any, cls: type) -> bytes:
@@ -131,6 +166,8 @@ class _Encoder:
             return _hash(b"global", _name(value) if hasattr(value, "__qualname__") else reduced.encode())
         parts_of: list[Any] = [*reduced, None, None, None]
         made, args, state, items, pairs = parts_of[:5]
+        if _is_unordered(value, cls) and made is cls and len(args) == 1:
+            args = (frozenset(value),)  # it gives a list in the order of this process's hashes
         parts = [b"object", _name(cls), self.of(made), self.of(args), self.of(state)]
         if items is not None:
             parts += [b"items", *map(self.of, items)]
@@ -175,14 +212,44 @@ class _Encoder:
         return _hash(b"tensor", head, *map(self._tensor, parts))
 
     def _array(self, value: Any, cls: type, numpy: Any) -> bytes:
-        if cls is not numpy.ndarray and not isinstance(value, numpy.generic):
-            return self._object(value, cls)  # a subclass may hold more than its elements
-        dtype = value.dtype
-        head = _hash(b"array", _name(cls), str(dtype.descr if dtype.names else dtype.str).encode())
-        shape = str(value.shape).encode()
+        if isinstance(value, numpy.generic):
+            return _hash(b"array", _name(cls), self._elements(numpy.asarray(value), numpy))
+        if _reduces_as(cls, numpy.ndarray):
+            return _hash(b"array", _name(cls), self._elements(value.view(numpy.ndarray), numpy))
+        masked = sys.modules.get("numpy.ma")
+        if masked is not None and _reduces_as(cls, masked.MaskedArray):
+            head = [b"masked", _name(cls), _name(value.baseclass), self.of(value._fill_value)]
+            parts = [value.data.view(numpy.ndarray), masked.getmaskarray(value)]
+            return _hash(*head, *(self._elements(part, numpy) for part in parts))
+        return self._subclass(value, cls, numpy)
+
+    def _elements(self, array: Any, numpy: Any) -> bytes:
+        dtype, shape = array.dtype, str(array.shape).encode()
+        if dtype.names:  # each by itself: what lies between the fields is nobody's
+            head = [b"fields", str(dtype).encode(), shape]
+            return _hash(*head, *(self._elements(array[name], numpy) for name in dtype.names))
         if dtype.hasobject:
-            return _hash(head, shape, *map(self.of, value.flatten().tolist()))
-        return _hash(head, shape, value.tobytes())  # row-major, whatever its order in memory
+            return _hash(dtype.str.encode(), shape, *map(self.of, array.flatten().tolist()))
+        raw = array.tobytes()  # row-major, whatever its order in memory
+        if dtype.char in "gG" and numpy.finfo(numpy.longdouble).nmant == _X87_MANTISSA:
+            size = numpy.dtype(numpy.longdouble).itemsize
+            raw = numpy.frombuffer(raw, "u1").reshape(-1, size)[:, :_X87_BYTES].tobytes()
+        return _hash(dtype.str.encode(), shape, raw)
+
+    def _subclass(self, value: Any, cls: type, numpy: Any) -> bytes:
+        """Of an array that says by itself what it consists of; most add something to what each array says."""
+        reduced = _reduced(value, cls)
+        state = reduced[2] if type(reduced) is tuple and len(reduced) > 2 else None
+        if value.dtype.hasobject or not isinstance(state, tuple):
+            return self._object(value, cls)
+        made, args, _, *rest = reduced
+        plain = value.view(numpy.ndarray)
+        own = plain.__reduce__()[2]
+        if state[: len(own)] == own:
+            state = (plain, *state[len(own) :])
+        else:
+            state = tuple(plain if type(part) is tuple and part == own else part for part in state)
+        return _hash(b"array", _name(cls), self.of(made), self.of(args), self.of(state), self.of(rest))
 
 
 def _reduced(value: Any, cls: type) -> Any:
@@ -193,6 +260,18 @@ def _reduced(value: Any, cls: type) -> Any:
         raise
     except Exception as error:  # the object's own code, which may raise anything
         raise UndecidableError(f"a {cls.__qualname__} does not tell what it consists of ({error})") from error
+
+
+def _reduces_as(cls: Any, kind: Any) -> bool:
+    """Whether an instance of ``cls`` is pickled as each ``kind`` is."""
+    own = (cls.__reduce__, cls.__reduce_ex__) == (kind.__reduce__, kind.__reduce_ex__)
+    return own and cls not in copyreg.dispatch_table
+
+
+def _is_unordered(value: object, cls: Any) -> bool:
+    """Whether ``value`` is a set that has no order of its own, and is pickled as each set."""
+    kind = next((kind for kind in (set, frozenset) if isinstance(value, kind)), None)
+    return kind is not None and _reduces_as(cls, kind) and cls.__iter__ is kind.__iter__
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:
