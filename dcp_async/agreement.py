@@ -173,7 +173,8 @@ class Attempt:
     """One checkpoint that a load tries: first opened, then loaded; in between the caller's thread looks at
     what it holds. Owns what it opened until ``load`` or ``give_up`` ends.
 
-    Ranks: all must call ``open`` and ``load``; each raises on every rank what it raises on one.
+    Ranks: all must call ``open``, ``agree`` as often as each other, and ``load``; each raises on every rank
+    what it raises on one.
     """
 
     def __init__(
@@ -191,6 +192,10 @@ class Attempt:
         """The checkpoint as the coordinator sees it."""
         self._contents = await self._together(lambda: self._agreement.open(self._uid, self._name))
         return self._contents
+
+    async def agree(self, wishes: Sequence[str]) -> list[str]:
+        """The names that any rank wishes to ask for their state."""
+        return await self._together(lambda: self._ranks.wished(wishes))
 
     async def load(self, load: Callable[[Contents, Together], Awaitable[T]]) -> T:
         """What ``load`` gives; the checkpoint is closed then."""
@@ -243,6 +248,17 @@ class Together:
         self._coordinator = coordinator
         self._uid = uid
         self.are_ready = False
+        self._rounds = 0
+
+    async def wished(self, names: Sequence[str]) -> list[str]:
+        """The ``names`` of all ranks. Ranks: all must call it."""
+
+        async def decide(reports: Sequence[list[str]]) -> list[list[str]]:
+            return [sorted(set().union(*reports))] * len(reports)
+
+        self._rounds += 1
+        phase = f"ask {self._rounds}"
+        return await self._coordinator.exchange(self._uid, phase, list(names), decide)
 
     async def unexpected(self, names: Sequence[str], prefixes: Collection[str]) -> list[str]:
         """Of the ``names`` that this rank does not expect, those that no other expects, and theirs. Ranks:

@@ -19,9 +19,14 @@ from .remote import REMEMBERED, RemoteError, Waiters, name_ranks
 MEETINGS = {"verdict": "save()", "choose": "load()", "latest": "latest()"}
 """Verbs of the engine, by their first phase. In it all ranks have to arrive within a time of the first: later
 ones take as long as writing or reading takes."""
-_AFTER_USER_CODE = frozenset({"unexpected", "restore"})
+_AFTER_USER_CODE = frozenset({"ask", "unexpected", "restore"})
 """In these a rank arrives when its state's ``state_dict()`` or ``load_state_dict()`` has returned."""
-_OF_LOADS = frozenset({"choose", "open", "unexpected", "ready", "done", "restore"})
+_OF_LOADS = frozenset({"choose", "open", "ask", "unexpected", "ready", "done", "restore"})
+
+
+def _kind(phase: str) -> str:
+    """``phase`` without the number of one that there may be several of."""
+    return phase.partition(" ")[0]
 
 
 @dataclass(slots=True)
@@ -104,7 +109,7 @@ class Gathering:
     def _differs(self, rank: int, uid: str, ordinal: int, name: str, phase: str) -> bool:
         """Whether ranks do different things under one ordinal, which can never meet."""
         names = self._names.setdefault(ordinal, {})
-        if phase in _OF_LOADS:
+        if _kind(phase) in _OF_LOADS:
             did = "called load()"
         else:
             did = "called latest()" if phase == "latest" else f"saved {name!r}"
@@ -201,7 +206,7 @@ class Gathering:
         now = asyncio.get_running_loop().time()
         late = {rank for rank, (_, since) in self._busy.items() if now - since >= self._timeout}
         for (uid, phase), of in list(self._rounds.items()):
-            if phase in _AFTER_USER_CODE and (lacking := late - of.messages.keys()):
+            if _kind(phase) in _AFTER_USER_CODE and (lacking := late - of.messages.keys()):
                 failures = {
                     rank: RemoteError(
                         phase=phase, type_name="TimeoutError", message=f"rank {rank} {self._doing(rank)}"

@@ -37,7 +37,7 @@ from .opening import UnfitMetadataError
 from .remote import RemoteFailure
 from .response import CheckpointInfo, CheckpointRef, LoadReport
 from .restore import Restorer
-from .targets import Asked, Schema, Targets, capture_targets
+from .targets import Asked, Schema, Targets, capture_targets, wishes_of
 from .walk import CaptureError
 
 logger = logging.getLogger(__name__)
@@ -134,19 +134,34 @@ class LoadRunner:
         self, attempt: Attempt, state: Mapping[str, Any], asked: Asked, how: LoadOptions, *, refill: bool
     ) -> Verb[tuple[CheckpointInfo, Targets, Loaded]]:
         contents = yield from self.ask(attempt.open())
-        try:
-            targets = _targets_of(state, Schema(contents), asked, self._life.coordinator)
-        except BaseException as error:
-            common = yield from self.ask(attempt.give_up(error))
-            if common is error:
-                raise
-            raise common from error
+        schema, coordinator = Schema(contents), self._life.coordinator
+        rank, world_size = coordinator.rank, coordinator.world_size
+        while world_size > 1:  # what one gives may hold more of them
+            wishes = yield from self._look(attempt, lambda: wishes_of(state, schema, asked, rank=rank))
+            agreed = yield from self.ask(attempt.agree(wishes))
+            if not agreed:
+                break
+            asked.agreed.update(agreed)
+        targets = yield from self._look(
+            attempt, lambda: capture_targets(state, schema, asked, rank=rank, world_size=world_size)
+        )
 
         async def load(contents: Contents, ranks: Together) -> Loaded:
             with _load_errors(contents.info.checkpoint_id, lambda: refill or ranks.are_ready):
                 return await load_into(contents, targets, self._services, how, refill=refill, ranks=ranks)
 
         return contents.info, targets, (yield from self.ask(attempt.load(load)))
+
+    def _look(self, attempt: Attempt, look: Callable[[], T]) -> Verb[T]:
+        """What ``look`` finds in the trainer's objects; where it fails, all ranks go no further."""
+        try:
+            with _capture_errors(self._life.coordinator):
+                return look()
+        except BaseException as error:
+            common = yield from self.ask(attempt.give_up(error))
+            if common is error:
+                raise
+            raise common from error
 
     def reading(
         self, source: CheckpointRef, keys: Sequence[str] | None, device: torch.device | str
@@ -211,11 +226,13 @@ def _has_touched(error: LoadError) -> bool:
     return isinstance(error, CorruptCheckpointError) and error.partially_loaded
 
 
-def _targets_of(state: Mapping[str, Any], schema: Schema, asked: Asked, coordinator: Coordinator) -> Targets:
-    rank, world_size = coordinator.rank, coordinator.world_size
+@contextlib.contextmanager
+def _capture_errors(coordinator: Coordinator) -> Iterator[None]:
+    """What the trainer's objects raise while they are asked and looked at becomes an
+    IncompatibleStateError."""
     try:
         with coordinator.activity.watched():
-            return capture_targets(state, schema, asked, rank=rank, world_size=world_size)
+            yield
     except CaptureError as error:
         raise IncompatibleStateError(f"the state can't be loaded into: {error}") from error
     except BaseException as error:

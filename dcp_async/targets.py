@@ -221,15 +221,31 @@ class Asked:
     """What Statefuls have given in one load, which may try several checkpoints. Keeps them alive."""
 
     _given: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    agreed: set[str] = field(default_factory=set)
+    """Names of those that are asked because a rank needs it."""
 
-    def ask(self, schema: Schema, name: str, stateful: Any) -> Any:
-        """What ``stateful`` gives, or UNASKED. Raises CaptureError."""
+    def ask(self, schema: Schema, name: str, stateful: Any, wishes: set[str] | None = None) -> Any:
+        """What ``stateful`` gives, or UNASKED. With ``wishes`` it is asked only if that is agreed, and its
+        name is put there if it needs to be. Raises CaptureError."""
         if id(stateful) not in self._given:
-            strict = isinstance(stateful, (torch.nn.Module, Optimizer, AppState))
-            if not strict and not schema.needs_memory(name, stateful):
+            always = isinstance(stateful, (torch.nn.Module, Optimizer, AppState)) or name in self.agreed
+            if not always and schema.needs_memory(name, stateful):
+                if wishes is not None:
+                    wishes.add(name)
+                else:
+                    always = True
+            if not always:
                 return UNASKED
             self._given[id(stateful)] = (stateful, snapshot(name, stateful))
         return self._given[id(stateful)][1]
+
+
+def wishes_of(state: Mapping[str, Any], schema: Schema, asked: Asked, *, rank: int) -> list[str]:
+    """Ask whom all ranks agreed to ask, and give the names of others that this rank needs to: a
+    ``state_dict()`` may run collectives, so all must ask the same. Raises CaptureError."""
+    wishes: set[str] = set()
+    ask_in_order(state, rank, {}, lambda name, stateful: asked.ask(schema, name, stateful, wishes))
+    return sorted(wishes)
 
 
 def capture_targets(
@@ -238,8 +254,10 @@ def capture_targets(
     """Find out what ``state`` can take of a checkpoint. Raises CaptureError."""
     given: Given = {}
 
+    wishes: set[str] | None = None if world_size == 1 else set()  # then all is agreed
+
     def ask(name: str, stateful: Any) -> Any:
-        return asked.ask(schema, name, stateful)
+        return asked.ask(schema, name, stateful, wishes)
 
     if world_size > 1:
         ask_in_order(state, rank, given, ask)

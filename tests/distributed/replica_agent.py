@@ -169,6 +169,36 @@ class Chatty:
         self.value = state["value"]
 
 
+class Caching(Chatty):
+    """Holds, on some ranks only, a tensor of the shape of what it gives."""
+
+    def __init__(self, name: str, asked: list[str], inner: State | None = None, holds: bool = False) -> None:
+        super().__init__(name, asked, inner)
+        if holds:
+            self.cache = torch.zeros(2)
+
+
+def caching_states(rank: int, asked: list[str]) -> dict[str, State]:
+    """Name of a layout -> a state of which each rank would ask another part."""
+
+    def made(name: str, holder: int, inner: State | None = None) -> Caching:
+        return Caching(name, asked, inner, holds=rank == holder)
+
+    return {
+        "first": {"a": made("a", 0)},
+        "second": {"a": made("a", 1)},
+        "each another": {"a": made("a", 1), "b": made("b", 0), "c": made("c", 2)},
+        "in a list": {"z": [made("z0", 1), {"k": made("z1", 0)}]},
+        "inside": {
+            "outer": made(
+                "outer", 0, {"in1": made("in1", 1, {"in2": made("in2", 0)}), "in3": made("in3", 2)}
+            ),
+            "next": made("next", 1),
+        },
+        "beside a module": {"m": torch.nn.Linear(1, 1), "a": made("a", 0), "z": Chatty("z", asked)},
+    }
+
+
 def chatty_states(rank: int, asked: list[str]) -> dict[str, State]:
     """Name of a layout -> a state that each rank has put together in another order."""
 
@@ -237,6 +267,7 @@ class Stuck:
 
     def __init__(self, pipe: str, method: str) -> None:
         self._pipe, self._method = pipe, method
+        self._weight = torch.ones(4)  # memory that a load asks for
 
     def _reach(self, method: str) -> None:
         if method == self._method:
@@ -245,7 +276,7 @@ class Stuck:
 
     def state_dict(self) -> State:
         self._reach("state_dict")
-        return {"value": 1, "w": torch.ones(40_000)}  # large enough for a load to ask for its memory
+        return {"value": 1, "w": self._weight}
 
     def load_state_dict(self, state: State) -> None:
         self._reach("load_state_dict")
@@ -372,6 +403,10 @@ class ReplicaAgent(EngineAgent):
     async def hold_chatty(self, layout: str) -> None:
         self._asked: list[str] = []
         self._state = chatty_states(self._rank, self._asked)[layout]
+
+    async def hold_caching(self, layout: str) -> None:
+        self._asked = []
+        self._state = caching_states(self._rank, self._asked)[layout]
 
     async def asked(self) -> list[str]:
         found = self._asked.copy()

@@ -11,7 +11,7 @@ import pytest
 
 from dcp_async.sync import CheckpointEngine
 from tests.distributed.harness import World
-from tests.distributed.replica_agent import Chatty, ReplicaAgent, chatty_states
+from tests.distributed.replica_agent import Chatty, ReplicaAgent, caching_states, chatty_states
 
 LAYOUTS = list(chatty_states(0, []))
 
@@ -43,6 +43,19 @@ def test_every_verb_meets_itself_on_the_other_rank(pair: World, root: Path, layo
     first, second = common(pair.all("asked"))
     assert first == second
     assert any(word.startswith("load ") for word in first)
+    pair.all("finish_engine")
+
+
+@pytest.mark.parametrize("layout", list(caching_states(0, [])))
+def test_all_ranks_ask_whom_one_needs_to_ask(pair: World, root: Path, layout: str) -> None:
+    assert pair.all("replica_engine", root=str(root)) == [{"kind": "open"}] * 2
+    pair.all("hold_caching", layout=layout)
+    assert_all(pair.all("save", step=1), "committed")
+    pair.all("hold_caching", layout=layout)  # fresh ones
+    assert_all(pair.all("load"), "loaded")
+    first, second = pair.all("asked")
+    assert first == second
+    assert len(first) == len(set(first))
     pair.all("finish_engine")
 
 
