@@ -84,6 +84,15 @@ def plain_tensors(state: Any) -> list[torch.Tensor]:
     return [tensor for tensor, _ in pairs_of(picture, picture) if is_plain(tensor)]
 
 
+def without_holders(value: Any) -> Any:
+    """What a load fills in place whatever happens: an object of one's own takes what it is given."""
+    if isinstance(value, Holder):
+        return None
+    if isinstance(value, Mapping):
+        return {key: without_holders(entry) for key, entry in value.items()}
+    return [without_holders(entry) for entry in value] if isinstance(value, list) else value
+
+
 def save_with_stock(state: dict[str, Any], path: Path) -> None:
     dcp.save(state, checkpoint_id=path, no_dist=True)
 
@@ -109,13 +118,14 @@ def test_load_fills_a_target_of_the_same_structure_in_place(
     workplace: Path, recipe: State, options: StagingOptions, atomic: bool
 ) -> None:
     state, target = recipe.build(), recipe.build(1, target=True)
-    places = [(tensor, tensor.data_ptr()) for tensor in plain_tensors(target)]
+    places = [(tensor, tensor.data_ptr()) for tensor in plain_tensors(without_holders(target))]
     with fresh_engine(workplace, options) as (engine, _):
         save(engine, state)
         report = engine.load(target, atomic=atomic)
     assert_same(pictured(state), pictured(target))
     assert (report.missing, report.unexpected, report.mismatched) == ((), (), ())
-    assert [now.data_ptr() for now in plain_tensors(target)] == [place for _, place in places]
+    now = [tensor.data_ptr() for tensor in plain_tensors(without_holders(target))]
+    assert now == [place for _, place in places]
 
 
 @given(recipe=stock_states(for_its_load=True), options=OPTIONS)
