@@ -240,7 +240,11 @@ class _LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows 
         self._hashes = {}
         # of the base's, the part that reads; this one is made before anything can be read
         super().__init__(io.BytesIO(raw), encoding=self.encoding, errors=self.errors)
-        return super().load()
+        self._uuids: list[uuid.UUID] = []
+        found = super().load()
+        if any(not hasattr(made, "int") for made in self._uuids):
+            raise ValueError("a UUID that was never given its number")
+        return found
 
     def _check_keys(self, target: Any, keys: list[Any]) -> None:
         if len(target) + len(keys) <= _FEW_KEYS or not (found := risky(keys)):
@@ -261,17 +265,25 @@ class _LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows 
         self.rules.check_call(klass, tuple(args))
         super()._instantiate(klass, args)
 
+    def _note(self) -> None:
+        """Of what leaves may hold, a UUID alone is made empty, and filled by BUILD: or not."""
+        if type(self.stack[-1]) is uuid.UUID:
+            self._uuids.append(self.stack[-1])
+
     def load_reduce(self) -> None:
         self.rules.check_call(self.stack[-2], self.stack[-1])
         super().load_reduce()
+        self._note()
 
     def load_newobj(self) -> None:
         self.rules.check_call(self.stack[-2], self.stack[-1])
         super().load_newobj()
+        self._note()
 
     def load_newobj_ex(self) -> None:
         self.rules.check_call(*self.stack[-3:])
         super().load_newobj_ex()
+        self._note()
 
     def load_build(self) -> None:
         self.rules.check_build(self.stack[-2], self.stack[-1])
