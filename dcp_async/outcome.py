@@ -44,8 +44,8 @@ def save_error(
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, RemoteFailure):
         return _made(verdict or error.failures, phase, response, error)
-    if verdict and rank in verdict:
-        return _made(verdict, phase, response, error, own=rank)
+    if verdict:  # made without this rank's word, if that came too late: then it is the cause here alone
+        return _made(verdict, phase, response, error, own=rank if rank in verdict else None)
     reason = str(error) or type(error).__name__
     cls: type[SaveError] = SaveError
     if isinstance(error, MutatedTensors):

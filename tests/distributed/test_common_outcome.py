@@ -69,10 +69,8 @@ def test_a_save_that_fails_on_two_ranks_fails_alike_on_all(
     assert_same(outcomes)
     assert outcomes[0]["kind"] == "SaveError"
     known = list(outcomes[0]["failures"])
-    assert known
+    assert known  # who is stopped before its own fault comes up, or comes too late, tells of none
     assert set(known) <= {first[0], second[0]}
-    if where == "capture":  # elsewhere one that is stopped before its own fault comes up has none to tell
-        assert known == [first[0], second[0]], outcomes
     if known[0] == first[0]:
         assert outcomes[0]["phase"] == phase
     for text, (rank, *_) in zip(told, (first, second), strict=False):
