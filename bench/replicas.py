@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ from dcp_async.sync import CheckpointEngine
 
 STATES = {"large": (64, 4 << 20), "many": (20_000, 4 << 10)}
 """Name -> (tensors, bytes of each)."""
-MODES = ("trust", "sample", "check")
+MODES: tuple[Literal["trust", "sample", "check"], ...] = ("trust", "sample", "check")
 
 
 def state_of(name: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_a_rank_that_hangs_in_a_method_is_named_with_it(
     if verb == "load":
         assert {each["kind"] for each in pair.all("save", step=1)} == {"committed"}
     pair[hanging].do("hold_stuck", pipe=str(pipe), method=method)
-    calls = pair.begin(verb, **({"step": 2} if verb == "save" else {}))
+    calls = pair.begin(verb, step=2) if verb == "save" else pair.begin(verb)
     outcome = calls[1 - hanging].result(LATEST)
     assert outcome["kind"] == ("SaveError" if verb == "save" else "LoadError")
     assert f"rank {hanging}" in outcome["text"]

@@ -102,7 +102,7 @@ def _verbs() -> dict[str, tuple[Callable[[Any], object], tuple[type[BaseExceptio
         tree = tree_from_json(found.structure)
         leaf_names(tree)
         pickled_keys(tree)
-        build(tree, str, lambda raw: load_pickle(raw, trust))
+        build(tree, str, lambda key: key.plain if key.raw is None else load_pickle(key.raw, trust))
 
     def checkpoint(files: dict[str, bytes]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
