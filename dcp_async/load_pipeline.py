@@ -391,15 +391,15 @@ async def load_into(
     wrappers = [targets.tensors[name] for name in match.tensors if name in targets.local]
     touched = [*filled, *filter(is_known_to_autograd, wrappers)]
     torch.autograd.graph.increment_version([tensor for tensor in touched if not tensor.is_inference()])
+    copies: list[tuple[Sequence[str], Sequence[torch.Tensor], Sequence[torch.Tensor]]] = []
     if how.atomic and into:
         names = [name for name, regions in plain.items() for _ in regions]
-        try:
-            await services.threads.run(_copy_all, names, _tensors_of(plain), _tensors_of(into))
-        except FillError as error:
-            raise pipeline.failure(error) from error
+        copies.append((names, _tensors_of(plain), _tensors_of(into)))
     if wrapped.targets:
+        copies.append((wrapped.names, wrapped.targets, wrapped.sources))
+    for copy in copies:
         try:
-            await services.threads.run(_copy_all, wrapped.names, wrapped.targets, wrapped.sources)
+            await services.threads.run(_copy_all, *copy)
         except FillError as error:
             raise pipeline.failure(error) from error
     values |= match.fresh

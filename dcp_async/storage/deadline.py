@@ -124,24 +124,15 @@ class LimitedStorage:
         led_from: str | None = None,
     ) -> Transaction:
         path = f"{name!r} in {self._inner!r}"
-        begun: list[Transaction] = []
-
-        async def begin() -> None:
-            begun.append(await self._inner.begin(name, files, uid=uid, replace=replace, led_from=led_from))
-            if has_left:
-                await begun[0].abort()
-
-        has_left = False
-        try:
-            more = 0.0 if led_from is None else _LEADER_SECONDS
-            await self._deadline.call("create", path, begin(), more=more)
-        except BaseException:
-            has_left = True
-            if begun:  # it was cancelled just then
-                with anyio.CancelScope(shield=True):
-                    await self._deadline.call("remove", path, begun[0].abort())
-            raise
-        return LimitedTransaction(begun[0], self._deadline, path)
+        begun = await self._obtain(
+            path,
+            "create",
+            lambda: self._inner.begin(name, files, uid=uid, replace=replace, led_from=led_from),
+            "remove",
+            lambda transaction: transaction.abort(),
+            more=0.0 if led_from is None else _LEADER_SECONDS,
+        )
+        return LimitedTransaction(begun, self._deadline, path)
 
     async def list(self) -> Sequence[StoredCheckpoint]:
         return await self._deadline.call("list", repr(self._inner), self._inner.list())
@@ -154,23 +145,39 @@ class LimitedStorage:
 
     async def open(self, name: str) -> Reader:
         path = f"{name!r} in {self._inner!r}"
-        opened: list[Reader] = []
+        opened = await self._obtain(
+            path, "open", lambda: self._inner.open(name), "close", lambda reader: reader.close()
+        )
+        return LimitedReader(opened, self._deadline, path)
 
-        async def open_it() -> None:
-            opened.append(await self._inner.open(name))
+    async def _obtain(
+        self,
+        path: str,
+        verb: str,
+        call: Callable[[], Awaitable[T]],
+        release_verb: str,
+        release: Callable[[T], Awaitable[None]],
+        *,
+        more: float = 0.0,
+    ) -> T:
+        """What ``call`` gives. Where nobody waits for it any more it is released as soon as it is there."""
+        obtained: list[T] = []
+
+        async def obtain() -> None:
+            obtained.append(await call())
             if has_left:
-                await opened[0].close()
+                await release(obtained[0])
 
         has_left = False
         try:
-            await self._deadline.call("open", path, open_it())
+            await self._deadline.call(verb, path, obtain(), more=more)
         except BaseException:
             has_left = True
-            if opened:  # it was cancelled just then
+            if obtained:  # it was cancelled just then
                 with anyio.CancelScope(shield=True):
-                    await self._deadline.call("close", path, opened[0].close())
+                    await self._deadline.call(release_verb, path, release(obtained[0]))
             raise
-        return LimitedReader(opened[0], self._deadline, path)
+        return obtained[0]
 
 
 class _Limited:
