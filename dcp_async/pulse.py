@@ -37,6 +37,9 @@ class Pulse:
         tick, who of them has not moved for ``timeout`` seconds, and how to say so; ``gone`` that the store
         is; ``ticked`` is called at each tick."""
         self.interval = min(timeout / 5, 5.0)
+        # others count from a beat that they saw later, or asked for earlier, than this rank remembers it: what
+        # they hold against this rank must be over before they may give up
+        self._patience = timeout - self.interval
         self._mailbox, self._nonce, self._rank, self._timeout = mailbox, nonce, rank, timeout
         self._watched, self._silent, self._gone, self._ticked = watched, silent, gone, ticked
         self._beats: dict[int, int] = {}
@@ -53,7 +56,7 @@ class Pulse:
         After a standstill one more interval is suspect, in which the word of those who gave up arrives.
         """
         now = asyncio.get_running_loop().time()
-        return now - self._last < self._timeout and now >= self._suspect_until
+        return now - self._last < self._patience and now >= self._suspect_until
 
     async def run(self) -> None:
         """Until cancelled, or the store is gone."""
@@ -68,7 +71,7 @@ class Pulse:
                 self._gone(error)
                 return
             now = loop.time()
-            if now - self._last >= self._timeout:
+            if now - self._last >= self._patience:
                 self._suspect_until = now + self.interval
             self._last = asked  # the beat may have been seen as early as that
             passed, last = min(now - last, 2 * self.interval), now
