@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dcp_async.formats.manifest import FileEntry, encode_manifest
-from dcp_async.offer import Offer, group_hashes, leaf_hashes, make_offer
-from dcp_async.plain import dumps, loads
-from dcp_async.plan_exchange import judge
-from dcp_async.planner import CompiledPlan, DefaultDraft, compile_plan
-from dcp_async.publication import GlobalPlan
+from dcp_async.planning.global_plan import GlobalPlan
+from dcp_async.planning.local_plan import Offer, group_hashes, leaf_hashes, make_offer
+from dcp_async.planning.planner import CompiledPlan, DefaultDraft, compile_plan
+from dcp_async.save.plan_agreement import judge
+from dcp_async.trust.plain_data import dumps, loads
 from simulated_ranks import Ranks, pretending, stock_plan
 
 UID = "0123456789abcdef"

@@ -14,8 +14,8 @@ Files are DCP's: stock ``torch.distributed.checkpoint.load`` reads them, and thi
 
 from __future__ import annotations
 
-from .coordinator import Coordination
-from .engine import CheckpointEngine
+from .coordination.coordinator import Coordination
+from .engine.engine import CheckpointEngine
 from .errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -30,13 +30,13 @@ from .errors import (
     StorageError,
     UntrustedCheckpointError,
 )
-from .observer import Event, Observer, SaveCommitted, SaveFailed, SaveProgress, SaveStaged, SaveStarted
+from .events import Event, Observer, SaveCommitted, SaveFailed, SaveProgress, SaveStaged, SaveStarted
 from .options import Limits, Timeouts
-from .planner import PlanningOptions
+from .planning.planner import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointHandle, CheckpointInfo, CheckpointRef, LoadReport
-from .staging import Stager, StagingOptions
-from .stateful import AppState, PerRank, RNGState
-from .trust import Trust
+from .staging.stager import Stager, StagingOptions
+from .state.stateful import AppState, PerRank, RNGState
+from .trust.policy import Trust
 
 __version__ = "0.1.0.dev0"
 

@@ -18,9 +18,9 @@ from typing import Any, Generic, Literal, SupportsIndex, TypeAlias, TypeVar
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from ._concurrency.signal_safe import SignalSafeFuture
 from .errors import EngineStateError, LoadError, SaveCancelled, SaveError
-from .formats.structure import JSON
-from .signal_safe import SignalSafeFuture
+from .formats.tree import JSON
 
 logger = logging.getLogger(__name__)
 

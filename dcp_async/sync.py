@@ -13,18 +13,18 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from . import engine
-from ._drive import Verb, drive_blocking
-from .coordinator import Coordination
-from .formats.structure import JSON
-from .matching import Dtypes
-from .observer import Observer
+from ._concurrency.verbs import Verb, drive_blocking
+from .coordination.coordinator import Coordination
+from .engine import engine
+from .events import Observer
+from .formats.tree import JSON
+from .load.matching import Dtypes
 from .options import Limits, Timeouts
-from .planner import PlanningOptions
+from .planning.planner import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
-from .staging import Stager, StagingOptions
+from .staging.stager import Stager, StagingOptions
 from .storage.base import Storage
-from .trust import Trust
+from .trust.policy import Trust
 
 T = TypeVar("T")
 

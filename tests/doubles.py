@@ -363,7 +363,7 @@ class FaultyStorage(_Wrapped):
 @contextlib.asynccontextmanager
 async def faulty_storage(root: Path) -> AsyncIterator[FaultyStorage]:
     """The local storage below `root`, ready to be told what shall go wrong; closed at the end."""
-    from dcp_async.storage.local import LocalStorage
+    from dcp_async.storage.local.storage import LocalStorage
 
     storage = LocalStorage(root)
     try:
@@ -426,7 +426,7 @@ class LoopSpy:
 
 def replace_loops(monkeypatch: pytest.MonkeyPatch, factory: LoopFactory) -> LoopSpy:
     """From here on engines run on loops of this factory."""
-    import dcp_async._concurrency as concurrency
+    import dcp_async._concurrency.threads as concurrency
 
     spy = LoopSpy(factory)
     monkeypatch.setattr(concurrency, "default_loop_factory", lambda: spy.new)

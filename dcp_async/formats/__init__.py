@@ -1,1 +1,1 @@
-"""Formats: items <-> file images. Pure functions over bytes and numbers, no I/O."""
+"""Pure: items to bytes of a file image, `.metadata` and manifest, and back; ours and stock's."""

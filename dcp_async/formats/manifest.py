@@ -15,7 +15,7 @@ from typing import Any, TypedDict, Unpack
 
 import xxhash
 
-from .structure import JSON
+from .tree import JSON
 
 MANIFEST_VERSION = 1
 

@@ -20,8 +20,8 @@ from typing import Any, cast
 
 import torch
 
-from ..pickle_grammar import run
-from ..pickle_walk import Made, Walk, get_operands
+from ..trust.pickle_grammar import run
+from ..trust.pickle_walk import Made, Walk, get_operands
 
 _STARTS = frozenset(b"X\x8chj")
 _MAX_OF_ONE_NAME = 1000

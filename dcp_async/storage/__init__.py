@@ -1,1 +1,1 @@
-"""Storages: bytes and media. They know nothing of tensors."""
+"""Bytes to media, by the protocols of base.py; knows no tensor, no pickle and no format."""

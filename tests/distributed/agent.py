@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 import uvloop
 
-from dcp_async.mailbox import Mailbox
+from dcp_async.coordination.failures import RemoteFailure
+from dcp_async.coordination.store_channel import Mailbox
+from dcp_async.coordination.store_coordinator import StoreCoordinator
 from dcp_async.options import Timeouts
-from dcp_async.remote import RemoteFailure
-from dcp_async.store_coordinator import StoreCoordinator
 
 Fields = tuple[str, str, str, str, bool]
 """Of a RemoteError: phase, type name, message, traceback text, cancelled."""

@@ -22,8 +22,8 @@ from torch.distributed import distributed_c10d as c10d
 
 from dcp_async import CheckpointEngine, Coordination, Limits, PerRank, StagingOptions, Timeouts, Trust
 from dcp_async.errors import CheckpointError, LoadError, SaveError
-from dcp_async.storage import lease
-from dcp_async.storage.local import LocalStorage
+from dcp_async.storage.local import lease
+from dcp_async.storage.local.storage import LocalStorage
 from tests.distributed.agent import Agent, LocalError
 from tests.doubles import FaultyStorage, Gate, _Fault, difference
 

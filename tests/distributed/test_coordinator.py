@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dcp_async.remote import RemoteError, RemoteFailure
+from dcp_async.coordination.failures import RemoteError, RemoteFailure
 from tests.distributed.harness import Call, Failed, World
 
 MIB = 1 << 20

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, SaveError, Trust
-from dcp_async.wrapped import joined, pairs
+from dcp_async.state.wrapped import joined, pairs
 from tests.doubles import assert_same
 from tests.wrapped_tensors import BLOCK, COLUMNS, ROWS, Blocks, blocks, inner, job, same
 

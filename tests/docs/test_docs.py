@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib.util
 import inspect
 import io
 import re
@@ -29,6 +28,7 @@ import torch
 
 import dcp_async
 from dcp_async import errors
+from tests import module_table
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
@@ -211,29 +211,9 @@ def test_every_page_is_in_a_table_of_contents() -> None:
     assert {name_of(page) for page in DOCS.rglob("*.md")} - {name_of(page) for page in listed} == set()
 
 
-def imported_modules() -> set[str]:
-    """Modules of the package that its public ones import, directly or not; names without `dcp_async.`."""
-    todo, found = ["dcp_async", "dcp_async.sync"], set()
-    while todo:
-        name = todo.pop()
-        spec = importlib.util.find_spec(name)
-        if name in found or spec is None or spec.origin is None:  # a name that is imported from a module
-            continue
-        found.add(name)
-        package = name if spec.submodule_search_locations else name.rpartition(".")[0]
-        for node in ast.walk(ast.parse(Path(spec.origin).read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package).rstrip(
-                    "."
-                )
-                todo += [base] if node.module else [f"{base}.{alias.name}" for alias in node.names]
-    packages = {"dcp_async", "dcp_async.formats", "dcp_async.storage"}
-    return {name.removeprefix("dcp_async.") for name in found - packages}
-
-
-def test_architecture_page_names_every_module() -> None:
-    rows = re.findall(r"^\|[^|]*\| `([\w.]+)` \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)
-    assert sorted(rows) == sorted(imported_modules())
+def test_the_table_of_modules_is_what_the_modules_say() -> None:
+    """``python -m tests.module_table > docs/modules.inc`` makes it anew."""
+    assert (DOCS / "modules.inc").read_text() == module_table.table()
 
 
 def test_fenced_lines_fit_the_page() -> None:

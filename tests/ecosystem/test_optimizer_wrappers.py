@@ -14,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 
 from dcp_async import AppState, CheckpointEngine, StagingOptions
-from dcp_async.storage.local import LocalStorage
+from dcp_async.storage.local.storage import LocalStorage
 from tests.doubles import ASIDE_BYTES, KIB, FaultyStorage
 
 PART = 64 * KIB

@@ -14,7 +14,7 @@ import pytest_asyncio
 import torch
 
 from dcp_async import CheckpointEngine, CheckpointError, SaveError, StorageError, Timeouts
-from dcp_async.storage.local import LocalStorage
+from dcp_async.storage.local.storage import LocalStorage
 from tests.doubles import PATIENCE, assert_same, chain, committed, on_thread, open_descriptors, random_tensor
 
 STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
@@ -202,7 +202,7 @@ async def test_a_reader_that_can_not_be_closed_spoils_no_load(root: Path, disk: 
 async def test_ending_the_engine_does_not_wait_for_reads_that_hang(
     root: Path, disk: Disk, how: str, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcp_async.lifetime._ABORT_SECONDS", 0.3)
+    monkeypatch.setattr("dcp_async.engine.lifetime._ABORT_SECONDS", 0.3)
     async with CheckpointEngine(root) as engine:
         await (await engine.save(STATE, step=1)).upload_completion
     hung = CheckpointEngine(disk.storage, timeouts=Timeouts(exit_grace=0.3))  # the storage has ten minutes

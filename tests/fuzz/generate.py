@@ -36,9 +36,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcp_async import plain, sync
+from dcp_async import sync
 from dcp_async.formats.distcp import BLOCK_BYTES, Footer
 from dcp_async.formats.zip_item import object_item
+from dcp_async.trust import plain_data as plain
 from tests.fuzz.batch import Case
 
 NUMBERS = (

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, StagingOptions
-from dcp_async._concurrency import BlockingThreads
-from dcp_async.storage.page_cache import give_back
+from dcp_async._concurrency.threads import BlockingThreads
+from dcp_async.storage.local.page_cache import give_back
 from tests.doubles import ASIDE_BYTES, KIB, MIB, data_files, random_tensor
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

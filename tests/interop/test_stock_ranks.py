@@ -28,7 +28,7 @@ from dcp_async import (
     CorruptCheckpointError,
     UntrustedCheckpointError,
 )
-from dcp_async.storage.local import LocalStorage
+from dcp_async.storage.local.storage import LocalStorage
 from tests.doubles import assert_same, blank, random_tensor
 from tests.interop.rank_jobs import JOBS, run_world
 from tests.interop.stock_states import sharded_whole

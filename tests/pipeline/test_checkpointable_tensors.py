@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dcp_async import CheckpointEngine, IncompatibleStateError, SaveError
-from dcp_async.checkpointable import HAS_PROTOCOL
+from dcp_async.state.checkpointable import HAS_PROTOCOL
 from tests.doubles import random_tensor
 
 has_protocol = pytest.mark.skipif(not HAS_PROTOCOL, reason="new in torch 2.14.1")

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, StagingOptions
-from dcp_async.storage.local import LocalStorage
-from dcp_async.storage.local_transaction import LocalTransaction
+from dcp_async.storage.local.storage import LocalStorage
+from dcp_async.storage.local.transaction import LocalTransaction
 from tests.doubles import (
     DATA_FILE,
     KIB,

@@ -20,7 +20,7 @@ from dcp_async import (
     StorageError,
     Trust,
 )
-from dcp_async.planner import PlanningOptions
+from dcp_async.planning.planner import PlanningOptions
 from tests.doubles import FaultyStorage
 
 

@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from dcp_async import CheckpointEngine, StagingOptions
-from dcp_async.stepping import stepped_by
+from dcp_async.state.optimizers.stepping import stepped_by
 from tests.doubles import ASIDE_BYTES, KIB, FaultyStorage, assert_same, frozen
 
 PART = 64 * KIB

@@ -14,9 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dcp_async import CheckpointEngine, SaveError, Trust
-from dcp_async.offer import make_offer, unpack_tensors, unpack_tree
-from dcp_async.plain import dumps, loads
-from dcp_async.state import capture
+from dcp_async.planning.local_plan import make_offer, unpack_tensors, unpack_tree
+from dcp_async.state.capture import capture
+from dcp_async.trust.plain_data import dumps, loads
 from tests.doubles import assert_same
 
 

@@ -20,7 +20,7 @@ from dcp_async import (
     Trust,
     UntrustedCheckpointError,
 )
-from dcp_async.storage.local import LocalStorage
+from dcp_async.storage.local.storage import LocalStorage
 from tests.doubles import assert_same
 
 OLD, NEW = "step-00000001", "step-00000002"

@@ -24,7 +24,7 @@ from dcp_async import (
     CorruptCheckpointError,
     SaveError,
 )
-from dcp_async.storage.local import LocalStorage
+from dcp_async.storage.local.storage import LocalStorage
 from tests.doubles import MIB, assert_same, manifest_file
 
 STATE = {"w": torch.arange(100.0), "n": 1}

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp_async import CheckpointEngine
-from dcp_async._concurrency import StuckThreadError
-from dcp_async.storage import page_cache
-from dcp_async.storage.files import ReadFile
-from dcp_async.storage.local import LocalStorage
-from dcp_async.storage.page_cache import absent_ranges, give_back, overlaps
+from dcp_async._concurrency.threads import StuckThreadError
+from dcp_async.storage.local import page_cache
+from dcp_async.storage.local.files import ReadFile
+from dcp_async.storage.local.page_cache import absent_ranges, give_back, overlaps
+from dcp_async.storage.local.storage import LocalStorage
 from tests.doubles import assert_same, data_files, random_tensor
 
 MIB = 1 << 20

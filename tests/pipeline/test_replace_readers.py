@@ -18,11 +18,11 @@ import torch
 import xxhash
 
 from dcp_async import CheckpointEngine, CheckpointNotFoundError, CorruptCheckpointError, LoadError
-from dcp_async._concurrency import BlockingThreads
-from dcp_async.catalog import Catalog
-from dcp_async.contents import Contents
-from dcp_async.joint_opening import open_same
-from dcp_async.storage.local import LocalStorage
+from dcp_async._concurrency.threads import BlockingThreads
+from dcp_async.catalog.catalog import Catalog
+from dcp_async.catalog.contents import Contents
+from dcp_async.load.joint_opening import open_same
+from dcp_async.storage.local.storage import LocalStorage
 from tests.doubles import flip
 
 NAMES = ("open", "listdir", "scandir", "stat", "lstat")
@@ -278,7 +278,7 @@ class Meeting:
 async def test_ranks_between_whose_looks_a_replace_falls_open_the_same_in_the_end(
     root: Path, replacer: Replacer, late: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcp_async.joint_opening._RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("dcp_async.load.joint_opening._RETRY_SECONDS", 0.0)
     threads = BlockingThreads("test-work", 1)
     storage = LocalStorage(root)
     table: dict[str, dict[int, Any]] = {}

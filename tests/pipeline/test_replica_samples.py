@@ -11,11 +11,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dcp_async.planner import CompiledPlan
-from dcp_async.replica_turns import Turn
-from dcp_async.replicas import Mode, ReplicaCheck, Sample
-from dcp_async.staging import MutatedTensors, Stager, StagingOptions
-from dcp_async.state import Captured, capture
+from dcp_async.planning.planner import CompiledPlan
+from dcp_async.planning.replica_turns import Turn
+from dcp_async.save.replica_check import Mode, ReplicaCheck, Sample
+from dcp_async.staging.stager import MutatedTensors, Stager, StagingOptions
+from dcp_async.state.capture import Captured, capture
 
 FIRST = Turn(number=0, is_proven=False)
 PROVEN = Turn(number=1, is_proven=True)

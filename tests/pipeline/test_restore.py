@@ -260,7 +260,7 @@ async def test_a_wrappers_name_in_a_module_of_ones_own_is_a_name_like_any_other(
 
 async def test_reading_many_keys_costs_no_more_than_reading_all(root: Path) -> None:
     """Counted in steps of the tree, not in seconds: each name is looked at once."""
-    from dcp_async.formats import structure
+    from dcp_async.formats import tree as structure
 
     tree = structure.mapping_node("dict", ((f"k{index}", None) for index in range(2000)))
     asked = [f"k{index}" for index in range(0, 2000, 2)]

@@ -23,13 +23,14 @@ from dcp_async import (
     EngineStateError,
     PlanningOptions,
     SaveError,
-    pipeline,
-    proof,
-    publication,
-    release,
 )
-from dcp_async.formats import distcp, metadata, zip_item
+from dcp_async.engine import release
+from dcp_async.formats import distcp, zip_item
+from dcp_async.formats import metadata_writer as metadata
 from dcp_async.formats.manifest import FileEntry, structure_json
+from dcp_async.planning import global_plan as publication
+from dcp_async.planning import self_proof as proof
+from dcp_async.save import pipeline
 from tests.doubles import assert_same, data_files
 
 STATE: dict[str, Any] = {

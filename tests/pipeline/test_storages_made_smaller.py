@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dcp_async import SaveError
+from dcp_async.state.capture_cache import Trail
+from dcp_async.state.tensor_memory import SpotCheck
 from dcp_async.sync import CheckpointEngine
-from dcp_async.tensor_memory import SpotCheck
-from dcp_async.trail import Trail
 
 KIB = 1024
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, SaveError, StagingOptions, StateMutatedError
-from dcp_async.gather import Gather, RefusedError
-from dcp_async.state import capture
-from dcp_async.walk import Given
+from dcp_async.staging.vectored_copy import Gather, RefusedError
+from dcp_async.state.capture import capture
+from dcp_async.state.flatten import Given
 from tests.doubles import ASIDE_BYTES, KIB, MIB, FaultyStorage, assert_same, frozen, random_tensor
 
 PART = 64 * KIB

@@ -21,7 +21,7 @@ from dcp_async import (
     Trust,
     UntrustedCheckpointError,
 )
-from dcp_async.storage.local import LocalStorage
+from dcp_async.storage.local.storage import LocalStorage
 
 OLD, MIDDLE, NEW = "step-00000001", "step-00000002", "step-00000003"
 

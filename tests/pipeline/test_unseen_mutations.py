@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_async import CheckpointEngine, StagingOptions, StateMutatedError
-from dcp_async.mutation import places_to_sample
+from dcp_async.state.mutation import places_to_sample
 from tests.doubles import ASIDE_BYTES, KIB, MIB, FaultyStorage, assert_same
 
 PART = 64 * KIB
@@ -140,8 +140,8 @@ ROWS_WRITES: dict[str, Change] = {
 
 @pytest.mark.parametrize("kind", ROWS_WRITES)
 def test_a_wrapper_with_dcps_hooks_is_watched(kind: str) -> None:
-    from dcp_async.staging import copy_aside
-    from dcp_async.state import capture
+    from dcp_async.staging.stager import copy_aside
+    from dcp_async.state.capture import capture
 
     rows = Rows(torch.zeros(ROWS, ROWS))
     captured = capture({"w": rows, "other": torch.zeros(ROWS, ROWS)}, None)

@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from dcp_async import AppState, CheckpointEngine, StagingOptions
-from dcp_async.hooks import OptimizerHooks
+from dcp_async.engine.optimizer_hooks import OptimizerHooks
 from dcp_async.response import CheckpointHandle
-from dcp_async.stepping import stepped_by
+from dcp_async.state.optimizers.stepping import stepped_by
 from tests.doubles import ASIDE_BYTES, KIB, FaultyStorage, assert_same, frozen
 
 PART = 64 * KIB

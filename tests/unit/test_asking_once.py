@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dcp_async import PerRank, RNGState
-from dcp_async.state import capture
+from dcp_async.state.capture import capture
 
 
 class Generators(RNGState):

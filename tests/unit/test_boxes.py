@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_async.boxes import Box, box_at, common, cut_box, extents, relative, slices
+from dcp_async._geometry import Box, box_at, common, cut_box, extents, relative, slices
 
 
 @st.composite

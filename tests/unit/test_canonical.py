@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcp_async.canonical import UndecidableError, digest, first_difference, places
+from dcp_async.planning.canonical import UndecidableError, digest, first_difference, places
 
 Point = namedtuple("Point", "x y")
 
@@ -138,7 +138,7 @@ def test_values_that_differ_have_different_digests(kind: str) -> None:
 
 def test_a_digest_holds_in_every_process() -> None:
     code = (
-        "from dcp_async.canonical import digest;"
+        "from dcp_async.planning.canonical import digest;"
         "print(digest([{'w%d' % n for n in range(20)}, {'a': (1.5, None, b'x')}]))"
     )
     found = {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcp_async.canonical import digest, first_difference, places
+from dcp_async.planning.canonical import digest, first_difference, places
 
 
 class Tags(set[Any]):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dcp_async import EngineStateError
-from dcp_async._concurrency import BlockingThreads, LoopThread, Pipe, StuckThreadError, run_blocking
+from dcp_async._concurrency.threads import BlockingThreads, LoopThread, Pipe, StuckThreadError, run_blocking
 
 
 @pytest.fixture

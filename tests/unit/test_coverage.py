@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_async.boxes import Box, first_fault
-from dcp_async.reading import CoverageError, check_coverage
+from dcp_async._geometry import Box, first_fault
+from dcp_async.load.read_plan import CoverageError, check_coverage
 
 
 def _box(*at: int, size: int = 1) -> Box:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, Stager, StagingOptions
-from dcp_async.device import Event
+from dcp_async.staging.device import Event
 
 DEVICE = torch.device("cuda", 3)
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from dcp_async.garbage import collection_paused
+from dcp_async._concurrency.gc_pause import collection_paused
 
 
 @pytest.fixture(autouse=True)

@@ -26,22 +26,22 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from dcp_async.formats.metadata import data_file_name
-from dcp_async.formats.stock_pickle import decode_metadata
-from dcp_async.formats.structure import tree_to_json
-from dcp_async.global_plan import (
+from dcp_async.formats.metadata_reader import decode_metadata
+from dcp_async.formats.metadata_writer import data_file_name
+from dcp_async.formats.tree import tree_to_json
+from dcp_async.planning.assignment import (
     Assignment,
     ConflictError,
     Offers,
     assign,
     check_leaves,
 )
-from dcp_async.offer import Offer, make_offer, unpack_leaves, unpack_tensors
-from dcp_async.plain import dumps, loads
-from dcp_async.planner import CompiledPlan, compile_plan
-from dcp_async.publication import GlobalPlan, Placement, Publication
-from dcp_async.state import Captured, capture
-from dcp_async.stateful import PerRank
+from dcp_async.planning.global_plan import GlobalPlan, Placement, Publication
+from dcp_async.planning.local_plan import Offer, make_offer, unpack_leaves, unpack_tensors
+from dcp_async.planning.planner import CompiledPlan, compile_plan
+from dcp_async.state.capture import Captured, capture
+from dcp_async.state.stateful import PerRank
+from dcp_async.trust.plain_data import dumps, loads
 
 UID = "0123456789abcdef"
 Box = tuple[tuple[int, ...], tuple[int, ...]]

@@ -16,7 +16,7 @@ from dcp_async.formats.manifest import (
     encode_manifest,
     structure_json,
 )
-from dcp_async.formats.structure import MAX_TREE_DEPTH, children_of, leaf_names, tree_from_json, tree_to_json
+from dcp_async.formats.tree import MAX_TREE_DEPTH, children_of, leaf_names, tree_from_json, tree_to_json
 
 _HEX = "0123456789abcdef"
 

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcp_async.formats.metadata import Group, metadata_template
-from dcp_async.formats.stock_pickle import Unknown, decode_metadata
-from dcp_async.trust import UntrustedGlobal
+from dcp_async.formats.metadata_reader import Unknown, decode_metadata
+from dcp_async.formats.metadata_writer import Group, metadata_template
+from dcp_async.trust.policy import UntrustedGlobal
 
 UID = "0123456789abcdef"
 _KEYS = ("w", "leaf")

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from dcp_async.global_plan import ConflictError, _check_covered
+from dcp_async.planning.assignment import ConflictError, _check_covered
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 

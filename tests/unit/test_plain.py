@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_async.plain import dumps, loads
+from dcp_async.trust.plain_data import dumps, loads
 
 _LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
 _KEYS = st.none() | st.booleans() | st.integers() | st.text() | st.binary()

@@ -13,12 +13,12 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from dcp_async.formats.metadata import MetadataTemplate
-from dcp_async.formats.structure import dcp_paths, tree_to_json
-from dcp_async.offer import is_dense
-from dcp_async.planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
-from dcp_async.state import capture
-from dcp_async.walk import CaptureError
+from dcp_async.formats.metadata_writer import MetadataTemplate
+from dcp_async.formats.tree import dcp_paths, tree_to_json
+from dcp_async.planning.local_plan import is_dense
+from dcp_async.planning.planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
+from dcp_async.state.capture import capture
+from dcp_async.state.flatten import CaptureError
 
 
 class OwnPlanner(DefaultSavePlanner):

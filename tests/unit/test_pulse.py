@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
-from dcp_async.mailbox import Mailbox
-from dcp_async.pulse import Pulse
+from dcp_async.coordination.heartbeat import Pulse
+from dcp_async.coordination.store_channel import Mailbox
 
 TIMEOUT = 2.0
 
@@ -38,8 +38,8 @@ class Clock:
 
 
 @pytest.fixture
-def clock() -> Iterator[Clock]:
-    yield Clock()
+def clock() -> Clock:
+    return Clock()
 
 
 async def turn() -> None:
@@ -55,13 +55,13 @@ async def test_a_rank_doubts_itself_before_others_can_give_up_on_it(
     that decides after a standstill of a bit less than the timeout decides for some that have given up."""
     store = Store()
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr("dcp_async.pulse.asyncio.get_running_loop", lambda: clock)
+    monkeypatch.setattr("dcp_async.coordination.heartbeat.asyncio.get_running_loop", lambda: clock)
     pulse = Pulse(
         mailbox=cast(Mailbox, store),
         nonce="n",
         rank=0,
         timeout=TIMEOUT,
-        watched=lambda: [],
+        watched=list,
         silent=lambda ranks, why: None,
         gone=lambda error: None,
     )
@@ -83,13 +83,13 @@ async def test_a_rank_doubts_itself_before_others_can_give_up_on_it(
 async def test_a_busy_moment_is_no_standstill(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store()
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr("dcp_async.pulse.asyncio.get_running_loop", lambda: clock)
+    monkeypatch.setattr("dcp_async.coordination.heartbeat.asyncio.get_running_loop", lambda: clock)
     pulse = Pulse(
         mailbox=cast(Mailbox, store),
         nonce="n",
         rank=0,
         timeout=TIMEOUT,
-        watched=lambda: [],
+        watched=list,
         silent=lambda ranks, why: None,
         gone=lambda error: None,
     )

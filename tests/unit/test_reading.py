@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcp_async import boxes, reading
+from dcp_async import _geometry as boxes
 from dcp_async.formats.distcp import BLOCK_BYTES, block_digests
-from dcp_async.spans import (
+from dcp_async.load import read_plan as reading
+from dcp_async.load.fetch import (
     Check,
     DamagedError,
     FetchBuffers,
@@ -24,7 +25,7 @@ from dcp_async.spans import (
     make_batches,
     make_spans,
 )
-from dcp_async.staging import flat_slices
+from dcp_async.staging.stager import flat_slices
 
 SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=4)
 

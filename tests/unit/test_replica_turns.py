@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dcp_async.replica_turns import Rotation
+from dcp_async.planning.replica_turns import Rotation
 
 
 def committed(rotation: Rotation) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dcp_async.outcome import save_error
-from dcp_async.pipeline import in_phase
-from dcp_async.remote import PhaseFailure, RemoteError
+from dcp_async.coordination.failures import PhaseFailure, RemoteError
+from dcp_async.coordination.settlement import Settlement, Verdict
 from dcp_async.response import AsyncSaveResponse, Place
-from dcp_async.settlement import Settlement, Verdict
+from dcp_async.save.failures import save_error
+from dcp_async.save.pipeline import in_phase
 
 
 def failure(message: str, phase: str = "write") -> RemoteError:

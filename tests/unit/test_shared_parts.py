@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dcp_async.leaves import _is_admitted
+from dcp_async.state.flatten import is_terminal
+from dcp_async.state.leaves import _is_admitted
 from dcp_async.sync import CheckpointEngine
-from dcp_async.walk import is_terminal
 
 
 def shared(times: int, value: Any, kind: type = tuple) -> Any:

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcp_async.formats.stock_metadata import merge_ranks, usable_paths
+from dcp_async.formats.stock_compat import merge_ranks, usable_paths
+from dcp_async.formats.stored_item import inflated_bound
 from dcp_async.formats.zip_item import check_records, object_item, pickle_start, tensor_frame
-from dcp_async.item import inflated_bound
 
 
 def saved(value: Any) -> bytes:

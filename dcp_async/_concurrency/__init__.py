@@ -1,0 +1,1 @@
+"""The loop thread, threads for blocking calls, bounded pipes, and verbs as generators."""

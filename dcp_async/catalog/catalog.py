@@ -1,0 +1,209 @@
+"""Which checkpoints exist, in which order, and which one a reference means.
+
+Enters: a Storage. Leaves: names and CheckpointInfo of committed checkpoints. Invariant: all verbs see the
+same checkpoints in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from .._concurrency.threads import BlockingThreads
+from ..errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    LoadError,
+    StorageError,
+)
+from ..formats.manifest import Manifest
+from ..response import CheckpointInfo, CheckpointRef
+from ..storage.base import LinkError, Storage, StoredCheckpoint
+from .contents import Contents
+from .opening import Opener, UnfitMetadataError, last_number, refused_link
+from .reference import reference
+
+logger = logging.getLogger(__name__)
+
+_OUR_NAME = re.compile(r"step-\d{8,}")
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
+class Catalog:
+    """Reads what lies in a storage. Owns nothing.
+
+    Committed checkpoints have one order for all verbs. Going down from the newest, one that is damaged is
+    passed over with a warning; one that the medium can't read, or behind a link that is not followed, ends
+    the search: it may be whole. Older ones of that kind are in nobody's way.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        threads: BlockingThreads,
+        metadata_of: Callable[[str], Awaitable[Metadata]],
+        *,
+        timeout: float = 600.0,
+    ) -> None:
+        """
+        Args:
+            metadata_of: serves ``CheckpointInfo.metadata()``, which may be awaited on any loop.
+            timeout: seconds after which a checkpoint that is replaced again and again is given up.
+        """
+        self._storage = storage
+        self._metadata_of = metadata_of
+        self._opener = Opener(storage, threads, metadata_of, timeout=timeout)
+        self._told: set[tuple[str, str]] = set()
+        """(name, why) of what could not be read: told once, not at every look."""
+
+    async def open(self, name: str) -> Contents:
+        """Open ``name`` and all its files, and check everything but the payload. Raises:
+        CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError."""
+        return await self._opener.open(name)
+
+    async def metadata(self, name: str) -> Metadata:
+        """DCP's Metadata of ``name``. Raises: as ``open``."""
+        return await self._opener.metadata(name)
+
+    async def is_current(self, contents: Contents) -> bool:
+        """Whether what was opened has not been replaced or removed since."""
+        return await self._opener.is_current(contents)
+
+    async def steps(self) -> list[int]:
+        """The steps of all checkpoints, committed or not."""
+        return [
+            step
+            for stored in await self._storage.list()
+            if (step := (await self._key(stored))[1]) is not None
+        ]
+
+    async def _key(self, stored: StoredCheckpoint) -> tuple[bool, int | None, float]:
+        """(has a step, step, time): what "latest" orders by."""
+        if stored.committed:
+            manifest = await self._manifest(stored.name)
+            if manifest is not None:
+                return manifest.step is not None, manifest.step, stored.modified
+        # a foreign directory with digits in its name is no step: only ours count before they are committed
+        step = last_number(stored.name) if stored.committed or _OUR_NAME.fullmatch(stored.name) else None
+        return step is not None, step, stored.modified
+
+    async def _manifest(self, name: str) -> Manifest | None:
+        """The manifest of ``name``; None if there is none or it can't be read, which is no reason to know
+        nothing of the others: whoever opens this one is told why not."""
+        try:
+            return await self._opener.manifest(name)
+        except CheckpointNotFoundError:
+            return None  # removed meanwhile
+        except (LoadError, StorageError) as error:
+            problem = refused_link(name, error) if isinstance(error, LinkError) else error
+            is_medium = isinstance(problem, StorageError) and not isinstance(error, LinkError)
+            if is_medium or not _OUR_NAME.fullmatch(name):  # of ours, the name tells the step
+                self._tell(name, problem, "is put in order by its name and time")
+            else:
+                logger.debug("%r has no manifest to order it by: %s", name, problem)
+            return None
+
+    async def _ordered(self) -> dict[str, int | None]:
+        """Name -> step of committed checkpoints, ascending: by step, those without one first, by time."""
+        keyed = [
+            (await self._key(stored), stored.name)
+            for stored in await self._storage.list()
+            if stored.committed
+        ]
+        keyed.sort(key=lambda entry: (entry[0][0], entry[0][1] or 0, entry[0][2]))
+        return {name: key[1] for key, name in keyed}
+
+    async def names(self) -> list[str]:
+        """Committed checkpoints, ascending, for ``info`` to say what they are.
+
+        Raises: as ``latest``, so that no list ends with an older one.
+        """
+        names = list(await self._ordered())
+        await self._newest(names)
+        return names
+
+    async def info(self, name: str) -> CheckpointInfo | None:
+        """What ``name`` is; None, and a warning, if it is not whole, can't be read, or is behind a link that
+        is not followed."""
+        try:
+            return await self._opener.describe(name)
+        except CheckpointNotFoundError:
+            return None  # removed meanwhile
+        except LinkError as error:
+            self._pass_over(name, refused_link(name, error))
+        except (LoadError, StorageError) as error:
+            self._pass_over(name, error)
+        return None
+
+    def _pass_over(self, name: str, error: CheckpointError) -> None:
+        self._tell(name, error, "is passed over")
+
+    def _tell(self, name: str, error: CheckpointError, what: str) -> None:
+        if (name, str(error)) not in self._told:
+            self._told.add((name, str(error)))
+            logger.warning("%r in %r %s: %s", name, self._storage, what, error)
+
+    def info_from(self, plain: dict[str, Any]) -> CheckpointInfo:
+        """What another rank told of a checkpoint, see ``CheckpointInfo._plain``."""
+        return CheckpointInfo(**plain, _metadata=self._metadata_of)
+
+    async def latest(self) -> CheckpointInfo | None:
+        """The newest whole checkpoint.
+
+        Raises: UntrustedCheckpointError or StorageError for a link that is not followed, or leads to nothing,
+        and may be newer; LoadError for one that a newer release wrote.
+        """
+        return await self._newest(list(await self._ordered()))
+
+    async def _newest(self, names: Sequence[str]) -> CheckpointInfo | None:
+        for name in reversed(names):
+            try:
+                return await self._opener.describe(name)
+            except CheckpointNotFoundError:
+                continue  # removed meanwhile
+            except LinkError as error:
+                raise refused_link(name, error) from error
+            except (CorruptCheckpointError, UnfitMetadataError) as error:
+                self._pass_over(name, error)
+        return None
+
+    async def resolve(self, ref: CheckpointRef) -> list[str]:
+        """The names to try, best first. Raises CheckpointNotFoundError; TypeError for what can't be a
+        reference."""
+        wanted = reference(ref)
+        steps = await self._ordered()
+        names = list(steps)
+        if wanted == "latest":
+            chosen = names[::-1]
+        elif isinstance(wanted, int):
+            chosen = [name for name in reversed(names) if steps[name] == wanted][:1]
+        else:
+            name = wanted if wanted in names else await self._meant_by(wanted)
+            chosen = [name] if name in names else []
+        if not chosen:
+            what = "no checkpoint" if wanted == "latest" else f"no checkpoint {wanted!r}"
+            there = f"there are {', '.join(map(_shown, names[-5:]))}" if names else "there is none yet"
+            why = await self._why_none(wanted)
+            raise CheckpointNotFoundError(f"{what} is committed in {self._storage!r}{why}; {there}")
+        return chosen
+
+    async def _meant_by(self, name: str) -> str:
+        """The checkpoint that ``name`` is an alias of."""
+        return next((stored.alias_of for stored in await self._storage.list() if stored.name == name), "")
+
+    async def _why_none(self, ref: str | int) -> str:
+        """What the storage says of a name that lies there and is no checkpoint."""
+        if isinstance(ref, str) and any(stored.name == ref for stored in await self._storage.list()):
+            try:
+                await (await self._storage.open(ref)).close()
+            except (FileNotFoundError, StorageError) as error:
+                return f" ({error.strerror or error})"
+        return ""

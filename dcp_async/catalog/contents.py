@@ -1,0 +1,140 @@
+"""An opened checkpoint: what its metadata and its manifest say it holds, and where.
+
+Enters: decoded Metadata and manifest. Leaves: names, places and the saved tree. Invariant: whoever has
+Contents has its reader too, and closes both.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from .._concurrency.gc_pause import collection_paused
+from ..errors import CorruptCheckpointError
+from ..formats.manifest import Manifest
+from ..formats.stock_compat import usable_paths
+from ..formats.tree import Tree, leaf_names, structure_from_paths, tree_from_json
+from ..formats.unfolding import Part
+from ..response import CheckpointInfo
+from ..storage.base import Reader
+
+
+@dataclass(slots=True, kw_only=True)
+class Contents:
+    """An opened checkpoint. Owns its reader; ``close()`` releases it."""
+
+    info: CheckpointInfo
+    reader: Reader
+    metadata: Metadata
+    digest: str
+    """Of the bytes of `.metadata`: tells whether two ranks see the same checkpoint."""
+    manifest: Manifest | None
+    """None if stock wrote it."""
+    places: dict[MetadataIndex, tuple[str, int, int]]
+    """Item -> (file, offset, length)."""
+    transforms: dict[MetadataIndex, tuple[str, ...]]
+    """Item -> descriptors of torch's stream extensions that wrote it; most have none."""
+    exotic: frozenset[str]
+    """Tensors that were stored by ``torch.save``; stock's, where there is no manifest, are not told apart."""
+    strides: Mapping[str, tuple[int, ...]]
+    """Of tensors that were not row-major; of stock's none are known."""
+    parts: dict[str, dict[str, Part]] = field(default_factory=dict)
+    """Leaf -> name -> what was found inside of it, for a state that has a container there."""
+    digests: dict[str, array[int]] = field(default_factory=dict)
+    image_bytes: dict[str, int] = field(default_factory=dict)
+    """Length of each file without its footer."""
+    _tree: Tree = field(default=None, init=False, repr=False)
+    """What ``structure`` has decoded, if it was asked: nothing may change it."""
+
+    @property
+    def names(self) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
+        """Every name that was saved, in the order in which it was; those of parts in place of their leaf."""
+        if not self.parts:
+            return self.metadata.state_dict_metadata
+        names: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        for name, meta in self.metadata.state_dict_metadata.items():
+            if name in self.parts:
+                names |= {inner: part.meta for inner, part in self.parts[name].items()}
+            else:
+                names[name] = meta
+        return names
+
+    def part(self, name: str) -> Part | None:
+        """What lay inside of a leaf under ``name``."""
+        return next((inner[name] for inner in self.parts.values() if name in inner), None)
+
+    @property
+    def structure(self) -> Tree:
+        """The tree that was saved; of stock's checkpoints, as far as ``planner_data`` tells (its keys are all
+        str, and nothing tells the strides that a tensor had: they come back row-major, as stock gives
+        them)."""
+        if self._tree is not None:
+            return self._tree
+        if self.manifest is not None:
+            try:
+                with collection_paused():  # that of many tensors is as many objects
+                    tree = tree_from_json(self.manifest.structure)
+                    if set(leaf_names(tree)) != self.names.keys():
+                        raise ValueError("its leaves are not the names in .metadata")
+                self._tree = tree
+                return tree
+            except ValueError as error:
+                name = self.info.checkpoint_id
+                raise CorruptCheckpointError(
+                    f"checkpoint {name!r}: its manifest has a tree that makes no sense: {error}",
+                    checkpoint_id=name,
+                ) from error
+        inside = {name: part.path for parts in self.parts.values() for name, part in parts.items()}
+        return structure_from_paths({**usable_paths(self.metadata), **inside}, list(self.names))
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether each rank wrote metadata of its own, so that nothing says how many there were."""
+        return self.manifest is None and self.info.world_size is not None
+
+    async def close(self) -> None:
+        await self.reader.close()
+
+
+def transforms_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, ...]]:
+    """Item -> descriptors of the stream extensions that wrote it. Raises CorruptCheckpointError."""
+    found: dict[MetadataIndex, tuple[str, ...]] = {}
+    for index, place in metadata.storage_data.items():
+        descriptors = getattr(place, "transform_descriptors", None)  # torch before 2.6 knew none
+        if descriptors:
+            if not isinstance(descriptors, (list, tuple)) or not all(isinstance(d, str) for d in descriptors):
+                raise CorruptCheckpointError(
+                    f"checkpoint {name!r}: .metadata does not say properly how {index!r} was written",
+                    checkpoint_id=name,
+                )
+            found[index] = tuple(descriptors)
+    return found
+
+
+def places_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, int, int]]:
+    """Item -> (file, offset, length). Raises CorruptCheckpointError."""
+    storage_data = metadata.storage_data
+    if not isinstance(storage_data, dict):
+        raise CorruptCheckpointError(
+            f"checkpoint {name!r}: .metadata does not say where its items lie", checkpoint_id=name
+        )
+    places: dict[MetadataIndex, tuple[str, int, int]] = {}
+    for index, place in storage_data.items():
+        path, offset, length = (getattr(place, part, None) for part in ("relative_path", "offset", "length"))
+        numbers = isinstance(offset, int) and isinstance(length, int) and offset >= 0 and length >= 0
+        if not isinstance(index, MetadataIndex) or not isinstance(path, str) or "\0" in path or not numbers:
+            raise CorruptCheckpointError(
+                f"checkpoint {name!r}: .metadata does not say properly where {index!r} lies",
+                checkpoint_id=name,
+            )
+        places[index] = (path, cast(int, offset), cast(int, length))
+    return places

@@ -1,0 +1,382 @@
+"""An engine's life: what it holds while it is open, and how it ends.
+
+Enters: the engine's parts, made or given. Leaves: jobs on its loop thread, or EngineStateError where it can't
+take any. Invariant: what the engine made it closes, what it was given it never closes; it ends by a drain or
+by an abort, never by silence. Verbs are generators, see _drive.py. Source: docs/adr/0001.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Literal, TypeVar
+
+import anyio
+
+from .._concurrency.threads import BlockingThreads, Job, LoopThread, on_work_thread
+from .._concurrency.verbs import Ended, Inside, Persisting, Verb, Watched
+from .._foreign import storage_errors
+from ..coordination.coordinator import Coordination, Coordinator, make_coordinator
+from ..errors import EngineStateError
+from ..options import Limits, Timeouts
+from ..response import AsyncSaveResponse
+from ..staging.stager import Stager
+from ..storage.base import Storage
+from .admission import SaveBook
+from .exit_guard import ExitGuard, main_has_ended
+from .optimizer_hooks import OptimizerHooks
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_ABORT_SECONDS = 5.0
+"""How long cancelled saves may take to end before the calls that they wait for are abandoned."""
+
+
+class Lifetime:
+    """Opens, drains, releases. Owns its loop thread, its work threads and the hooks; the storage and the
+    stager only if it is told so."""
+
+    def __init__(
+        self,
+        *,
+        storage: Storage,
+        owns_storage: bool,
+        stager: Stager,
+        owns_stager: bool,
+        coordination: Coordination,
+        configuration: str,
+        limits: Limits,
+        timeouts: Timeouts,
+    ) -> None:
+        """``configuration`` says what ranks have to configure alike."""
+        self.storage = storage
+        self.stager = stager
+        self.limits = limits
+        self.timeouts = timeouts
+        self.book = SaveBook(limits.pending_saves)
+        self.hooks = OptimizerHooks()
+        self.inside = Inside()
+        self.state: Literal["new", "open", "closing", "closed"] = "new"
+        self.coordinator: Coordinator
+        """From ``opening`` on."""
+        self.threads: BlockingThreads
+        """For hashing, planning and decoding; from ``opening`` on."""
+        self._owns_storage = owns_storage
+        self._owns_stager = owns_stager
+        self._coordination = coordination
+        self._configuration = configuration
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._jobs: set[Job[Any]] = set()
+        """Live jobs but for those that end the engine."""
+        self._exiting = False
+        """The trainer's threads have ended: from here on a save is durable before ``save`` returns."""
+        self._is_unheard = False
+        """Nobody will call ``wait`` or ``close`` any more and be told of a failure."""
+
+    def opening(self, connected: Callable[[], Awaitable[None]]) -> Verb[None]:
+        """Start threads, connect the parts, then run ``connected`` on the loop; a failure releases
+        everything."""
+        self.check_process()
+        self._check_thread()
+        with self._lock:
+            if self.state != "new":
+                raise EngineStateError(f"this engine is {self.state}; make a new one to open it again")
+            self.coordinator = make_coordinator(
+                self._coordination,
+                timeouts=self.timeouts,
+                digest=self._configuration,
+                missed=self.book.missed,
+            )
+            self.state = "open"
+        try:
+            self.loop = LoopThread("dcp_async-engine")
+            self.loop.start()
+            self.threads = BlockingThreads("dcp_async-work", self.limits.io_concurrency + 1)
+        except RuntimeError as error:
+            self.state = "closed"
+            raise EngineStateError(
+                f"the engine can't start its threads ({error}); open it before the program ends"
+            ) from error
+        yield self.loop.submit(self._open(connected))
+
+    async def _open(self, connected: Callable[[], Awaitable[None]]) -> None:
+        self._release_lock = asyncio.Lock()
+        self._exiting = main_has_ended()
+        self._exit_guard = ExitGuard(
+            self._drain_at_exit, self._release_at_exit, self.timeouts.exit_grace + 4 * _ABORT_SECONDS
+        )
+        try:
+            await self.coordinator.open()
+            await self.storage.connect()
+            await self.stager.open()
+            await connected()
+        except BaseException:
+            await self._release()
+            raise
+
+    def leaving(self, exc_type: type[BaseException] | None) -> Verb[None]:
+        """The end of the ``with`` block: an error drains too and is never masked, an interrupt has
+        ``exit_grace``."""
+        if exc_type is None:
+            yield from self.closing()
+        elif not self._is_ended():
+            if issubclass(exc_type, Exception):
+                yield from self._draining()
+            else:
+                yield from self._ending(self.timeouts.exit_grace)
+            for error in self.book.take_unobserved():
+                logger.error("the block ended by %s; besides, %s", exc_type.__name__, error)
+
+    def waiting(self) -> Verb[None]:
+        """Until no save is in flight. Raises what nobody has looked at."""
+        yield self.submit(self._drain(None))
+        self._raise_unobserved()
+
+    def closing(self) -> Verb[None]:
+        """Drain and release; an interrupt shortens the drain. Raises what nobody has looked at."""
+        if not self._is_ended():
+            yield from self._draining()
+            self._raise_unobserved()
+
+    def _draining(self) -> Verb[None]:
+        try:
+            yield Watched(self._begin_end(None))
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            yield from self._ending(self.timeouts.exit_grace)
+            raise
+        self.hooks.remove()
+
+    def aborting(self) -> Verb[None]:
+        """Cancel what is in flight and release."""
+        if not self._is_ended():
+            yield from self._ending(0.0)
+
+    def _ending(self, patience: float | None) -> Verb[None]:
+        """Drain for ``patience`` seconds, abort the rest, release; another interrupt aborts at once."""
+        try:
+            yield Persisting(self._begin_end(patience))
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            if not self._is_ended():
+                yield Persisting(self._begin_end(0.0))
+            raise
+        self.hooks.remove()
+
+    def _begin_end(self, patience: float | None) -> Job[None]:
+        """From here on no job is taken but further ends."""
+        job = self.submit(self._shut_down(patience), closing=True)
+        with self._lock:
+            if self.state == "open":
+                self.state = "closing"
+        return job
+
+    def _is_ended(self) -> bool:
+        self.check_process()
+        return self.state in ("new", "closed")
+
+    def check_process(self) -> None:
+        """Raises EngineStateError in a forked child."""
+        if os.getpid() != self._pid:
+            raise EngineStateError(
+                "this process was forked from the one that made the engine, and its threads stayed there; "
+                "make a new engine here, or start workers with the 'spawn' method"
+            )
+
+    def check_open(self, *, closing: bool = False) -> None:
+        """Raises EngineStateError unless jobs are taken. ``closing``: also while it ends."""
+        self.check_process()
+        if self.state == "new":
+            raise EngineStateError(
+                "the engine is not open: use `async with CheckpointEngine(...)`, or await open()"
+            )
+        if self.state == "closed" or (self.state == "closing" and not closing):
+            raise EngineStateError(f"the engine is {self.state}; make a new one")
+        self._check_thread()
+
+    def on_own_thread(self) -> bool:
+        """Whether waiting here might wait for this very thread."""
+        return (self.state != "new" and self.loop.is_current()) or on_work_thread()
+
+    def _check_thread(self) -> None:
+        if self.on_own_thread():
+            raise EngineStateError(
+                "an engine can't be called from its own threads (a callback, an observer, a __del__ that the "
+                "collector runs there): it would deadlock"
+            )
+        if sys.is_finalizing():
+            raise EngineStateError("the interpreter has ended the engine's threads; save before that")
+
+    def submit(self, coro: Coroutine[Any, Any, T], *, closing: bool = False) -> Job[T]:
+        """Run ``coro`` on the loop. Raises EngineStateError."""
+        try:
+            with self._lock:
+                self.check_open(closing=closing)
+                job = self.loop.submit(coro)
+                if not closing:
+                    self._jobs.add(job)
+            job.future.add_done_callback(lambda _: self._jobs.discard(job))
+            return job
+        except BaseException as error:
+            coro.close()
+            if isinstance(error, RuntimeError) and not isinstance(error, EngineStateError):
+                raise EngineStateError("the engine is closed; make a new one") from error
+            raise
+
+    def storage_errors(self, verb: str) -> contextlib.AbstractContextManager[None]:
+        """What a storage of the user's raises becomes an error of the tree."""
+        # this is around all of a verb, and memory may have run out anywhere in it
+        return storage_errors(verb, repr(self.storage), passing=(MemoryError,))
+
+    async def _drain(self, patience: float | None) -> bool:
+        """Wait for the saves in flight; False if ``patience`` seconds were not enough."""
+        waiting = [
+            asyncio.wrap_future(response.upload_completion._future) for response in self.book.pending()
+        ]
+        if not waiting:
+            return True
+        _, late = await asyncio.wait(waiting, timeout=patience)
+        return not late
+
+    async def _shut_down(self, patience: float | None) -> None:
+        """Drain, abort what took longer than ``patience`` seconds, release."""
+        with self._lock:
+            if self.state == "open":
+                self.state = "closing"
+        await self._drain_or_abort(patience)
+        await self._end_jobs(patience)
+        async with self._release_lock:
+            if self.state != "closed":
+                with anyio.CancelScope(shield=True):
+                    await self._release()
+
+    async def _drain_or_abort(self, patience: float | None) -> bool:
+        """Drain, abort what took longer than ``patience`` seconds; whether nothing did."""
+        late = not await self._drain(patience)
+        if late:
+            self._exit_guard.lost = self._exit_guard.lost or self._exiting
+            for response in self.book.pending():
+                if patience:
+                    logger.critical(
+                        "%r could not be saved within %g s and is aborted", response.checkpoint_id, patience
+                    )
+                response.cancel()
+            if not await self._drain(_ABORT_SECONDS):
+                logger.critical("the storage does not answer; its calls are abandoned")
+                self._abandon()
+                await self._drain(_ABORT_SECONDS)
+        return not late
+
+    # -- the end of the process
+
+    def _drain_at_exit(self, limit: float) -> bool:
+        """What ExitGuard calls when the trainer's threads have ended; False if it took ``limit`` seconds."""
+        self._exiting = self._is_unheard = True
+        return self.loop.submit(self._exit(release=False)).future.wait(limit)
+
+    def _release_at_exit(self, limit: float) -> bool:
+        """What ExitGuard calls among the `atexit` callbacks. Alone, the engine goes on serving: callbacks
+        that were registered before it come later."""
+        self._exiting = self._is_unheard = True
+        return self.loop.submit(self._exit(release=self.coordinator.world_size > 1)).future.wait(limit)
+
+    async def _exit(self, *, release: bool) -> None:
+        drained = await self._drain_or_abort(self.timeouts.exit_grace)
+        if self.book.has_unobserved():
+            self._exit_guard.lost = True
+        if release or not drained or self.state != "open":
+            await self._shut_down(self.timeouts.exit_grace)
+
+    def finishing(self, response: AsyncSaveResponse) -> Verb[None]:
+        """``save`` is about to return ``response``. While the process ends nobody may look at its handles any
+        more: then it is durable, or fails, here."""
+        if not (self._exiting or main_has_ended()):
+            return
+        upload = response.upload_completion
+        yield Ended(upload._future, self.timeouts.exit_grace)
+        if not upload.done():
+            response.cancel()
+            yield Ended(upload._future, _ABORT_SECONDS)
+        failure = upload._failure() if upload.done() else None
+        if not upload.done():
+            raise EngineStateError(
+                f"saving {response.checkpoint_id!r} was given up: the process ends, and the storage does not "
+                "answer"
+            )
+        if failure is not None:
+            upload.observed = True
+            raise failure.fresh()
+
+    def lose(self, what: str, why: object) -> None:
+        """``what`` can't be saved. While the process ends its status tells so; before, or of an engine that
+        its owner has closed, it is the caller's to tell."""
+        if self._exiting or (main_has_ended() and self.state in ("open", "closing")):
+            logger.critical("what was to be saved as %s while the process ends is lost: %s", what, why)
+            self._exit_guard.lose("a save that was asked for while the process ends was lost")
+
+    def dropped(self, what: str) -> None:
+        """Nobody refers to the engine any more: warn, let the saves in flight end, release everything. From
+        any thread, the loop's as well, and in the middle of anything: the hooks stay, since a step may be
+        running, and wait for nothing once the saves are staged."""
+        if self.state != "open" or os.getpid() != self._pid or sys.is_finalizing():
+            return
+        self.state, self._is_unheard = "closing", True
+        self.loop.submit(self._shut_down(None))
+        warnings.warn(
+            f"{what} was dropped while it was open; use `async with`, or await close()",
+            ResourceWarning,
+            stacklevel=3,
+        )
+
+    async def _end_jobs(self, patience: float | None) -> None:
+        """Loads in flight: waited for as long as saves were, then cancelled."""
+        waiting = [asyncio.wrap_future(job.future) for job in self._jobs]
+        if waiting:
+            _, late = await asyncio.wait(waiting, timeout=patience)
+            for job in list(self._jobs) if late else ():
+                job.cancel()
+            if late:
+                _, late = await asyncio.wait(late, timeout=_ABORT_SECONDS)
+            if late:
+                logger.critical("the storage does not answer; its calls are abandoned")
+                self._abandon()
+                await asyncio.wait(late, timeout=_ABORT_SECONDS)
+            for waiter in waiting:
+                if waiter.done() and not waiter.cancelled():
+                    waiter.exception()  # its own caller is told
+
+    def _abandon(self) -> None:
+        self.storage.abandon()
+        self.threads.abandon()
+        self.coordinator.abandon()
+        if self._owns_stager:
+            self.stager.abandon()
+
+    async def _release(self) -> None:
+        with self._lock:
+            self.state = "closed"
+        self.stager.pool.forget(self)
+        await self.coordinator.close()
+        if self._owns_stager:
+            await self.stager.close()
+        if self._owns_storage:
+            await self.storage.close()
+        self.threads.shutdown()
+        if self._is_unheard and self.book.has_unobserved():
+            self._exit_guard.lost = True
+        self._exit_guard.dismiss()
+        self.loop.stop()
+
+    def _raise_unobserved(self) -> None:
+        failures = self.book.take_unobserved()
+        for error in failures[1:]:
+            logger.error("another save failed as well: %s", error)
+        if failures:
+            raise failures[0].fresh()

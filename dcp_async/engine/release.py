@@ -1,0 +1,104 @@
+"""Which versions of torch this release was tested with, and what it asks of any newer one.
+
+Enters: torch's version. Leaves: nothing, or a warning and a proof in memory, or EngineStateError. Invariant:
+a torch that nobody could test with can't make a run lose its checkpoints: it shows before the first save that
+what is written can be read. Source: docs/adr/0014.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from functools import lru_cache
+from operator import is_
+from typing import Any
+
+import torch
+
+from ..errors import EngineStateError
+from ..formats.zip_item import PLAIN_DTYPES, pad_item
+from ..planning.local_plan import make_offer
+from ..planning.planner import DefaultDraft, compile_plan
+from ..planning.self_proof import prove_item
+from ..state.capture import capture
+from ..trust.policy import Trust, load_item
+
+logger = logging.getLogger(__name__)
+
+OLDEST = (2, 13)
+"""The floor in pyproject.toml."""
+NEWEST = (2, 15)
+"""The newest one that `nox -s compat` has passed with."""
+_UID = "0" * 16
+
+
+def check_torch() -> None:
+    """On a torch that is newer than the tested ones: say so once, and see that a small state reads back.
+
+    Raises: EngineStateError.
+    """
+    if _is_newer(torch.__version__):
+        _check_newer(torch.__version__)
+
+
+def _is_newer(version: str) -> bool:
+    """Whether the release is, whatever is built of it: nightlies and local builds count as what they are to
+    become."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is None or (int(found[1]), int(found[2])) > NEWEST
+
+
+@lru_cache(maxsize=1)
+def _check_newer(version: str) -> None:
+    tested = f"torch {_text(OLDEST)} to {_text(NEWEST)}"
+    logger.warning(
+        "this release of dcp_async was tested with %s, and this is torch %s: every save still proves that it "
+        "can be read before it is published; look for a newer dcp_async",
+        tested,
+        version,
+    )
+    try:
+        prove_small_state()
+    except Exception as error:
+        raise EngineStateError(
+            f"this release of dcp_async was tested with {tested}, and with torch {version} a small state "
+            f"that was saved in memory does not read back ({type(error).__name__}: {error}). "
+            f"Nothing was written. Install torch<{NEWEST[0]}.{NEWEST[1] + 1}, or a newer dcp_async"
+        ) from error
+
+
+def _text(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def prove_small_state() -> None:
+    """Capture, plan and encode a state of all that torch's own code has a part in, and read it back; no file
+    is written. Raises whatever does not work."""
+    weight = torch.arange(6.0).reshape(2, 3)
+    state: dict[str, Any] = {
+        "model": {"weight": torch.nn.Parameter(weight.clone()), "tied": weight, "bias": weight[0].bfloat16()},
+        "optim": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.5, "params": [0]}]},
+        "list": [weight.t(), {"deep": 1}],
+        "sparse": weight.to_sparse(),
+        "epoch": 3,
+    }
+    captured = capture(state, None)
+    draft = DefaultDraft(make_offer(captured, None))
+    (answer,), plan = draft.merge([draft.message])
+    _, placement = compile_plan(captured.structure, draft.offer, draft.assigned(answer), _UID, plan)
+    plan.place(0, placement)
+    plan.publication()
+    for dtype in PLAIN_DTYPES:
+        prove_item(dtype, 2)
+    structure = captured.structure
+    leaves = zip(structure.leaf_names, captured.leaf_items, structure.slots, strict=True)
+    for name, item, slot in leaves:
+        meant, read = captured.live[name], load_item(io.BytesIO(pad_item(item, slot)), Trust())
+        if isinstance(meant, torch.Tensor):
+            meant, read = meant.to_dense().tolist(), read.to_dense().tolist()
+        if read != meant:
+            raise ValueError(f"{name} was saved as {meant!r} and reads as {read!r}")
+    again = capture(state, structure)
+    if again.is_new or not all(map(is_, again.tensors, captured.tensors)):
+        raise ValueError("the same state is not known again")

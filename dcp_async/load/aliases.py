@@ -1,0 +1,103 @@
+"""Targets that share memory: what was saved under their names must agree, or one would overwrite the other.
+
+Enters: the regions that a load fills. Leaves: groups of them that lie in the same memory, and whether given
+values can be in it together. Pure, and no target is read. Every load looks for them, so over whole lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import add, attrgetter, gt
+
+import torch
+
+from ..state.flatten import PLAIN_TENSORS
+from ..state.targets import Region
+
+_ALIGNMENT = 16
+"""No element of a plain dtype is longer."""
+
+Place = tuple[str, Region]
+
+
+def groups_in_memory(regions: Mapping[str, Iterable[Region]], gappy: Collection[str]) -> list[list[Place]]:
+    """Those that may have bytes in common, together. ``gappy``: names of tensors that are not contiguous."""
+    places = [
+        (name, region)
+        for name, some in regions.items()
+        for region in some
+        if type(region.tensor) in PLAIN_TENSORS and region.tensor.layout is torch.strided
+    ]
+    tensors = [region.tensor for _, region in places]
+    starts = list(map(torch.Tensor.data_ptr, tensors))
+    ends = list(map(add, starts, map(attrgetter("nbytes"), tensors)))
+    if gappy:
+        for at, (name, region) in enumerate(places):
+            if name in gappy:
+                ends[at] = starts[at] + _extent(region.tensor)
+    first, last = sorted(starts), sorted(ends)
+    if not any(map(gt, last, first[1:])):
+        return []
+    return _grouped(places, starts, ends)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from its first element to its last."""
+    if not tensor.numel():
+        return 0
+    steps = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.itemsize
+
+
+def _grouped(places: Sequence[Place], starts: Sequence[int], ends: Sequence[int]) -> list[list[Place]]:
+    spans = [
+        (str(region.tensor.device), starts[at], ends[at], at)
+        for at, (_, region) in enumerate(places)
+        if starts[at] < ends[at]
+    ]
+    groups: list[list[int]] = []
+    device, end = "", 0
+    for where, low, high, at in sorted(spans):
+        if where == device and low < end:
+            groups[-1].append(at)
+            end = max(end, high)
+        else:
+            groups.append([at])
+            device, end = where, high
+    return [[places[at] for at in sorted(group)] for group in groups if len(group) > 1]
+
+
+def are_one_view(group: Sequence[Place]) -> bool:
+    """Whether all of ``group`` are the same part of the same memory."""
+    kinds = {
+        (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), region.offsets)
+        for _, region in group
+        for tensor in (region.tensor,)
+    }
+    return len(kinds) == 1
+
+
+def conflict(group: Sequence[Place], values: Sequence[torch.Tensor]) -> tuple[str, str] | None:
+    """Names of two of ``group`` whose ``values`` can't both be in the memory that they share."""
+    tensors = [region.tensor for _, region in group]
+    low = min(tensor.data_ptr() for tensor in tensors)
+    low -= low % _ALIGNMENT
+    high = max(tensor.data_ptr() + _extent(tensor) for tensor in tensors)
+    memory = torch.zeros(high - low, dtype=torch.uint8, device=tensors[0].device).untyped_storage()
+    views = [
+        torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+            memory, (tensor.data_ptr() - low) // tensor.itemsize, tensor.shape, tensor.stride()
+        )
+        for tensor in tensors
+    ]
+    for at, (view, value) in enumerate(zip(views, values, strict=True)):
+        view.copy_(value)
+        for earlier in range(at):
+            if not _same_bytes(views[earlier], values[earlier]):
+                return group[earlier][0], group[at][0]
+    return None
+
+
+def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    left, right = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right))
+    return torch.equal(left, right)

@@ -1,0 +1,77 @@
+"""Opens one state of a checkpoint on all ranks, although file systems lag and saves replace it meanwhile.
+
+Enters: a name that the coordinator chose. Leaves: Contents whose `.metadata` is the same on every rank, or on
+every rank an error. Invariant: no rank reads what another rank does not have open.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+import anyio
+
+from ..catalog.catalog import Catalog
+from ..catalog.contents import Contents
+from ..coordination.coordinator import Coordinator
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError, LoadError, StorageError
+
+_RETRY_SECONDS = 0.2
+
+
+async def open_same(
+    catalog: Catalog,
+    coordinator: Coordinator,
+    uid: str,
+    name: str,
+    *,
+    timeout: float,  # noqa: ASYNC109  # told to all by the coordinator; a cancel scope would end one rank alone
+) -> Contents:
+    """``name``, the same state of it on every rank.
+
+    Each rank opens what it sees; where they differ, whoever has what is not current any more opens it again.
+    A file system may show a rank an older state for a while: only the coordinator's word that a checkpoint is
+    damaged or missing counts, what another rank can't open is tried again for ``timeout`` seconds.
+    Ranks: all must call it. Raises: what ``Catalog.open`` raises on the coordinator; LoadError for ranks that
+    do not see what it sees.
+    """
+    deadline = anyio.current_time() + timeout
+    mine: Contents | None = None
+    attempt = 0
+
+    async def decide(reports: Sequence[tuple[str, str]]) -> list[bool]:
+        different = [rank for rank, (digest, _) in enumerate(reports) if digest != reports[0][0]]
+        if different and anyio.current_time() > deadline:
+            problem = reports[different[0]][1] or "it is not the one that the coordinator sees"
+            raise LoadError(
+                f"checkpoint {name!r} can't be opened on rank(s) {', '.join(map(str, different))}: "
+                f"{problem}; are all ranks given the same root?",
+                checkpoint_id=name,
+            )
+        return [not different] * len(reports)
+
+    try:
+        while True:
+            problem = ""
+            try:
+                if mine is not None and not await catalog.is_current(mine):
+                    stale, mine = mine, None
+                    await stale.close()
+                if mine is None:
+                    mine = await catalog.open(name)
+            except (CheckpointNotFoundError, CorruptCheckpointError, StorageError) as error:
+                lags = not isinstance(error, StorageError) or error.errno == errno.ESTALE
+                if coordinator.is_coordinator or not lags:
+                    raise
+                problem = str(error)
+            report = (mine.digest if mine is not None else "", problem)
+            phase = f"open {attempt}" if attempt else "open"
+            if await coordinator.exchange(uid, phase, report, decide):
+                assert mine is not None
+                return mine
+            attempt += 1
+            await anyio.sleep(_RETRY_SECONDS)
+    except BaseException:
+        if mine is not None:
+            await mine.close()
+        raise

@@ -1,0 +1,38 @@
+"""Whether the bytes of a checkpoint suffice for the tensors that its metadata promises.
+
+Enters: an opened checkpoint's contents, and a tensor that memory is about to be made for. Leaves: nothing, or
+CorruptCheckpointError. Invariant: no memory is asked for on the word of `.metadata` or a manifest alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from ..catalog.contents import Contents
+from ..errors import CorruptCheckpointError
+from ..planning.local_plan import is_dense
+
+
+def check_room(name: str, meta: TensorStorageMetadata, contents: Contents) -> None:
+    """Raises CorruptCheckpointError if the items of ``name`` are shorter than its elements, or if its strides
+    are not those of a tensor without gaps."""
+    if contents.part(name) is not None:  # it lay inside of a leaf, which was read whole
+        return
+    wanted, held = meta.size.numel() * meta.properties.dtype.itemsize, 0
+    for chunk in meta.chunks:
+        index = MetadataIndex(name, chunk.offsets)
+        if index in contents.transforms or meta.properties.layout is not torch.strided:
+            held = wanted  # compressed: its bound is known when it is inflated
+        elif (place := contents.places.get(index)) is not None:
+            held += place[2]
+    strides = contents.strides.get(name)
+    if held < wanted or (
+        strides is not None and (len(strides) != len(meta.size) or not is_dense(meta.size, strides))
+    ):
+        what = f"{held} bytes for its {wanted}" if held < wanted else "unusual strides"
+        raise CorruptCheckpointError(
+            f"checkpoint {contents.info.checkpoint_id!r}: {name} has {what}; load an older checkpoint",
+            checkpoint_id=contents.info.checkpoint_id,
+            tensors=(name,),
+        )

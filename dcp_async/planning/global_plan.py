@@ -1,0 +1,260 @@
+"""What the coordinator publishes of a plan: the bytes of `.metadata` and the manifest's constant part.
+
+Enters: every rank's offer, and from each rank where its items lie. Leaves: a Publication. Pure: no I/O.
+Invariant: nothing is published that some rank does not write. Tensors that lie alike on all ranks are
+described once; what is left to do per rank and tensor is to note a place and to print it (docs/scale.md).
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import repeat
+from typing import TypedDict, cast
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ..formats.manifest import structure_json
+from ..formats.metadata_writer import Group, MetadataTemplate, Place, metadata_template
+from ..formats.tree import dcp_paths
+from ..state.sharding import Offsets
+from .assignment import ConflictError, Offers, Signature, dtype_of
+from .local_plan import Kind
+from .self_proof import Promise, Promised, prove
+
+
+class Placement(TypedDict):
+    """Where one rank's items lie in its file. Plain data: it travels."""
+
+    tensors: bytes
+    """array("I"), by their place in the rank's Offer."""
+    leaves: bytes
+    """array("I"), likewise; they follow the tensors."""
+    offsets: bytes
+    """array("Q"), of the items one by one."""
+    lengths: bytes
+    """array("Q")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What the coordinator publishes with every save of one plan, but for the uid."""
+
+    metadata: MetadataTemplate
+    manifest_json: str
+    ends: Mapping[int, int]
+    """How long the file of each rank that writes must be at least."""
+
+
+class GlobalPlan:
+    """What the coordinator knows of a plan. Holds the offers until the first publication, then only that."""
+
+    def __init__(self, offers: Offers, metadata: Metadata | None = None) -> None:
+        """``metadata`` comes from a planner of the user's; without one it is made from the offers."""
+        self._offers: Offers | None = offers
+        self._metadata = metadata
+        self._part_of = {rank: number for number, part in enumerate(offers.parts) for rank in part.ranks}
+        self._leaf_parts = {rank: leaves for leaves in offers.leaves for rank in leaves.ranks}
+        self._written: list[dict[int, list[Place]]] = [{} for _ in offers.parts]
+        """Per part, where the piece of each index lies, of each rank that writes it."""
+        self._leaves: dict[str, Place] = {}
+        self._publication: Publication | None = None
+        self._lock = threading.Lock()
+
+    def place(self, rank: int, placement: Placement) -> None:
+        """Rank ``rank`` writes its items there."""
+        tensors, leaves = array("I", placement["tensors"]), array("I", placement["leaves"])
+        offsets, lengths = array("Q", placement["offsets"]), array("Q", placement["lengths"])
+        places = list(zip(repeat(rank), offsets, lengths))
+        written = self._written[self._part_of[rank]]
+        for index, place in zip(tensors, places, strict=False):
+            written.setdefault(index, []).append(place)
+        names = self._leaf_parts[rank].names
+        self._leaves.update(zip((names[index] for index in leaves), places[len(tensors) :], strict=True))
+
+    def publication(self) -> Publication:
+        """Made by the first of the saves that share the plan; others in flight wait for it.
+
+        Raises: ConflictError if an item has no place; ProofError if what would be published does not read
+        back as it was planned.
+        """
+        with self._lock:
+            if self._publication is None:
+                self._publication = self._made()
+                self._offers, self._metadata, self._written, self._leaves = None, None, [], {}
+                self._part_of, self._leaf_parts = {}, {}
+            return self._publication
+
+    def _made(self) -> Publication:
+        assert self._offers is not None
+        offers, tree = self._offers, self._offers.tree()
+        groups = self._alike(offers) if self._metadata is None else self._planned(offers, self._metadata)
+        strides, exotic = _strides(offers), _exotic(offers)
+        template = metadata_template(groups, dcp_paths(tree))
+        constant = structure_json(tree, strides, exotic)
+        promised = Promised(self._promised(offers), tree, strides, exotic)
+        return Publication(template, constant, prove(template, constant, promised))
+
+    def _alike(self, offers: Offers) -> list[Group]:
+        """What the default planner would say. Objects that are equal are shared, so each is stored once."""
+        made = _Entries()
+        groups = []
+        for signature, names in offers.signed.items():
+            kind, size = offers.kind(signature)
+            boxes = list(offers.pieces(signature))
+            rows = self._rows(offers, signature, names)
+            whole = map(_whole, names, repeat([offsets for offsets, _ in boxes]), rows)
+            groups.append(Group(made.tensor(kind, size, boxes), names, whole))
+        for name, stored in offers.pieces_by_name.items():
+            kind, size = next(iter(stored.values()))[1:3]
+            boxes = [(offsets, piece.shape) for offsets, piece in stored.items()]
+            places = [self._leaf(piece.leaf) for piece in stored.values()]
+            groups.append(Group(made.tensor(kind, size, boxes), [name], [places]))
+        known = set(offers.held) | offers.pieces_by_name.keys()
+        for part in offers.parts:
+            for name, kind, size in part.bare:
+                if name not in known:
+                    known.add(name)
+                    groups.append(Group(made.tensor(kind, size, []), [name], [()]))
+        opaque = BytesStorageMetadata()
+        for leaves in offers.leaves:
+            for index, name in enumerate(leaves.names):
+                if name not in known and index not in leaves.pieces:
+                    known.add(name)
+                    entry: STORAGE_TYPES = opaque
+                    if index in leaves.exotic:
+                        kind, size = leaves.exotic[index]
+                        entry = made.tensor(kind, size, [((0,) * len(size), size)])
+                    groups.append(Group(entry, [name], [[self._leaf(name)]]))
+        return groups
+
+    def _planned(self, offers: Offers, metadata: Metadata) -> list[Group]:
+        """What a planner of the user's said."""
+        groups = []
+        signature_of = {name: signature for signature, names in offers.signed.items() for name in names}
+        for name, entry in metadata.state_dict_metadata.items():
+            places: Sequence[Place]
+            if name in signature_of and isinstance(entry, TensorStorageMetadata):
+                signature = signature_of[name]
+                row = next(self._rows(offers, signature, [name]))
+                found = {offsets: at for (offsets, _), at in zip(offers.pieces(signature), row, strict=True)}
+                chunks = [tuple(chunk.offsets) for chunk in entry.chunks]
+                places = _whole(name, chunks, [found.get(offsets) for offsets in chunks])
+            elif isinstance(entry, TensorStorageMetadata) and name in offers.pieces_by_name:
+                stored = offers.pieces_by_name[name]
+                places = [self._leaf(stored[tuple(chunk.offsets)].leaf) for chunk in entry.chunks]
+            elif isinstance(entry, TensorStorageMetadata) and not entry.chunks:
+                places = ()
+            else:
+                places = [self._leaf(name)]
+            groups.append(Group(entry, [name], [places]))
+        return groups
+
+    def _rows(
+        self, offers: Offers, signature: Signature, names: Sequence[str]
+    ) -> Iterator[list[Place | None]]:
+        """Where each piece of each of ``names``, all of ``signature``, lies."""
+        pieces = offers.pieces(signature)
+        numbers: list[dict[int, int]] = [{} for _ in signature]
+        for number, holders in enumerate(pieces.values()):
+            for rank, entry in holders:
+                numbers[entry][rank] = number
+        # its own pieces last, since they count more than those of what it is tied to
+        entries = list(enumerate(numbers))[::-1]
+        for name in names:
+            row: list[Place | None] = [None] * len(pieces)
+            held = offers.held[name]
+            for entry, number_of in entries:
+                part, index = held[entry]
+                for place in self._written[part].get(index, ()):
+                    row[number_of[place[0]]] = place
+            yield row
+
+    def _promised(self, offers: Offers) -> Iterator[Promise]:
+        """What the ranks offered and where they write it, past what is encoded and past any planner."""
+        for signature, names in offers.signed.items():
+            kind, size = offers.kind(signature)
+            rows = self._rows(offers, signature, names)
+            yield Promise(names, size, dtype_of(kind), list(offers.pieces(signature)), rows)
+        for part in offers.parts:
+            for name, kind, size in part.bare:
+                if name not in offers.held and name not in offers.pieces_by_name:
+                    yield Promise([name], size, dtype_of(kind), [], [()])
+        for name, stored in offers.pieces_by_name.items():
+            first = next(iter(stored.values()))
+            boxes = [(offsets, piece.shape) for offsets, piece in stored.items()]
+            row = [self._leaf(piece.leaf) for piece in stored.values()]
+            yield Promise([name], first.size, dtype_of(first.kind), boxes, [row])
+        known: set[str] = set()
+        for leaves in offers.leaves:
+            for index, name in enumerate(leaves.names):
+                if name not in known and index not in leaves.pieces:
+                    known.add(name)
+                    places = [[self._leaf(name)]]
+                    if index in leaves.exotic:
+                        kind, size = leaves.exotic[index]
+                        yield Promise([name], size, dtype_of(kind), [((0,) * len(size), size)], places)
+                    else:
+                        yield Promise([name], None, None, [(None, ())], places)
+
+    def _leaf(self, name: str) -> Place:
+        if name not in self._leaves:
+            raise ConflictError(f"{name}: the planner made no rank write it")
+        return self._leaves[name]
+
+
+def _whole(name: str, offsets: Sequence[Offsets], places: list[Place | None]) -> list[Place]:
+    """``places``, of chunks at ``offsets``. Raises ConflictError if one is missing."""
+    if None in places:
+        missing = offsets[places.index(None)]
+        raise ConflictError(f"{name}: the planner made no rank write it at {tuple(missing)}")
+    return cast(list[Place], places)
+
+
+def _strides(offers: Offers) -> dict[str, tuple[int, ...]]:
+    return {
+        part.names[index]: tuple(stride) for part in offers.parts for index, stride in part.strides.items()
+    }
+
+
+def _exotic(offers: Offers) -> tuple[str, ...]:
+    return tuple(
+        dict.fromkeys(
+            leaves.pieces[index][0] if index in leaves.pieces else leaves.names[index]
+            for leaves in offers.leaves
+            for index in leaves.exotic
+        )
+    )
+
+
+class _Entries:
+    """Makes what `.metadata` says of a tensor."""
+
+    def __init__(self) -> None:
+        self._properties = cache(_properties)
+        self._size = cache(torch.Size)
+        self._chunk = cache(self._make_chunk)
+
+    def tensor(self, kind: Kind, size: Offsets, boxes: Sequence[tuple[Offsets, Offsets]]) -> STORAGE_TYPES:
+        """``boxes``: (offsets, shape) of its chunks."""
+        return TensorStorageMetadata(
+            self._properties(kind), self._size(size), [self._chunk(*box) for box in boxes]
+        )
+
+    def _make_chunk(self, offsets: Offsets, shape: Offsets) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(offsets=self._size(offsets), sizes=self._size(shape))
+
+
+def _properties(kind: Kind) -> TensorProperties:
+    return TensorProperties(dtype=dtype_of(kind), layout=getattr(torch, kind[1]), requires_grad=kind[2])

@@ -1,0 +1,188 @@
+"""How the ranks of one save come to plans that belong together.
+
+Enters: what this rank captured, the plan that it has. Leaves: whether all ranks can go on with theirs, or a
+new plan on each; and which turn of the plan's replicas it compares, alike on all. Invariant: no rank is told
+to go on before the coordinator's transaction holds the directory, and a leaf that all ranks share is equal on
+each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal, TypedDict
+
+from .._concurrency.threads import BlockingThreads
+from ..coordination.coordinator import Coordinator
+from ..planning.assignment import differing_leaves
+from ..planning.global_plan import GlobalPlan, Placement
+from ..planning.leaf_equality import (
+    Description,
+    Digest,
+    conflicts,
+    descriptions,
+    explained,
+    shared_hashes,
+    value_digests,
+)
+from ..planning.local_plan import group_hashes
+from ..planning.planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
+from ..planning.replica_turns import Turn
+from ..state.capture import Captured
+from .replica_comparison import Comparison
+
+Verdict = Literal["reuse", "replan", "compare"]
+
+
+class Ruling(TypedDict):
+    """What the coordinator answers each rank. Plain data: it travels."""
+
+    verdict: Verdict
+    turn: Turn | None
+    """None if they have to plan anew."""
+
+
+def judge(plan: CompiledPlan | None, messages: Sequence[dict[str, Any]]) -> Verdict:
+    """The coordinator's verdict, given its own plan and all ranks' messages: whether they can go on, or have
+    to plan anew, or to look for the shared leaf that differs."""
+    if plan is None or any(message["generation"] != plan.generation for message in messages):
+        return "replan"
+    seen: dict[int, str] = {}
+    for message in messages:
+        for group, digest in zip(message["groups"], message["shared"], strict=True):
+            if seen.setdefault(group, digest) != digest:
+                return "compare"
+    return "reuse"
+
+
+class PlanExchange:
+    """One save's. ``captured`` must hold the whole state until the last call."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        plan: CompiledPlan | None,
+        *,
+        uid: str,
+        coordinator: Coordinator,
+        threads: BlockingThreads,
+        options: PlanningOptions,
+        lead: Callable[[CompiledPlan], Awaitable[None]],
+        comparison: Comparison,
+    ) -> None:
+        """``plan`` is what this rank has for the structure of ``captured``; ``lead``, called on the
+        coordinator of several ranks, makes the directory ready for them to write; ``comparison`` is told its
+        turn as soon as they have a plan."""
+        self._captured = captured
+        self._plan = plan
+        self._uid = uid
+        self._coordinator = coordinator
+        self._threads = threads
+        self._options = options
+        self._lead = lead
+        self._comparison = comparison
+
+    async def is_agreed(self) -> bool:
+        """Whether every rank can go on with the plan that it has. Ranks: all must call it, whether they have
+        one or not. Raises: as ``Coordinator.exchange``; ValueError for a shared leaf that differs."""
+        plan = self._plan
+        hashes: list[int] = []
+        message: dict[str, Any] = {"generation": None, "groups": [], "shared": []}
+        if plan is not None:
+            if plan.groups:
+                hashes = await self._threads.run(shared_hashes, self._captured, plan.canonical)
+            message = {
+                "generation": plan.generation,
+                "groups": [group for group, _ in plan.groups],
+                "shared": group_hashes(hashes, [leaves for _, leaves in plan.groups]),
+            }
+        ruling = await self._coordinator.exchange(self._uid, "verdict", message, self._judge)
+        if ruling["verdict"] == "compare" and plan is not None:
+            named = dict(zip(plan.structure.leaf_names, hashes, strict=True))
+            shared = {plan.structure.leaf_names[index] for _, leaves in plan.groups for index in leaves}
+            mine = {name: value for name, value in named.items() if name in shared}
+            suspects = await self._coordinator.exchange(self._uid, "leaves", mine, _find_suspects)
+            await self._compare_values(suspects, plan)
+            self._learn(plan, suspects)
+        if ruling["turn"] is None:
+            return False
+        self._comparison.begin(ruling["turn"])
+        return True
+
+    def _learn(self, plan: CompiledPlan, names: Sequence[str]) -> None:
+        """These leaves are equal, and pickled otherwise on each rank."""
+        places = {name: index for index, name in enumerate(plan.structure.leaf_names)}
+        plan.canonical.update({places[name]: (0, 0) for name in names if name in places})
+
+    async def _compare_values(self, names: Sequence[str], agreed: CompiledPlan | None = None) -> None:
+        """Whether leaves whose bytes differ are equal all the same. ``agreed`` is the plan to go on with if
+        they are. Raises ConflictError, or RemoteFailure."""
+        run = self._threads.run
+        mine = await run(value_digests, self._captured, names)
+
+        async def compare(digests: Sequence[dict[str, Digest]]) -> list[list[str]]:
+            unequal = conflicts(digests)
+            if not unequal and agreed is not None and self._plan is not None:
+                await self._go_ahead(self._plan)
+            return [unequal] * len(digests)
+
+        unequal = await self._coordinator.exchange(self._uid, "values", mine, compare)
+        if unequal:
+
+            async def explain(told: Sequence[dict[str, Description]]) -> list[None]:
+                raise explained(told, unequal)
+
+            described = await run(descriptions, self._captured, unequal)
+            await self._coordinator.exchange(self._uid, "differences", described, explain)
+
+    async def _judge(self, messages: Sequence[dict[str, Any]]) -> list[Ruling]:
+        plan = self._plan
+        verdict = judge(plan, messages)
+        if plan is None or verdict == "replan":
+            return [Ruling(verdict=verdict, turn=None)] * len(messages)
+        if verdict == "reuse":
+            await self._go_ahead(plan)
+        return [Ruling(verdict=verdict, turn=self._comparison.deal(plan))] * len(messages)
+
+    async def _go_ahead(self, plan: CompiledPlan) -> None:
+        if self._coordinator.world_size > 1:
+            await self._lead(plan)
+
+    async def compile(self) -> CompiledPlan:
+        """A new plan. Ranks: all must call it. Planning takes a while for tens of thousands of tensors, so it
+        runs in a thread."""
+        coordinator, run = self._coordinator, self._threads.run
+        shared: GlobalPlan | None = None
+        draft = await run(
+            draft_plan,
+            self._captured,
+            self._plan,
+            self._options,
+            is_coordinator=coordinator.is_coordinator,
+        )
+
+        async def merge(messages: Sequence[Any]) -> list[Any]:
+            nonlocal shared
+            suspects: list[str] = []
+            answers, shared = await run(draft.merge, messages, suspects)
+            return [(answer, suspects) for answer in answers]
+
+        async def place(placements: Sequence[Placement]) -> list[Turn]:
+            assert shared is not None
+            for rank, each in enumerate(placements):
+                await run(shared.place, rank, each)
+            await self._go_ahead(plan)
+            return [self._comparison.deal(plan)] * len(placements)
+
+        answer, suspects = await coordinator.exchange(self._uid, "plan", draft.message, merge)
+        if suspects:
+            await self._compare_values(suspects)
+        plan, placement = await run(
+            compile_plan, self._captured.structure, draft.offer, draft.assigned(answer), self._uid, shared
+        )
+        self._learn(plan, suspects)
+        self._comparison.begin(await coordinator.exchange(self._uid, "place", placement, place))
+        return plan
+
+
+async def _find_suspects(hashes: Sequence[dict[str, int]]) -> list[list[str]]:
+    return [differing_leaves(hashes)] * len(hashes)

@@ -1,0 +1,347 @@
+"""Whether what several ranks hold alike is alike: one rank writes it, all have their bytes compared.
+
+Enters: a captured state, before anybody may change it, and the groups of a plan. Leaves: a Sample, whose
+digests travel with the message that a save's commit sends anyway. Invariant: what is compared is what is
+saved, the elements in row-major order, so strides do not matter and the payload of a NaN does; and a plan's
+tensors cost no step of Python each, but for what ``whole`` reads once.
+
+Tensors of up to 64 KiB are compared in every save: they are copied into a side buffer, which is hashed when
+the caller has its state back. Larger ones are read as a whole by the first save of a plan, and by the later
+ones in blocks that take turns. Those of several meshes are read as a whole by every save, whatever the mode.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal
+
+import torch
+import xxhash
+
+from ..coordination.failures import name_ranks
+from ..planning.assignment import ConflictError, ReplicaGroup, two_meshes
+from ..planning.local_plan import Mesh
+from ..planning.planner import CompiledPlan
+from ..planning.replica_groups import pieces_of
+from ..planning.replica_turns import Turn
+from ..staging.device import Event
+from ..staging.side_buffer import Piece, Places, SideBuffer, refuse_changed
+from ..staging.stager import MutatedTensors, Stager
+from ..state.capture import Captured
+
+Mode = Literal["check", "sample", "trust"]
+Kind = Literal["small", "blocks", "whole"]
+
+_SMALL_BYTES = 64 << 10
+_BLOCK_BYTES = 64 << 10
+_CHUNK_BYTES = 1 << 20
+"""What is read at a time where the bytes are not kept; it stays in a core's cache."""
+_KEPT_PLANS = 2
+
+Digest = tuple[int, Kind, int]
+"""(group, what of it, digest). Plain data: it travels."""
+Details = list[tuple[int, Kind, list[str], bytes, list[Mesh]]]
+"""(group, what of it, the name of each piece, array("Q") of their digests, the group's meshes). Plain data:
+it travels."""
+
+
+@dataclass(slots=True)
+class _Region:
+    """What is compared of one group."""
+
+    group: int
+    kind: Kind
+    pieces: list[Piece]
+
+
+@dataclass(slots=True)
+class _Found:
+    """What was read of a region: its bytes, as pieces from ``first`` on of ``buffer``, or their digests."""
+
+    region: _Region
+    buffer: SideBuffer | None = None
+    first: int = 0
+    digests: array[int] = field(default_factory=lambda: array("Q"))
+    digest: int = 0
+
+    def told(self) -> Digest:
+        region, buffer = self.region, self.buffer
+        if buffer is not None:
+            span = buffer.span(self.first, self.first + len(region.pieces))
+            self.digest = xxhash.xxh3_64_intdigest(span)
+        return region.group, region.kind, self.digest
+
+    def each(self) -> bytes:
+        """A digest per piece."""
+        if self.buffer is None:
+            return self.digests.tobytes()
+        pieces = range(self.first, self.first + len(self.region.pieces))
+        return array("Q", map(xxhash.xxh3_64_intdigest, map(self.buffer.piece, pieces))).tobytes()
+
+
+class Sample:
+    """What one save read of this rank's replicas. Holds memory until ``release``."""
+
+    def __init__(
+        self, kept: _Kept, found: Sequence[_Found], small: SideBuffer | None, blocks: SideBuffer | None
+    ) -> None:
+        self._kept, self._found, self._small, self._blocks = kept, found, small, blocks
+
+    def digests(self) -> list[Digest]:
+        """A digest per group and kind; takes CPU."""
+        return [each.told() for each in self._found]
+
+    def details(self, wanted: Iterable[tuple[int, Kind]]) -> Details:
+        """A digest per piece of these groups."""
+        plan, chosen = self._kept.plan, set(wanted)
+        names = plan.structure.tensor_names
+        meshes = {group["number"]: group["meshes"] for group in plan.replicas}
+        return [
+            (
+                each.region.group,
+                each.region.kind,
+                [names[index] for index, *_ in each.region.pieces],
+                each.each(),
+                meshes[each.region.group],
+            )
+            for each in self._found
+            if (each.region.group, each.region.kind) in chosen
+        ]
+
+    def release(self) -> None:
+        """Another save may have the side buffers."""
+        if self._small is not None:
+            self._kept.free.append(self._small)
+        if self._blocks is not None:
+            self._kept.memory.append(self._blocks.bytes)
+        self._small, self._blocks, self._found = None, None, []
+
+
+class _Kept:
+    """What is compared in the saves of one plan."""
+
+    def __init__(self, plan: CompiledPlan, mode: Mode) -> None:
+        self.plan = plan
+        self.free: list[SideBuffer] = []
+        """Side buffers that no save is using."""
+        self.memory: list[bytearray] = []
+        """The same for blocks, which are others in each save."""
+        self.small: list[_Region] = []
+        self.whole: list[_Region] = []
+        """Until the plan is proven."""
+        self.always: list[_Region] = []
+        """What nothing but its bytes tells from another layer of the same name: equal at first, as zeros are,
+        is not equal for good."""
+        self._turning: list[tuple[ReplicaGroup, list[tuple[int, int]], list[int]]] = []
+        """(group, (place, bytes) of its larger pieces, how many blocks come before each)"""
+        self.places = Places([])
+        """Of ``small``."""
+        structure = plan.structure
+        least = _SMALL_BYTES if mode == "check" else 0
+        for group in plan.replicas:
+            sizes = [
+                (index, structure.shapes[index].numel() * structure.dtypes[index].itemsize)
+                for index in pieces_of(group)
+            ]
+            small = [(index, 0, nbytes) for index, nbytes in sizes if nbytes <= least]
+            large = [(index, nbytes) for index, nbytes in sizes if nbytes > least]
+            if small:
+                self.small.append(_Region(group["number"], "small", small))
+            whole = _Region(group["number"], "whole", [(index, 0, nbytes) for index, nbytes in large])
+            if large and group["meshes"]:
+                self.always.append(whole)
+            elif large and mode != "trust":
+                counts = [-(-nbytes // _BLOCK_BYTES) for _, nbytes in large]
+                self._turning.append((group, large, [0, *accumulate(counts)]))
+                if mode == "check":
+                    self.whole.append(whole)
+
+        self.places = Places([index for index, *_ in _all_pieces(self.small)])
+
+    def blocks(self, turn: int) -> list[_Region]:
+        """The blocks of larger tensors whose turn it is: spread evenly, and all of them once in a round."""
+        regions = []
+        for group, large, before in self._turning:
+            total = before[-1]
+            stride = -(-total // group["blocks"])
+            pieces = []
+            for block in range(turn % stride, total, stride):
+                at = bisect_right(before, block) - 1
+                index, nbytes = large[at]
+                low = (block - before[at]) * _BLOCK_BYTES
+                pieces.append((index, low, min(_BLOCK_BYTES, nbytes - low)))
+            regions.append(_Region(group["number"], "blocks", pieces))
+        return regions
+
+
+class ReplicaCheck:
+    """Reads what ranks have to compare. Owned by an engine; side buffers live as long as their plan is in
+    use."""
+
+    def __init__(self, mode: Mode, stager: Stager) -> None:
+        self._mode = mode
+        self._stager = stager
+        self._kept: OrderedDict[int, _Kept] = OrderedDict()
+
+    def take(
+        self, plan: CompiledPlan, captured: Captured, events: dict[torch.device, Event], turn: Turn
+    ) -> Sample | None:
+        """Read the replicas in ``captured``, in the stager's thread; None if there is nothing to compare.
+
+        ``turn`` must be alike on all ranks. Raises: MutatedTensors.
+        """
+        if not plan.replicas:
+            return None
+        kept = self._kept.get(id(plan))
+        if kept is None:
+            kept = self._kept[id(plan)] = _Kept(plan, self._mode)
+            if len(self._kept) > _KEPT_PLANS:
+                self._kept.popitem(last=False)
+        found: list[_Found] = []
+        small: SideBuffer | None = None
+        blocks: SideBuffer | None = None
+        structure = plan.structure
+        reader = _Reader(captured, self._stager, events)
+        is_proven = turn["is_proven"]
+        regions = kept.blocks(turn["number"]) if is_proven or self._mode == "sample" else []
+        if not self._stager.pool.has_budget:
+            if kept.small:
+                small = kept.free.pop() if kept.free else SideBuffer(structure, _all_pieces(kept.small))
+                found += reader.filled(small, kept.small)
+            if regions:
+                memory = kept.memory.pop() if kept.memory else None
+                blocks = SideBuffer(structure, _all_pieces(regions), memory)
+                found += reader.filled(blocks, regions)
+        else:
+            found += map(reader.streamed, [*kept.small, *regions])
+        found += map(reader.streamed, kept.always if is_proven else [*kept.always, *kept.whole])
+        sample = Sample(kept, found, small, blocks)
+        # with overlap=True: what was changed meanwhile must not pass for a difference between ranks
+        changed: set[int] = set()
+        if captured.versions is not None:
+            large = _all_pieces([each.region for each in found if each.region.kind != "small"])
+            unseen = captured.watch.changed_unseen(captured.tensors, captured.versions)
+            for places in (kept.places, Places([index for index, *_ in large])):
+                changed |= places.changed(captured) | unseen.intersection(places.indices)
+        try:
+            refuse_changed(structure, changed)
+        except MutatedTensors:
+            sample.release()
+            raise
+        return sample
+
+
+def _all_pieces(regions: Iterable[_Region]) -> list[Piece]:
+    return [piece for region in regions for piece in region.pieces]
+
+
+class _Reader:
+    """Reads pieces of one captured state."""
+
+    def __init__(self, captured: Captured, stager: Stager, events: dict[torch.device, Event]) -> None:
+        self._captured, self._stager, self._events = captured, stager, events
+        self._scratch = bytearray(_CHUNK_BYTES)
+
+    def filled(self, buffer: SideBuffer, regions: Sequence[_Region]) -> Iterator[_Found]:
+        """Of all ``regions`` at once, to be hashed later."""
+        buffer.fill(self._captured, self._stager, self._events)
+        first = 0
+        for region in regions:
+            yield _Found(region, buffer, first)
+            first += len(region.pieces)
+
+    def streamed(self, region: _Region) -> _Found:
+        """Of one region, hashed chunk by chunk: its bytes are not kept."""
+        found = _Found(region)
+        whole = xxhash.xxh3_64()
+        is_whole = region.kind == "whole"
+        for piece in region.pieces:
+            one = xxhash.xxh3_64()
+            for chunk in _chunks(piece):
+                buffer = SideBuffer(self._captured.structure, [chunk], self._scratch)
+                buffer.fill(self._captured, self._stager, self._events)
+                one.update(buffer.piece(0))
+                if not is_whole:  # what ``filled`` would give
+                    whole.update(buffer.span(0, 1))
+            found.digests.append(one.intdigest())
+        found.digest = xxhash.xxh3_64_intdigest(found.digests.tobytes()) if is_whole else whole.intdigest()
+        return found
+
+
+def _chunks(piece: Piece) -> Iterator[Piece]:
+    index, low, nbytes = piece
+    for start in range(low, low + nbytes, _CHUNK_BYTES):
+        yield index, start, min(_CHUNK_BYTES, low + nbytes - start)
+
+
+# The coordinator's part.
+
+
+def differing(told: Sequence[Sequence[Digest]]) -> list[tuple[int, Kind]]:
+    """The groups in which ranks hold different bytes. ``told``: per rank, what its sample says."""
+    known: dict[tuple[int, Kind], int] = {}
+    found: dict[tuple[int, Kind], None] = {}
+    for mine in told:
+        for group, kind, digest in mine:
+            if known.setdefault((group, kind), digest) != digest:
+                found[group, kind] = None
+    return list(found)
+
+
+def explain(details: Sequence[Details]) -> ConflictError:
+    """What to say of groups that differ. ``details``: per rank."""
+    names: dict[tuple[int, Kind], list[list[str]]] = {}
+    meshes: dict[tuple[int, Kind], list[Mesh]] = {}
+    digests: dict[tuple[int, Kind], dict[int, array[int]]] = {}
+    for rank, mine in enumerate(details):
+        for group, kind, pieces, raw, lies_on in mine:
+            key = group, kind
+            names.setdefault(key, []).append(pieces)
+            meshes.setdefault(key, lies_on)
+            digests.setdefault(key, {})[rank] = array("Q", raw)
+    differ: dict[str, str] = {}
+    for key, by_rank in digests.items():
+        ranks = list(by_rank)
+        for name, *each in zip(_own_names(names[key]), *by_rank.values(), strict=True):
+            if len(set(each)) > 1 and name not in differ:
+                differ[name] = (
+                    two_meshes(name, meshes[key])
+                    if meshes[key]
+                    else _told(name, dict(zip(ranks, each, strict=True)))
+                )
+    first, *more = differ or {"a tensor": "a tensor differs between ranks"}
+    text = differ.get(first, first)
+    if more:
+        text += f". So do {len(more)} more: {', '.join(more[:5])}{' ...' if len(more) > 5 else ''}"
+    return ConflictError(text)
+
+
+def _own_names(names: Sequence[Sequence[str]]) -> list[str]:
+    """Per piece of a group its name, given each rank's: a rank where it is tied to another tensor calls it as
+    it calls that."""
+    counts = [Counter(mine) for mine in names]
+    return [
+        next((name for name, of in zip(each, counts, strict=True) if of[name] == 1), each[0])
+        for each in zip(*names, strict=True)
+    ]
+
+
+def _told(name: str, digests: Mapping[int, int]) -> str:
+    holders: dict[int, list[int]] = {}
+    for rank, digest in sorted(digests.items()):
+        holders.setdefault(digest, []).append(rank)
+    (first, *_), (other, *_), *_ = holders.values()
+    each = ""
+    if len(digests) > 2:
+        told = [name_ranks(ranks) for ranks in holders.values()]
+        each = f" ({'; '.join(told[:4])}{'; ...' if len(told) > 4 else ''} hold the same each)"
+    return (
+        f"{name} differs between rank {first} and rank {other}{each}. If it is meant to, put it into "
+        "PerRank(...), which keeps one for each rank, or give it another name on each; if not, the ranks "
+        "have drifted apart: broadcast it, or save what one rank holds with Coordination(replicas='trust')"
+    )

@@ -1,0 +1,107 @@
+"""One save's comparison of what its ranks hold alike, from the turn that it is dealt to what is said of a
+difference.
+
+Enters: the coordinator's turn, the captured state. Leaves: digests for the message of the commit, or the
+names of the tensors that differ. Invariant: nothing is read before the turn is known, which makes all ranks
+read the same; and a turn that no committed save has compared goes back to its rotation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import anyio
+import torch
+
+from .._concurrency.threads import BlockingThreads
+from ..coordination.coordinator import Coordinator
+from ..planning.planner import CompiledPlan
+from ..planning.replica_turns import Rotation, Turn
+from ..staging.device import Event
+from ..staging.stager import Stager
+from ..state.capture import Captured
+from .replica_check import Details, Digest, Kind, ReplicaCheck, Sample, explain
+
+
+class Comparison:
+    """One save's. Holds a sample of the state from ``read`` to ``close``."""
+
+    def __init__(
+        self,
+        replicas: ReplicaCheck,
+        *,
+        uid: str,
+        stager: Stager,
+        coordinator: Coordinator,
+        threads: BlockingThreads,
+        timeout: float,
+    ) -> None:
+        """``timeout``: seconds that reading may take."""
+        self._replicas = replicas
+        self._uid = uid
+        self._stager = stager
+        self._coordinator = coordinator
+        self._threads = threads
+        self._timeout = timeout
+        self._turn: Turn
+        self._is_known = anyio.Event()
+        """What the turn is."""
+        self._dealt: tuple[Rotation, Turn] | None = None
+        """The turn as long as it was not compared; the coordinator's alone."""
+        self._sample: Sample | None = None
+
+    def deal(self, plan: CompiledPlan) -> Turn:
+        """A turn for all ranks, on the coordinator."""
+        turn = plan.rotation.deal()
+        self._dealt = plan.rotation, turn
+        return turn
+
+    def begin(self, turn: Turn) -> None:
+        """That is the save's turn."""
+        self._turn = turn
+        self._is_known.set()
+
+    async def read(self, plan: CompiledPlan, captured: Captured, events: dict[torch.device, Event]) -> None:
+        """Read the replicas once the turn is known, while the state is held still. Raises: MutatedTensors."""
+        self._drop()
+        if plan.replicas:
+            await self._is_known.wait()
+            self._sample = await self._stager.run(
+                self._timeout, self._replicas.take, plan, captured, events, self._turn
+            )
+
+    async def digests(self) -> list[Digest]:
+        """What this rank holds as others do; takes CPU."""
+        return await self._threads.run(self._sample.digests) if self._sample is not None else []
+
+    async def explain(self, groups: list[tuple[int, Kind]]) -> None:
+        """Find out which tensors of ``groups`` differ. Ranks: all must call it. Raises ConflictError, or
+        RemoteFailure."""
+
+        async def decide(details: Sequence[Details]) -> list[None]:
+            raise explain(details)
+
+        details: Details = []
+        if self._sample is not None:
+            details = await self._threads.run(self._sample.details, groups)
+        await self._coordinator.exchange(self._uid, "replicas", details, decide)
+
+    def matched(self) -> None:
+        """The save was committed."""
+        if self._dealt is not None:
+            rotation, _ = self._dealt
+            rotation.matched()
+            self._dealt = None
+
+    def _drop(self) -> None:
+        if self._sample is not None:
+            self._sample.release()
+            self._sample = None
+
+    def close(self) -> None:
+        """However the save ended."""
+        self._drop()
+        if self._dealt is not None:
+            rotation, turn = self._dealt
+            rotation.missed(turn)
+            self._dealt = None

@@ -1,0 +1,1 @@
+"""From live tensors to leased slots of host memory; owns the pool, the copying thread and the devices."""

@@ -1,0 +1,278 @@
+"""capture(): takes hold of a trainer's state.
+
+Enters: a mapping of Statefuls, tensors, containers and picklable leaves. Leaves: a Captured:
+parallel lists in the walk's order, tensors by reference, everything else by value. Runs in the caller's
+thread and in one piece, so a data pipeline can't advance between the model's snapshot and its own. Invariant:
+a Captured refers to live tensors only until its save has staged them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter, le
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ..formats.distcp import SECTOR_BYTES
+from ..formats.tree import Tree
+from ..formats.zip_item import pad_item, slot_bytes
+from .capture_cache import Repeat, Trail
+from .flatten import CaptureError, Given, Walk, duplicate_name, structure_of, walk_state
+from .leaves import LeafPickler, LeafRules
+from .mutation import Watch
+from .order import ask_in_order
+from .sharding import Offsets, Piece, Shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structure:
+    """What a plan depends on: equal structures have equal layouts. Compared list by list, in C."""
+
+    order: list[str]
+    """Every leaf's name in the order of the state, which is the order of its mappings' keys."""
+    tensor_names: list[str]
+    """Of the tensors that are stored."""
+    dtypes: list[torch.dtype]
+    shapes: list[torch.Size]
+    strides: list[tuple[int, ...] | None]
+    """None where the tensor is row-major."""
+    leaf_names: list[str]
+    exotic: list[tuple[int, str, tuple[int, ...]]]
+    """Which leaves are tensors that go through ``torch.save``: (leaf, what `.metadata` says of it, size)."""
+    slots: list[int]
+    """Length of each leaf's slot."""
+    containers: list[tuple[str, str, int, int]]
+    odd_keys: list[tuple[str, bytes]]
+    ties: list[tuple[str, int]]
+    """Names that share the bytes of an earlier tensor."""
+    shards: dict[int, Shard]
+    """Which tensors are pieces of distributed ones, and where they lie in those."""
+    bare: list[tuple[str, torch.dtype, Offsets]]
+    """Distributed tensors of which nothing lies here."""
+    pieces: dict[str, Piece]
+    """Which leaves are pieces of distributed tensors."""
+    trail: Trail = field(default_factory=Trail, compare=False, repr=False)
+    """How the last state of this structure was walked."""
+
+    @property
+    def names(self) -> list[str]:
+        """Every name: of stored tensors, of ties, of leaves, of what lies on other ranks only."""
+        ties, bare = (name for name, _ in self.ties), (name for name, *_ in self.bare)
+        return list(dict.fromkeys([*self.tensor_names, *ties, *self.leaf_names, *bare]))
+
+
+@dataclass(slots=True, kw_only=True)
+class Captured:
+    """A state at one moment: tensors by reference, everything else by value."""
+
+    structure: Structure
+    tree: Tree
+    """None if the structure equals the one that was given to ``capture``."""
+    tensors: list[torch.Tensor]
+    leaf_items: list[bytes]
+    """Each leaf's item, not padded."""
+    optimizers: list[Optimizer]
+    live: dict[str, Any]
+    """Name -> leaf and distributed tensor, for DCP's planner."""
+    pointers: list[int] | None
+    """Address of each tensor; None unless the bytes there are its elements and the CPU reads them."""
+    versions: list[int | None] | None = None
+    """Version counters at capture, with ``overlap=True``; None for a tensor that was copied aside."""
+    watch: Watch = field(default_factory=Watch)
+    """What else tells, with ``overlap=True``, that a tensor was changed."""
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the structure differs from the one that was given to ``capture``."""
+        return self.tree is not None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors) + sum(map(len, self.leaf_items))
+
+    def flat(self) -> dict[str, Any]:
+        """Name -> leaf, as DCP's planner takes it."""
+        structure = self.structure
+        found = dict(zip(structure.tensor_names, self.tensors, strict=True))
+        found |= {name: self.tensors[index] for name, index in structure.ties}
+        pieces = structure.pieces  # the tensors that they are of are there
+        return found | {name: value for name, value in self.live.items() if name not in pieces}
+
+    def part(self, tensors: Sequence[int], leaves: Sequence[int]) -> Captured:
+        """These alone, both ascending: other ranks write the rest."""
+        if len(tensors) == len(self.tensors) and len(leaves) == len(self.leaf_items):
+            return self  # a rank alone writes everything
+        versions, pointers = self.versions, self.pointers
+        return replace(
+            self,
+            tensors=[self.tensors[index] for index in tensors],
+            pointers=pointers and [pointers[index] for index in tensors],
+            leaf_items=[self.leaf_items[index] for index in leaves],
+            versions=versions and [versions[index] for index in tensors],
+            watch=self.watch.part(tensors),
+        )
+
+    def release(self) -> None:
+        """Drop every reference to the trainer's tensors."""
+        self.tensors = []
+        self.optimizers = []
+        self.watch = Watch()
+        self.leaf_items = []
+        self.live = {}
+        self.tree = None
+
+
+def is_exotic(leaf: object) -> bool:
+    """Whether a leaf is a tensor to `.metadata`. A nested tensor is not: it has no size to be named there."""
+    return isinstance(leaf, torch.Tensor) and not leaf.is_nested
+
+
+def meta_error(name: str) -> CaptureError:
+    """For a tensor without bytes."""
+    return CaptureError(f"{name} is on the meta device and has no bytes to save; materialise it first")
+
+
+def capture(
+    state: Mapping[str, Any],
+    previous: Structure | None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    rules: LeafRules | None = None,
+) -> Captured:
+    """Take hold of ``state``; what can't be saved is found here, before anything is written.
+
+    Args:
+        previous: the structure that the compiled plan belongs to.
+        rank: this process's, of ``world_size``; several ask their Statefuls in one order.
+        rules: which leaves a load would admit; None for no check.
+    Raises: CaptureError; whatever a ``state_dict()`` raises.
+    """
+    given: Given = {}
+    if previous is not None and (repeat := _followed(state, previous, given)) is not None:
+        captured = _repeated(repeat, previous, LeafPickler(rules))
+        if captured is not None:
+            return captured
+    if world_size > 1:
+        ask_in_order(state, rank, given)
+    walk = walk_state(state, rank, given, rules.check_key if rules else None)
+    shapes = walk.shapes()
+    addresses = walk.addresses()
+    tensors, leaves = walk.tensors, walk.leaves
+    names = walk.tensor_names
+    stored = addresses
+    if walk.separate_ties(addresses):
+        shapes = walk.shapes()
+        stored = [addresses[index] for index in walk.kept]
+    items = list(map(LeafPickler(rules).item, walk.leaf_names, walk.leaves))
+    structure = _structure(walk, shapes, items, previous)
+    tree: Tree = None
+    if structure != previous:
+        whole = [name for name in names if name not in walk.distributed]
+        check_unique([*whole, *walk.distributed, *walk.leaf_names])
+        tree = structure_of(state, walk)
+    else:
+        structure = previous
+    if not structure.trail.is_in_bounds(walk.tensors, stored):
+        walk.check_memory(shapes)
+        structure.trail.in_bounds = stored
+    raw = _is_raw(walk.tensors)
+    structure.trail.record(state, walk, tensors, leaves, raw=raw)
+    return Captured(
+        structure=structure,
+        tree=tree,
+        tensors=walk.tensors,
+        leaf_items=items,
+        optimizers=walk.optimizers,
+        live=walk.distributed | dict(zip(walk.leaf_names, walk.leaves, strict=True)),
+        pointers=stored if raw else None,
+    )
+
+
+def _followed(state: Mapping[str, Any], previous: Structure, given: Given) -> Repeat | None:
+    try:
+        return previous.trail.follow(state, given)
+    except RecursionError:  # a list that holds itself now; a new walk says where
+        return None
+
+
+def _is_raw(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the bytes in the memory of all of them are their elements, and the CPU reads them."""
+    return (
+        all(map(attrgetter("is_cpu"), tensors))
+        and not any(map(torch.Tensor.is_neg, tensors))
+        and not any(map(torch.Tensor.is_conj, tensors))
+    )
+
+
+def _repeated(repeat: Repeat, previous: Structure, pickler: LeafPickler) -> Captured | None:
+    """The capture of a state that is built as before; None if its leaves don't fit into their slots."""
+    leaves = dict(zip(previous.leaf_names, repeat.leaves, strict=True))
+    items = list(map(pickler.item, leaves.keys(), leaves.values()))
+    needed = [slot_bytes(len(item), SECTOR_BYTES) for item in items]
+    fits = all(map(le, needed, previous.slots))
+    without_bytes = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in repeat.leaves)
+    if not fits or without_bytes or _exotic(repeat.leaves) != previous.exotic:
+        return None
+    return Captured(
+        structure=previous,
+        tree=None,
+        tensors=repeat.tensors,
+        leaf_items=items,
+        optimizers=repeat.optimizers,
+        live=leaves,
+        pointers=repeat.pointers,
+    )
+
+
+def _exotic(leaves: Sequence[Any]) -> list[tuple[int, str, tuple[int, ...]]]:
+    return [
+        (index, f"{leaf.dtype} {leaf.layout} {leaf.requires_grad}", tuple(leaf.size()))
+        for index, leaf in enumerate(leaves)
+        if is_exotic(leaf)
+    ]
+
+
+def check_unique(names: list[str]) -> None:
+    if twice := duplicate_name(names):
+        raise CaptureError(f"two leaves have the name {twice!r}; rename one of their keys")
+
+
+def _structure(
+    walk: Walk, shapes: list[torch.Size], items: Sequence[bytes], previous: Structure | None
+) -> Structure:
+    """What the layout of ``walk``'s tensors and its leaves' ``items`` depends on."""
+    # a slot only grows: a counter that shrinks by a digit must not move every offset behind it
+    floor = dict(zip(previous.leaf_names, previous.slots, strict=True)) if previous else {}
+    for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
+        if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+            raise meta_error(name)
+    one_of_each: dict[torch.Size, torch.Size] = {}  # a garbage collection goes over each that is kept
+    return Structure(
+        order=walk.order,
+        tensor_names=walk.tensor_names,
+        dtypes=[tensor.dtype for tensor in walk.tensors],
+        shapes=[one_of_each.setdefault(shape, shape) for shape in shapes],
+        strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in walk.tensors],
+        leaf_names=walk.leaf_names,
+        exotic=_exotic(walk.leaves),
+        slots=[
+            max(slot_bytes(len(item), SECTOR_BYTES), floor.get(name, 0))
+            for name, item in zip(walk.leaf_names, items, strict=True)
+        ],
+        containers=walk.containers,
+        odd_keys=walk.odd_keys,
+        ties=walk.ties,
+        shards=walk.shards,
+        bare=walk.bare,
+        pieces=walk.pieces,
+    )
+
+
+def padded_items(captured: Captured, slots: Iterable[int]) -> Iterator[bytes]:
+    """Each leaf's item, grown to its slot."""
+    for item, slot in zip(captured.leaf_items, slots, strict=True):
+        yield pad_item(item, slot)

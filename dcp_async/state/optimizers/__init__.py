@@ -1,0 +1,1 @@
+"""Optimizers: their states by canonical names, saved, and given back exactly."""

@@ -1,0 +1,90 @@
+"""Statefuls that we offer, and what counts as one.
+
+Enters: live objects of a trainer. Leaves: plain dicts of tensors and leaves by ``state_dict()``, and what
+``load_state_dict()`` puts back. Each is an ordinary DCP Stateful: stock's save and load take them too.
+Source: torch/distributed/checkpoint/stateful.py.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .optimizers.app_state import AppState
+
+__all__ = ["AppState", "PerRank", "RNGState", "is_stateful"]
+
+
+def is_stateful(value: object) -> bool:
+    """DCP's ``Stateful``, looked up on the type: the protocol's own isinstance costs microseconds per
+    leaf."""
+    cls = type(value)
+    return hasattr(cls, "state_dict") and hasattr(cls, "load_state_dict") and not isinstance(value, type)
+
+
+class PerRank:
+    """Marks what differs between ranks, a data loader's position for one: each rank saves and loads its own.
+
+    Args:
+        value: a Stateful or a picklable value.
+        on_resize: gets what all ranks had saved, in their order, when a checkpoint of another world size is
+            loaded, and returns what this rank shall load. Without it such a load is refused.
+    """
+
+    def __init__(self, value: Any, *, on_resize: Callable[[list[Any]], Any] | None = None) -> None:
+        self.value = value
+        self.on_resize = on_resize
+
+    def __repr__(self) -> str:
+        return f"PerRank({self.value!r})"
+
+    @staticmethod
+    def key(rank: int | str) -> str:
+        """The name that a rank's own lies under."""
+        return f"rank_{rank}"
+
+
+class RNGState:
+    """A Stateful that brings the random number generators back to where they were: torch's, Python's, and
+    numpy's if it is used.
+
+    Each rank's are its own, as if it stood in ``PerRank``. When a checkpoint of another world size is loaded,
+    a rank takes what the rank of its number had saved; one that had no counterpart keeps its generators as
+    they are and logs a warning, unless ``PerRank(RNGState(), on_resize=...)`` says what it takes.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"rank_0": {"torch": ..., "python": ...}}`` on rank 0, for stock: the engine's names are the
+        same."""
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return {PerRank.key(rank): self._snapshot()}
+
+    def _snapshot(self) -> dict[str, Any]:
+        """This process's generators, for the engine, which knows its rank."""
+        state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        if "numpy" in sys.modules:
+            state["numpy"] = sys.modules["numpy"].random.get_state()
+        if torch.accelerator.is_available():
+            device = torch.accelerator.current_device_index()
+            state["accelerator"] = torch.get_device_module().get_rng_state(device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what ``state_dict()`` gave, or one rank's part of it."""
+        if "torch" not in state:
+            (own,) = self.state_dict()
+            if own not in state and len(state) != 1:
+                raise ValueError(f"RNGState.load_state_dict(): nothing was saved for {own}")
+            state = state[own] if own in state else next(iter(state.values()))
+        torch.set_rng_state(state["torch"].cpu())
+        random.setstate(state["python"])
+        if "numpy" in state and "numpy" in sys.modules:
+            sys.modules["numpy"].random.set_state(state["numpy"])
+        if "accelerator" in state and torch.accelerator.is_available():
+            device = torch.accelerator.current_device_index()
+            torch.get_device_module().set_rng_state(state["accelerator"].cpu(), device)

@@ -1,0 +1,441 @@
+"""capture_targets(): what of a state a load can fill, and who takes what was saved whole.
+
+Enters: a state and the Schema of an opened checkpoint. Leaves: Targets. Runs in the caller's thread.
+Invariant: a Stateful is asked for its ``state_dict()`` once at most, and only if it may hold memory for what
+was saved: to some, being asked is a change. Source: docs/adr/0020.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from .._geometry import box_at, slices
+from ..formats.tree import (
+    Tree,
+    children_of,
+    heads_of,
+    is_of_stateful,
+    kind_of,
+    leaf_names,
+    locate,
+    text_of,
+)
+from .capture import check_unique, is_exotic
+from .checkpointable import is_checkpointable
+from .flatten import UNASKED, CaptureError, Given, Walk, asynchronous_error, snapshot, walk_state
+from .holdings import (
+    holds_memory_for,
+    holds_objects,
+    holds_what_stock_changes,
+    memory_of_modules,
+    resizable_owners,
+)
+from .optimizers.optimizer_state import parameter_sizes
+from .order import ask_in_order
+from .sharding import Offsets, Shard, is_sharded, sharded
+from .stateful import AppState, PerRank, is_stateful
+
+_DOUBTFUL_STARTS = tuple("0123456789-(<")
+_DOUBTFUL = ("None", "True", "False", "inf", "nan")
+_EXTRA_STATE = "_extra_state"
+"""What torch.nn.Module calls that of ``get_extra_state()``."""
+
+
+class _Contents(Protocol):
+    @property
+    def names(self) -> Mapping[str, TensorStorageMetadata | BytesStorageMetadata]: ...
+
+    @property
+    def structure(self) -> Tree: ...
+
+    @property
+    def manifest(self) -> object: ...
+
+
+class Schema:
+    """What a checkpoint holds at and below a name."""
+
+    def __init__(self, contents: _Contents) -> None:
+        self._contents = contents
+
+    @cached_property
+    def _names(self) -> Mapping[str, TensorStorageMetadata | BytesStorageMetadata]:
+        return self._contents.names
+
+    @cached_property
+    def _structure(self) -> Tree:
+        return self._contents.structure
+
+    def needs_memory(self, name: str, stateful: Any) -> bool:
+        """Whether ``stateful``, which lies at ``name``, is to be asked for its state.
+
+        It is where it seems to hold memory to read into, for distributed tensors, for objects inside of its
+        state, and where the checkpoint does not tell what was saved: stock drops empty containers, kinds of
+        mappings and of their keys, and older releases do not say what was an object. Where nothing was saved
+        it says whether anything is missing.
+        """
+        found, node = locate(self._structure, name)
+        if not found:
+            return not self._is_of_other_ranks(name)
+        if self._contents.manifest is None:
+            if _has_doubtful_key(node) or holds_what_stock_changes(stateful):
+                return True
+        elif node is not None and not is_of_stateful(node):
+            if holds_objects(stateful):
+                return True
+        elif _has_stateful_below(node):
+            return True
+        saved: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        for leaf in leaf_names(node, name):
+            meta = self._names[leaf]
+            if isinstance(meta, TensorStorageMetadata):
+                if len(meta.chunks) != 1:
+                    return True
+                saved[leaf] = (meta.size, meta.properties.dtype)
+        return bool(saved) and holds_memory_for(stateful, saved)
+
+    def _is_of_other_ranks(self, name: str) -> bool:
+        """Whether it lies in what each rank has for itself, of which others have saved theirs."""
+        return any(
+            head.rpartition(".")[2].startswith(PerRank.key(""))
+            and locate(self._structure, head.rpartition(".")[0])[0]
+            for head in heads_of(name)
+        )
+
+
+def _has_stateful_below(node: Tree) -> bool:
+    return any(is_of_stateful(child) or _has_stateful_below(child) for _, child in children_of(node))
+
+
+def _has_doubtful_key(node: Tree) -> bool:
+    """Whether a key, of which stock writes the text, may have been a number, a tuple or None."""
+    is_mapping = kind_of(node) != "list"
+    return any(
+        (is_mapping and (key[:1] in _DOUBTFUL_STARTS or key in _DOUBTFUL)) or _has_doubtful_key(child)
+        for key, child in children_of(node)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A tensor in memory, to be filled with the part of a global one that begins at ``offsets``."""
+
+    tensor: torch.Tensor
+    offsets: Offsets
+
+    @classmethod
+    def whole(cls, tensor: torch.Tensor) -> Region:
+        """The region of a tensor that is no part of another."""
+        return cls(tensor, (0,) * tensor.dim())
+
+    @classmethod
+    def piece(cls, tensor: torch.Tensor, shard: Shard | None) -> Region:
+        """A piece of a distributed tensor; one without a shard is the whole."""
+        return cls(tensor, shard.offsets) if shard else cls.whole(tensor)
+
+    @classmethod
+    def all_of(cls, name: str, tensor: torch.Tensor) -> list[Region]:
+        """What of ``tensor`` lies here, if it is a distributed one; else the whole."""
+        if not is_sharded(tensor):
+            return [cls.whole(tensor)]
+        return [cls.piece(local, shard) for shard, local in sharded(name, tensor, {}).pieces]
+
+    def of(self, value: torch.Tensor) -> torch.Tensor:
+        """The part of a global ``value`` that belongs here."""
+        if value.shape == self.tensor.shape:
+            return value
+        return value[slices(box_at(self.offsets, self.tensor.shape))]
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What takes all that was saved at and below its name, in the structure in which that was saved."""
+
+    present: Any
+    """What is there, or UNASKED: its tensors are memory to read into where shape and dtype agree."""
+    is_stateful: bool = False
+    """Whether it is all of a Stateful's state."""
+    keeps: bool = False
+    """Whether entries stay that were not saved: an optimizer's options, of which each release has others."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerState:
+    """A mapping that grows with an optimizer's history: it takes all that was saved below it."""
+
+    owner: type
+    """The Stateful's."""
+    takes: Callable[[Any, bool], bool] | None = None
+    """Which keys it has a place for, told whether one was a parameter's; None if for every one."""
+    model: str | None = None
+    """Where the parameters lie whose names are its keys."""
+    sizes: Mapping[str, torch.Size] = field(default_factory=dict)
+    """By number, of parameters whose entries are known to be like them."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Targets:
+    """Where a load puts what it reads."""
+
+    walk: Walk
+    tensors: dict[str, torch.Tensor]
+    """Name -> tensor to fill in place: plain, exotic, or distributed."""
+    local: dict[str, list[Region]]
+    """Of the distributed ones, what lies here."""
+    leaves: set[str]
+    """Names of other leaves: replaced."""
+    statefuls: dict[str, tuple[Any, Any]]
+    """Name -> (Stateful, what it gave or UNASKED), in the walk's order."""
+    wholes: dict[str, Whole]
+    """Places that take what was saved there, by name."""
+    grows: dict[str, Callable[[str], bool]]
+    """Mappings of Statefuls that take entries which they lack, by name: says which."""
+    optimizer_states: dict[str, OptimizerState]
+    """Optimizers' mappings of parameters to what is kept for them, by name."""
+    named_groups: dict[str, list[Any]]
+    """The parameter groups of AppStates, by name: only their parameters tell which of the saved is theirs."""
+    strict: set[str]
+    """Names below one of ``wholes`` that must be there in the shape that they have: parameters, buffers,
+    DTensors."""
+    prefixes: set[str]
+    """Top-level names of the state."""
+    entries: dict[str, torch.Tensor]
+    """Name of an optimizer's entry for a distributed parameter -> that parameter."""
+    device: torch.device
+    """Where tensors are made that take the place of those on the meta device."""
+    world_size: int
+
+
+@dataclass(slots=True)
+class Asked:
+    """What Statefuls have given in one load, which may try several checkpoints. Keeps them alive."""
+
+    _given: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    agreed: set[str] = field(default_factory=set)
+    """Names of those that are asked because a rank needs it."""
+
+    def ask(self, schema: Schema, name: str, stateful: Any, wishes: set[str] | None = None) -> Any:
+        """What ``stateful`` gives, or UNASKED. With ``wishes`` it is asked only if that is agreed, and its
+        name is put there if it needs to be. Raises CaptureError."""
+        if id(stateful) not in self._given:
+            always = isinstance(stateful, (torch.nn.Module, Optimizer, AppState)) or name in self.agreed
+            if not always and schema.needs_memory(name, stateful):
+                if wishes is not None:
+                    wishes.add(name)
+                else:
+                    always = True
+            if not always:
+                return UNASKED
+            self._given[id(stateful)] = (stateful, snapshot(name, stateful))
+        return self._given[id(stateful)][1]
+
+
+def wishes_of(state: Mapping[str, Any], schema: Schema, asked: Asked, *, rank: int) -> list[str]:
+    """Ask whom all ranks agreed to ask, and give the names of others that this rank needs to: a
+    ``state_dict()`` may run collectives, so all must ask the same. Raises CaptureError."""
+    wishes: set[str] = set()
+    ask_in_order(state, rank, {}, lambda name, stateful: asked.ask(schema, name, stateful, wishes))
+    return sorted(wishes)
+
+
+def capture_targets(
+    state: Mapping[str, Any], schema: Schema, asked: Asked, *, rank: int = 0, world_size: int = 1
+) -> Targets:
+    """Find out what ``state`` can take of a checkpoint. Raises CaptureError."""
+    given: Given = {}
+
+    wishes: set[str] | None = None if world_size == 1 else set()  # then all is agreed
+
+    def ask(name: str, stateful: Any) -> Any:
+        return asked.ask(schema, name, stateful, wishes)
+
+    if world_size > 1:
+        ask_in_order(state, rank, given, ask)
+    walk = walk_state(state, rank, given, ask=ask)
+    walk.check_memory(walk.shapes())  # which sorts nested tensors out
+    plain = {
+        name: tensor
+        for name, tensor in zip(walk.tensor_names, walk.tensors, strict=True)
+        if name not in walk.distributed
+    }
+    local: dict[str, list[Region]] = {name: [] for name in walk.distributed}
+    for index, name in enumerate(walk.tensor_names):
+        if name in local:
+            local[name].append(Region.piece(walk.tensors[index], walk.shards.get(index)))
+    for leaf, tensor in zip(walk.leaf_names, walk.leaves, strict=True):
+        if (piece := walk.pieces.get(leaf)) is not None:
+            local[piece.name].append(Region(tensor, piece.shard.offsets))
+    check_unique([*(name for name in walk.tensor_names if name not in local), *local, *walk.leaf_names])
+    device = torch.get_default_device()
+    targets = Targets(
+        walk=walk,
+        tensors=plain | walk.distributed,
+        local=local,
+        leaves=set(),
+        statefuls={name: (stateful, given) for name, stateful, given in walk.statefuls},
+        wholes={},
+        grows={},
+        optimizer_states={},
+        named_groups={},
+        strict=set(),
+        prefixes=set(map(text_of, state)),
+        entries=_entries(walk),
+        device=torch.device("cpu") if device.type == "meta" else device,
+        world_size=world_size,
+    )
+    for prefix, (stateful, given) in targets.statefuls.items():
+        _describe(targets, prefix, stateful, given)
+    for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
+        if name in walk.pieces:
+            continue
+        if is_lazy(leaf):
+            if name not in targets.wholes:
+                raise CaptureError(
+                    f"{name} is uninitialized and has no shape; run the lazy module once, then load into it"
+                )
+        elif is_exotic(leaf):
+            targets.tensors[name] = leaf
+        else:
+            targets.leaves.add(name)
+    _check_assignable("", state)
+    return targets
+
+
+def _describe(targets: Targets, prefix: str, stateful: Any, given: Any) -> None:
+    """Note what of a Stateful takes what was saved whole, and what must fit."""
+    if inspect.iscoroutinefunction(stateful.state_dict) or inspect.isasyncgenfunction(stateful.state_dict):
+        raise asynchronous_error(prefix, stateful)
+    if inspect.iscoroutinefunction(stateful.load_state_dict):
+        raise CaptureError(
+            f"{prefix}: {type(stateful).__name__}.load_state_dict() is asynchronous and would not be "
+            "awaited; give the state an object that takes its state in one piece"
+        )
+    if isinstance(stateful, AppState) and isinstance(given, Mapping):
+        _describe_module(targets, f"{prefix}.model", stateful.model, given.get("model"))
+        mapping = OptimizerState(type(stateful), stateful.taker(), f"{prefix}.model")
+        targets.optimizer_states[f"{prefix}.{stateful.entries_at}"] = mapping
+        if stateful.entries_at != "optim":  # flat, its options are entries like any other
+            _describe_options(targets, f"{prefix}.optim", given.get("optim"), named=True)
+        for key, value in given.items():
+            if key not in ("model", "optim"):
+                targets.wholes[f"{prefix}.{key}"] = Whole(value)
+        if type(stateful) is not AppState:
+            targets.grows[prefix] = lambda key: key not in ("model", "optim")
+    elif isinstance(stateful, torch.nn.Module):
+        _describe_module(targets, prefix, stateful, given)
+    elif isinstance(stateful, Optimizer):
+        targets.optimizer_states[f"{prefix}.state"] = OptimizerState(
+            type(stateful), sizes=parameter_sizes(stateful)
+        )
+        _describe_options(targets, prefix, given)
+    else:
+        targets.wholes[prefix] = Whole(given, is_stateful=True)
+        if given is not UNASKED:
+            targets.strict |= _strict_below(targets.walk, prefix, stateful)
+
+
+def _describe_module(targets: Targets, name: str, module: torch.nn.Module, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        return
+    owners = resizable_owners(module)
+
+    def may_resize(key: str) -> bool:
+        return key.rpartition(".")[0] in owners
+
+    for key, value in given.items():
+        # whatever is no tensor is no parameter and no buffer
+        is_extra = not isinstance(value, torch.Tensor) or str(key).rpartition(".")[2] == _EXTRA_STATE
+        if is_extra or (owners and may_resize(str(key))):
+            targets.wholes[f"{name}.{key}"] = Whole(value)
+    if owners:
+        targets.grows[name] = may_resize
+
+
+def _describe_options(targets: Targets, name: str, given: Any, *, named: bool = False) -> None:
+    """An optimizer takes all that was saved of its options and of what it keeps beside its parameters'
+    entries. ``named``: their parameters have names, by
+    which a group finds its own wherever it lies."""
+    if not isinstance(given, Mapping):
+        return
+    groups = given.get("param_groups")
+    if named and isinstance(groups, list):
+        targets.named_groups[f"{name}.param_groups"] = groups
+        groups = None
+    for number, group in enumerate(groups if isinstance(groups, list) else ()):
+        targets.wholes[f"{name}.param_groups.{number}"] = Whole(group, keeps=True)
+    for key, value in given.items():
+        if str(key).startswith("param_groups."):  # a flat one
+            targets.wholes[f"{name}.{key}"] = Whole(value, keeps=True)
+        elif key not in ("state", "param_groups") and (
+            _is_extra_of_optimizer(str(key)) or not isinstance(value, torch.Tensor)
+        ):
+            targets.wholes[f"{name}.{key}"] = Whole(value)
+            inside = f"{name}.{key}"  # distributed tensors are filled as they lie here, or refused
+            targets.strict |= {one for one in targets.local if one == inside or one.startswith(f"{inside}.")}
+    targets.grows[name] = lambda key: key.startswith("param_groups.") or _is_extra_of_optimizer(key)
+
+
+def _is_extra_of_optimizer(key: str) -> bool:
+    """Whether an optimizer has ``key`` beside its parameters' entries and its groups, flat or not."""
+    return key.partition(".")[0] not in ("state", "param_groups")
+
+
+def _strict_below(walk: Walk, prefix: str, stateful: Any) -> set[str]:
+    """Names of parameters, buffers and distributed tensors in what a Stateful gave: it shows those of a
+    model."""
+    inside = f"{prefix}."
+    found = {name for name in walk.distributed if name.startswith(inside)}
+    if memory := memory_of_modules(stateful):
+        found |= {
+            name
+            for name, tensor in zip(walk.tensor_names, walk.tensors, strict=True)
+            if name.startswith(inside) and tensor.data_ptr() in memory
+        }
+    return found
+
+
+def _entries(walk: Walk) -> dict[str, torch.Tensor]:
+    parameters: dict[str, torch.Tensor] = {}
+    for prefix, stateful, _ in walk.statefuls:
+        if isinstance(stateful, AppState):
+            inside = f"{prefix}.model."
+            for name, tensor in walk.distributed.items():
+                if name.startswith(inside):
+                    parameters[f"{prefix}.optim.state.{name.removeprefix(inside)}"] = tensor
+        elif isinstance(stateful, Optimizer):
+            owned = [parameter for group in stateful.param_groups for parameter in group["params"]]
+            parameters |= {f"{prefix}.state.{number}": parameter for number, parameter in enumerate(owned)}
+    return {
+        name: tensor
+        for name, tensor in parameters.items()
+        if (type(tensor) is DTensor or is_checkpointable(tensor)) and not tensor.is_meta
+    }
+
+
+def _check_assignable(name: str, container: Any) -> None:
+    """Leaves are replaced in the caller's containers. Raises CaptureError for one that can't be assigned
+    to."""
+    is_mapping = isinstance(container, Mapping)
+    entries = container.items() if is_mapping else enumerate(container)
+    fixed = is_mapping and not isinstance(container, MutableMapping)
+    for key, value in entries:
+        if isinstance(value, torch.Tensor) or is_stateful(value):
+            continue
+        if isinstance(value, (Mapping, list)):
+            _check_assignable(f"{name}.{key}" if name else str(key), value)
+        elif fixed and not isinstance(value, PerRank):
+            where = name or "the state"
+            raise CaptureError(
+                f"{where} is a {type(container).__name__}, which can't be assigned to, and holds {key!r}, "
+                "which is no tensor; use a dict"
+            )

@@ -1,0 +1,1 @@
+"""A directory of a local or mounted file system as a storage."""

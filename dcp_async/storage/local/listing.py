@@ -1,0 +1,84 @@
+"""What lies under a root: which entries may be checkpoints, and which links stand for what.
+
+Enters: a root. Leaves: a StoredCheckpoint per directory. Invariant: nothing is opened here, and one entry
+that can't be looked at hides no other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from ..base import StoredCheckpoint
+from .files import commit_mark
+from .safe_open import is_beneath
+
+logger = logging.getLogger(__name__)
+
+_NO_CHECKPOINTS = frozenset({"lost+found"})
+"""The file system's own, closed to everybody."""
+
+
+def list_checkpoints(root: Path) -> list[StoredCheckpoint]:
+    """What lies under ``root``; nothing if there is no such directory. Blocks. Raises OSError for the root
+    itself."""
+    try:
+        with os.scandir(root) as entries:
+            listed = [entry for entry in entries if not entry.name.startswith(".")]
+    except FileNotFoundError:
+        return []
+    found: list[StoredCheckpoint] = []
+    for entry in listed:
+        try:
+            stored = _look_at(entry, root)
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        except OSError as error:
+            logger.debug("%r can't be looked at: %s", entry.path, error)
+            stored = StoredCheckpoint(name=entry.name, committed=True, modified=_changed(entry))
+        if stored is not None:
+            found.append(stored)
+    return found
+
+
+def _look_at(entry: os.DirEntry[str], root: Path) -> StoredCheckpoint | None:
+    """What an entry is; None for what can't be a checkpoint. Raises OSError where that can't be told."""
+    if entry.is_symlink():
+        return _linked(entry, os.path.realpath(root))
+    if not entry.is_dir(follow_symlinks=False) or entry.name in _NO_CHECKPOINTS:
+        return None
+    mark = commit_mark(entry.path)
+    changed = mark or entry.stat(follow_symlinks=False)
+    return StoredCheckpoint(name=entry.name, committed=mark is not None, modified=changed.st_mtime)
+
+
+def _changed(entry: os.DirEntry[str]) -> float:
+    try:
+        return entry.stat(follow_symlinks=False).st_mtime
+    except OSError as error:
+        logger.debug("%r has no status: %s", entry.path, error)
+        return 0.0
+
+
+def _linked(entry: os.DirEntry[str], root: str) -> StoredCheckpoint | None:
+    """What a link stands for. One to a sibling is an alias; one to a directory that is no checkpoint, or to
+    an entry of this root that is gone, is nothing."""
+    try:
+        real = os.path.realpath(entry.path, strict=True)
+    except FileNotFoundError:
+        if is_beneath(os.path.realpath(entry.path), root):
+            logger.debug("%r is a link to nothing", entry.path)
+            return None
+        # a disk that is not mounted, whatever the link is called: whoever opens it is told
+        return StoredCheckpoint(name=entry.name, committed=True, modified=_changed(entry))
+    if not os.path.isdir(real):
+        return None
+    mark = commit_mark(real)
+    if os.path.dirname(real) == root and not os.path.basename(real).startswith("."):
+        changed = mark.st_mtime if mark is not None else 0.0
+        alias = os.path.basename(real)
+        return StoredCheckpoint(name=entry.name, committed=False, modified=changed, alias_of=alias)
+    if mark is None:
+        return None
+    return StoredCheckpoint(name=entry.name, committed=True, modified=mark.st_mtime)

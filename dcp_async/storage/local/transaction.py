@@ -1,0 +1,227 @@
+"""One rank's files of one save, on a local (or mounted) file system.
+
+Enters: parts of file images, then the metadata. Leaves: a checkpoint, or nothing. Invariant: what `.metadata`
+names is on the medium, under the names and in the files that were written, when `.metadata` is linked.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from ..._concurrency.threads import StuckThreadError
+from ..calls import BlockingCalls
+from .files import METADATA, DataFile, commit_mark, make_directory, refuse_link, sync, sync_directory
+from .lease import Beat, Lease, remove_if_empty, sweep_directory, take_lease
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class LeasingCalls(BlockingCalls):
+    """What a transaction needs of its storage."""
+
+    beat: Beat
+    lease_max_age: float
+
+
+class LocalTransaction:
+    """One rank's files of one save. Owns their descriptors and the lease."""
+
+    def __init__(self, storage: LeasingCalls, directory: Path, uid: str, lease: Lease | None) -> None:
+        self._storage = storage
+        self._directory = directory
+        self._uid = uid
+        self._lease = lease
+        """The leading rank's; None on the others."""
+        self._paths: list[Path] = []
+        self._files: dict[str, DataFile] = {}
+        self._sealed: dict[str, DataFile] = {}
+        """Open still: an inode that is held is not given to another file."""
+        self._expected: Mapping[str, int] = {}
+        """What is about to be published: file -> length."""
+        self._stuck = False
+        self._publishing = False
+        self._published = False
+
+    def __repr__(self) -> str:
+        state = "published" if self._published else "open"
+        return f"<LocalTransaction {self._directory.name} {self._uid} {state}>"
+
+    @classmethod
+    def _begin(
+        cls,
+        storage: LeasingCalls,
+        directory: Path,
+        files: Mapping[str, int | None],
+        uid: str,
+        replace: bool,
+        lead: bool,
+    ) -> LocalTransaction:
+        """Take the lease, if this rank leads, and make the files. Blocks."""
+        if lead:
+            refuse_link(directory)
+            make_directory(directory)
+            if not replace and commit_mark(directory) is not None:
+                raise FileExistsError(
+                    errno.EEXIST, "a checkpoint of this name is committed", os.fspath(directory)
+                )
+            lease = take_lease(directory, uid)
+            storage.beat.add(lease)
+        else:
+            lease = None
+        transaction = cls(storage, directory, uid, lease)
+        try:
+            for name, nbytes in files.items():
+                transaction._files[name] = DataFile(directory / name, nbytes)
+                transaction._paths.append(directory / name)
+        except BaseException:
+            transaction._discard()
+            raise
+        return transaction
+
+    async def _run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            run = self._storage.run_bulk if verb in ("write", "sync") else self._storage.run
+            return await run(verb, path, fn, *args, **kwargs)
+        except StuckThreadError:
+            self._stuck = True
+            raise
+
+    async def put(self, file: str, offset: int, buffer: memoryview) -> None:
+        data = self._files[file]
+        await self._run("write", data.path, data.write, offset, buffer)
+
+    async def seal(self, file: str) -> None:
+        data = self._files[file]
+
+        def seal() -> None:
+            size = os.fstat(data.fd).st_size
+            if data.nbytes is not None and size != data.nbytes:
+                raise OSError(errno.EIO, f"it has {size} bytes instead of {data.nbytes}")
+            sync(data.fd)
+            data.end_direct()
+
+        await self._run("sync", data.path, seal)
+        self._sealed[file] = self._files.pop(file)
+
+    async def verify(self, files: Mapping[str, int]) -> None:
+        self._expected = files
+        await self._run("verify", self._directory, self._check)
+
+    def _check(self) -> None:
+        """Raises OSError unless everything that is about to be published is what was written."""
+        why = (
+            "the save was taken for dead and swept (did this process stand still for long?), or somebody "
+            "removed its files; save again"
+        )
+        if self._lease is not None and not self._lease.is_held():
+            raise OSError(errno.ESTALE, f"{self._lease.path.name} is gone: {why}")
+        for name, nbytes in self._expected.items():
+            try:
+                found = os.stat(self._directory / name, follow_symlinks=False)
+            except FileNotFoundError as error:
+                raise OSError(errno.ESTALE, f"{name} is gone: {why}") from error
+            mine = self._sealed.get(name)
+            if mine is not None and not os.path.samestat(found, os.fstat(mine.fd)):
+                raise OSError(errno.ESTALE, f"{name} is another file than the one that was written: {why}")
+            if found.st_size != nbytes:
+                raise OSError(errno.ESTALE, f"{name} has {found.st_size} bytes instead of {nbytes}: {why}")
+
+    def hand_over(self) -> None:
+        if self._lease is None:
+            self._paths.clear()
+
+    async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
+        lease = self._lease
+        assert lease is not None, "only the rank that leads commits"
+        final = self._directory / METADATA
+        temporary = self._directory / f".metadata-{self._uid}.tmp"
+        await self._write_small(self._directory / f"manifest-{self._uid}.json", manifest)
+        await self._write_small(temporary, metadata)
+
+        def publish() -> None:
+            sync_directory(self._directory)
+            if self._stuck:  # a save that was given up meanwhile must not appear
+                raise OSError(errno.ETIMEDOUT, "the save was given up before this call returned")
+            self._check()
+            if replace:
+                os.rename(temporary, final)
+            elif commit_mark(self._directory) is not None:  # stock's ranks may have been here meanwhile
+                raise FileExistsError(
+                    errno.EEXIST, "a checkpoint of this name is committed", os.fspath(final)
+                )
+            else:
+                os.link(temporary, final)  # of two writers of one fresh name, one gets FileExistsError
+            self._published = True  # whatever fails from here on, these files are the checkpoint's
+            try:
+                sync_directory(self._directory)
+                sync_directory(self._directory.parent)
+            except OSError:
+                # a save that fails must not appear; what replace overwrote can't come back
+                if not replace and os.path.samefile(final, temporary):
+                    final.unlink()
+                    self._published = False
+                raise
+            temporary.unlink(missing_ok=True)
+            self._release_lease()
+            self._close_files()
+            try:
+                sweep_directory(self._directory, max_age=self._storage.lease_max_age)
+            except OSError as error:  # the checkpoint is there and durable; the next save sweeps again
+                logger.warning("could not remove older files from %s: %s", self._directory, error)
+
+        self._publishing = True
+        await self._run("publish", final, publish)
+
+    async def _write_small(self, path: Path, content: bytes) -> None:
+        def write() -> None:
+            with open(path, "xb", buffering=0) as file:
+                left = memoryview(content)
+                while left:
+                    left = left[file.write(left) :]
+                sync(file.fileno())
+
+        await self._run("write", path, write)
+
+    async def abort(self) -> None:
+        await self._run("remove", self._directory, self._discard)
+
+    def _discard(self) -> None:
+        if self._stuck and self._publishing:
+            return  # a call that hangs may still publish: nothing is deleted, and the lease protects it
+        if (
+            not self._stuck
+        ):  # a thread that hangs in write() must never find its descriptor's number given to another file
+            self._close_files()
+        if not self._published and self._directory.exists():
+            own = {path.name for path in self._paths}
+            for name in os.listdir(self._directory):
+                # the leading rank takes away what ranks that died have left
+                mine = (
+                    name in own
+                    if self._lease is None
+                    else self._uid in name and name != self._lease.path.name
+                )
+                if mine:
+                    (self._directory / name).unlink(missing_ok=True)
+        self._release_lease()
+        if commit_mark(self._directory) is None:
+            remove_if_empty(self._directory)
+
+    def _close_files(self) -> None:
+        for data in (*self._files.values(), *self._sealed.values()):
+            data.close()
+        self._files.clear()
+        self._sealed.clear()
+
+    def _release_lease(self) -> None:
+        if self._lease is not None:
+            self._storage.beat.discard(self._lease)
+            self._lease.release()

@@ -1,0 +1,1 @@
+"""Every unpickler of the package, and what it may call; imports nothing of ours."""
