@@ -14,8 +14,8 @@ Files are DCP's: stock ``torch.distributed.checkpoint.load`` reads them, and thi
 
 from __future__ import annotations
 
-from .coordination.coordinator import Coordination
-from .engine.engine import CheckpointEngine
+from .coordination import Coordination
+from .engine import CheckpointEngine
 from .errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -31,12 +31,13 @@ from .errors import (
     UntrustedCheckpointError,
 )
 from .events import Event, Observer, SaveCommitted, SaveFailed, SaveProgress, SaveStaged, SaveStarted
+from .info import CheckpointInfo, CheckpointRef, LoadReport
 from .options import Limits, Timeouts
-from .planning.planner import PlanningOptions
-from .response import AsyncSaveResponse, CheckpointHandle, CheckpointInfo, CheckpointRef, LoadReport
-from .staging.stager import Stager, StagingOptions
-from .state.stateful import AppState, PerRank, RNGState
-from .trust.policy import Trust
+from .planning import PlanningOptions
+from .response import AsyncSaveResponse, CheckpointHandle
+from .staging import Stager, StagingOptions
+from .state import AppState, PerRank, RNGState
+from .trust import Trust
 
 __version__ = "0.1.0.dev0"
 

@@ -1,14 +1,19 @@
-"""Where code that is not ours is called: what it raises becomes an error of the tree, whatever its class.
+"""Calls of code that is not ours: what it raises becomes an error of the tree, how long it takes is known.
 
-Enters: exceptions of the trainer's objects, of planners and of storages. Leaves: whether they are to be told
-in words, and the words. Invariant: what ends a program or a task stays itself.
+Enters: exceptions of the trainer's objects, of planners and of storages; the caller's thread, around each
+call of a method of the user's. Leaves: whether an exception is to be told in words, and the words; the oldest
+call that has not returned, for the engine's loop, which is free while the caller's thread hangs. Invariant:
+what ends a program or a task stays itself; nothing is kept of a call that has returned.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 from .errors import CheckpointError, StorageError
 
@@ -55,3 +60,57 @@ def storage_errors(verb: str, path: str, *, passing: tuple[type[BaseException], 
         if not is_foreign(error) or isinstance(error, passing):
             raise
         raise StorageError(f"cannot {verb} {path}: {words(error)}", verb=verb, path=path) from error
+
+
+_current: ContextVar[Activity | None] = ContextVar("dcp_async_activity", default=None)
+
+
+class Activity:
+    """Of one engine; each thread that is in one of its verbs has its own entry."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, list[tuple[str, float]]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Activity {list(self._calls.values())}>"
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """``user_code`` inside of it is noted here."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def oldest(self) -> tuple[str, float] | None:
+        """(what, seconds since it was called) of the innermost call of the thread that has been in one for
+        the longest; callable from every thread."""
+        calls = [call for stack in list(self._calls.values()) for call in stack[-1:]]
+        if not calls:
+            return None
+        text, since = min(calls, key=lambda call: call[1])
+        return text, time.monotonic() - since
+
+    def _enter(self, text: str) -> None:
+        self._calls.setdefault(threading.get_ident(), []).append((text, time.monotonic()))
+
+    def _leave(self) -> None:
+        stack = self._calls[threading.get_ident()]
+        stack.pop()
+        if not stack:
+            del self._calls[threading.get_ident()]
+
+
+@contextlib.contextmanager
+def user_code(method: str, of: object, name: str) -> Iterator[None]:
+    """Around a call of ``method`` of an object that lies at ``name``."""
+    activity = _current.get()
+    if activity is None:
+        yield
+        return
+    activity._enter(f"{type(of).__name__}.{method}() of {name!r}")
+    try:
+        yield
+    finally:
+        activity._leave()

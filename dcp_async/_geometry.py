@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from .formats.zip_item import contiguous_strides
-
+Offsets = tuple[int, ...]
+"""Per dimension, of a tensor's first element in another; sizes have the same form."""
 Box = tuple[tuple[int, int], ...]
 """Per dimension, [start, stop)."""
 
@@ -135,3 +135,74 @@ def cut_box(
     for start in range(low, high, rows):
         part = (*box[:dim], (start, min(start + rows, high)), *box[dim + 1 :])
         yield from cut_box(part, shape, itemsize, gap_bytes=gap_bytes, limit_bytes=limit_bytes)
+
+
+class CoverageError(ValueError):
+    """The checkpoint's chunks do not cover what is wanted."""
+
+
+def check_coverage(shape: Sequence[int], boxes: Sequence[Box]) -> None:
+    """Raises CoverageError unless ``boxes`` cover every element of ``shape`` exactly once: never zeros where
+    a chunk is missing, never one of two values where chunks contradict each other."""
+    if 0 in shape or not shape:
+        if not shape and not boxes:
+            raise CoverageError("no chunk holds its value")
+        return
+    try:
+        fault = first_fault(shape, boxes)
+    except ValueError as error:
+        raise CoverageError(str(error)) from None
+    if fault is not None:
+        at, times = fault
+        how = "no chunk covers" if times == 0 else f"{times} chunks cover"
+        raise CoverageError(f"{how} the region that starts at {list(at)}")
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Row-major strides, in elements, as torch gives them to a fresh tensor of ``shape``."""
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * max(shape[dim + 1], 1)
+    return tuple(strides)
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor fills its memory once, in whatever order; slices and expanded tensors do not."""
+    expected = 1
+    for stride, extent in sorted(zip(strides, shape, strict=True)):
+        if extent != 1:
+            if stride != expected:
+                return False
+            expected *= extent
+    return True
+
+
+def flat_slices(
+    shape: Sequence[int], start: int, stop: int
+) -> Iterator[tuple[tuple[int | slice, ...], int, int]]:
+    """Cut elements [start, stop) of a row-major enumeration of ``shape`` into boxes.
+
+    Yields (index, first, last): the box and its place in the enumeration. At most two boxes per dimension and
+    one in the middle.
+    """
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield (slice(start, stop),) if shape else (), start, stop
+        return
+    row = 1
+    for extent in shape[1:]:
+        row *= extent
+    first, last = -(-start // row), stop // row
+    if first > last:  # within one row
+        for index, low, high in flat_slices(shape[1:], start - last * row, stop - last * row):
+            yield (last, *index), last * row + low, last * row + high
+        return
+    if start < first * row:
+        for index, low, high in flat_slices(shape[1:], start - (first - 1) * row, row):
+            yield (first - 1, *index), (first - 1) * row + low, (first - 1) * row + high
+    if first < last:
+        yield (slice(first, last),), first * row, last * row
+    if last * row < stop:
+        for index, low, high in flat_slices(shape[1:], 0, stop - last * row):
+            yield (last, *index), last * row + low, last * row + high

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from .errors import SaveError
-from .response import CheckpointInfo
+from .info import CheckpointInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,12 @@
-"""How much an engine does at once and how long it waits: `Limits`, `Timeouts`. Other options live beside what
-they steer."""
+"""How much an engine does at once and how long it waits, and what a load makes of dtypes.
+
+Other options live beside what they steer.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,3 +40,7 @@ class Timeouts:
         for name in ("coordination", "storage", "exit_grace"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"Timeouts({name}=...) is more than 0, not {getattr(self, name)}")
+
+
+Dtypes = Literal["exact", "convert"]
+"""Whether a load puts a tensor into one of another dtype."""

@@ -13,18 +13,17 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from ._concurrency.verbs import Verb, drive_blocking
-from .coordination.coordinator import Coordination
-from .engine import engine
+from . import engine
+from ._concurrency import Verb, drive_blocking
+from .coordination import Coordination
 from .events import Observer
-from .formats.tree import JSON
-from .load.matching import Dtypes
-from .options import Limits, Timeouts
-from .planning.planner import PlanningOptions
-from .response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport
-from .staging.stager import Stager, StagingOptions
-from .storage.base import Storage
-from .trust.policy import Trust
+from .info import JSON, CheckpointInfo, CheckpointRef, LoadReport
+from .options import Dtypes, Limits, Timeouts
+from .planning import PlanningOptions
+from .response import AsyncSaveResponse
+from .staging import Stager, StagingOptions
+from .storage import Storage
+from .trust import Trust
 
 T = TypeVar("T")
 

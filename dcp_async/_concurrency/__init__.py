@@ -1,1 +1,41 @@
 """The loop thread, threads for blocking calls, bounded pipes, and verbs as generators."""
+
+from __future__ import annotations
+
+from .gc_pause import collection_paused
+from .signal_safe import SignalSafeFuture
+from .threads import (
+    BlockingThreads,
+    Job,
+    LoopThread,
+    Pipe,
+    StuckThreadError,
+    first_failure,
+    on_work_thread,
+    run_blocking,
+    run_unless,
+    settle,
+)
+from .verbs import Ended, Inside, Persisting, Verb, Watched, drive, drive_blocking
+
+__all__ = [
+    "BlockingThreads",
+    "Ended",
+    "Inside",
+    "Job",
+    "LoopThread",
+    "Persisting",
+    "Pipe",
+    "SignalSafeFuture",
+    "StuckThreadError",
+    "Verb",
+    "Watched",
+    "collection_paused",
+    "drive",
+    "drive_blocking",
+    "first_failure",
+    "on_work_thread",
+    "run_blocking",
+    "run_unless",
+    "settle",
+]

@@ -1,1 +1,15 @@
 """Which checkpoints exist and are whole, what an opened one holds, which may go."""
+
+from __future__ import annotations
+
+from .catalog import Catalog
+from .contents import Contents
+from .opening import UnfitMetadataError
+from .reference import reference
+
+__all__ = [
+    "Catalog",
+    "Contents",
+    "UnfitMetadataError",
+    "reference",
+]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .._concurrency.threads import BlockingThreads
+from .._concurrency import BlockingThreads
 from ..errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -21,9 +21,9 @@ from ..errors import (
     LoadError,
     StorageError,
 )
-from ..formats.manifest import Manifest
-from ..response import CheckpointInfo, CheckpointRef
-from ..storage.base import LinkError, Storage, StoredCheckpoint
+from ..formats import Manifest
+from ..info import CheckpointInfo, CheckpointRef
+from ..storage import LinkError, Storage, StoredCheckpoint
 from .contents import Contents
 from .opening import Opener, UnfitMetadataError, last_number, refused_link
 from .reference import reference

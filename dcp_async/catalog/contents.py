@@ -9,7 +9,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -18,14 +17,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from .._concurrency.gc_pause import collection_paused
+from .._concurrency import collection_paused
 from ..errors import CorruptCheckpointError
-from ..formats.manifest import Manifest
-from ..formats.stock_compat import usable_paths
-from ..formats.tree import Tree, leaf_names, structure_from_paths, tree_from_json
-from ..formats.unfolding import Part
-from ..response import CheckpointInfo
-from ..storage.base import Reader
+from ..formats import Manifest, Part, Tree, leaf_names, structure_from_paths, tree_from_json, usable_paths
+from ..info import CheckpointInfo
+from ..storage import Reader
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,38 +99,3 @@ class Contents:
 
     async def close(self) -> None:
         await self.reader.close()
-
-
-def transforms_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, ...]]:
-    """Item -> descriptors of the stream extensions that wrote it. Raises CorruptCheckpointError."""
-    found: dict[MetadataIndex, tuple[str, ...]] = {}
-    for index, place in metadata.storage_data.items():
-        descriptors = getattr(place, "transform_descriptors", None)  # torch before 2.6 knew none
-        if descriptors:
-            if not isinstance(descriptors, (list, tuple)) or not all(isinstance(d, str) for d in descriptors):
-                raise CorruptCheckpointError(
-                    f"checkpoint {name!r}: .metadata does not say properly how {index!r} was written",
-                    checkpoint_id=name,
-                )
-            found[index] = tuple(descriptors)
-    return found
-
-
-def places_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, int, int]]:
-    """Item -> (file, offset, length). Raises CorruptCheckpointError."""
-    storage_data = metadata.storage_data
-    if not isinstance(storage_data, dict):
-        raise CorruptCheckpointError(
-            f"checkpoint {name!r}: .metadata does not say where its items lie", checkpoint_id=name
-        )
-    places: dict[MetadataIndex, tuple[str, int, int]] = {}
-    for index, place in storage_data.items():
-        path, offset, length = (getattr(place, part, None) for part in ("relative_path", "offset", "length"))
-        numbers = isinstance(offset, int) and isinstance(length, int) and offset >= 0 and length >= 0
-        if not isinstance(index, MetadataIndex) or not isinstance(path, str) or "\0" in path or not numbers:
-            raise CorruptCheckpointError(
-                f"checkpoint {name!r}: .metadata does not say properly where {index!r} lies",
-                checkpoint_id=name,
-            )
-        places[index] = (path, cast(int, offset), cast(int, length))
-    return places

@@ -16,8 +16,7 @@ import anyio
 import xxhash
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .._concurrency.gc_pause import collection_paused
-from .._concurrency.threads import BlockingThreads
+from .._concurrency import BlockingThreads, collection_paused
 from ..errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -26,14 +25,25 @@ from ..errors import (
     StorageError,
     UntrustedCheckpointError,
 )
-from ..formats.distcp import SECTOR_BYTES, Footer, FooterError, footer_span, read_trailer
-from ..formats.manifest import Manifest, ManifestError, NewerVersionError, decode_manifest
-from ..formats.metadata_reader import decode_metadata
-from ..formats.stock_compat import merge_ranks
-from ..response import CheckpointInfo
-from ..storage.base import LinkError, Reader, Storage, UnreadableError
-from ..trust.policy import UntrustedGlobal
-from .contents import Contents, places_of, transforms_of
+from ..formats import (
+    SECTOR_BYTES,
+    Footer,
+    FooterError,
+    Manifest,
+    ManifestError,
+    NewerVersionError,
+    decode_manifest,
+    decode_metadata,
+    footer_span,
+    merge_ranks,
+    places_of,
+    read_trailer,
+    transforms_of,
+)
+from ..info import CheckpointInfo
+from ..storage import LinkError, Reader, Storage, UnreadableError
+from ..trust import UntrustedGlobal
+from .contents import Contents
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import operator
 import os
 from typing import Any
 
-from ..response import CheckpointInfo, CheckpointRef
+from ..info import CheckpointInfo, CheckpointRef
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import anyio
 import torch.distributed as dist
 import xxhash
 
-from .._activity import Activity
+from .._foreign import Activity
 from ..errors import EngineStateError
 from ..options import Timeouts
 from .settlement import Verdict

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from .._concurrency.threads import BlockingThreads
+from .._concurrency import BlockingThreads
 from ..errors import EngineStateError
-from ..trust.plain_data import dumps, loads
+from ..trust import dumps, loads
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ import anyio
 import torch.distributed as dist
 import xxhash
 
-from .._activity import Activity
-from .._concurrency.threads import settle
+from .._concurrency import settle
+from .._foreign import Activity
 from ..errors import EngineStateError
 from ..options import Timeouts
 from .failures import REMEMBERED, RemoteError, Waiters, raiser

@@ -1,1 +1,9 @@
 """Admits verbs, runs them and ends them; alone knows saves, loads and an engine's lifetime together."""
+
+from __future__ import annotations
+
+from .engine import CheckpointEngine
+
+__all__ = [
+    "CheckpointEngine",
+]

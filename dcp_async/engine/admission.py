@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from .._concurrency.signal_safe import SignalSafeFuture
+from .._concurrency import SignalSafeFuture
 from ..errors import SaveError
-from ..formats.tree import JSON
+from ..info import JSON
 from ..response import AsyncSaveResponse, Place
 
 T = TypeVar("T")

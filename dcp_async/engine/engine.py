@@ -20,28 +20,22 @@ from typing import Any, Self, TypeVar, get_args
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .._concurrency.verbs import Ended, Verb, drive
+from .._concurrency import Ended, Verb, drive
 from .._foreign import ENDINGS
-from ..catalog.catalog import Catalog
-from ..catalog.reference import reference
-from ..coordination.coordinator import Coordination
+from ..catalog import Catalog, reference
+from ..coordination import Coordination
 from ..errors import EngineStateError
 from ..events import Observer
-from ..formats.tree import JSON
-from ..load.matching import Dtypes
-from ..load.pipeline import LoadOptions, LoadServices
-from ..options import Limits, Timeouts
-from ..planning.planner import PlanningOptions
-from ..response import AsyncSaveResponse, CheckpointInfo, CheckpointRef, LoadReport, Place
-from ..save.failures import save_error
-from ..save.pipeline import SaveRequest
-from ..staging.stager import Stager, StagingOptions
-from ..state.capture import capture
-from ..state.leaves import LeafRules
-from ..storage.base import Storage
-from ..storage.deadline import LimitedStorage
-from ..storage.local.storage import LocalStorage
-from ..trust.policy import Trust
+from ..info import JSON, CheckpointInfo, CheckpointRef, LoadReport
+from ..load import LoadOptions, LoadServices
+from ..options import Dtypes, Limits, Timeouts
+from ..planning import PlanningOptions
+from ..response import AsyncSaveResponse, Place
+from ..save import SaveRequest, save_error
+from ..staging import Stager, StagingOptions
+from ..state import LeafRules, capture
+from ..storage import LimitedStorage, LocalStorage, Storage
+from ..trust import Trust
 from .admission import SaveArguments, brief, checkpoint_name
 from .lifetime import Lifetime
 from .loads import LoadRunner

@@ -19,15 +19,24 @@ from typing import Any, Literal, TypeVar
 
 import anyio
 
-from .._concurrency.threads import BlockingThreads, Job, LoopThread, on_work_thread
-from .._concurrency.verbs import Ended, Inside, Persisting, Verb, Watched
+from .._concurrency import (
+    BlockingThreads,
+    Ended,
+    Inside,
+    Job,
+    LoopThread,
+    Persisting,
+    Verb,
+    Watched,
+    on_work_thread,
+)
 from .._foreign import storage_errors
-from ..coordination.coordinator import Coordination, Coordinator, make_coordinator
+from ..coordination import Coordination, Coordinator, make_coordinator
 from ..errors import EngineStateError
 from ..options import Limits, Timeouts
 from ..response import AsyncSaveResponse
-from ..staging.stager import Stager
-from ..storage.base import Storage
+from ..staging import Stager
+from ..storage import Storage
 from .admission import SaveBook
 from .exit_guard import ExitGuard, main_has_ended
 from .optimizer_hooks import OptimizerHooks

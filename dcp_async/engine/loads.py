@@ -17,13 +17,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from .._concurrency.verbs import Verb
+from .._concurrency import Verb
 from .._foreign import ENDINGS, is_foreign, words
-from ..catalog.catalog import Catalog
-from ..catalog.contents import Contents
-from ..catalog.opening import UnfitMetadataError
-from ..coordination.coordinator import Coordinator
-from ..coordination.failures import RemoteFailure
+from ..catalog import Catalog, Contents, UnfitMetadataError
+from ..coordination import Coordinator, RemoteFailure
 from ..errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -32,12 +29,9 @@ from ..errors import (
     LoadError,
     StorageError,
 )
-from ..load.pipeline import Loaded, LoadOptions, LoadServices, load_into, read_fresh
-from ..load.rank_agreement import Agreement, Attempt, Together
-from ..response import CheckpointInfo, CheckpointRef, LoadReport
-from ..state.flatten import CaptureError
-from ..state.restore import Restorer
-from ..state.targets import Asked, Schema, Targets, capture_targets, wishes_of
+from ..info import CheckpointInfo, CheckpointRef, LoadReport
+from ..load import Agreement, Attempt, Loaded, LoadOptions, LoadServices, Together, load_into, read_fresh
+from ..state import Asked, CaptureError, Restorer, Schema, Targets, capture_targets, wishes_of
 from .lifetime import Lifetime
 
 logger = logging.getLogger(__name__)
@@ -117,7 +111,7 @@ class LoadRunner:
         info: CheckpointInfo,
         how: LoadOptions,
     ) -> None:
-        restorer = Restorer(targets, loaded, strict=how.strict, exact=how.dtypes == "exact")
+        restorer = Restorer(targets, loaded.read, strict=how.strict, exact=how.dtypes == "exact")
         try:
             with self._life.coordinator.activity.watched():
                 restorer.restore(state)

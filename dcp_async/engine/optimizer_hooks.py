@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..response import CheckpointHandle
-from ..state.mutation import layers_of
+from ..state import layers_of
 
 
 def _no_tensors() -> tuple[()]:

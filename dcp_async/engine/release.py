@@ -17,12 +17,10 @@ from typing import Any
 import torch
 
 from ..errors import EngineStateError
-from ..formats.zip_item import PLAIN_DTYPES, pad_item
-from ..planning.local_plan import make_offer
-from ..planning.planner import DefaultDraft, compile_plan
-from ..planning.self_proof import prove_item
-from ..state.capture import capture
-from ..trust.policy import Trust, load_item
+from ..formats import PLAIN_DTYPES, pad_item
+from ..planning import DefaultDraft, compile_plan, make_offer, prove_item
+from ..state import capture
+from ..trust import Trust, load_item
 
 logger = logging.getLogger(__name__)
 

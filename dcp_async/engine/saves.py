@@ -17,16 +17,25 @@ import anyio
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .._concurrency.threads import first_failure
+from .._concurrency import first_failure
 from .._foreign import ENDINGS
-from ..coordination.failures import RemoteError, RemoteFailure
+from ..coordination import RemoteError, RemoteFailure
 from ..errors import EngineStateError, SaveCancelled, SaveError
 from ..events import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
-from ..planning.planner import CompiledPlan, PlanningOptions
-from ..response import AsyncSaveResponse, CheckpointInfo
-from ..save.failures import cancelled_error, forget_locals, save_error
-from ..save.pipeline import CommitOutcome, SavePipeline, SaveRequest, SaveServices
-from ..save.replica_check import Mode, ReplicaCheck
+from ..info import CheckpointInfo
+from ..planning import CompiledPlan, PlanningOptions
+from ..response import AsyncSaveResponse
+from ..save import (
+    CommitOutcome,
+    Mode,
+    ReplicaCheck,
+    SavePipeline,
+    SaveRequest,
+    SaveServices,
+    cancelled_error,
+    forget_locals,
+    save_error,
+)
 from .lifetime import Lifetime
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any, TypedDict, Unpack
 
 import xxhash
 
-from .tree import JSON
+from ..info import JSON
 
 MANIFEST_VERSION = 1
 

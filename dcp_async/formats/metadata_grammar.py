@@ -20,8 +20,7 @@ from typing import Any, cast
 
 import torch
 
-from ..trust.pickle_grammar import run
-from ..trust.pickle_walk import Made, Walk, get_operands
+from ..trust import Made, Walk, get_operands, run
 
 _STARTS = frozenset(b"X\x8chj")
 _MAX_OF_ONE_NAME = 1000

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ..trust.policy import Inert, UntrustedGlobal
+from ..trust import Inert, UntrustedGlobal
 from .metadata_grammar import check_metadata_pickle, check_places
 
 _MAX_DIMS = 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import count, islice
-from typing import Any
+from typing import Any, cast
 
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ..trust.key_hashes import check_hashes
+from ..errors import CorruptCheckpointError
+from ..trust import check_hashes
 
 _MAX_INDEX = 1 << 20
 """A list longer than this is no state but an attempt to exhaust the memory."""
@@ -111,3 +112,38 @@ def usable_paths(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:
         for name, path in found.items()
         if not any(path[:length] in ends for length in range(1, len(path)))
     }
+
+
+def transforms_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, ...]]:
+    """Item -> descriptors of the stream extensions that wrote it. Raises CorruptCheckpointError."""
+    found: dict[MetadataIndex, tuple[str, ...]] = {}
+    for index, place in metadata.storage_data.items():
+        descriptors = getattr(place, "transform_descriptors", None)  # torch before 2.6 knew none
+        if descriptors:
+            if not isinstance(descriptors, (list, tuple)) or not all(isinstance(d, str) for d in descriptors):
+                raise CorruptCheckpointError(
+                    f"checkpoint {name!r}: .metadata does not say properly how {index!r} was written",
+                    checkpoint_id=name,
+                )
+            found[index] = tuple(descriptors)
+    return found
+
+
+def places_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, int, int]]:
+    """Item -> (file, offset, length). Raises CorruptCheckpointError."""
+    storage_data = metadata.storage_data
+    if not isinstance(storage_data, dict):
+        raise CorruptCheckpointError(
+            f"checkpoint {name!r}: .metadata does not say where its items lie", checkpoint_id=name
+        )
+    places: dict[MetadataIndex, tuple[str, int, int]] = {}
+    for index, place in storage_data.items():
+        path, offset, length = (getattr(place, part, None) for part in ("relative_path", "offset", "length"))
+        numbers = isinstance(offset, int) and isinstance(length, int) and offset >= 0 and length >= 0
+        if not isinstance(index, MetadataIndex) or not isinstance(path, str) or "\0" in path or not numbers:
+            raise CorruptCheckpointError(
+                f"checkpoint {name!r}: .metadata does not say properly where {index!r} lies",
+                checkpoint_id=name,
+            )
+        places[index] = (path, cast(int, offset), cast(int, length))
+    return places

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ..trust.policy import Trust, check_globals, is_zip, load_item
+from ..trust import Trust, check_globals, is_zip, load_item
 from .zip_item import check_records, pickle_start
 
 _HEAD_BYTES = 1024

@@ -17,9 +17,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
-from ..trust.key_hashes import check_hashes
+from ..info import JSON
+from ..trust import check_hashes
 
-JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Tree: TypeAlias = "list[Any] | None"
 
 _KINDS: dict[type, str] = {dict: "dict", OrderedDict: "odict", Counter: "counter"}

@@ -19,6 +19,8 @@ from operator import itemgetter
 
 import torch
 
+from .._geometry import contiguous_strides
+
 _PREFIX = b"archive/"
 _UTF8 = 0x0800
 _LIMIT32 = 0xFFFFFFFF
@@ -121,14 +123,6 @@ def _pickle_str(text: str) -> bytes:
 
 def _pickle_ints(values: Sequence[int]) -> bytes:
     return b"(" + b"".join(map(_pickle_int, values)) + b"t"
-
-
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Row-major strides, in elements, as torch gives them to a fresh tensor of ``shape``."""
-    strides = [1] * len(shape)
-    for dim in range(len(shape) - 2, -1, -1):
-        strides[dim] = strides[dim + 1] * max(shape[dim + 1], 1)
-    return tuple(strides)
 
 
 def _tensor_pickle(dtype: torch.dtype, shape: Sequence[int], nbytes: int, numel: int) -> bytes:

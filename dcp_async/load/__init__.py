@@ -1,1 +1,17 @@
 """One load: names are matched, ranges read and verified, and their bytes placed where they belong."""
+
+from __future__ import annotations
+
+from .pipeline import Loaded, LoadOptions, LoadServices, load_into, read_fresh
+from .rank_agreement import Agreement, Attempt, Together
+
+__all__ = [
+    "Agreement",
+    "Attempt",
+    "LoadOptions",
+    "LoadServices",
+    "Loaded",
+    "Together",
+    "load_into",
+    "read_fresh",
+]

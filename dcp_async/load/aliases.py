@@ -11,8 +11,7 @@ from operator import add, attrgetter, gt
 
 import torch
 
-from ..state.flatten import PLAIN_TENSORS
-from ..state.targets import Region
+from ..state import PLAIN_TENSORS, Region
 
 _ALIGNMENT = 16
 """No element of a plain dtype is longer."""

@@ -12,9 +12,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from ..formats.tree import text_of
-from ..state.checkpointable import global_size
-from ..state.targets import OptimizerState, Targets
+from ..formats import text_of
+from ..state import OptimizerState, Targets, global_size
 
 _LIKE_PARAMETERS = frozenset(
     {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"}

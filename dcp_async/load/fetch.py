@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from ..formats.distcp import BLOCK_BYTES
+from ..formats import BLOCK_BYTES
 
 _SMALL_BYTES = BLOCK_BYTES
 """Pieces below this are read through a scratch buffer and copied: a buffer of their own in the call would

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from ..catalog.contents import Contents
+from ..catalog import Contents
 from ..errors import IncompatibleStateError
-from ..formats.tree import children_of, subtree, text_of
-from ..state.optimizers.app_state import AppState, check_before_touch
-from ..state.targets import Targets
+from ..formats import children_of, subtree, text_of
+from ..state import AppState, Targets, check_before_touch
 from .matching import Match
 
 

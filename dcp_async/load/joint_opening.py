@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 import anyio
 
-from ..catalog.catalog import Catalog
-from ..catalog.contents import Contents
-from ..coordination.coordinator import Coordinator
+from ..catalog import Catalog, Contents
+from ..coordination import Coordinator
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, LoadError, StorageError
 
 _RETRY_SECONDS = 0.2

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.tensor import DTensor
 
-from ..catalog.contents import Contents
-from ..formats.tree import (
+from ..catalog import Contents
+from ..formats import (
+    PLAIN_DTYPES,
     Tree,
     children_of,
     cut,
@@ -32,16 +33,21 @@ from ..formats.tree import (
     subtree,
     text_of,
 )
-from ..formats.zip_item import PLAIN_DTYPES
-from ..state.checkpointable import empty_like, global_size
-from ..state.flatten import UNASKED
-from ..state.stateful import PerRank, RNGState
-from ..state.targets import OptimizerState, Region, Targets, Whole
+from ..options import Dtypes
+from ..state import (
+    UNASKED,
+    OptimizerState,
+    PerRank,
+    Region,
+    RNGState,
+    Targets,
+    Whole,
+    empty_like,
+    global_size,
+)
 from .aliases import are_one_view, groups_in_memory
 from .entry_shapes import misfit
 from .room import check_room
-
-Dtypes = Literal["exact", "convert"]
 
 
 @dataclass(slots=True, kw_only=True)

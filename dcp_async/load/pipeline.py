@@ -22,39 +22,39 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from .._concurrency.gc_pause import collection_paused
-from .._concurrency.threads import BlockingThreads, Pipe, first_failure, run_blocking
+from .._concurrency import BlockingThreads, Pipe, collection_paused, first_failure, run_blocking
 from .._foreign import ENDINGS, FillError, is_foreign, storage_errors, words
-from ..catalog.contents import Contents
-from ..coordination.failures import RemoteFailure
+from .._geometry import CoverageError
+from ..catalog import Contents
+from ..coordination import RemoteFailure
 from ..errors import (
     CorruptCheckpointError,
     IncompatibleStateError,
     LoadError,
     UntrustedCheckpointError,
 )
-from ..formats.stock_compat import usable_paths
-from ..formats.stored_item import UnsupportedError
-from ..formats.tree import PickledKey, Tree, build, children_of, leaf_names, pickled_keys, pruned
-from ..formats.unfolding import folded, take_apart
-from ..state.flatten import PLAIN_TENSORS
-from ..state.sharding import is_known_to_autograd
-from ..state.targets import Region, Targets
-from ..state.wrapped import is_wrapper
-from ..trust.key_hashes import MAX_ALIKE
-from ..trust.policy import Trust, UntrustedGlobal, load_pickle
+from ..formats import (
+    PickledKey,
+    Tree,
+    UnsupportedError,
+    build,
+    children_of,
+    folded,
+    leaf_names,
+    pickled_keys,
+    pruned,
+    take_apart,
+    usable_paths,
+)
+from ..options import Dtypes
+from ..state import PLAIN_TENSORS, ReadBack, Region, Targets, is_known_to_autograd, is_wrapper
+from ..trust import MAX_ALIKE, Trust, UntrustedGlobal, load_pickle
 from .aliases import conflict
 from .fetch import Check, DamagedError, FetchBuffers, Span, make_batches, make_spans
 from .fit import check_app_states, check_fit, check_groups, kept_options
-from .matching import (
-    Dtypes,
-    Match,
-    fresh_tensor,
-    is_raw,
-    match_state,
-)
+from .matching import Match, fresh_tensor, is_raw, match_state
 from .rank_agreement import Together
-from .read_plan import Collector, CoverageError, Source, copy_exotic
+from .read_plan import Collector, Source, copy_exotic
 from .room import check_room
 from .wrapped_load import Wrapped, want_distributed
 
@@ -84,14 +84,11 @@ class LoadOptions:
     dtypes: Dtypes
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a load gives to ``restore``."""
+    """One load's outcome: what a Restorer takes, and what the report says."""
 
-    values: dict[str, Any]
-    """Name -> new value of a leaf, or of a tensor that was not filled in place."""
-    taken: dict[str, Any]
-    """Name -> what was saved there, for what takes it whole; objects inside of it are the state's own."""
+    read: ReadBack
     match: Match
     nbytes: int
 
@@ -413,7 +410,15 @@ async def load_into(
         name: build(node, partial(value_of, objects=match.objects.get(name, ())), keys.__getitem__, name)
         for name, node in match.nodes.items()
     }
-    return Loaded(values=values, taken=taken, match=match, nbytes=nbytes)
+    read = ReadBack(
+        values=values,
+        taken=taken,
+        resized=match.resized,
+        grown=match.grown,
+        replaced=match.replaced,
+        absent=match.absent,
+    )
+    return Loaded(read, match, nbytes)
 
 
 async def _check_aliases(

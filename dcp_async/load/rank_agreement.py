@@ -15,12 +15,9 @@ from typing import Any, TypeVar
 
 import anyio
 
-from .._concurrency.threads import run_unless
-from ..catalog.catalog import Catalog
-from ..catalog.contents import Contents
-from ..catalog.opening import UnfitMetadataError
-from ..coordination.coordinator import Coordinator
-from ..coordination.failures import RemoteFailure
+from .._concurrency import run_unless
+from ..catalog import Catalog, Contents, UnfitMetadataError
+from ..coordination import Coordinator, RemoteFailure
 from ..errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -30,7 +27,7 @@ from ..errors import (
     LoadError,
     UntrustedCheckpointError,
 )
-from ..response import CheckpointInfo, CheckpointRef
+from ..info import CheckpointInfo, CheckpointRef
 from .joint_opening import open_same
 
 T = TypeVar("T")

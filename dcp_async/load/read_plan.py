@@ -17,23 +17,21 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from .._foreign import ENDINGS, FillError, words
 from .._geometry import (
     Box,
+    CoverageError,
     box_at,
+    check_coverage,
     common,
     contiguous_run,
+    contiguous_strides,
     cut_box,
     extents,
-    first_fault,
     relative,
     shifted,
     slices,
 )
-from ..formats.distcp import BLOCK_BYTES
-from ..formats.stored_item import StoredItem, UnsupportedError, inflated_bound
-from ..formats.zip_item import PLAIN_DTYPES, contiguous_strides, tensor_frame
-from ..state.flatten import PLAIN_TENSORS
-from ..state.targets import Region
-from ..state.wrapped import joined, pairs, part_of
-from ..trust.policy import Trust, UntrustedGlobal
+from ..formats import BLOCK_BYTES, PLAIN_DTYPES, StoredItem, UnsupportedError, inflated_bound, tensor_frame
+from ..state import PLAIN_TENSORS, Region, joined, pairs, part_of
+from ..trust import Trust, UntrustedGlobal
 from .fetch import DamagedError, Fill, Piece, host_memory
 
 _READ_BYTES = 32 << 20
@@ -41,27 +39,6 @@ _READ_BYTES = 32 << 20
 
 
 _COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
-
-
-class CoverageError(ValueError):
-    """The checkpoint's chunks do not cover what is wanted."""
-
-
-def check_coverage(shape: Sequence[int], boxes: Sequence[Box]) -> None:
-    """Raises CoverageError unless ``boxes`` cover every element of ``shape`` exactly once: never zeros where
-    a chunk is missing, never one of two values where chunks contradict each other."""
-    if 0 in shape or not shape:
-        if not shape and not boxes:
-            raise CoverageError("no chunk holds its value")
-        return
-    try:
-        fault = first_fault(shape, boxes)
-    except ValueError as error:
-        raise CoverageError(str(error)) from None
-    if fault is not None:
-        at, times = fault
-        how = "no chunk covers" if times == 0 else f"{times} chunks cover"
-        raise CoverageError(f"{how} the region that starts at {list(at)}")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from ..catalog.contents import Contents
+from .._geometry import is_dense
+from ..catalog import Contents
 from ..errors import CorruptCheckpointError
-from ..planning.local_plan import is_dense
 
 
 def check_room(name: str, meta: TensorStorageMetadata, contents: Contents) -> None:

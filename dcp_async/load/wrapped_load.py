@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from .._geometry import box_at
-from ..state.targets import Region
+from ..state import Region
 from .read_plan import Collector
 
 

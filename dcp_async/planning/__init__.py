@@ -1,1 +1,50 @@
 """Pure: from captured structures to who writes what, where every byte lies and what is published."""
+
+from __future__ import annotations
+
+from .assignment import ConflictError, ReplicaGroup, differing_leaves, two_meshes
+from .global_plan import GlobalPlan, Placement, Publication
+from .leaf_equality import (
+    Description,
+    Digest,
+    conflicts,
+    descriptions,
+    explained,
+    shared_hashes,
+    value_digests,
+)
+from .local_plan import Mesh, group_hashes, make_offer
+from .planner import CompiledPlan, DefaultDraft, PlanningOptions, compile_plan, draft_plan
+from .replica_groups import pieces_of
+from .replica_turns import Rotation, Turn
+from .self_proof import prove_head, prove_item
+
+__all__ = [
+    "CompiledPlan",
+    "ConflictError",
+    "DefaultDraft",
+    "Description",
+    "Digest",
+    "GlobalPlan",
+    "Mesh",
+    "Placement",
+    "PlanningOptions",
+    "Publication",
+    "ReplicaGroup",
+    "Rotation",
+    "Turn",
+    "compile_plan",
+    "conflicts",
+    "descriptions",
+    "differing_leaves",
+    "draft_plan",
+    "explained",
+    "group_hashes",
+    "make_offer",
+    "pieces_of",
+    "prove_head",
+    "prove_item",
+    "shared_hashes",
+    "two_meshes",
+    "value_digests",
+]

@@ -20,8 +20,9 @@ from typing import NamedTuple, TypedDict, TypeVar
 
 import torch
 
-from ..formats.tree import JSON, merged_trees
-from ..state.sharding import Offsets
+from .._geometry import Offsets
+from ..formats import merged_trees
+from ..info import JSON
 from .local_plan import Kind, Mesh, Offer, unpack_leaves, unpack_tensors, unpack_tree
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 import xxhash
 
-from ..state.flatten import PLAIN_TENSORS
+from ..state import PLAIN_TENSORS
 
 _T = TypeVar("_T")
 _PROTOCOL = 4

@@ -25,10 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ..formats.manifest import structure_json
-from ..formats.metadata_writer import Group, MetadataTemplate, Place, metadata_template
-from ..formats.tree import dcp_paths
-from ..state.sharding import Offsets
+from .._geometry import Offsets
+from ..formats import Group, MetadataTemplate, Place, dcp_paths, metadata_template, structure_json
 from .assignment import ConflictError, Offers, Signature, dtype_of
 from .local_plan import Kind
 from .self_proof import Promise, Promised, prove

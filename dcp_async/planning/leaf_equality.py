@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..state.capture import Captured
+from ..state import Captured
 from .assignment import ConflictError
 from .canonical import Places, UndecidableError, digest, first_difference, places
 from .local_plan import leaf_hashes

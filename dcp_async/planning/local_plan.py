@@ -18,10 +18,11 @@ import xxhash
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..formats.tree import JSON, tree_to_json
-from ..state.capture import Captured, Structure
-from ..state.sharding import Offsets
-from ..trust.plain_data import dumps, loads
+from .._geometry import Offsets, is_dense
+from ..formats import tree_to_json
+from ..info import JSON
+from ..state import Captured, Structure
+from ..trust import dumps, loads
 
 Kind = tuple[str, str, bool]
 """(dtype, layout, requires_grad), as torch names them."""
@@ -184,17 +185,6 @@ def group_hashes(hashes: Sequence[int], groups: Sequence[Sequence[int]]) -> list
     return [
         xxhash.xxh3_64_hexdigest(json.dumps([hashes[index] for index in group]).encode()) for group in groups
     ]
-
-
-def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether a tensor fills its memory once, in whatever order; slices and expanded tensors do not."""
-    expected = 1
-    for stride, extent in sorted(zip(strides, shape, strict=True)):
-        if extent != 1:
-            if stride != expected:
-                return False
-            expected *= extent
-    return True
 
 
 def _text(value: Any) -> str:

@@ -19,10 +19,9 @@ from typing import Any, Protocol
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 
-from ..formats.distcp import FileLayout, plan_file
-from ..state.capture import Captured, Structure
-from ..state.flatten import CaptureError
-from ..state.sharding import Offsets
+from .._geometry import Offsets
+from ..formats import FileLayout, plan_file
+from ..state import Captured, CaptureError, Structure
 from .assignment import Assignment, ConflictError, Offers, ReplicaGroup, assign, shared_leaves
 from .global_plan import GlobalPlan, Placement
 from .leaf_equality import Canonical

@@ -17,23 +17,29 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from .._concurrency.gc_pause import collection_paused
-from ..catalog.contents import places_of, transforms_of
+from .._geometry import Offsets
 from ..errors import LoadError
-from ..formats.manifest import (
+from ..formats import (
+    PLAIN_DTYPES,
+    UID_DIGITS,
     FileEntry,
     Manifest,
     ManifestError,
     ManifestHead,
+    MetadataTemplate,
+    Place,
+    data_file_name,
     decode_manifest,
+    decode_metadata,
     encode_manifest,
+    leaf_names,
+    places_of,
+    tensor_frame,
+    transforms_of,
+    tree_from_json,
 )
-from ..formats.metadata_reader import decode_metadata
-from ..formats.metadata_writer import UID_DIGITS, MetadataTemplate, Place, data_file_name
-from ..formats.tree import JSON, leaf_names, tree_from_json
-from ..formats.zip_item import PLAIN_DTYPES, tensor_frame
-from ..state.sharding import Offsets
-from ..trust.policy import Trust, UntrustedGlobal, load_item
+from ..info import JSON
+from ..trust import Trust, UntrustedGlobal, load_item
 
 _UID = "0" * UID_DIGITS
 _NAME = "proof"
@@ -79,8 +85,7 @@ def prove(template: MetadataTemplate, manifest_json: str, promised: Promised) ->
 
     Raises: ProofError.
     """
-    with collection_paused():
-        names, ends = _prove_metadata(template, promised)
+    names, ends = _prove_metadata(template, promised)
     head = ManifestHead(
         checkpoint_id=_NAME,
         uid=_UID,

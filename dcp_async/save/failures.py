@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..coordination.failures import PhaseFailure, RemoteError, RemoteFailure
+from ..coordination import PhaseFailure, RemoteError, RemoteFailure
 from ..errors import CheckpointExistsError, Phase, SaveCancelled, SaveError, StateMutatedError, StorageError
 from ..response import AsyncSaveResponse
-from ..staging.stager import MutatedTensors
+from ..staging import MutatedTensors
 
 _DOING: dict[Phase, str] = {
     "capture": "capturing the state",

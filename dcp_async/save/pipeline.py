@@ -26,24 +26,34 @@ import anyio
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .._concurrency.signal_safe import SignalSafeFuture
-from .._concurrency.threads import BlockingThreads, Pipe, StuckThreadError, run_blocking, run_unless
-from ..coordination.coordinator import Coordinator
-from ..coordination.failures import PhaseFailure, RemoteError, RemoteFailure
+from .._concurrency import (
+    BlockingThreads,
+    Pipe,
+    SignalSafeFuture,
+    StuckThreadError,
+    collection_paused,
+    run_blocking,
+    run_unless,
+)
+from ..coordination import Coordinator, PhaseFailure, RemoteError, RemoteFailure
 from ..errors import Phase
 from ..events import Event, SaveProgress, SaveStaged
-from ..formats.distcp import BLOCK_BYTES, Footer, block_digests
-from ..formats.manifest import FileEntry, ManifestHead, encode_manifest
-from ..formats.metadata_writer import data_file_name
-from ..formats.tree import JSON
-from ..planning.planner import CompiledPlan, PlanningOptions
-from ..planning.self_proof import prove_head
+from ..formats import (
+    BLOCK_BYTES,
+    FileEntry,
+    Footer,
+    ManifestHead,
+    block_digests,
+    data_file_name,
+    encode_manifest,
+)
+from ..info import JSON
+from ..planning import CompiledPlan, GlobalPlan, PlanningOptions, Publication, prove_head
 from ..response import AsyncSaveResponse
-from ..staging.buffer_pool import Lease
-from ..staging.device import Event as DeviceEvent
-from ..staging.stager import StageJob, Stager, num_parts, parts_between
-from ..state.capture import Captured
-from ..storage.base import Storage, Transaction
+from ..staging import Event as DeviceEvent
+from ..staging import Lease, StageJob, Stager, num_parts, parts_between
+from ..state import Captured
+from ..storage import Storage, Transaction
 from .plan_agreement import PlanExchange
 from .replica_check import Digest, Kind, ReplicaCheck, differing
 from .replica_comparison import Comparison
@@ -454,7 +464,7 @@ class SavePipeline:
         assert self._transaction is not None
         assert self._plan.shared is not None
         request, response = self._request, self._request.response
-        publication = await self._services.threads.run(self._plan.shared.publication)
+        publication = await self._services.threads.run(_published, self._plan.shared)
         metadata = publication.metadata.render(request.uid)
         now = time.time()
         ranks = [entry and FileEntry(name=entry[0], nbytes=entry[1], digest=entry[2]) for entry in entries]
@@ -493,3 +503,8 @@ class SavePipeline:
                 # the save has its own outcome; the next one tries again
                 self._services.unfinished.append(self._transaction)
                 logger.warning("could not clean up after %r: %s", self._request.response.checkpoint_id, error)
+
+
+def _published(shared: GlobalPlan) -> Publication:
+    with collection_paused():  # to prove it makes as many objects as it has tensors
+        return shared.publication()

@@ -11,23 +11,27 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, TypedDict
 
-from .._concurrency.threads import BlockingThreads
-from ..coordination.coordinator import Coordinator
-from ..planning.assignment import differing_leaves
-from ..planning.global_plan import GlobalPlan, Placement
-from ..planning.leaf_equality import (
+from .._concurrency import BlockingThreads
+from ..coordination import Coordinator
+from ..planning import (
+    CompiledPlan,
     Description,
     Digest,
+    GlobalPlan,
+    Placement,
+    PlanningOptions,
+    Turn,
+    compile_plan,
     conflicts,
     descriptions,
+    differing_leaves,
+    draft_plan,
     explained,
+    group_hashes,
     shared_hashes,
     value_digests,
 )
-from ..planning.local_plan import group_hashes
-from ..planning.planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
-from ..planning.replica_turns import Turn
-from ..state.capture import Captured
+from ..state import Captured
 from .replica_comparison import Comparison
 
 Verdict = Literal["reuse", "replan", "compare"]

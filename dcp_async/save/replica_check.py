@@ -23,16 +23,10 @@ from typing import Literal
 import torch
 import xxhash
 
-from ..coordination.failures import name_ranks
-from ..planning.assignment import ConflictError, ReplicaGroup, two_meshes
-from ..planning.local_plan import Mesh
-from ..planning.planner import CompiledPlan
-from ..planning.replica_groups import pieces_of
-from ..planning.replica_turns import Turn
-from ..staging.device import Event
-from ..staging.side_buffer import Piece, Places, SideBuffer, refuse_changed
-from ..staging.stager import MutatedTensors, Stager
-from ..state.capture import Captured
+from ..coordination import name_ranks
+from ..planning import CompiledPlan, ConflictError, Mesh, ReplicaGroup, Turn, pieces_of, two_meshes
+from ..staging import Event, MutatedTensors, Piece, Places, SideBuffer, Stager, refuse_changed
+from ..state import Captured
 
 Mode = Literal["check", "sample", "trust"]
 Kind = Literal["small", "blocks", "whole"]

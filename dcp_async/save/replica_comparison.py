@@ -13,13 +13,11 @@ from collections.abc import Sequence
 import anyio
 import torch
 
-from .._concurrency.threads import BlockingThreads
-from ..coordination.coordinator import Coordinator
-from ..planning.planner import CompiledPlan
-from ..planning.replica_turns import Rotation, Turn
-from ..staging.device import Event
-from ..staging.stager import Stager
-from ..state.capture import Captured
+from .._concurrency import BlockingThreads
+from ..coordination import Coordinator
+from ..planning import CompiledPlan, Rotation, Turn
+from ..staging import Event, Stager
+from ..state import Captured
 from .replica_check import Details, Digest, Kind, ReplicaCheck, Sample, explain
 
 

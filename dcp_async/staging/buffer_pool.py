@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .._concurrency.threads import settle
+from .._concurrency import settle
 from ..errors import StorageError
 
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from ..formats.zip_item import contiguous_strides
-from ..state.capture import Captured, Structure
-from ..state.mutation import versions_of
+from .._geometry import contiguous_strides, flat_slices
+from ..state import Captured, Structure, versions_of
 from .device import Event
-from .stager import MutatedTensors, Stager, flat_slices
+from .stager import MutatedTensors, Stager
 from .vectored_copy import Gather, RefusedError
 
 _ALIGN = 16

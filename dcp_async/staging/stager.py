@@ -19,14 +19,14 @@ from typing import ParamSpec, Self, TypeVar
 
 import torch
 
-from .._concurrency.threads import BlockingThreads, StuckThreadError, run_blocking
+from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
+from .._geometry import contiguous_strides, flat_slices
 from ..errors import EngineStateError
-from ..formats.distcp import BLOCK_BYTES
-from ..formats.zip_item import contiguous_strides
-from ..planning.planner import CompiledPlan
-from ..state.capture import Captured, meta_error, padded_items
-from ..state.mutation import Sample, Watch, places_to_sample, versions_of
+from ..formats import BLOCK_BYTES
+from ..planning import CompiledPlan
+from ..state import Captured, Watch, meta_error, padded_items, versions_of
 from .buffer_pool import Arena, BufferPool, Lease
+from .byte_sample import ByteSample, places_to_sample
 from .device import Backend, Event, TorchBackend
 from .vectored_copy import Gather, RefusedError
 
@@ -126,37 +126,6 @@ class _PlanViews:
     batches: dict[tuple[int, int, int, int, bool], tuple[Arena, _BatchViews]] = field(default_factory=dict)
 
 
-def flat_slices(
-    shape: Sequence[int], start: int, stop: int
-) -> Iterator[tuple[tuple[int | slice, ...], int, int]]:
-    """Cut elements [start, stop) of a row-major enumeration of ``shape`` into boxes.
-
-    Yields (index, first, last): the box and its place in the enumeration. At most two boxes per dimension and
-    one in the middle.
-    """
-    if start >= stop:
-        return
-    if len(shape) <= 1:
-        yield (slice(start, stop),) if shape else (), start, stop
-        return
-    row = 1
-    for extent in shape[1:]:
-        row *= extent
-    first, last = -(-start // row), stop // row
-    if first > last:  # within one row
-        for index, low, high in flat_slices(shape[1:], start - last * row, stop - last * row):
-            yield (last, *index), last * row + low, last * row + high
-        return
-    if start < first * row:
-        for index, low, high in flat_slices(shape[1:], start - (first - 1) * row, row):
-            yield (first - 1, *index), (first - 1) * row + low, (first - 1) * row + high
-    if first < last:
-        yield (slice(first, last),), first * row, last * row
-    if last * row < stop:
-        for index, low, high in flat_slices(shape[1:], 0, stop - last * row):
-            yield (last, *index), last * row + low, last * row + high
-
-
 def _make_views(plan: CompiledPlan, start: int, stop: int, lease: Lease, small_bytes: int) -> _BatchViews:
     """Where the tensors go that overlap the image's bytes [start, stop); those up to ``small_bytes`` are
     gathered."""
@@ -225,7 +194,7 @@ def copy_aside(captured: Captured) -> None:
             row_major = [strides is None for strides in structure.strides]
             trail.places = places_to_sample([tensor.nbytes for tensor in tensors], row_major, smallest)
         with contextlib.suppress(RefusedError):  # then there is no sample, and the counters alone tell
-            captured.watch.sample = Sample.take(trail.places, captured.pointers)
+            captured.watch.sample = ByteSample.take(trail.places, captured.pointers)
 
 
 class Stager:

@@ -1,1 +1,52 @@
 """A trainer's objects as flat lists of tensors and leaves, and back; calls user code, does no I/O."""
+
+from __future__ import annotations
+
+from .capture import Captured, Structure, capture, meta_error, padded_items
+from .checkpointable import empty_like, global_size
+from .flatten import PLAIN_TENSORS, UNASKED, CaptureError
+from .leaves import LeafRules
+from .mutation import Place, Watch, layers_of, versions_of
+from .optimizers import AppState, check_before_touch
+from .restore import ReadBack, Restorer
+from .sharding import is_known_to_autograd
+from .stateful import PerRank, RNGState
+from .targets import Asked, OptimizerState, Region, Schema, Targets, Whole, capture_targets, wishes_of
+from .wrapped import is_wrapper, joined, pairs, part_of
+
+__all__ = [
+    "PLAIN_TENSORS",
+    "UNASKED",
+    "AppState",
+    "Asked",
+    "CaptureError",
+    "Captured",
+    "LeafRules",
+    "OptimizerState",
+    "PerRank",
+    "Place",
+    "RNGState",
+    "ReadBack",
+    "Region",
+    "Restorer",
+    "Schema",
+    "Structure",
+    "Targets",
+    "Watch",
+    "Whole",
+    "capture",
+    "capture_targets",
+    "check_before_touch",
+    "empty_like",
+    "global_size",
+    "is_known_to_autograd",
+    "is_wrapper",
+    "joined",
+    "layers_of",
+    "meta_error",
+    "padded_items",
+    "pairs",
+    "part_of",
+    "versions_of",
+    "wishes_of",
+]

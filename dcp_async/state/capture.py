@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..formats.distcp import SECTOR_BYTES
-from ..formats.tree import Tree
-from ..formats.zip_item import pad_item, slot_bytes
+from .._geometry import Offsets
+from ..formats import SECTOR_BYTES, Tree, pad_item, slot_bytes
 from .capture_cache import Repeat, Trail
 from .flatten import CaptureError, Given, Walk, duplicate_name, structure_of, walk_state
 from .leaves import LeafPickler, LeafRules
 from .mutation import Watch
 from .order import ask_in_order
-from .sharding import Offsets, Piece, Shard
+from .sharding import Piece, Shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

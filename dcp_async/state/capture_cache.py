@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from .checkpointable import any_checkpointable, is_checkpointable
 from .flatten import PLAIN_TENSORS, Given, Walk, is_plain, is_terminal, snapshot
 from .mutation import Place
-from .optimizers.stepping import stepped_by
+from .optimizers import stepped_by
 from .stateful import PerRank, is_stateful
 from .tensor_memory import SpotCheck, has_memory
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..formats.tree import text_of
+from ..formats import text_of
 from .stateful import PerRank
 
 MAX_DEPTH = 200

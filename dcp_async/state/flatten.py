@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .._activity import user_code
-from .._foreign import ENDINGS, words
-from ..formats.tree import (
+from .._foreign import ENDINGS, user_code, words
+from .._geometry import Offsets
+from ..formats import (
+    PLAIN_DTYPES,
     Tree,
     kind_of_stateful,
     list_node,
@@ -30,11 +31,10 @@ from ..formats.tree import (
     pickled_key,
     text_of,
 )
-from ..formats.zip_item import PLAIN_DTYPES
 from .checkpointable import is_checkpointable
 from .depth import MAX_DEPTH, why_too_deep
-from .optimizers.stepping import stepped_by
-from .sharding import LayoutCache, Offsets, Piece, Shard, is_sharded, sharded
+from .optimizers import stepped_by
+from .sharding import LayoutCache, Piece, Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, RNGState, is_stateful
 from .tensor_memory import is_in_bounds, lack_of_memory
 from .wrapped import is_wrapper

@@ -10,9 +10,7 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-from ..trust.key_hashes import MAX_ALIKE
-from ..trust.pickle_grammar import run
-from ..trust.pickle_walk import Made, Walk
+from ..trust import MAX_ALIKE, Made, Walk, run
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
 _FEW = 32

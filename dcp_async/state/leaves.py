@@ -22,11 +22,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from .._activity import user_code
-from .._foreign import ENDINGS, words
-from ..formats.tree import plain_key
-from ..formats.zip_item import object_item
-from ..trust.policy import Trust, UntrustedGlobal, load_item, load_pickle, untrusted_names
+from .._foreign import ENDINGS, user_code, words
+from ..formats import object_item, plain_key
+from ..trust import Trust, UntrustedGlobal, load_item, load_pickle, untrusted_names
 from .depth import MAX_DEPTH
 from .flatten import PLAIN_TENSORS, CaptureError
 from .leaf_values import is_all_numbers, must_be_unpickled

@@ -1,4 +1,4 @@
-"""What changes while it is staged: counters of wrappers, and a sample of the bytes for what moves no counter.
+"""What changes while it is staged: counters of tensors and of what wraps them, and whatever a sample tells.
 
 Enters: a state's tensors at capture. Leaves: which of them were changed before staging had ended. Invariant:
 a difference of bytes is only held against a tensor whose counters stood still; where one moved, that is
@@ -7,25 +7,15 @@ judged when the tensor is copied. Costs are per save and per wrapper, not per te
 
 from __future__ import annotations
 
-import ctypes
-import heapq
-import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..staging.vectored_copy import Gather, RefusedError
 from .sharding import is_known_to_autograd, is_sharded
-
-SAMPLE_BYTES = 64
-_TENSORS = 64
-"""How many tensors are sampled: the largest and some that lie evenly among the others."""
-_BLOCKS = 4
-"""How many places of each; a write to all elements is seen at any of them."""
 
 Place = tuple[int, int, int]
 """(index of a tensor, offset in its bytes, length) of a sampled block."""
@@ -63,84 +53,17 @@ def layers_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
             yield from layers_of(getattr(tensor, name))
 
 
-def places_to_sample(nbytes: Sequence[int], row_major: Sequence[bool], aside: Collection[int]) -> list[Place]:
-    """Where to look in tensors of these sizes, but for those that are copied ``aside``. Only row-major ones:
-    between the elements of another may lie somebody else's."""
-    skipped = set(aside)
-    able = [at for at, size in enumerate(nbytes) if size and row_major[at] and at not in skipped]
-    chosen = able
-    if len(able) > _TENSORS:
-        largest = set(heapq.nlargest(_TENSORS // 2, able, key=nbytes.__getitem__))
-        others = [at for at in able if at not in largest]
-        count = _TENSORS - len(largest)
-        even = [others[number * len(others) // count] for number in range(count)]
-        chosen = sorted({*largest, *even})
-    found: list[Place] = []
-    for at in chosen:
-        length = min(SAMPLE_BYTES, nbytes[at])
-        room = nbytes[at] - length
-        offsets = dict.fromkeys(room * number // (_BLOCKS - 1) for number in range(_BLOCKS))
-        found += [(at, offset, length) for offset in offsets]
-    return found
-
-
-@dataclass(slots=True)
-class Sample:
+class Sample(Protocol):
     """Some blocks of a state's memory, as they were at capture."""
-
-    places: list[Place]
-    pointers: list[int]
-    """Per place, where its tensor lay."""
-    then: list[bytes]
-
-    @classmethod
-    def take(cls, places: list[Place], pointers: Sequence[int]) -> Sample:
-        """The blocks at ``places`` now; ``pointers`` are the tensors'. Raises RefusedError where the kernel
-        does not copy."""
-        own = [pointers[at] for at, *_ in places]
-        return cls(places, own, _read(places, own))
 
     def indices(self) -> list[int]:
         """The tensors that are sampled."""
-        return list(dict.fromkeys([at for at, *_ in self.places]))
 
     def differing(self, current: Mapping[int, int]) -> set[int]:
-        """Which of the tensors in ``current``, which has their addresses, are not what they were. One that
-        lies elsewhere by now is not judged."""
-        pairs = enumerate(zip(self.places, self.pointers, strict=True))
-        chosen = [number for number, ((at, *_), pointer) in pairs if at in current and current[at] == pointer]
-        places, pointers = [self.places[at] for at in chosen], [self.pointers[at] for at in chosen]
-        try:
-            now = _read(places, pointers)
-        except RefusedError:  # the memory is gone
-            return set()
-        return {self.places[at][0] for at, block in zip(chosen, now, strict=True) if block != self.then[at]}
+        """Which of the tensors in ``current``, which has their addresses, are not what they were."""
 
     def part(self, new: Mapping[int, int]) -> Sample:
         """Of the tensors in ``new`` alone, which has their new indices."""
-        kept = [number for number, (at, *_) in enumerate(self.places) if at in new]
-        places = [self.places[number] for number in kept]
-        return Sample(
-            [(new[at], offset, length) for at, offset, length in places],
-            [self.pointers[number] for number in kept],
-            [self.then[number] for number in kept],
-        )
-
-
-def _read(places: Sequence[Place], pointers: Sequence[int]) -> list[bytes]:
-    """The bytes there, by one system call or a few."""
-    if not places:
-        return []
-    lengths = [length for *_, length in places]
-    # each behind the one before, so that no bytes lie between them
-    ends = list(itertools.accumulate(lengths, initial=0))
-    buffer = torch.empty(ends[-1], dtype=torch.uint8)
-    base = buffer.data_ptr()
-    gather = Gather([base + start for start in ends[:-1]], lengths, [])
-    gather.aim([pointer + offset for pointer, (_, offset, _) in zip(pointers, places, strict=True)])
-    gather.copy(0, gather.num_calls)
-    held = ctypes.string_at(base, ends[-1])
-    return [held[start:stop] for start, stop in itertools.pairwise(ends)]
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .._foreign import ENDINGS, words
-from ..formats.tree import text_of
+from ..formats import text_of
 from .depth import MAX_DEPTH
 from .flatten import PLAIN_TENSORS, UNASKED, CaptureError, Given, is_terminal, snapshot
 from .stateful import PerRank, RNGState, is_stateful

@@ -1,6 +1,6 @@
 """Restorer: hands what was read back to the trainer's objects.
 
-Enters: the caller's state, its Targets, what was Loaded. Leaves: nothing; Statefuls got ``load_state_dict``,
+Enters: the caller's state, its Targets, what was read. Leaves: nothing; Statefuls got ``load_state_dict``,
 other leaves were replaced in the mapping that the caller passed. Runs in the caller's thread and in one
 piece.
 """
@@ -9,28 +9,46 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .._activity import user_code
-from ..formats.tree import text_of
-from ..load.pipeline import Loaded
+from .._foreign import user_code
+from ..formats import text_of
 from .flatten import UNASKED
 from .materialise import below, materialise
-from .optimizers.optimizer_load import load_optimizer
+from .optimizers import load_optimizer
 from .stateful import AppState, PerRank, RNGState
 from .targets import Targets
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadBack:
+    """What was read of a checkpoint, by DCP's names, and who gets it."""
+
+    values: Mapping[str, Any]
+    """Name -> new value of a leaf, or of a tensor that was not filled in place."""
+    taken: Mapping[str, Any]
+    """Name -> what was saved there, for what takes it whole; objects inside of it are the state's own."""
+    resized: Set[str]
+    """What is PerRank and was saved by another number of ranks: taken from all of them."""
+    grown: Mapping[str, Sequence[tuple[Any, str]]]
+    """Mapping -> (key, name) of what is taken below it and is not there."""
+    replaced: Mapping[str, Set[str]]
+    """Optimizers' mappings whose other entries go: mapping -> names of the entries that were saved."""
+    absent: Set[str]
+    """Statefuls of which nothing was saved: they are not called."""
+
+
 class Restorer:
     """One restoration. A Stateful gets all that was saved of it, and is not called where nothing was; modules
     and optimizers get what they have, with what was read in it."""
 
-    def __init__(self, targets: Targets, loaded: Loaded, *, strict: bool, exact: bool) -> None:
+    def __init__(self, targets: Targets, read: ReadBack, *, strict: bool, exact: bool) -> None:
         """
         Args:
             strict: whether what does not fit is an error.
@@ -39,9 +57,9 @@ class Restorer:
         self._strict = strict
         self._exact = exact
         self._targets = targets
-        self._values = loaded.values
-        self._taken = loaded.taken
-        self._match = loaded.match
+        self._values = read.values
+        self._taken = read.taken
+        self._read = read
         self.at = "the state"
         """The name of what is handed back."""
         self._done: set[str] = set()
@@ -88,9 +106,9 @@ class Restorer:
     def _hand_back_own(self, own: PerRank, name: str) -> None:
         inside = f"{name}.{PerRank.key(self._targets.walk.rank)}"
         is_once = isinstance(own.value, RNGState) and "torch" in self._taken.get(name, ())  # for all ranks
-        if name in self._match.resized and (own.on_resize is None or is_once):
+        if name in self._read.resized and (own.on_resize is None or is_once):
             self._give_own(own.value, name)
-        elif name in self._match.resized:
+        elif name in self._read.resized:
             assert own.on_resize is not None
             with user_code("on_resize", own, name):
                 chosen = own.on_resize(list(self._taken[name].values()))
@@ -106,7 +124,7 @@ class Restorer:
     def _give_own(self, own: Any, name: str) -> None:
         """What is each rank's own by itself."""
         rank = self._targets.walk.rank
-        if name not in self._match.resized:
+        if name not in self._read.resized:
             self._give(f"{name}.{PerRank.key(rank)}")
         elif name in self._taken:
             own.load_state_dict(self._taken[name])
@@ -126,7 +144,7 @@ class Restorer:
         inside = f"{name}."
         for other in self._in_order(other for other in self._targets.statefuls if other.startswith(inside)):
             self._give(other)
-        if name in self._match.absent:
+        if name in self._read.absent:
             return
         self.at = name
         saved = self._merged(name, inner)
@@ -169,9 +187,9 @@ class Restorer:
         else:
             updates = {key: self._merged(f"{name}.{text_of(key)}", entry) for key, entry in value.items()}
             changed = {key: entry for key, entry in updates.items() if entry is not value[key]}
-            for key, inside in self._match.grown.get(name, ()):
+            for key, inside in self._read.grown.get(name, ()):
                 changed[self._optimizer_key(name, key)] = self._taken[inside]
-        stay = self._match.replaced.get(name)
+        stay = self._read.replaced.get(name)
         gone = [key for key in value if f"{name}.{text_of(key)}" not in stay] if stay is not None else []
         if not changed and not gone:
             return value

@@ -17,9 +17,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from .._geometry import Offsets
 from .checkpointable import is_checkpointable, local_pieces
-
-Offsets = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

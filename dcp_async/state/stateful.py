@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .optimizers.app_state import AppState
+from .optimizers import AppState
 
 __all__ = ["AppState", "PerRank", "RNGState", "is_stateful"]
 

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .._geometry import box_at, slices
-from ..formats.tree import (
+from .._geometry import Offsets, box_at, slices
+from ..formats import (
     Tree,
     children_of,
     heads_of,
@@ -40,9 +40,9 @@ from .holdings import (
     memory_of_modules,
     resizable_owners,
 )
-from .optimizers.optimizer_state import parameter_sizes
+from .optimizers import parameter_sizes
 from .order import ask_in_order
-from .sharding import Offsets, Shard, is_sharded, sharded
+from .sharding import Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
 
 _DOUBTFUL_STARTS = tuple("0123456789-(<")

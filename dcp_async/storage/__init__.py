@@ -1,1 +1,18 @@
 """Bytes to media, by the protocols of base.py; knows no tensor, no pickle and no format."""
+
+from __future__ import annotations
+
+from .base import LinkError, Reader, Storage, StoredCheckpoint, Transaction, UnreadableError
+from .deadline import LimitedStorage
+from .local import LocalStorage
+
+__all__ = [
+    "LimitedStorage",
+    "LinkError",
+    "LocalStorage",
+    "Reader",
+    "Storage",
+    "StoredCheckpoint",
+    "Transaction",
+    "UnreadableError",
+]

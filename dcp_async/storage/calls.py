@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from .._concurrency.threads import BlockingThreads, StuckThreadError, run_blocking
+from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
 from ..errors import StorageError
 
 P = ParamSpec("P")

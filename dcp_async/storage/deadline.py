@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import anyio
 
-from .._concurrency.threads import settle
+from .._concurrency import settle
 from .base import Reader, Storage, StoredCheckpoint, Transaction
 from .calls import StuckCallError
 

@@ -1,1 +1,29 @@
 """Every unpickler of the package, and what it may call; imports nothing of ours."""
+
+from __future__ import annotations
+
+from .key_hashes import MAX_ALIKE, check_hashes
+from .pickle_grammar import run
+from .pickle_walk import Made, Walk, get_operands
+from .plain_data import dumps, loads
+from .policy import Inert, Trust, check_globals, is_zip, load_item, load_pickle, untrusted_names
+from .torch_rebuilders import UntrustedGlobal
+
+__all__ = [
+    "MAX_ALIKE",
+    "Inert",
+    "Made",
+    "Trust",
+    "UntrustedGlobal",
+    "Walk",
+    "check_globals",
+    "check_hashes",
+    "dumps",
+    "get_operands",
+    "is_zip",
+    "load_item",
+    "load_pickle",
+    "loads",
+    "run",
+    "untrusted_names",
+]

@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_async import CheckpointEngine, StagingOptions, StateMutatedError
-from dcp_async.state.mutation import places_to_sample
+from dcp_async.staging.byte_sample import places_to_sample
 from tests.doubles import ASIDE_BYTES, KIB, MIB, FaultyStorage, assert_same
 
 PART = 64 * KIB

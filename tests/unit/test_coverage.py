@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_async._geometry import Box, first_fault
-from dcp_async.load.read_plan import CoverageError, check_coverage
+from dcp_async._geometry import Box, CoverageError, check_coverage, first_fault
 
 
 def _box(*at: int, size: int = 1) -> Box:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_async import _geometry as boxes
+from dcp_async._geometry import flat_slices
 from dcp_async.formats.distcp import BLOCK_BYTES, block_digests
-from dcp_async.load import read_plan as reading
 from dcp_async.load.fetch import (
     Check,
     DamagedError,
@@ -25,7 +25,6 @@ from dcp_async.load.fetch import (
     make_batches,
     make_spans,
 )
-from dcp_async.staging.stager import flat_slices
 
 SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=4)
 
@@ -71,16 +70,16 @@ def test_flat_slices_tile_the_range(shape: list[int], data: st.DataObject) -> No
 def test_check_coverage_finds_every_hole(case: tuple[list[int], boxes.Box], data: st.DataObject) -> None:
     shape, hole = case
     whole = tuple((0, extent) for extent in shape)
-    reading.check_coverage(shape, [whole])
+    boxes.check_coverage(shape, [whole])
     # everything but the hole: the slabs beside it, dimension by dimension
     slabs: list[boxes.Box] = []
     for dim, (low, high) in enumerate(hole):
         before = hole[:dim]
         rest = whole[dim + 1 :]
         slabs += [(*before, edge, *rest) for edge in ((0, low), (high, shape[dim])) if edge[0] < edge[1]]
-    reading.check_coverage(shape, [*slabs, hole])
-    with pytest.raises(reading.CoverageError, match="no chunk covers"):
-        reading.check_coverage(shape, slabs)
+    boxes.check_coverage(shape, [*slabs, hole])
+    with pytest.raises(boxes.CoverageError, match="no chunk covers"):
+        boxes.check_coverage(shape, slabs)
 
 
 def test_of_two_spans_over_the_same_bytes_each_is_verified() -> None:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcp_async._geometry import contiguous_strides
 from dcp_async.formats import zip_item
 
 DTYPES = sorted(zip_item.PLAIN_DTYPES, key=str)
@@ -51,7 +52,7 @@ def test_tensor_frame_of_more_than_4_gib_is_zip64(tmp_path: Any) -> None:
 
 @given(st.lists(st.integers(0, 2000), max_size=5))
 def test_contiguous_strides_match_torch(shape: list[int]) -> None:
-    assert zip_item.contiguous_strides(shape) == torch.empty(shape, device="meta").stride()
+    assert contiguous_strides(shape) == torch.empty(shape, device="meta").stride()
 
 
 @given(

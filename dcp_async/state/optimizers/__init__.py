@@ -1,1 +1,16 @@
 """Optimizers: their states by canonical names, saved, and given back exactly."""
+
+from __future__ import annotations
+
+from .app_state import AppState, check_before_touch
+from .optimizer_load import load_optimizer
+from .optimizer_state import parameter_sizes
+from .stepping import stepped_by
+
+__all__ = [
+    "AppState",
+    "check_before_touch",
+    "load_optimizer",
+    "parameter_sizes",
+    "stepped_by",
+]

@@ -1,1 +1,9 @@
 """A directory of a local or mounted file system as a storage."""
+
+from __future__ import annotations
+
+from .storage import LocalStorage
+
+__all__ = [
+    "LocalStorage",
+]

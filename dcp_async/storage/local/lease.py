@@ -19,8 +19,8 @@ import time
 import weakref
 from pathlib import Path
 
-from ...formats.metadata_reader import decode_metadata
-from ...trust.policy import UntrustedGlobal
+from ...formats import decode_metadata
+from ...trust import UntrustedGlobal
 from .safe_open import open_regular, read_small
 
 logger = logging.getLogger(__name__)

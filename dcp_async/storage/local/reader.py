@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from ..._concurrency.threads import StuckThreadError
+from ..._concurrency import StuckThreadError
 from ...errors import StorageError
 from ..base import LinkError, UnreadableError
 from ..calls import BlockingCalls

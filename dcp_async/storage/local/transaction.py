@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from ..._concurrency.threads import StuckThreadError
+from ..._concurrency import StuckThreadError
 from ..calls import BlockingCalls
 from .files import METADATA, DataFile, commit_mark, make_directory, refuse_link, sync, sync_directory
 from .lease import Beat, Lease, remove_if_empty, sweep_directory, take_lease

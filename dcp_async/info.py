@@ -1,0 +1,89 @@
+"""What a checkpoint is and what a load did, as values.
+
+Nothing here waits, reads or writes: whoever makes a CheckpointInfo gives it the way to its metadata.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, SupportsIndex, TypeAlias
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from .errors import LoadError
+
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
+"""What ``save(notes=...)`` takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """A committed checkpoint, as its manifest describes it."""
+
+    checkpoint_id: str
+    """Its name: the directory under the root."""
+    step: int | None
+    """The step it was saved at; None if it has none."""
+    time: float
+    """When it was committed, in Unix seconds."""
+    nbytes: int
+    """Bytes of its data files."""
+    num_files: int
+    """How many data files it has."""
+    world_size: int | None
+    """How many ranks wrote it; None where the writer did not say (stock)."""
+    torch_version: str | None
+    """The writer's torch; None where the writer did not say (stock)."""
+    producer: Literal["dcp_async", "stock"]
+    """Who wrote it."""
+    notes: Mapping[str, JSON] = field(default_factory=dict)
+    """What the trainer attached with ``save(notes=...)``."""
+    _metadata: Callable[[str], Awaitable[Metadata]] = field(repr=False, compare=False)
+    """Decodes ``.metadata``: tens of thousands of objects, so only when asked for."""
+
+    async def metadata(self) -> Metadata:
+        """DCP's ``Metadata`` of this checkpoint, decoded on demand."""
+        return await self._metadata(self.checkpoint_id)
+
+    def _plain(self) -> dict[str, Any]:
+        """Everything but the way to the metadata, to be told to other ranks."""
+        names = (part.name for part in fields(self) if part.name != "_metadata")
+        return {name: getattr(self, name) for name in names} | {"notes": dict(self.notes)}
+
+
+CheckpointRef: TypeAlias = "Literal['latest'] | str | os.PathLike[str] | SupportsIndex | CheckpointInfo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a load did. Names are DCP's fully qualified names."""
+
+    checkpoint_id: str
+    """The checkpoint that was loaded."""
+    step: int | None
+    """Its step."""
+    missing: tuple[str, ...] = ()
+    """In the state, not in the checkpoint; left as they were (``strict=False``)."""
+    unexpected: tuple[str, ...] = ()
+    """In the checkpoint, below a subtree that the state names, but not in the state."""
+    mismatched: tuple[str, ...] = ()
+    """In both, with another shape or dtype; left as they were (``strict=False``)."""
+    skipped: tuple[str, ...] = ()
+    """Newer checkpoints that were corrupt and passed over ("latest" only)."""
+    nbytes: int = 0
+    """Bytes placed into the state."""
+    seconds: float = 0.0
+    """Wall time of the load."""
+
+    @property
+    def next_step(self) -> int:
+        """The step to go on with, ``step + 1``. Raises LoadError if the checkpoint has no step."""
+        if self.step is None:
+            raise LoadError(
+                f"checkpoint {self.checkpoint_id!r} has no step; save with step=..., "
+                "or keep a counter of your own in the state",
+                checkpoint_id=self.checkpoint_id,
+            )
+        return self.step + 1
