@@ -3,8 +3,8 @@
 Enters: calls from any loop and any thread. Leaves: responses, reports, errors of the tree in errors.py. The
 engine's coroutines run on a loop thread of its own, because a training step blocks the loop that it runs on.
 Invariant: a save that raises leaves no checkpoint, and a load that fails its checks leaves the state as it
-was. Each verb is a generator (see _drive.py), so that dcp_async.sync offers the same ones to trainers without
-a loop.
+was. Each verb is a generator (see _concurrency/verbs.py), so that dcp_async.sync offers the same ones to
+trainers without a loop.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Enters: the engine's parts, made or given. Leaves: jobs on its loop thread, or EngineStateError where it can't
 take any. Invariant: what the engine made it closes, what it was given it never closes; it ends by a drain or
-by an abort, never by silence. Verbs are generators, see _drive.py. Source: docs/adr/0001.
+by an abort, never by silence. Verbs are generators, see _concurrency/verbs.py. Source: docs/adr/0001.
 """
 
 from __future__ import annotations

@@ -27,15 +27,15 @@ PART = 64 * KIB
 STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
 WIDE = {"w": random_tensor(torch.uint8, (20 * PART,), 2)}
 OURS = (
-    "engine",
+    "engine/engine",
     "sync",
-    "_drive",
-    "admission",
-    "lifetime",
+    "_concurrency/verbs",
+    "engine/admission",
+    "engine/lifetime",
     "response",
-    "save_runner",
-    "hooks",
-    "signal_safe",
+    "engine/saves",
+    "engine/optimizer_hooks",
+    "_concurrency/signal_safe",
 )
 HANG = 20.0
 
@@ -47,6 +47,7 @@ class Between:
         self.calls = 0
         self._stride, self._handler = stride, handler
         self._files = {f"{PACKAGE}/{name}.py" for name in modules}
+        assert all(Path(name).exists() for name in self._files), "what is to be interrupted was moved"
         self._seen = 0
 
     def __enter__(self) -> Between:
@@ -191,7 +192,7 @@ def test_an_interrupt_at_any_line_of_a_save_costs_no_place(root: Path) -> None:
     class AtLine:
         def __init__(self, at: int) -> None:
             self.at, self.seen = at, 0
-            self._files = {f"{PACKAGE}/{name}.py" for name in ("engine", "admission")}
+            self._files = {f"{PACKAGE}/{name}.py" for name in ("engine/engine", "engine/admission")}
 
         def trace(self, frame: FrameType, event: str, arg: Any) -> Any:
             if frame.f_code.co_filename not in self._files:
@@ -300,7 +301,7 @@ def test_a_signal_within_an_optimizers_step_may_save(root: Path, on_signal: Any)
         save()
 
         def step() -> None:
-            with Between(3, save, modules=("hooks",)) as between:
+            with Between(3, save, modules=("engine/optimizer_hooks",)) as between:
                 optim.step()
             assert between.calls > 3
 
