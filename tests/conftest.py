@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from tests.doubles import (
+from tests.support.doubles import (
     PATIENCE,
     FaultyStorage,
     LoopSpy,

@@ -25,7 +25,7 @@ from dcp_async.errors import CheckpointError, LoadError, SaveError
 from dcp_async.storage.local import lease
 from dcp_async.storage.local.storage import LocalStorage
 from tests.distributed.agent import Agent, LocalError
-from tests.doubles import FaultyStorage, Gate, _Fault, difference
+from tests.support.doubles import FaultyStorage, Gate, _Fault, difference
 
 Outcome = dict[str, Any]
 

@@ -12,7 +12,7 @@ from dcp_async.sync import CheckpointEngine
 from tests.distributed.engine_agent import Outcome
 from tests.distributed.harness import World
 from tests.distributed.replica_agent import ReplicaAgent
-from tests.doubles import data_files, flip
+from tests.support.doubles import data_files, flip
 
 SIZE = 3
 

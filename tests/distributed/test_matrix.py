@@ -12,7 +12,7 @@ import pytest
 
 from tests.distributed.layouts import FAMILIES, world_of
 from tests.distributed.matrix_worker import NAME, CaseError, Team, Teams
-from tests.doubles import MIB, data_files
+from tests.support.doubles import MIB, data_files
 
 NOT_FOR_STOCK = {("tensors", "sharded_tensor-2")}
 """Stock's load planner leaves out a ShardedTensor that has no shard on the rank; if the checkpoint has a name

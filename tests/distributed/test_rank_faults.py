@@ -19,7 +19,7 @@ from dcp_async.errors import EngineStateError
 from dcp_async.sync import CheckpointEngine
 from tests.distributed.engine_agent import EngineAgent, Outcome, whole
 from tests.distributed.harness import World
-from tests.doubles import assert_holds_only, assert_same, committed, data_files, flip, leftovers
+from tests.support.doubles import assert_holds_only, assert_same, committed, data_files, flip, leftovers
 
 SHORT = 2.0
 """Seconds of Timeouts.coordination where a test waits for it to pass."""

@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed.engine_agent import EngineAgent
 from tests.distributed.harness import World
-from tests.doubles import committed
+from tests.support.doubles import committed
 
 PROMPT = 15.0
 """Seconds; a rank that is waited for in vain is given up after ``coordination``, which is 60 here."""

@@ -13,7 +13,7 @@ from dcp_async.sync import CheckpointEngine
 from tests.distributed.engine_agent import Outcome
 from tests.distributed.harness import World
 from tests.distributed.replica_agent import KINDS, ReplicaAgent
-from tests.doubles import assert_holds_only
+from tests.support.doubles import assert_holds_only
 
 MIB = 1 << 20
 FOUR = "an uneven shard"

@@ -14,8 +14,8 @@ import torch
 
 from dcp_async import CheckpointEngine, SaveError, Trust
 from dcp_async.state.wrapped import joined, pairs
-from tests.doubles import assert_same
-from tests.wrapped_tensors import BLOCK, COLUMNS, ROWS, Blocks, blocks, inner, job, same
+from tests.support.doubles import assert_same
+from tests.support.wrapped_tensors import BLOCK, COLUMNS, ROWS, Blocks, blocks, inner, job, same
 
 TWO = (
     "save", "load", "load:replicate", "fresh", "fresh:replicate", "atomic", "stock",
@@ -76,7 +76,7 @@ async def test_in_one_process_it_is_a_leaf_that_is_filled_in_place(root: Path) -
     held = inner(target)
     async with CheckpointEngine(root) as engine:
         with pytest.raises(
-            SaveError, match=r"w: a Blocks .*Trust\(safe_globals=\(tests.wrapped_tensors.Blocks,\)\)"
+            SaveError, match=r"w: a Blocks .*Trust\(safe_globals=\(tests.support.wrapped_tensors.Blocks,\)\)"
         ):
             await engine.save({"w": value})
     async with CheckpointEngine(root, trust=Trust(safe_globals=(Blocks,))) as engine:

@@ -28,7 +28,7 @@ import torch
 
 import dcp_async
 from dcp_async import errors
-from tests import module_table
+from tests.support import module_table
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
@@ -212,7 +212,7 @@ def test_every_page_is_in_a_table_of_contents() -> None:
 
 
 def test_the_table_of_modules_is_what_the_modules_say() -> None:
-    """``python -m tests.module_table > docs/modules.inc`` makes it anew."""
+    """``python -m tests.support.module_table > docs/modules.inc`` makes it anew."""
     assert (DOCS / "modules.inc").read_text() == module_table.table()
 
 

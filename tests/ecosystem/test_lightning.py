@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from dcp_async import CheckpointEngine
-from tests.doubles import assert_same
+from tests.support.doubles import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the trainer says much of this machine
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from dcp_async import AppState, CheckpointEngine, StagingOptions
 from dcp_async.storage.local.storage import LocalStorage
-from tests.doubles import ASIDE_BYTES, KIB, FaultyStorage
+from tests.support.doubles import ASIDE_BYTES, KIB, FaultyStorage
 
 PART = 64 * KIB
 HELD = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)

@@ -15,7 +15,15 @@ import torch
 
 from dcp_async import CheckpointEngine, CheckpointError, SaveError, StorageError, Timeouts
 from dcp_async.storage.local.storage import LocalStorage
-from tests.doubles import PATIENCE, assert_same, chain, committed, on_thread, open_descriptors, random_tensor
+from tests.support.doubles import (
+    PATIENCE,
+    assert_same,
+    chain,
+    committed,
+    on_thread,
+    open_descriptors,
+    random_tensor,
+)
 
 STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
 SOON = Timeouts(storage=0.3, exit_grace=0.3)

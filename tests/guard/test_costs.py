@@ -23,7 +23,7 @@ import torch
 from dcp_async import CheckpointEngine, StagingOptions
 from dcp_async._concurrency.threads import BlockingThreads
 from dcp_async.storage.local.page_cache import give_back
-from tests.doubles import ASIDE_BYTES, KIB, MIB, data_files, random_tensor
+from tests.support.doubles import ASIDE_BYTES, KIB, MIB, data_files, random_tensor
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine
-from tests.doubles import assert_same, blank
 from tests.interop.golden.make_golden import GOLDEN
 from tests.interop.stock_states import (
     as_stock_returns,
@@ -19,6 +18,7 @@ from tests.interop.stock_states import (
     sharded_whole,
     strided_state,
 )
+from tests.support.doubles import assert_same, blank
 
 HERE = Path(__file__).parent / "golden"
 STATES: dict[str, Any] = dict.fromkeys(GOLDEN, nested_state) | {

@@ -23,8 +23,8 @@ from dcp_async import (
     Trust,
     UntrustedCheckpointError,
 )
-from tests.doubles import KIB, assert_same, blank, flip, random_tensor, raw_bytes
 from tests.interop.stock_states import as_stock_returns, nested_state
+from tests.support.doubles import KIB, assert_same, blank, flip, random_tensor, raw_bytes
 
 pytestmark = [
     pytest.mark.filterwarnings(

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from dcp_async import CheckpointEngine, StagingOptions
-from tests.doubles import KIB, assert_same, blank, frozen, random_tensor
 from tests.interop.stock_states import as_stock_returns, leaf_state, nested_state, ramp, strided_state
+from tests.support.doubles import KIB, assert_same, blank, frozen, random_tensor
 
 pytestmark = [
     pytest.mark.filterwarnings(

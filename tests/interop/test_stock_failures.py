@@ -73,7 +73,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from tests.doubles import PATIENCE, assert_same, data_files, flip
+from tests.support.doubles import PATIENCE, assert_same, data_files, flip
 
 
 def stock_save(path: Path, state: Any, *, planner: Any = None, **options: Any) -> Metadata:

@@ -39,7 +39,7 @@ from dcp_async import (
     Trust,
     UntrustedCheckpointError,
 )
-from tests.doubles import (
+from tests.support.doubles import (
     KIB,
     FaultyStorage,
     TrainingRun,

@@ -40,7 +40,7 @@ from dcp_async import (
     StagingOptions,
 )
 from dcp_async.sync import CheckpointEngine as CheckpointTwin
-from tests.doubles import (
+from tests.support.doubles import (
     KIB,
     MIB,
     PATIENCE,

@@ -42,8 +42,8 @@ from dcp_async import (
     Trust,
     UntrustedCheckpointError,
 )
-from tests.doubles import DTYPES, KIB, SHAPES, TrainingRun, assert_same, blank, flip, random_tensor
 from tests.interop.stock_states import as_stock_returns, leaf_state, nested_state, strided_state
+from tests.support.doubles import DTYPES, KIB, SHAPES, TrainingRun, assert_same, blank, flip, random_tensor
 
 pytestmark = [
     pytest.mark.filterwarnings(

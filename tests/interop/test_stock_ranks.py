@@ -29,9 +29,9 @@ from dcp_async import (
     UntrustedCheckpointError,
 )
 from dcp_async.storage.local.storage import LocalStorage
-from tests.doubles import assert_same, blank, random_tensor
 from tests.interop.rank_jobs import JOBS, run_world
 from tests.interop.stock_states import sharded_whole
+from tests.support.doubles import assert_same, blank, random_tensor
 
 pytestmark = [
     pytest.mark.filterwarnings(

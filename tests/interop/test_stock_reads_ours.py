@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dcp_async import CheckpointEngine, RNGState, StagingOptions
-from tests.doubles import DTYPES, KIB, SHAPES, TrainingRun, assert_same, frozen, random_tensor
+from tests.support.doubles import DTYPES, KIB, SHAPES, TrainingRun, assert_same, frozen, random_tensor
 
 pytestmark = [
     pytest.mark.filterwarnings(

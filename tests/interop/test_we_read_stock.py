@@ -23,7 +23,7 @@ from dcp_async import (
     IncompatibleStateError,
     StagingOptions,
 )
-from tests.doubles import (
+from tests.support.doubles import (
     DTYPES,
     KIB,
     SHAPES,

@@ -19,7 +19,7 @@ from dcp_async import (
     Stager,
     StagingOptions,
 )
-from tests.doubles import (
+from tests.support.doubles import (
     ASIDE_BYTES,
     KIB,
     EventLog,

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from dcp_async import CheckpointEngine, IncompatibleStateError
-from tests.doubles import assert_same, frozen
+from tests.support.doubles import assert_same, frozen
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

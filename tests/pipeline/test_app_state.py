@@ -23,7 +23,7 @@ from dcp_async import (
     SaveError,
     StagingOptions,
 )
-from tests.doubles import (
+from tests.support.doubles import (
     ASIDE_BYTES,
     KIB,
     FaultyStorage,
@@ -33,8 +33,8 @@ from tests.doubles import (
     assert_same,
     frozen,
 )
-from tests.training_apps import DISTRIBUTED, WRAPPERS, WrappedRun
-from tests.training_jobs import run_job
+from tests.support.training_apps import DISTRIBUTED, WRAPPERS, WrappedRun
+from tests.support.training_jobs import run_job
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"

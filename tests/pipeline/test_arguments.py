@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, sync
-from tests.doubles import assert_holds_only, assert_same, committed
+from tests.support.doubles import assert_holds_only, assert_same, committed
 
 STATE = {"w": torch.arange(100.0), "n": 1}
 

@@ -25,7 +25,7 @@ from dcp_async import (
     UntrustedCheckpointError,
 )
 from dcp_async.sync import CheckpointEngine as CheckpointTwin
-from tests.doubles import (
+from tests.support.doubles import (
     KIB,
     assert_holds_only,
     assert_same,

@@ -18,7 +18,7 @@ from dcp_async import (
     SaveCancelled,
     StagingOptions,
 )
-from tests.doubles import (
+from tests.support.doubles import (
     ASIDE_BYTES,
     KIB,
     PATIENCE,

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import changed_shapes
-from tests.changed_shapes import GROUPS, Row, page, tables
+from tests.support import changed_shapes
+from tests.support.changed_shapes import GROUPS, Row, page, tables
 
-PAGE = Path(changed_shapes.__file__).parents[1] / "docs" / "reference" / "changed-shapes.md"
-AGAIN = "if that is as it should be: python -m tests.changed_shapes > docs/reference/changed-shapes.md"
+PAGE = Path(changed_shapes.__file__).parents[2] / "docs" / "reference" / "changed-shapes.md"
+AGAIN = (
+    "if that is as it should be: python -m tests.support.changed_shapes > docs/reference/changed-shapes.md"
+)
 
 
 @pytest.fixture(scope="module")

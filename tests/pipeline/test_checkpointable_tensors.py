@@ -11,7 +11,7 @@ from torch import nn
 
 from dcp_async import CheckpointEngine, IncompatibleStateError, SaveError
 from dcp_async.state.checkpointable import HAS_PROTOCOL
-from tests.doubles import random_tensor
+from tests.support.doubles import random_tensor
 
 has_protocol = pytest.mark.skipif(not HAS_PROTOCOL, reason="new in torch 2.14.1")
 WHOLE = random_tensor(torch.float32, (6, 4), 1)

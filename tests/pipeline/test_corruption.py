@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, CheckpointInfo, CorruptCheckpointError, StagingOptions
-from tests.doubles import (
+from tests.support.doubles import (
     BLOCK_BYTES,
     KIB,
     assert_same,

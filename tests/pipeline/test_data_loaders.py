@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dcp_async import CheckpointEngine, CheckpointInfo, RNGState, StagingOptions
-from tests.doubles import (
+from tests.support.doubles import (
     ASIDE_BYTES,
     KIB,
     MIB,
@@ -27,7 +27,7 @@ from tests.doubles import (
     open_descriptors,
     random_tensor,
 )
-from tests.training_data import LENGTH, Counting, Growing, Numbers, Stream, Witness
+from tests.support.training_data import LENGTH, Counting, Growing, Numbers, Stream, Witness
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata calls it
 

@@ -14,7 +14,7 @@ import torch
 from dcp_async import CheckpointEngine, PerRank, SaveError
 from dcp_async.state.depth import MAX_DEPTH
 from dcp_async.state.flatten import CaptureError
-from tests.doubles import assert_same
+from tests.support.doubles import assert_same
 
 
 class Owner:

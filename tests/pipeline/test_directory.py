@@ -16,7 +16,7 @@ import torch
 from dcp_async import CheckpointEngine, StagingOptions
 from dcp_async.storage.local.storage import LocalStorage
 from dcp_async.storage.local.transaction import LocalTransaction
-from tests.doubles import (
+from tests.support.doubles import (
     DATA_FILE,
     KIB,
     MANIFEST,

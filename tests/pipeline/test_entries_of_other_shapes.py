@@ -12,7 +12,7 @@ from torch import nn, optim
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from dcp_async import AppState, CheckpointEngine, IncompatibleStateError, LoadReport
-from tests.doubles import assert_same, frozen
+from tests.support.doubles import assert_same, frozen
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 KINDS: dict[str, Callable[[Any], optim.Optimizer]] = {

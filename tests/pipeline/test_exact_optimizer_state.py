@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import AdamW, Optimizer
 
 from dcp_async import AppState, CheckpointEngine, IncompatibleStateError, LoadError, SaveError
-from tests.doubles import assert_same, frozen
+from tests.support.doubles import assert_same, frozen
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"

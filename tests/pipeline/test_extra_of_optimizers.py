@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD
 
 from dcp_async import AppState, CheckpointEngine, IncompatibleStateError
-from tests.doubles import assert_same
+from tests.support.doubles import assert_same
 
 Put = Callable[[nn.Module, SGD], dict[str, Any]]
 PUTS: dict[str, Put] = {

@@ -21,7 +21,7 @@ from dcp_async import (
     Trust,
 )
 from dcp_async.planning.planner import PlanningOptions
-from tests.doubles import FaultyStorage
+from tests.support.doubles import FaultyStorage
 
 
 class Odd(BaseException):

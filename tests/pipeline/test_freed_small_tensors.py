@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, Stager, StagingOptions, StateMutatedError
-from tests.doubles import ASIDE_BYTES, KIB, FaultyStorage
+from tests.support.doubles import ASIDE_BYTES, KIB, FaultyStorage
 
 PART = 64 * KIB
 HELD = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dcp_async import AppState, CheckpointEngine, IncompatibleStateError
-from tests.doubles import assert_same, frozen
+from tests.support.doubles import assert_same, frozen
 
 
 class Keeper:

@@ -20,7 +20,7 @@ from dcp_async import (
     SaveError,
     StagingOptions,
 )
-from tests.doubles import (
+from tests.support.doubles import (
     ASIDE_BYTES,
     KIB,
     PATIENCE,

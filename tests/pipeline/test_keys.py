@@ -17,7 +17,7 @@ from dcp_async import CheckpointEngine, SaveError, Trust
 from dcp_async.planning.local_plan import make_offer, unpack_tensors, unpack_tree
 from dcp_async.state.capture import capture
 from dcp_async.trust.plain_data import dumps, loads
-from tests.doubles import assert_same
+from tests.support.doubles import assert_same
 
 
 class Part(enum.StrEnum):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests import leaf_kinds
-from tests.leaf_kinds import GROUPS, Row, page, tables
+from tests.support import leaf_kinds
+from tests.support.leaf_kinds import GROUPS, Row, page, tables
 
-PAGE = Path(leaf_kinds.__file__).parents[1] / "docs" / "reference" / "leaf-kinds.md"
-AGAIN = "if that is as it should be: python -m tests.leaf_kinds > docs/reference/leaf-kinds.md"
+PAGE = Path(leaf_kinds.__file__).parents[2] / "docs" / "reference" / "leaf-kinds.md"
+AGAIN = "if that is as it should be: python -m tests.support.leaf_kinds > docs/reference/leaf-kinds.md"
 
 
 @pytest.fixture(scope="module")

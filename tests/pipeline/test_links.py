@@ -21,7 +21,7 @@ from dcp_async import (
     UntrustedCheckpointError,
 )
 from dcp_async.storage.local.storage import LocalStorage
-from tests.doubles import assert_same
+from tests.support.doubles import assert_same
 
 OLD, NEW = "step-00000001", "step-00000002"
 FOLLOW = Trust(follow_links=True)

@@ -20,7 +20,14 @@ from dcp_async import CheckpointEngine, SaveError
 from dcp_async.storage.local import lease
 from dcp_async.storage.local.lease import sweep_directory
 from dcp_async.storage.local.storage import LocalStorage
-from tests.doubles import PATIENCE, FaultyStorage, assert_holds_only, assert_same, committed, random_tensor
+from tests.support.doubles import (
+    PATIENCE,
+    FaultyStorage,
+    assert_holds_only,
+    assert_same,
+    committed,
+    random_tensor,
+)
 
 STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
 AGE = 2.0

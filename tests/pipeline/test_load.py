@@ -21,7 +21,7 @@ from dcp_async import (
     LoadReport,
     StagingOptions,
 )
-from tests.doubles import (
+from tests.support.doubles import (
     KIB,
     TrainingRun,
     assert_same,

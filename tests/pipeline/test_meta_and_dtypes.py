@@ -27,7 +27,7 @@ from dcp_async import (
     StagingOptions,
 )
 from dcp_async.sync import CheckpointEngine as BlockingEngine
-from tests.doubles import (
+from tests.support.doubles import (
     KIB,
     PATIENCE,
     Net,

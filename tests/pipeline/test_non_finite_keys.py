@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine
-from tests.doubles import manifest_file
+from tests.support.doubles import manifest_file
 
 
 class Bins:

@@ -23,7 +23,7 @@ from dcp_async import (
     SaveStarted,
     StagingOptions,
 )
-from tests.doubles import KIB, EventLog, FaultyStorage, assert_same, random_tensor
+from tests.support.doubles import KIB, EventLog, FaultyStorage, assert_same, random_tensor
 
 pytestmark = pytest.mark.usefixtures("both_loops")
 

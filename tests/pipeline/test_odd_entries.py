@@ -25,7 +25,7 @@ from dcp_async import (
     SaveError,
 )
 from dcp_async.storage.local.storage import LocalStorage
-from tests.doubles import MIB, assert_same, manifest_file
+from tests.support.doubles import MIB, assert_same, manifest_file
 
 STATE = {"w": torch.arange(100.0), "n": 1}
 BAD = "step-00000009"

@@ -22,9 +22,9 @@ from dcp_async import (
     StagingOptions,
 )
 from dcp_async.sync import CheckpointEngine as BlockingEngine
-from tests.doubles import ASIDE_BYTES, KIB, MIB, PATIENCE, FaultyStorage, assert_same, frozen
-from tests.training_jobs import run_job
-from tests.training_optimizers import CASES, LISTED, MAIN, Trainer
+from tests.support.doubles import ASIDE_BYTES, KIB, MIB, PATIENCE, FaultyStorage, assert_same, frozen
+from tests.support.training_jobs import run_job
+from tests.support.training_optimizers import CASES, LISTED, MAIN, Trainer
 
 PART = 64 * KIB
 WIDE = 6000

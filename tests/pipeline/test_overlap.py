@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dcp_async import CheckpointEngine, SaveCancelled, SaveError, StagingOptions, StateMutatedError
-from tests.doubles import (
+from tests.support.doubles import (
     ASIDE_BYTES,
     KIB,
     MIB,

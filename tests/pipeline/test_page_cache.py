@@ -17,7 +17,7 @@ from dcp_async.storage.local import page_cache
 from dcp_async.storage.local.files import ReadFile
 from dcp_async.storage.local.page_cache import absent_ranges, give_back, overlaps
 from dcp_async.storage.local.storage import LocalStorage
-from tests.doubles import assert_same, data_files, random_tensor
+from tests.support.doubles import assert_same, data_files, random_tensor
 
 MIB = 1 << 20
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, Limits, PlanningOptions, StagingOptions
-from tests.doubles import KIB, MIB, FaultyStorage, TrainingRun, assert_same, frozen, random_tensor
+from tests.support.doubles import KIB, MIB, FaultyStorage, TrainingRun, assert_same, frozen, random_tensor
 
 PART = 64 * KIB
 SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)

@@ -19,7 +19,7 @@ from dcp_async import (
     StagingOptions,
     sync,
 )
-from tests.doubles import KIB, PATIENCE, FaultyStorage, on_thread, random_tensor
+from tests.support.doubles import KIB, PATIENCE, FaultyStorage, on_thread, random_tensor
 
 STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
 BOTH = pytest.mark.parametrize("overlap", [False, True], ids=["staged", "overlap"])

@@ -20,7 +20,15 @@ import torch
 
 import dcp_async
 from dcp_async import CheckpointEngine, EngineStateError, Limits, SaveError, StagingOptions, sync
-from tests.doubles import KIB, PATIENCE, EventLog, FaultyStorage, assert_same, committed, random_tensor
+from tests.support.doubles import (
+    KIB,
+    PATIENCE,
+    EventLog,
+    FaultyStorage,
+    assert_same,
+    committed,
+    random_tensor,
+)
 
 PACKAGE = str(Path(dcp_async.__file__).parent)
 PART = 64 * KIB

@@ -22,8 +22,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from dcp_async import CheckpointEngine, SaveError, Trust, UntrustedCheckpointError, sync
-from tests.doubles import assert_same, committed
 from tests.property.states import Marked
+from tests.support.doubles import assert_same, committed
 
 
 class Stage(enum.Enum):

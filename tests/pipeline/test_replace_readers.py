@@ -23,7 +23,7 @@ from dcp_async.catalog.catalog import Catalog
 from dcp_async.catalog.contents import Contents
 from dcp_async.load.joint_opening import open_same
 from dcp_async.storage.local.storage import LocalStorage
-from tests.doubles import flip
+from tests.support.doubles import flip
 
 NAMES = ("open", "listdir", "scandir", "stat", "lstat")
 

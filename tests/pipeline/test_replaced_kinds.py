@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, SaveError, StagingOptions, StateMutatedError, Trust
-from tests.doubles import ASIDE_BYTES, KIB, FaultyStorage, assert_same, random_tensor
 from tests.property.states import Marked, difference, pictured
-from tests.tensor_kinds import KINDS
+from tests.support.doubles import ASIDE_BYTES, KIB, FaultyStorage, assert_same, random_tensor
+from tests.support.tensor_kinds import KINDS
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore"
@@ -28,7 +28,7 @@ REFUSED = {"meta", "freed storage", "storage cut short", "in a vmap", "fake", "l
 def test_each_kind_may_take_the_place_of_each_other() -> None:
     """In a process of its own: the guard behind the cache ends it where it is asked about a nested tensor."""
     run = subprocess.run(
-        [sys.executable, "-m", "tests.tensor_kinds"],
+        [sys.executable, "-m", "tests.support.tensor_kinds"],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],

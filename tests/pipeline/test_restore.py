@@ -22,7 +22,7 @@ from dcp_async import (
     Trust,
     UntrustedCheckpointError,
 )
-from tests.doubles import assert_same, flip, frozen, written_unchecked
+from tests.support.doubles import assert_same, flip, frozen, written_unchecked
 
 
 class Trainer:

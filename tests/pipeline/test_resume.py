@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dcp_async import CheckpointEngine, RNGState, StagingOptions
-from tests.doubles import ASIDE_BYTES, KIB, TrainingRun, assert_same, frozen
+from tests.support.doubles import ASIDE_BYTES, KIB, TrainingRun, assert_same, frozen
 
 SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, LoadError, SaveError, StagingOptions, sync
-from tests.doubles import (
+from tests.support.doubles import (
     DTYPES,
     KIB,
     SHAPES,

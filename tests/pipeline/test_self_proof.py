@@ -31,7 +31,7 @@ from dcp_async.formats.manifest import FileEntry, structure_json
 from dcp_async.planning import global_plan as publication
 from dcp_async.planning import self_proof as proof
 from dcp_async.save import pipeline
-from tests.doubles import assert_same, data_files
+from tests.support.doubles import assert_same, data_files
 
 STATE: dict[str, Any] = {
     "m": {"w": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)},

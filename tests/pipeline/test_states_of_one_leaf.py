@@ -13,7 +13,7 @@ from torch import nn
 
 from dcp_async import AppState, PerRank
 from dcp_async.sync import CheckpointEngine
-from tests.doubles import assert_same
+from tests.support.doubles import assert_same
 
 LEAVES: list[tuple[Any, Any]] = [
     (None, 1),

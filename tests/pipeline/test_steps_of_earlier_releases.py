@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from dcp_async import CheckpointEngine
-from tests.doubles import manifest_file
+from tests.support.doubles import manifest_file
 
 
 def sign(manifest: Path, old: str, new: str) -> None:

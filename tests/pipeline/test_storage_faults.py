@@ -21,7 +21,7 @@ from dcp_async import (
     StagingOptions,
     StorageError,
 )
-from tests.doubles import (
+from tests.support.doubles import (
     ASIDE_BYTES,
     KIB,
     PATIENCE,

@@ -22,7 +22,7 @@ from dcp_async import (
     StagingOptions,
 )
 from dcp_async.sync import CheckpointEngine
-from tests.doubles import (
+from tests.support.doubles import (
     ASIDE_BYTES,
     KIB,
     PATIENCE,

@@ -18,7 +18,7 @@ from dcp_async import CheckpointEngine, SaveError, StagingOptions, StateMutatedE
 from dcp_async.staging.vectored_copy import Gather, RefusedError
 from dcp_async.state.capture import capture
 from dcp_async.state.flatten import Given
-from tests.doubles import ASIDE_BYTES, KIB, MIB, FaultyStorage, assert_same, frozen, random_tensor
+from tests.support.doubles import ASIDE_BYTES, KIB, MIB, FaultyStorage, assert_same, frozen, random_tensor
 
 PART = 64 * KIB
 SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)

@@ -26,7 +26,7 @@ from dcp_async import (
     RNGState,
     SaveError,
 )
-from tests.doubles import assert_holds_only, assert_same, data_files, frozen
+from tests.support.doubles import assert_holds_only, assert_same, data_files, frozen
 
 KIB = 1024
 

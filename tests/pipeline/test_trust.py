@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, StagingOptions, Trust, UntrustedCheckpointError
-from tests.doubles import KIB, assert_same, random_tensor, written_unchecked
+from tests.support.doubles import KIB, assert_same, random_tensor, written_unchecked
 
 SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
 

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_async import CheckpointEngine, StagingOptions, StateMutatedError
 from dcp_async.staging.byte_sample import places_to_sample
-from tests.doubles import ASIDE_BYTES, KIB, MIB, FaultyStorage, assert_same
+from tests.support.doubles import ASIDE_BYTES, KIB, MIB, FaultyStorage, assert_same
 
 PART = 64 * KIB
 HELD = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)

@@ -16,7 +16,7 @@ from dcp_async import AppState, CheckpointEngine, StagingOptions
 from dcp_async.engine.optimizer_hooks import OptimizerHooks
 from dcp_async.response import CheckpointHandle
 from dcp_async.state.optimizers.stepping import stepped_by
-from tests.doubles import ASIDE_BYTES, KIB, FaultyStorage, assert_same, frozen
+from tests.support.doubles import ASIDE_BYTES, KIB, FaultyStorage, assert_same, frozen
 
 PART = 64 * KIB
 HELD = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)

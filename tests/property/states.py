@@ -28,8 +28,8 @@ import torch
 from hypothesis import assume
 from torch import nn
 
-from tests import doubles
-from tests.doubles import DTYPES, random_tensor
+from tests.support import doubles
+from tests.support.doubles import DTYPES, random_tensor
 
 # --- classes of a trainer's own, which leaves may be of ---------------------------------------------
 

@@ -22,7 +22,6 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 
 from dcp_async import IncompatibleStateError, StagingOptions, Trust, sync
-from tests.doubles import KIB, MIB, PATIENCE
 from tests.property.states import (
     TRUSTED,
     Holder,
@@ -37,6 +36,7 @@ from tests.property.states import (
     stock_states,
     tie_difference,
 )
+from tests.support.doubles import KIB, MIB, PATIENCE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),

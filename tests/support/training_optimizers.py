@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tests.doubles import frozen
+from tests.support.doubles import frozen
 
 Make = Callable[[nn.Module], Optimizer]
 

@@ -1,7 +1,7 @@
 """What runs in a fresh process: a trainer that has nothing but a checkpoint, and what it ends up with.
 
-Started as ``python -m tests.training_jobs JOB ROOT``. Enters: a root with checkpoints. Leaves: whatever the
-job gives back, through a file beside the root.
+Started as ``python -m tests.support.training_jobs JOB ROOT``. Enters: a root with checkpoints. Leaves:
+whatever the job gives back, through a file beside the root.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from dcp_async import CheckpointError, CheckpointInfo, RNGState
 from dcp_async.sync import CheckpointEngine
-from tests.training_apps import DISTRIBUTED, WRAPPERS, WrappedRun, world_of_one
-from tests.training_optimizers import CASES, Trainer
+from tests.support.training_apps import DISTRIBUTED, WRAPPERS, WrappedRun, world_of_one
+from tests.support.training_optimizers import CASES, Trainer
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0
 """Seconds that a job may take; far above what a healthy one needs."""
 
@@ -31,7 +31,7 @@ PATIENCE = 60.0
 def run_job(job: str, root: Path) -> dict[str, Any]:
     """Run ``job`` in a process of its own and give what it found: name -> result, or text of its failure."""
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.training_jobs", job, str(root)],
+        [sys.executable, "-m", "tests.support.training_jobs", job, str(root)],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,

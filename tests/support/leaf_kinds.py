@@ -4,7 +4,7 @@ Nothing on the page is written by hand but the introduction and the names: each 
 saving one state of that kind, looking into its files, and loading it in every way there is. To write it
 anew:
 
-    python -m tests.leaf_kinds > docs/reference/leaf-kinds.md
+    python -m tests.support.leaf_kinds > docs/reference/leaf-kinds.md
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from dcp_async import AppState, LoadError, RNGState, SaveError, StagingOptions, Trust, sync
 from dcp_async.errors import UntrustedCheckpointError
-from tests.doubles import KIB, PATIENCE, manifest_of, random_tensor
 from tests.property.states import Marked, Quiet, difference, pairs_of, pictured
+from tests.support.doubles import KIB, PATIENCE, manifest_of, random_tensor
 
 INTRODUCTION = """\
 # Kinds of leaves
 
-What may be in a state, how it is stored, and what comes back. `tests/leaf_kinds.py` writes this page: it
-saves one state of each kind, looks into the files and loads them again. A test compares the page with
-what it finds.
+What may be in a state, how it is stored, and what comes back. `tests/support/leaf_kinds.py` writes this
+page: it saves one state of each kind, looks into the files and loads them again. A test compares the page
+with what it finds.
 
 - **Stored as.** A *raw payload* is a tensor's bytes as they are: copied once, written, and read straight
   into the target. A *torch.save item* is a tensor that is more than a block of bytes, a *pickled slot* any

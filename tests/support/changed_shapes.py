@@ -3,7 +3,7 @@
 Nothing in the tables is written by hand but the names: each row is found out by saving one object and loading
 it into another, strictly and not. To write the page anew:
 
-    python -m tests.changed_shapes > docs/reference/changed-shapes.md
+    python -m tests.support.changed_shapes > docs/reference/changed-shapes.md
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ INTRODUCTION = """\
 # What changed since it was saved
 
 What `load` does with an object that has another shape now than when it was saved: training made it grow, or
-the code is another. `tests/changed_shapes.py` writes this page: it saves one, loads it into the other, and
-looks. A test compares the page with what it finds.
+the code is another. `tests/support/changed_shapes.py` writes this page: it saves one, loads it into the
+other, and looks. A test compares the page with what it finds.
 
 The rule: **the checkpoint is the schema**. An object with a `state_dict()` gets what *it* saved, whole,
 whatever it holds now; its own tensors are memory to read into where shape and dtype agree. What is yours to

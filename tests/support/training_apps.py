@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from dcp_async import AppState
-from tests.doubles import Net, TrainingRun, frozen
+from tests.support.doubles import Net, TrainingRun, frozen
 
 
 def _plain(model: Net) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from tests.doubles import mapped_arena_bytes, open_descriptors
+from tests.support.doubles import mapped_arena_bytes, open_descriptors
 
 LENGTH = 24
 

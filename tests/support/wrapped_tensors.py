@@ -217,10 +217,10 @@ def job(root: Path, world: int, *verbs: str) -> dict[str, list[str]]:
         port = str(free.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.wrapped_tensors", str(root), *verbs],
+            [sys.executable, "-W", "ignore", "-m", "tests.support.wrapped_tensors", str(root), *verbs],
             env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                               "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -234,8 +234,8 @@ def job(root: Path, world: int, *verbs: str) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.modules["tests.wrapped_tensors"] = sys.modules["__main__"]
-    Blocks.__module__ = "tests.wrapped_tensors"
+    sys.modules["tests.support.wrapped_tensors"] = sys.modules["__main__"]
+    Blocks.__module__ = "tests.support.wrapped_tensors"
     dist.init_process_group("gloo")
     answers = []
     for each in sys.argv[2:]:

@@ -1,6 +1,6 @@
 """The table of modules in architecture.md, from the first sentences of the package's own docstrings.
 
-python -m tests.module_table > docs/modules.inc
+python -m tests.support.module_table > docs/modules.inc
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "dcp_async"
+PACKAGE = Path(__file__).parents[2] / "dcp_async"
 
 
 def first_sentence(path: Path) -> str:
