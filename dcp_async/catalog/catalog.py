@@ -7,13 +7,13 @@ same checkpoints in the same order.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import BlockingThreads
+from .._names import is_step_directory
 from ..errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -29,8 +29,6 @@ from .opening import Opener, UnfitMetadataError, last_number, refused_link
 from .reference import reference
 
 logger = logging.getLogger(__name__)
-
-_OUR_NAME = re.compile(r"step-\d{8,}")
 
 
 def _shown(name: str) -> str:
@@ -92,7 +90,7 @@ class Catalog:
             if manifest is not None:
                 return manifest.step is not None, manifest.step, stored.modified
         # a foreign directory with digits in its name is no step: only ours count before they are committed
-        step = last_number(stored.name) if stored.committed or _OUR_NAME.fullmatch(stored.name) else None
+        step = last_number(stored.name) if stored.committed or is_step_directory(stored.name) else None
         return step is not None, step, stored.modified
 
     async def _manifest(self, name: str) -> Manifest | None:
@@ -105,7 +103,7 @@ class Catalog:
         except (LoadError, StorageError) as error:
             problem = refused_link(name, error) if isinstance(error, LinkError) else error
             is_medium = isinstance(problem, StorageError) and not isinstance(error, LinkError)
-            if is_medium or not _OUR_NAME.fullmatch(name):  # of ours, the name tells the step
+            if is_medium or not is_step_directory(name):  # of ours, the name tells the step
                 self._tell(name, problem, "is put in order by its name and time")
             else:
                 logger.debug("%r has no manifest to order it by: %s", name, problem)

@@ -17,6 +17,7 @@ import xxhash
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import BlockingThreads, collection_paused
+from .._names import names_data_file
 from ..errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -48,8 +49,6 @@ from .contents import Contents
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_OUR_FILE = re.compile(rb"__\d+_\d+-[0-9a-f]{16}\.distcp")
 
 _LONG_FOOTER_BYTES = 1 << 20
 """Of files from 8 GiB on."""
@@ -315,7 +314,7 @@ class Opener:
             if manifest.metadata_digest == digest:
                 return manifest
             problems.append("the manifest belongs to another .metadata")
-        if _OUR_FILE.search(raw):
+        if names_data_file(raw):
             raise CorruptCheckpointError(
                 f"checkpoint {name!r}: .metadata and manifest do not belong together "
                 f"({'; '.join(problems) or 'there is no manifest'}); load an older checkpoint",

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from .._concurrency import SignalSafeFuture
+from .._names import step_directory
 from ..errors import SaveError
 from ..info import JSON
 from ..response import AsyncSaveResponse, Place
@@ -69,7 +70,7 @@ def checkpoint_name(step: int | None, checkpoint_id: str | None) -> str:
         step = normal_step(step)
     if checkpoint_id is None:
         assert step is not None
-        return f"step-{step:08d}"
+        return step_directory(step)
     name = normal_name(checkpoint_id)
     told = f"checkpoint_id={brief(name)}"
     if name == "latest":

@@ -23,8 +23,8 @@ from .manifest import (
     encode_manifest,
     structure_json,
 )
-from .metadata_reader import decode_metadata
-from .metadata_writer import UID_DIGITS, Group, MetadataTemplate, Place, data_file_name, metadata_template
+from .metadata_reader import decode_metadata, uids_named_in
+from .metadata_writer import Group, MetadataTemplate, Place, metadata_template
 from .stock_compat import merge_ranks, places_of, transforms_of, usable_paths
 from .stored_item import StoredItem, UnsupportedError, inflated_bound
 from .tree import (
@@ -63,7 +63,6 @@ __all__ = [
     "BLOCK_BYTES",
     "PLAIN_DTYPES",
     "SECTOR_BYTES",
-    "UID_DIGITS",
     "FileEntry",
     "FileLayout",
     "Footer",
@@ -84,7 +83,6 @@ __all__ = [
     "build",
     "children_of",
     "cut",
-    "data_file_name",
     "dcp_paths",
     "decode_manifest",
     "decode_metadata",
@@ -125,5 +123,6 @@ __all__ = [
     "transforms_of",
     "tree_from_json",
     "tree_to_json",
+    "uids_named_in",
     "usable_paths",
 ]

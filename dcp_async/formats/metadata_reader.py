@@ -14,7 +14,7 @@ import math
 import pickle
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -393,3 +393,15 @@ def _holds_inert(whole: object) -> bool:
         else:
             todo += getattr(item, "__dict__", {}).values()
     return False
+
+
+def uids_named_in(metadata: bytes, uids: Set[str]) -> Set[str] | None:
+    """Which of ``uids`` the file names in `.metadata` bear; None if it can't be decoded."""
+    # decoding is slow, and after a crash alone some are not named
+    if all(uid.encode() in metadata for uid in uids):
+        return uids
+    try:
+        decode_metadata(metadata)
+    except (UntrustedGlobal, ValueError):
+        return None
+    return {uid for uid in uids if uid.encode() in metadata}

@@ -27,16 +27,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from .._names import UID_DIGITS, data_file
+
 logger = logging.getLogger(__name__)
 
-UID_DIGITS = 16
 _PLACEHOLDER = "\x01uid-goes-here\x02\x03"
 assert len(_PLACEHOLDER) == UID_DIGITS
-
-
-def data_file_name(rank: int, number: int, uid: str) -> str:
-    """The name of a rank's ``number``-th data file."""
-    return f"__{rank}_{number}-{uid}.distcp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +238,7 @@ class _Items:
         self._file_number = file_number
 
     def encoded(self, strings: _Strings, groups: Sequence[Group]) -> Iterator[bytes]:
-        file_name = cache(lambda rank: data_file_name(rank, self._file_number, _PLACEHOLDER))
+        file_name = cache(lambda rank: data_file(rank, self._file_number, _PLACEHOLDER))
         start, numbers, offset_key, length_key = self._start, strings.numbers, self._offset, self._length
         for group, heads in zip(groups, self._heads, strict=True):
             for name, places in zip(group.names, group.places, strict=True):

@@ -18,17 +18,16 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from .._geometry import Offsets
+from .._names import UID_DIGITS, data_file
 from ..errors import LoadError
 from ..formats import (
     PLAIN_DTYPES,
-    UID_DIGITS,
     FileEntry,
     Manifest,
     ManifestError,
     ManifestHead,
     MetadataTemplate,
     Place,
-    data_file_name,
     decode_manifest,
     decode_metadata,
     encode_manifest,
@@ -126,7 +125,7 @@ def _prove_metadata(template: MetadataTemplate, promised: Promised) -> tuple[set
     seen: set[str] = set()
     num_places = 0
     ends: dict[int, int] = {}
-    file_of = cache(lambda rank: data_file_name(rank, 0, _UID))
+    file_of = cache(lambda rank: data_file(rank, 0, _UID))
     for promise in promised.names:
         is_alike = _comparison(promise)
         if promise.dtype in PLAIN_DTYPES and promise.size is not None:

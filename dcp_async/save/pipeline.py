@@ -35,6 +35,7 @@ from .._concurrency import (
     run_blocking,
     run_unless,
 )
+from .._names import data_file
 from ..coordination import Coordinator, PhaseFailure, RemoteError, RemoteFailure
 from ..errors import Phase
 from ..events import Event, SaveProgress, SaveStaged
@@ -44,8 +45,8 @@ from ..formats import (
     Footer,
     ManifestHead,
     block_digests,
-    data_file_name,
     encode_manifest,
+    uids_named_in,
 )
 from ..info import JSON
 from ..planning import CompiledPlan, GlobalPlan, PlanningOptions, Publication, prove_head
@@ -203,7 +204,7 @@ class SavePipeline:
         )
         self._told: list[Digest] = []
         """Of what this rank holds as others do."""
-        self._file = data_file_name(services.coordinator.rank, 0, request.uid)
+        self._file = data_file(services.coordinator.rank, 0, request.uid)
 
     async def run(self) -> CommitOutcome:
         """Plan, stage, write, commit.
@@ -333,7 +334,7 @@ class SavePipeline:
                 if transaction in self._services.unfinished:
                     self._services.unfinished.remove(transaction)
             if self._services.coordinator.is_coordinator:
-                await self._services.storage.sweep()
+                await self._services.storage.sweep(named=uids_named_in)
         except Exception as error:
             logger.warning("could not sweep leftovers under %r: %s", self._services.storage, error)
 

@@ -8,9 +8,9 @@ threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from ..errors import StorageError
 
@@ -24,6 +24,11 @@ class UnreadableError(StorageError):
 class LinkError(StorageError):
     """What lies there is a link that is not followed, or leads to nothing (ENOENT). It may be the newest
     checkpoint, so no older one is given in its place."""
+
+
+NamesUids: TypeAlias = Callable[[bytes, Set[str]], Set[str] | None]
+"""Tells which of some uids the bytes of a `.metadata` name: the files of those are the checkpoint's. None if
+they can't be read; then no file beside them is a leftover. Pure, for any thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,8 +169,11 @@ class Storage(Protocol):
     async def remove(self, name: str) -> None:
         """Remove a checkpoint: what makes it one (`.metadata`, stock's of each rank) first, then the rest."""
 
-    async def sweep(self) -> None:
-        """Remove what dead saves left under the root, and nothing that a live save or stock owns."""
+    async def sweep(self, *, named: NamesUids) -> None:
+        """Remove what dead saves left under the root, and nothing that a live save or stock owns.
+
+        ``named`` says whose files are part of a checkpoint: a storage does not decode a `.metadata` itself.
+        """
 
     async def open(self, name: str) -> Reader:
         """Start to read ``name``.

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 import anyio
 
 from .._concurrency import settle
-from .base import Reader, Storage, StoredCheckpoint, Transaction
+from .base import NamesUids, Reader, Storage, StoredCheckpoint, Transaction
 from .calls import StuckCallError
 
 logger = logging.getLogger(__name__)
@@ -140,8 +140,8 @@ class LimitedStorage:
     async def remove(self, name: str) -> None:
         await self._deadline.call("remove", f"{name!r} in {self._inner!r}", self._inner.remove(name))
 
-    async def sweep(self) -> None:
-        await self._deadline.call("sweep", repr(self._inner), self._inner.sweep())
+    async def sweep(self, *, named: NamesUids) -> None:
+        await self._deadline.call("sweep", repr(self._inner), self._inner.sweep(named=named))
 
     async def open(self, name: str) -> Reader:
         path = f"{name!r} in {self._inner!r}"

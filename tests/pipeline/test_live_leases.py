@@ -82,7 +82,7 @@ async def test_a_save_that_waits_is_not_swept_by_another_host(
                     os.utime(path, (0, 0))  # an age that passes; the owner has to make it young again
                     until(lambda: path.stat().st_mtime > 0)
                 with far_apart():
-                    sweep_directory(directory, max_age=AGE)
+                    sweep_directory(directory, lambda metadata, uids: uids, max_age=AGE)
 
             await asyncio.get_running_loop().run_in_executor(None, age_and_sweep)
             assert list(directory.glob(".lease-*"))
@@ -100,7 +100,7 @@ async def test_the_lease_of_a_stopped_owner_gets_old(root: Path, far_apart: Call
     taken = lease.take_lease(directory, "0" * 16)
     os.utime(taken.path, (0, 0))
     with far_apart():
-        sweep_directory(directory, max_age=AGE)
+        sweep_directory(directory, lambda metadata, uids: uids, max_age=AGE)
     assert not taken.path.exists()
     assert not taken.is_held()
     taken.release()

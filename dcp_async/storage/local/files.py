@@ -1,4 +1,4 @@
-"""Blocking calls on files: what LocalStorage runs in its threads, and the names that make a checkpoint one.
+"""Blocking calls on files: what LocalStorage runs in its threads.
 
 Enters: paths, buffers. Leaves: bytes on the medium, OSErrors as the system raises them. Invariant: nothing
 here knows of leases or transactions.
@@ -10,7 +10,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import re
 import sys
 from bisect import bisect_right
 from collections import deque
@@ -18,13 +17,9 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 
+from ..._names import FIRST_RANK_METADATA, METADATA, is_manifest, rank_of_metadata
 from .page_cache import absent_ranges, give_back, overlaps
 from .safe_open import open_regular
-
-METADATA = ".metadata"
-_RANK_METADATA = re.compile(r"__(\d+)\.metadata")
-_MANIFEST = re.compile(r"manifest-.*\.json", re.DOTALL)
-_FIRST_RANK_METADATA = "__0.metadata"
 
 _ALIGN = 4096
 _MAX_IOVECS = 1024
@@ -40,7 +35,7 @@ def commit_mark(directory: str | os.PathLike[str] | int) -> os.stat_result | Non
 
     Stock's ``use_collectives=False`` writes no `.metadata` but one per rank, and looks for rank 0's itself.
     """
-    for name in (METADATA, _FIRST_RANK_METADATA):
+    for name in (METADATA, FIRST_RANK_METADATA):
         try:
             if isinstance(directory, int):
                 return os.stat(name, dir_fd=directory, follow_symlinks=False)
@@ -62,15 +57,13 @@ def why_no_checkpoint(directory: int) -> str:
 
 def manifest_files(directory: int) -> list[str]:
     """The names of the manifests in the directory of this descriptor."""
-    return sorted(name for name in os.listdir(directory) if _MANIFEST.fullmatch(name))
+    return sorted(name for name in os.listdir(directory) if is_manifest(name))
 
 
 def rank_metadata_files(directory: str | os.PathLike[str] | int) -> dict[int, str]:
     """rank -> the name of its metadata file, ascending."""
-    found = {
-        int(match[1]): name for name in os.listdir(directory) if (match := _RANK_METADATA.fullmatch(name))
-    }
-    return dict(sorted(found.items()))
+    files = {rank: name for name in os.listdir(directory) if (rank := rank_of_metadata(name)) is not None}
+    return dict(sorted(files.items()))
 
 
 def sync(fd: int) -> None:

@@ -11,25 +11,24 @@ import contextlib
 import errno
 import fcntl
 import logging
+import operator
 import os
-import re
 import socket
 import threading
 import time
 import weakref
+from collections.abc import Set
+from functools import partial
 from pathlib import Path
 
-from ...formats import decode_metadata
-from ...trust import UntrustedGlobal
+from ..._names import METADATA, is_manifest, is_step_directory, lease_file, owned_file, temporary_metadata
+from ..base import NamesUids
 from .safe_open import open_regular, read_small
 
 logger = logging.getLogger(__name__)
 
-_OURS = re.compile(
-    r"(?:__\d+_\d+-(?P<data>[0-9a-f]{16})\.distcp|manifest-(?P<manifest>[0-9a-f]{16})\.json"
-    r"|\.metadata-(?P<tmp>[0-9a-f]{16})\.tmp|\.lease-(?P<lease>[0-9a-f]{16}))"
-)
-_OUR_DIRECTORY = re.compile(r"step-\d{8,}")
+_TEMPORARY = ("temporary", "lease")
+"""Kinds of files that a finished save has no more of."""
 _VISIBLE_SECONDS = 10.0
 """For a network file system to show one host what another made."""
 # File systems whose flock may not reach other hosts; there the lease's age must agree.
@@ -58,7 +57,7 @@ class Lease:
     """The lock of one save. Owns its descriptor; ``release()`` removes the file and closes it."""
 
     def __init__(self, directory: Path, uid: str) -> None:
-        self.path = directory / f".lease-{uid}"
+        self.path = directory / lease_file(uid)
         with _forking:
             self._take()
             _live.add(self)
@@ -161,7 +160,7 @@ def sees_lease(directory: Path, uid: str, since: float, host: str) -> bool:
     Raises: OSError if it is not a while after ``since`` (time.monotonic()): then this rank and that one do
     not have the same root.
     """
-    path = directory / f".lease-{uid}"
+    path = directory / lease_file(uid)
     with contextlib.suppress(FileNotFoundError):  # a listing refreshes what network file systems cache
         os.listdir(directory if directory.exists() else directory.parent)
     if path.exists():
@@ -199,7 +198,7 @@ def _lock_if_free(directory: Path, uid: str, max_age: float) -> int | None:
     Locked until the leftovers are gone: a save that takes the lease meanwhile finds its file removed and
     makes it anew.
     """
-    path = directory / f".lease-{uid}"
+    path = directory / lease_file(uid)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -217,18 +216,9 @@ def _lock_if_free(directory: Path, uid: str, max_age: float) -> int | None:
     return None
 
 
-def _named_in(metadata: bytes, uids: set[str]) -> set[str] | None:
-    """Which of ``uids`` `.metadata` names; None if it can't be read, and then protects its directory."""
-    try:
-        decode_metadata(metadata)
-    except (UntrustedGlobal, ValueError):
-        return None
-    return {uid for uid in uids if uid.encode() in metadata}
-
-
-def sweep_directory(directory: Path, *, max_age: float) -> bool:
+def sweep_directory(directory: Path, named: NamesUids, *, max_age: float) -> bool:
     """Remove the files of dead saves from one checkpoint directory, and the directory if nothing is left in
-    it.
+    it; ``named`` reads its `.metadata`.
 
     Returns whether nothing but one committed checkpoint is there, so that nobody need look again until it
     changes. Order: list, try the lease, only then read `.metadata`, then delete; so a save that publishes
@@ -237,18 +227,18 @@ def sweep_directory(directory: Path, *, max_age: float) -> bool:
     by_uid: dict[str, list[str]] = {}
     temporary = False
     listed = os.listdir(directory)
-    if not listed and _OUR_DIRECTORY.fullmatch(directory.name):
+    if not listed and is_step_directory(directory.name):
         remove_if_empty(directory)  # its maker died before it took a lease; one that lives makes it again
     for name in listed:
-        if match := _OURS.fullmatch(name):
-            by_uid.setdefault(match[match.lastgroup or 0], []).append(name)
-            temporary = temporary or match.lastgroup in ("tmp", "lease")
-    committed = (directory / ".metadata").exists()
+        if (owned := owned_file(name)) is not None:
+            by_uid.setdefault(owned.uid, []).append(name)
+            temporary = temporary or owned.kind in _TEMPORARY
+    committed = (directory / METADATA).exists()
     if (
         committed
         and len(by_uid) == 1
         and not temporary
-        and any(name.startswith("manifest-") for name in next(iter(by_uid.values())))
+        and any(is_manifest(name) for name in next(iter(by_uid.values())))
     ):
         return True  # the usual case: one checkpoint and its manifest
     locks: dict[str, int] = {}
@@ -256,7 +246,7 @@ def sweep_directory(directory: Path, *, max_age: float) -> bool:
         for uid in by_uid:
             if (lock := _lock_if_free(directory, uid, max_age)) is not None:
                 locks[uid] = lock
-        if locks and not _sweep_free(directory, by_uid, set(locks)):
+        if locks and not _sweep_free(directory, by_uid, set(locks), named):
             logger.warning("%s: .metadata can't be read, so nothing is swept there", directory)
     finally:
         for lock in locks.values():
@@ -265,32 +255,32 @@ def sweep_directory(directory: Path, *, max_age: float) -> bool:
     return False
 
 
-def _sweep_free(directory: Path, by_uid: dict[str, list[str]], free: set[str]) -> bool:
+def _sweep_free(directory: Path, by_uid: dict[str, list[str]], free: set[str], named: NamesUids) -> bool:
     """Delete what free leases leave behind; False if an unreadable `.metadata` protects the directory."""
     committed = True
+    published: Set[str] | None
     try:
-        metadata = read_small(open_regular(directory / ".metadata"))
+        metadata = read_small(open_regular(directory / METADATA))
     except FileNotFoundError:
-        named: set[str] | None = set()
+        published = set()
         committed = False
     except OSError as error:
-        logger.debug("%s protects its directory: %s", directory / ".metadata", error)
-        named = None
+        logger.debug("%s protects its directory: %s", directory / METADATA, error)
+        published = None
     else:
-        # decoding is slow, and all are named but after a crash
-        named = free if all(uid.encode() in metadata for uid in free) else _named_in(metadata, free)
-    if named is None:
+        published = named(metadata, free)
+    if published is None:
         return False
-    for uid in free - named:
+    for uid in free - published:
         # the lease goes last: until then the leftovers stay recognisable as free
-        for name in sorted(by_uid[uid], key=lambda file: file.startswith(".lease-")):
+        for name in sorted(by_uid[uid], key=partial(operator.eq, lease_file(uid))):
             (directory / name).unlink(missing_ok=True)
         logger.info("swept %d files of the unfinished save %s from %s", len(by_uid[uid]), uid, directory)
-    for uid in free & named:  # published by a process that died before it had tidied up
+    for uid in free & published:  # published by a process that died before it had tidied up
         for name in by_uid[uid]:
-            if name.startswith((".lease-", ".metadata-")):
+            if name in (lease_file(uid), temporary_metadata(uid)):
                 (directory / name).unlink(missing_ok=True)
-    if not committed and free - named:
+    if not committed and free - published:
         remove_if_empty(directory)
     return True
 

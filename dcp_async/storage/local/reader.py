@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ..._concurrency import StuckThreadError
+from ..._names import METADATA
 from ...errors import StorageError
 from ..base import LinkError, UnreadableError
 from ..calls import BlockingCalls
-from .files import METADATA, ReadFile, commit_mark, manifest_files, rank_metadata_files, why_no_checkpoint
+from .files import ReadFile, commit_mark, manifest_files, rank_metadata_files, why_no_checkpoint
 from .safe_open import CheckpointDirectory, read_small, unfit_entries
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ from typing import ParamSpec, TypeVar
 
 import anyio
 
+from ..._names import METADATA
 from ...errors import StorageError
-from ..base import StoredCheckpoint
+from ..base import NamesUids, StoredCheckpoint
 from .files import (
-    METADATA,
     rank_metadata_files,
     sync_directory,
 )
@@ -151,12 +151,13 @@ class LocalStorage(LeasingCalls):
             for file in (*rank_metadata_files(directory).values(), METADATA):
                 (directory / file).unlink(missing_ok=True)
             sync_directory(directory)
-            sweep_directory(directory, max_age=self.lease_max_age)
+            # a `.metadata` that lies there by now is that of a save which published meanwhile
+            sweep_directory(directory, lambda metadata, uids: None, max_age=self.lease_max_age)
             sync_directory(self.root)
 
         await self.run("remove", directory, remove)
 
-    async def sweep(self) -> None:
+    async def sweep(self, *, named: NamesUids) -> None:
         def sweep() -> None:
             if not self.root.is_dir():
                 return
@@ -167,7 +168,7 @@ class LocalStorage(LeasingCalls):
                         continue
                     changed = entry.stat(follow_symlinks=False).st_mtime_ns
                     if self._clean.get(entry.name) == changed or sweep_directory(
-                        Path(entry.path), max_age=self.lease_max_age
+                        Path(entry.path), named, max_age=self.lease_max_age
                     ):
                         clean[entry.name] = changed
                 except FileNotFoundError:  # another sweeper or its owner was faster

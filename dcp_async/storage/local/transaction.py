@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ..._concurrency import StuckThreadError
+from ..._names import METADATA, manifest_file, temporary_metadata
 from ..calls import BlockingCalls
-from .files import METADATA, DataFile, commit_mark, make_directory, refuse_link, sync, sync_directory
+from .files import DataFile, commit_mark, make_directory, refuse_link, sync, sync_directory
 from .lease import Beat, Lease, remove_if_empty, sweep_directory, take_lease
 
 logger = logging.getLogger(__name__)
@@ -142,9 +143,13 @@ class LocalTransaction:
         lease = self._lease
         assert lease is not None, "only the rank that leads commits"
         final = self._directory / METADATA
-        temporary = self._directory / f".metadata-{self._uid}.tmp"
-        await self._write_small(self._directory / f"manifest-{self._uid}.json", manifest)
+        temporary = self._directory / temporary_metadata(self._uid)
+        await self._write_small(self._directory / manifest_file(self._uid), manifest)
         await self._write_small(temporary, metadata)
+
+        def named(found: bytes, uids: Set[str]) -> Set[str] | None:
+            # another replace may have published since: what its `.metadata` names is for others to say
+            return uids & {self._uid} if found == metadata else None
 
         def publish() -> None:
             sync_directory(self._directory)
@@ -173,7 +178,7 @@ class LocalTransaction:
             self._release_lease()
             self._close_files()
             try:
-                sweep_directory(self._directory, max_age=self._storage.lease_max_age)
+                sweep_directory(self._directory, named, max_age=self._storage.lease_max_age)
             except OSError as error:  # the checkpoint is there and durable; the next save sweeps again
                 logger.warning("could not remove older files from %s: %s", self._directory, error)
 

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from dcp_async._names import data_file
 from dcp_async.formats.metadata_reader import decode_metadata
-from dcp_async.formats.metadata_writer import data_file_name
 from dcp_async.formats.tree import tree_to_json
 from dcp_async.planning.assignment import (
     Assignment,
@@ -200,7 +200,7 @@ def assert_written_once(planned: Planned) -> None:
         mine_keys = [(name, offsets) for writer, name, offsets in written if writer == rank]
         for key, offset, length in zip(mine_keys, layout.item_offsets, layout.item_bytes, strict=True):
             info = stored[key]
-            assert info.relative_path == data_file_name(rank, 0, UID)
+            assert info.relative_path == data_file(rank, 0, UID)
             assert (info.offset, info.length) == (offset, length)
 
 
