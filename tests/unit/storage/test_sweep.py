@@ -1,4 +1,4 @@
-"""Which leftovers a local storage removes: the caller tells what a `.metadata` names, no storage decodes it."""
+"""What a local storage sweeps: the caller tells what a `.metadata` names, no storage decodes it."""
 
 from __future__ import annotations
 
