@@ -74,8 +74,8 @@ class Coordinator(Protocol):
     async def open(self) -> None:
         """Meet the other ranks and agree on a nonce."""
 
-    def uid(self, ordinal: int, name: str, part: str = "") -> str:
-        """The save's id, 16 hex digits, the same on every rank without a message; ``part`` tells one of a
+    def uid(self, ordinal: int, name: str, variant: str = "") -> str:
+        """The save's id, 16 hex digits, the same on every rank without a message; ``variant`` tells one of a
         verb's several ids from the others."""
 
     async def exchange(
@@ -88,7 +88,7 @@ class Coordinator(Protocol):
         Raises: RemoteFailure; on the coordinator what ``decide`` raised.
         """
 
-    def check_pulse(self, phase: str) -> None:
+    def check_steady(self, phase: str) -> None:
         """To be called right before what can't be undone. Raises RemoteError if this process stood still for
         so long that others may have given up on it."""
 
@@ -132,8 +132,8 @@ class LocalCoordinator:
     async def open(self) -> None:
         self._nonce = secrets.token_hex(8)
 
-    def uid(self, ordinal: int, name: str, part: str = "") -> str:
-        return xxhash.xxh3_64_hexdigest(f"{self._nonce}/{ordinal}/{name}/{part}".encode())
+    def uid(self, ordinal: int, name: str, variant: str = "") -> str:
+        return xxhash.xxh3_64_hexdigest(f"{self._nonce}/{ordinal}/{name}/{variant}".encode())
 
     async def exchange(
         self, uid: str, phase: str, message: M, decide: Callable[[Sequence[M]], Awaitable[Sequence[A]]]
@@ -141,7 +141,7 @@ class LocalCoordinator:
         (answer,) = await decide([message])
         return answer
 
-    def check_pulse(self, phase: str) -> None:
+    def check_steady(self, phase: str) -> None:
         """Nobody gives up on it."""
 
     def fail(self, uid: str, phase: str, error: BaseException) -> None:

@@ -10,21 +10,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
-from .store_channel import Mailbox, StoreGoneError
+from .store_channel import StoreChannel, StoreGoneError
 
 
-def heartbeat(nonce: str, rank: int) -> str:
+def heartbeat_key(nonce: str, rank: int) -> str:
     """The key of a rank's heartbeat."""
     return f"{nonce}/hb/{rank}"
 
 
-class Pulse:
+class Heartbeat:
     """Beats while ``run`` runs. A rank that moves again after it was reported is as good as before."""
 
     def __init__(
         self,
         *,
-        mailbox: Mailbox,
+        channel: StoreChannel,
         nonce: str,
         rank: int,
         timeout: float,
@@ -40,7 +40,7 @@ class Pulse:
         # others count from a moment that may lie before the beat that this rank remembers, so it must doubt
         # itself before they may give up
         self._patience = timeout - self.interval
-        self._mailbox, self._nonce, self._rank, self._timeout = mailbox, nonce, rank, timeout
+        self._channel, self._nonce, self._rank, self._timeout = channel, nonce, rank, timeout
         self._watched, self._silent, self._gone, self._ticked = watched, silent, gone, ticked
         self._beats: dict[int, int] = {}
         self._still: dict[int, float] = {}
@@ -48,7 +48,7 @@ class Pulse:
         self._suspect_until = 0.0
 
     def __repr__(self) -> str:
-        return f"<Pulse of rank {self._rank} still={self._still}>"
+        return f"<Heartbeat of rank {self._rank} still={self._still}>"
 
     def steady(self) -> bool:
         """Whether no other rank can have given up on this one: it has not stood still itself for as long.
@@ -85,8 +85,8 @@ class Pulse:
             await asyncio.sleep(self.interval)
 
     async def _beat(self, ranks: list[int]) -> list[int]:
-        keys = [heartbeat(self._nonce, rank) for rank in ranks]
-        call = self._mailbox.post_with(self._mailbox.beat, heartbeat(self._nonce, self._rank), keys)
+        keys = [heartbeat_key(self._nonce, rank) for rank in ranks]
+        call = self._channel.post_with(self._channel.beat, heartbeat_key(self._nonce, self._rank), keys)
         waiter = asyncio.wrap_future(call)
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
         waited = 0.0

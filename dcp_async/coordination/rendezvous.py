@@ -29,8 +29,8 @@ import anyio
 
 from ..errors import EngineStateError
 from .failures import name_ranks
-from .heartbeat import heartbeat
-from .store_channel import Mailbox, Woken
+from .heartbeat import heartbeat_key
+from .store_channel import StoreChannel, Woken
 
 _LOBBY, _READ = "lobby/in", "lobby/read"
 
@@ -39,7 +39,7 @@ _LOBBY, _READ = "lobby/in", "lobby/read"
 class Rendezvous:
     """One rank's part."""
 
-    mailbox: Mailbox
+    channel: StoreChannel
     rank: int
     world_size: int
     coordinator_rank: int
@@ -54,13 +54,13 @@ class Rendezvous:
     async def meet(self) -> tuple[str, str]:
         """Returns the nonce and the name of the coordinator's machine. Raises EngineStateError. Cancellation:
         the rank withdraws."""
-        call = self.mailbox.wait_with(self._run)
+        call = self.channel.wait_with(self._run)
         try:
             await self._watch(call)
         finally:
             if not call.done():
                 with anyio.CancelScope(shield=True):
-                    await self.mailbox.stop_taking(call)
+                    await self.channel.stop_taking(call)
         if not call.done():
             raise EngineStateError(f"the process group's store did not answer within {self.timeout:g} s")
         return call.result()
@@ -72,28 +72,28 @@ class Rendezvous:
         unread = 0
         while not call.done() and (left := self.deadline - time.monotonic()) > 0:
             await asyncio.wait({waiter}, timeout=min(left, self.timeout / 5, 5.0))
-            if self.rank == 0 and self.mailbox.unread == unread and not call.done():
+            if self.rank == 0 and self.channel.unread == unread and not call.done():
                 # a rank that died while it said hello must not keep the hellos behind its own unread
-                self.mailbox.post_with(self.mailbox.skip_gap).add_done_callback(lambda done: done.exception())
-            unread = self.mailbox.unread
+                self.channel.post_with(self.channel.skip_gap).add_done_callback(lambda done: done.exception())
+            unread = self.channel.unread
 
     def _run(self) -> tuple[str, str]:
         """In the thread that waits."""
-        self.mailbox.connect()
+        self.channel.connect()
         return _Host(self).run() if self.rank == 0 else self._visit()
 
     def post(self, fn: Callable[..., Any], *args: object) -> Any:
         """In the other thread, in order with all that is posted."""
-        return self.mailbox.post_with(fn, *args).result()
+        return self.channel.post_with(fn, *args).result()
 
     def _visit(self) -> tuple[str, str]:
         token = secrets.token_hex(8)
-        self.mailbox.read_from(f"lobby/{token}")
+        self.channel.read_from(f"lobby/{token}")
         seen = False
         self._tell("hello", token, (self.digest, self.coordinator_rank), socket.gethostname())
         try:
             while True:
-                kind, value = self.mailbox.take()
+                kind, value = self.channel.take()
                 if kind == "refused":
                     raise EngineStateError(value)
                 if kind == "go":
@@ -103,7 +103,7 @@ class Rendezvous:
                 nonce, left = value
                 # a little longer than the host, which can say who is missing
                 self.deadline = time.monotonic() + left + self.timeout / 4 + 1
-                self.post(self.mailbox.add, heartbeat(nonce, self.rank), 1)
+                self.post(self.channel.add, heartbeat_key(nonce, self.rank), 1)
                 self._tell("ack", token, nonce, None)
         except Woken:
             if not seen:  # nobody reads the lobby; this tells whoever does later
@@ -115,7 +115,7 @@ class Rendezvous:
             ) from None
 
     def _tell(self, kind: str, token: str, value: object, more: object) -> None:
-        self.post(self.mailbox.send_shared, _LOBBY, (kind, self.rank, token, value, more))
+        self.post(self.channel.send_shared, _LOBBY, (kind, self.rank, token, value, more))
 
 
 class _Host:
@@ -123,7 +123,7 @@ class _Host:
 
     def __init__(self, meeting: Rendezvous) -> None:
         self._meeting = meeting
-        self._mailbox = meeting.mailbox
+        self._channel = meeting.channel
         self._nonce = secrets.token_hex(8)
         self._digests = {0: (meeting.digest, meeting.coordinator_rank)}
         self._hosts = {0: socket.gethostname()}
@@ -134,12 +134,12 @@ class _Host:
     def run(self) -> tuple[str, str]:
         meeting, post = self._meeting, self._meeting.post
         others = set(range(1, meeting.world_size))
-        post(self._mailbox.add, heartbeat(self._nonce, 0), 1)
-        self._mailbox.read_from(_LOBBY, post(self._mailbox.add, _READ, 0) + 1)
+        post(self._channel.add, heartbeat_key(self._nonce, 0), 1)
+        self._channel.read_from(_LOBBY, post(self._channel.add, _READ, 0) + 1)
         try:
             while self._present != others:
-                message = self._mailbox.take()
-                post(self._mailbox.add, _READ, 1)
+                message = self._channel.take()
+                post(self._channel.add, _READ, 1)
                 self._hear(*message)
         except Woken:
             raise self._refuse(
@@ -184,11 +184,11 @@ class _Host:
             )
 
     def _answer(self, rank: int, kind: str, value: object) -> None:
-        self._meeting.post(self._mailbox.send, f"lobby/{self._tokens[rank]}", (kind, value))
+        self._meeting.post(self._channel.send, f"lobby/{self._tokens[rank]}", (kind, value))
 
     def _refuse(self, text: str) -> EngineStateError:
         for rank in self._present:
             self._answer(rank, "refused", text)
-        beats = [heartbeat(self._nonce, rank) for rank in range(self._meeting.world_size)]
-        self._meeting.post(self._mailbox.delete, beats)
+        beats = [heartbeat_key(self._nonce, rank) for rank in range(self._meeting.world_size)]
+        self._meeting.post(self._channel.delete, beats)
         return EngineStateError(text)

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .failures import REMEMBERED, RemoteError, Waiters, name_ranks
+from .failures import RemoteError, name_ranks
+from .waiters import REMEMBERED, Waiters
 
 MEETINGS = {"verdict": "save()", "choose": "load()", "latest": "latest()"}
 """Verbs of the engine, by their first phase. In it all ranks have to arrive within a time of the first: later
@@ -47,7 +48,7 @@ class _Held:
     failures: list[tuple[dict[int, RemoteError], int | None]] = field(default_factory=list)
 
 
-class Gathering:
+class Rounds:
     """Owned by the coordinator's ``StoreCoordinator``; all of it belongs to the engine's loop."""
 
     def __init__(
@@ -78,7 +79,7 @@ class Gathering:
         """Rank -> (what code of the trainer's it is in, loop.time() when that was called)."""
 
     def __repr__(self) -> str:
-        return f"<Gathering {[(*key, sorted(of.messages)) for key, of in self._rounds.items()]}>"
+        return f"<Rounds {[(*key, sorted(of.messages)) for key, of in self._rounds.items()]}>"
 
     def __bool__(self) -> bool:
         """Whether anybody waits for anybody."""

@@ -1,4 +1,4 @@
-"""What the engine's loop sends through its mailbox, without ever waiting in it.
+"""What the engine's loop sends through its channel, without ever waiting in it.
 
 Enters: messages by kind. Leaves: the same in the boxes, or word of why they could not be sent. Invariant: the
 order of sending is the order of calls; a store that is gone is reported once for each call, on the loop.
@@ -15,18 +15,18 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from .store_channel import Mailbox, StoreGoneError
+from .store_channel import StoreChannel, StoreGoneError
 
 T = TypeVar("T")
 
 
-class Courier:
+class Sender:
     """One rank's. ``released`` is the loop's future that ends all waits for the store."""
 
     def __init__(
         self,
         *,
-        mailbox: Mailbox,
+        channel: StoreChannel,
         nonce: str,
         rank: int,
         released: asyncio.Future[None],
@@ -36,7 +36,7 @@ class Courier:
         """``refused`` is told the (uid, phase) of a message that is no plain data, ``gone`` what else
         fails."""
         self.inbox = f"{nonce}/in"
-        self._mailbox, self._nonce, self._rank, self._released = mailbox, nonce, rank, released
+        self._channel, self._nonce, self._rank, self._released = channel, nonce, rank, released
         self._refused, self._gone = refused, gone
         self._loop = released.get_loop()
 
@@ -46,12 +46,12 @@ class Courier:
 
     def send_in(self, kind: str, *fields: object, exchange: tuple[str, str] | None = None) -> None:
         """To the coordinator; ``exchange`` is the (uid, phase) of who waits for an answer."""
-        call = self._mailbox.post_with(self._mailbox.send_shared, self.inbox, (kind, self._rank, *fields))
+        call = self._channel.post_with(self._channel.send_shared, self.inbox, (kind, self._rank, *fields))
         call.add_done_callback(lambda done: self.watch(done, exchange))
 
     def send_out(self, rank: int, *message: object) -> None:
         """To one rank, from the coordinator."""
-        self._mailbox.post_with(self._mailbox.send, self.outbox(rank), message).add_done_callback(self.watch)
+        self._channel.post_with(self._channel.send, self.outbox(rank), message).add_done_callback(self.watch)
 
     async def send_answers(self, uid: str, phase: str, answers: Sequence[object]) -> None:
         """To each rank but this one its own. Raises ValueError before any is sent, StoreGoneError."""
@@ -61,10 +61,10 @@ class Courier:
             for rank, answer in enumerate(answers)
             if rank != self._rank
         ]
-        await self.call(self._mailbox.send_each, letters)
+        await self.call(self._channel.send_each, letters)
 
     def skip_gap(self, then: Callable[[bool], None] | None = None) -> None:
-        """``Mailbox.skip_gap``; ``then`` is told on the loop what came of it."""
+        """``StoreChannel.skip_gap``; ``then`` is told on the loop what came of it."""
 
         def ended(done: concurrent.futures.Future[bool]) -> None:
             self.watch(done)
@@ -72,12 +72,12 @@ class Courier:
                 with contextlib.suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(then, done.result())
 
-        self._mailbox.post_with(self._mailbox.skip_gap).add_done_callback(ended)
+        self._channel.post_with(self._channel.skip_gap).add_done_callback(ended)
 
     async def call(self, fn: Callable[..., T], *args: object) -> T:
         """The result of a call to the store, in order with what is sent. Raises StoreGoneError, also when
         nobody waits for the store any more."""
-        call = asyncio.wrap_future(self._mailbox.post_with(fn, *args))
+        call = asyncio.wrap_future(self._channel.post_with(fn, *args))
         call.add_done_callback(lambda done: done.cancelled() or done.exception())
         waits: set[asyncio.Future[Any]] = {call, self._released}
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

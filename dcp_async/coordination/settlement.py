@@ -13,7 +13,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from .failures import REMEMBERED, RemoteError
+from .failures import RemoteError
+from .waiters import REMEMBERED
 
 Verdict = tuple[dict[int, RemoteError], bool]
 """What each rank failed at, and whether any rank had gone past the point that it told of."""

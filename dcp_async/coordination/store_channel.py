@@ -24,7 +24,7 @@ from ..trust import dumps, loads
 
 T = TypeVar("T")
 
-PART_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 """Longer messages are cut: one huge value would hold up the store's server, which is a single thread."""
 _PATIENCE = timedelta(days=3650)
 """How long a clone waits for a key: c10d complains on stderr when a wait times out, so ours never do."""
@@ -41,7 +41,7 @@ class StoreGoneError(EngineStateError):
     """The store can't be reached; nothing will be sent or received any more."""
 
 
-class Mailbox:
+class StoreChannel:
     """Sends and receives for one engine. Owns two clones of the store and two threads; never closes the store
     it was given, but keeps it, and with it a server that lives in this process, until ``close()``."""
 
@@ -65,7 +65,7 @@ class Mailbox:
 
     def __repr__(self) -> str:
         state = "broken" if self.broken else "stopping" if self._stopping else "open"
-        return f"<Mailbox {self._box or '-'} next={self._next} {state}>"
+        return f"<StoreChannel {self._box or '-'} next={self._next} {state}>"
 
     def connect(self) -> None:
         """Make the clones; blocks. Raises EngineStateError for a store that has none."""
@@ -137,12 +137,12 @@ class Mailbox:
                 return loads(raw[1:])
             if raw[:1] == _CUT:
                 self.received += 1
-                return loads(b"".join(self._parts(*loads(raw[1:]))))
+                return loads(b"".join(self._chunks(*loads(raw[1:]))))
 
-    def _parts(self, name: str, count: int) -> Iterable[bytes]:
-        for part in range(count):
-            yield self._call(self._wait_store.get, f"{name}/{part}")
-            self._call(self._wait_store.delete_key, f"{name}/{part}")
+    def _chunks(self, name: str, count: int) -> Iterable[bytes]:
+        for chunk in range(count):
+            yield self._call(self._wait_store.get, f"{name}/{chunk}")
+            self._call(self._wait_store.delete_key, f"{name}/{chunk}")
 
     # In the thread that posts.
 
@@ -165,18 +165,18 @@ class Mailbox:
             self._deliver(box, None, encoded[id(message)])
 
     def _deliver(self, box: str, number: Callable[[], int] | None, raw: bytes) -> None:
-        if len(raw) > PART_BYTES:
-            name = f"{box}/part/{secrets.token_hex(8)}"
-            count = -(-len(raw) // PART_BYTES)
-            for part in range(count):
-                piece = raw[part * PART_BYTES : (part + 1) * PART_BYTES]
-                self._call(self._post_store.set, f"{name}/{part}", piece)
+        if len(raw) > CHUNK_BYTES:
+            name = f"{box}/chunk/{secrets.token_hex(8)}"
+            count = -(-len(raw) // CHUNK_BYTES)
+            for chunk in range(count):
+                data = raw[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]
+                self._call(self._post_store.set, f"{name}/{chunk}", data)
             value = _CUT + dumps((name, count))
         else:
             value = _WHOLE + raw
         if number is None:
             self._numbers[box] += 1
-        # after the parts: from the number on nothing must be able to fail, since the reader waits for it
+        # after the chunks: from the number on nothing must be able to fail, since the reader waits for it
         place = self._numbers[box] if number is None else number()
         self._call(self._post_store.set, f"{box}/{place}", value)
         self.sent += 1

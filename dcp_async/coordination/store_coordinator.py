@@ -23,13 +23,14 @@ from .._concurrency import settle
 from .._foreign import Activity
 from ..errors import EngineStateError
 from ..options import Timeouts
-from .failures import REMEMBERED, RemoteError, Waiters, raiser
-from .heartbeat import Pulse, heartbeat
+from .failures import RemoteError
+from .heartbeat import Heartbeat, heartbeat_key
 from .rendezvous import Rendezvous
-from .rounds import Gathering, stood_still, stopped, unanswered
-from .sender import Courier
+from .rounds import Rounds, stood_still, stopped, unanswered
+from .sender import Sender
 from .settlement import Settlement, Verdict
-from .store_channel import Mailbox, StoreGoneError, Woken
+from .store_channel import StoreChannel, StoreGoneError, Woken
+from .waiters import REMEMBERED, Waiters, raiser
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class StoreCoordinator:
         self._state: Literal["new", "open", "closing", "closed"] = "new"
         self._waiters = Waiters()
         self._known: OrderedDict[str, tuple[int, str]] = OrderedDict()
-        self._gathering = Gathering(
+        self._rounds = Rounds(
             rank=self.rank,
             world_size=self.world_size,
             timeout=timeouts.coordination,
@@ -89,7 +90,7 @@ class StoreCoordinator:
             world_size=self.world_size,
             patience=patience,
             tell=self._tell_verdict,
-            gone=self._gathering.gone,
+            gone=self._rounds.gone,
         )
         self._settle_seconds = 2 * patience + 1
         """Until a rank goes by what it knows itself."""
@@ -109,12 +110,12 @@ class StoreCoordinator:
     @property
     def sent(self) -> int:
         """Messages that this rank sent since ``open()``."""
-        return self._mailbox.sent
+        return self._channel.sent
 
     @property
     def received(self) -> int:
         """Messages that this rank received since ``open()``."""
-        return self._mailbox.received
+        return self._channel.received
 
     async def open(self) -> None:
         """Meet the other ranks, agree on a nonce, compare digests.
@@ -134,10 +135,10 @@ class StoreCoordinator:
             store = self._group.get_group_store()
         except RuntimeError as error:
             raise EngineStateError(f"the process group has no store: {error}") from error
-        self._mailbox = Mailbox(store, "dcp_async")
+        self._channel = StoreChannel(store, "dcp_async")
         self._group = None
         meeting = Rendezvous(
-            mailbox=self._mailbox,
+            channel=self._channel,
             rank=self.rank,
             world_size=self.world_size,
             coordinator_rank=self.coordinator_rank,
@@ -148,21 +149,21 @@ class StoreCoordinator:
             self._nonce, self.coordinator_host = await meeting.meet()
         except BaseException:
             self._state = "closed"
-            self._mailbox.close()
+            self._channel.close()
             raise
         self._start()
 
     def _start(self) -> None:
-        self._courier = Courier(
-            mailbox=self._mailbox,
+        self._sender = Sender(
+            channel=self._channel,
             nonce=self._nonce,
             rank=self.rank,
             released=self._released,
             refused=lambda key, error: self._waiters.answer(*key, raiser(lambda: ValueError(str(error)))),
             gone=self._release,
         )
-        self._pulse = Pulse(
-            mailbox=self._mailbox,
+        self._heartbeat = Heartbeat(
+            channel=self._channel,
             nonce=self._nonce,
             rank=self.rank,
             timeout=self._timeouts.coordination,
@@ -171,19 +172,20 @@ class StoreCoordinator:
             ticked=self._tell_activity,
             gone=lambda error: self._release(str(error)),
         )
-        box = self._courier.inbox if self.is_coordinator else self._courier.outbox(self.rank)
-        self._mailbox.read_from(box)
-        self._mailbox.sent = self._mailbox.received = 0
+        box = self._sender.inbox if self.is_coordinator else self._sender.outbox(self.rank)
+        self._channel.read_from(box)
+        self._channel.sent = self._channel.received = 0
         self._state = "open"
-        self._reading = self._mailbox.wait_with(self._read)
-        self._reading.add_done_callback(self._courier.watch)
-        self._beating = self._loop.create_task(self._pulse.run())
+        self._reading = self._channel.wait_with(self._read)
+        self._reading.add_done_callback(self._sender.watch)
+        self._beating = self._loop.create_task(self._heartbeat.run())
 
-    def uid(self, ordinal: int, name: str, part: str = "") -> str:
+    def uid(self, ordinal: int, name: str, variant: str = "") -> str:
         """The save's id, 16 hex digits, the same on every rank without a message. Its first message tells the
         coordinator ``ordinal`` and ``name``, which may differ in nothing between the ranks: one series of
-        ordinals for all that one engine exchanges. ``part`` tells one of a verb's several ids from others."""
-        uid = xxhash.xxh3_64_hexdigest(f"{self._nonce}/{ordinal}/{name}/{part}".encode())
+        ordinals for all that one engine exchanges. ``variant`` tells one of a
+        verb's several ids from others."""
+        uid = xxhash.xxh3_64_hexdigest(f"{self._nonce}/{ordinal}/{name}/{variant}".encode())
         self._known[uid] = (ordinal, name)
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
@@ -210,30 +212,30 @@ class StoreCoordinator:
         with self._waiters.waiting(uid, phase) as waiter:
             ordinal, name = self._known.get(uid, (None, ""))
             if self.is_coordinator:
-                self._gathering.arrived(self.rank, uid, phase, ordinal, name, message)
+                self._rounds.arrived(self.rank, uid, phase, ordinal, name, message)
             else:
-                self._courier.send_in("message", uid, phase, ordinal, name, message, exchange=(uid, phase))
+                self._sender.send_in("message", uid, phase, ordinal, name, message, exchange=(uid, phase))
             answer = (await waiter)()
         if not self.is_coordinator:
             return cast(A, answer)
         try:
-            self.check_pulse(phase)
+            self.check_steady(phase)
         except RemoteError as error:
-            self._gathering.fail(uid, {self.rank: error})
+            self._rounds.fail(uid, {self.rank: error})
             self._waiters.check(uid)
-        with self._gathering.deciding(uid, phase):
+        with self._rounds.deciding(uid, phase):
             answers = list(await decide(answer))
             if len(answers) != self.world_size:
                 raise ValueError(f"{len(answers)} answers for {self.world_size} ranks")
             # a decision that was made is told, also by a save that was cancelled meanwhile
             with anyio.CancelScope(shield=True):
-                await self._courier.send_answers(uid, phase, answers)
+                await self._sender.send_answers(uid, phase, answers)
         return answers[self.rank]
 
-    def check_pulse(self, phase: str) -> None:
+    def check_steady(self, phase: str) -> None:
         """To be called right before what can't be undone. Raises RemoteError if this process stood still for
         so long that others may have given up on it."""
-        if not self._pulse.steady():
+        if not self._heartbeat.steady():
             raise stood_still(self.rank, phase, self._timeouts.coordination)
 
     def fail(self, uid: str, phase: str, error: BaseException) -> None:
@@ -246,10 +248,10 @@ class StoreCoordinator:
             return
         failures = {self.rank: RemoteError.of(phase, error)}
         if self.is_coordinator:
-            self._gathering.fail(uid, failures, reporter=self.rank)
+            self._rounds.fail(uid, failures, reporter=self.rank)
         elif known is None:
             self._waiters.fail(uid, failures, common=False)
-            self._courier.send_in("failure", uid, self.rank, failures[self.rank].plain())
+            self._sender.send_in("failure", uid, self.rank, failures[self.rank].plain())
 
     async def failed(self, uid: str) -> Never:
         """Wait until ``uid`` fails on another rank, or one is lost. Raises as ``exchange``."""
@@ -277,7 +279,7 @@ class StoreCoordinator:
         if self.is_coordinator:
             self._settlement.stopped(self.rank, uid, flag)
         else:
-            self._courier.send_in("stopped", uid, flag)
+            self._sender.send_in("stopped", uid, flag)
         waits: set[asyncio.Future[Any]] = {verdict, self._released}
         await asyncio.wait(waits, timeout=self._settle_seconds, return_when=asyncio.FIRST_COMPLETED)
         self._verdicts.pop(uid, None)
@@ -289,7 +291,7 @@ class StoreCoordinator:
         elif rank not in self._unread:
             failures, flag = verdict
             told = {failed: error.plain() for failed, error in failures.items()}
-            self._courier.send_out(rank, "verdict", uid, told, flag)
+            self._sender.send_out(rank, "verdict", uid, told, flag)
 
     def _hear_verdict(self, uid: str, verdict: Verdict) -> None:
         waiter = self._verdicts.get(uid)
@@ -299,7 +301,7 @@ class StoreCoordinator:
     def forget(self, uid: str) -> None:
         """``uid`` is over on this rank; what still comes of it is dropped."""
         if self.is_coordinator:
-            self._gathering.forget(uid)
+            self._rounds.forget(uid)
         self._known.pop(uid, None)
         self._answered.pop(uid, None)
         self._waiters.forget(uid)
@@ -324,49 +326,49 @@ class StoreCoordinator:
         finally:
             self._beating.cancel()
             with anyio.CancelScope(shield=True):
-                await self._mailbox.stop_taking(self._reading)
-            self._gathering.close()
+                await self._channel.stop_taking(self._reading)
+            self._rounds.close()
             self._settlement.close()
-            self._mailbox.close()
+            self._channel.close()
             self._state = "closed"
 
     async def _leave(self) -> None:
         self._beating.cancel()  # or it would make a key anew that the coordinator deletes
-        mailbox, courier = self._mailbox, self._courier
+        channel, sender = self._channel, self._sender
         if self._is_host:
-            courier.send_in("goodbye", None)
+            sender.send_in("goodbye", None)
             await asyncio.wait({self._alone}, timeout=self._timeouts.exit_grace)
-        await mailbox.stop_taking(self._reading)
-        await courier.call(mailbox.delete, [f"{courier.outbox(self.rank)}/{mailbox.unread}"])
+        await channel.stop_taking(self._reading)
+        await sender.call(channel.delete, [f"{sender.outbox(self.rank)}/{channel.unread}"])
         if not self._is_host:
             # the last that this rank does with the store, and known to have arrived: its host may leave now
-            courier.send_in("goodbye", mailbox.unread)
-            await courier.call(mailbox.add, courier.inbox, 0)
+            sender.send_in("goodbye", channel.unread)
+            await sender.call(channel.add, sender.inbox, 0)
 
     async def _leave_last(self) -> None:
-        mailbox, courier = self._mailbox, self._courier
-        self._gathering.leave(f"rank {self.rank} closed its engine before the others did")
+        channel, sender = self._channel, self._sender
+        self._rounds.leave(f"rank {self.rank} closed its engine before the others did")
         self._note_goodbyes()
         await asyncio.wait({self._alone}, timeout=self._timeouts.exit_grace)
         self._beating.cancel()
-        await mailbox.stop_taking(self._reading)
+        await channel.stop_taking(self._reading)
         if len(self._unread) == self.world_size - 1:
-            last = await courier.call(mailbox.add, courier.inbox, 0)
-            beats = [heartbeat(self._nonce, rank) for rank in range(self.world_size)]
-            rest = [f"{courier.inbox}/{number}" for number in range(mailbox.unread, last + 2)]
-            await courier.call(mailbox.delete, [*rest, courier.inbox, *beats])
+            last = await sender.call(channel.add, sender.inbox, 0)
+            beats = [heartbeat_key(self._nonce, rank) for rank in range(self.world_size)]
+            rest = [f"{sender.inbox}/{number}" for number in range(channel.unread, last + 2)]
+            await sender.call(channel.delete, [*rest, sender.inbox, *beats])
         for rank in self._others():
             unread = self._unread.get(rank)
             if unread is not None:
-                await courier.call(mailbox.delete_unread, courier.outbox(rank), unread)
+                await sender.call(channel.delete_unread, sender.outbox(rank), unread)
             else:  # one that waits for this, or has not closed
-                courier.send_out(rank, "left", f"rank {self.rank}, the coordinator, closed its engine")
-        await courier.call(int)  # what was sent has been handed over
+                sender.send_out(rank, "left", f"rank {self.rank}, the coordinator, closed its engine")
+        await sender.call(int)  # what was sent has been handed over
 
     def abandon(self) -> None:
         """For a process that must end now: every wait ends, ``close()`` waits for nobody."""
         if self._state in ("open", "closing"):
-            self._mailbox.abandon()
+            self._channel.abandon()
             self._release("the engine was told to end at once")
 
     def _check_open(self) -> None:
@@ -379,25 +381,25 @@ class StoreCoordinator:
         """In the thread that waits."""
         with contextlib.suppress(Woken):
             while True:
-                message = self._mailbox.take()
+                message = self._channel.take()
                 self._loop.call_soon_threadsafe(self._hear, *message)
 
     def _hear(self, kind: str, *fields: Any) -> None:
         if kind == "message":
-            self._gathering.arrived(*fields)
+            self._rounds.arrived(*fields)
         elif kind == "answer":
             uid, phase, answer = fields
             if self._waiters.answer(uid, phase, lambda: answer):
                 self._answered[uid] = phase
         elif kind == "failure" and self.is_coordinator:
             reporter, uid, rank, error = fields
-            self._gathering.fail(uid, {rank: RemoteError.from_plain(error)}, reporter=reporter)
+            self._rounds.fail(uid, {rank: RemoteError.from_plain(error)}, reporter=reporter)
         elif kind == "failure":
             uid, failures = fields
             errors = {rank: RemoteError.from_plain(error) for rank, error in failures.items()}
             self._waiters.fail(uid, errors, common=True)
         elif kind == "busy":
-            self._gathering.busy(*fields)
+            self._rounds.busy(*fields)
         elif kind == "stopped":
             self._settlement.stopped(*fields)
         elif kind == "verdict":
@@ -409,7 +411,7 @@ class StoreCoordinator:
             self._missed(*fields)
         elif kind == "goodbye":
             rank, self._unread[rank] = fields[0], fields[1]
-            self._gathering.goodbye(rank, f"rank {rank} closed its engine")
+            self._rounds.goodbye(rank, f"rank {rank} closed its engine")
             self._note_goodbyes()
         else:
             self._waiters.end(lambda: EngineStateError(fields[0]))
@@ -421,38 +423,38 @@ class StoreCoordinator:
 
     def _completed(self, uid: str, phase: str, messages: list[Any]) -> None:
         if not self._waiters.answer(uid, phase, lambda: messages):
-            self._gathering.fail(uid, {self.rank: unanswered(self.rank, phase)})
+            self._rounds.fail(uid, {self.rank: unanswered(self.rank, phase)})
 
     def _tell_failure(self, uid: str, failures: dict[int, RemoteError], reporter: int | None) -> None:
         self._waiters.fail(uid, failures, common=True)
         told = {rank: error.plain() for rank, error in failures.items()}
         for rank in self._others():
             if rank != reporter and rank not in self._unread:
-                self._courier.send_out(rank, "failure", uid, told)
+                self._sender.send_out(rank, "failure", uid, told)
 
     # Silence.
 
     def _watched(self) -> list[int]:
         if not self.is_coordinator:
             return [self.coordinator_rank] if self._waiters.uids else []
-        if not self._waiters.uids and not self._gathering and self._state == "open":
+        if not self._waiters.uids and not self._rounds and self._state == "open":
             return []
         return [rank for rank in self._others() if rank not in self._unread]
 
     def _tell_activity(self) -> None:
         """At each beat: code of the trainer's that takes long is told to the coordinator, and its end."""
         found = self.activity.oldest()
-        if found is not None and found[1] < self._pulse.interval:
+        if found is not None and found[1] < self._heartbeat.interval:
             found = None
         if found is None and not self._told_busy:
             if self.is_coordinator:
-                self._gathering.check_busy()
+                self._rounds.check_busy()
             return
         self._told_busy = found is not None
         if self.is_coordinator:
-            self._gathering.busy(self.rank, found)
+            self._rounds.busy(self.rank, found)
         else:
-            self._courier.send_in("busy", found)
+            self._sender.send_in("busy", found)
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank != self.rank]
@@ -461,9 +463,9 @@ class StoreCoordinator:
         """``ranks`` are silent: what waits for them fails."""
         if self.is_coordinator:
             # one that died while it sent must not keep the messages behind its own unread
-            self._courier.skip_gap()
-            for uid in self._gathering.lacking(ranks) | set(self._waiters.uids):
-                self._gathering.fail(uid, self._gathering.silent(uid, ranks, why))
+            self._sender.skip_gap()
+            for uid in self._rounds.lacking(ranks) | set(self._waiters.uids):
+                self._rounds.fail(uid, self._rounds.silent(uid, ranks, why))
             self._note_goodbyes(ranks)
             return
         for uid in self._waiters.uids:
@@ -472,25 +474,25 @@ class StoreCoordinator:
             self._waiters.fail(uid, failures, common=False)
             # in case it only slept: this rank has given up
             for rank, error in failures.items():
-                self._courier.send_in("failure", uid, rank, error.plain())
+                self._sender.send_in("failure", uid, rank, error.plain())
 
     def _report_missing(self, uid: str) -> None:
         """Ranks are overdue that have to begin ``uid``."""
-        self._courier.skip_gap(lambda skipped: self._name_missing(uid, skipped))
+        self._sender.skip_gap(lambda skipped: self._name_missing(uid, skipped))
 
     def _name_missing(self, uid: str, skipped: bool) -> None:
         if skipped:  # messages that were stuck behind a dead rank's get a moment to arrive
-            self._loop.call_later(self._pulse.interval, self._name_missing, uid, False)
-        elif failures := self._gathering.missing(uid):
-            ordinal, name = self._gathering.begun(uid)
+            self._loop.call_later(self._heartbeat.interval, self._name_missing, uid, False)
+        elif failures := self._rounds.missing(uid):
+            ordinal, name = self._rounds.begun(uid)
             for rank in failures:
                 if ordinal is None:
                     continue
                 if rank == self.rank:
                     self._missed(ordinal, name)
                 elif rank not in self._unread:
-                    self._courier.send_out(rank, "missed", ordinal, name)
-            self._gathering.fail(uid, failures)
+                    self._sender.send_out(rank, "missed", ordinal, name)
+            self._rounds.fail(uid, failures)
 
     def _release(self, why: str) -> None:
         """Nothing will be sent or received any more."""

@@ -181,7 +181,7 @@ class Attempt:
         self._coordinator = coordinator
         self._name = name
         self._whole = coordinator.uid(ordinal, _LOAD)
-        self._uid = coordinator.uid(ordinal, _LOAD, part=f"{number} {name}")
+        self._uid = coordinator.uid(ordinal, _LOAD, variant=f"{number} {name}")
         self._ranks = Together(coordinator, self._uid)
         self._contents: Contents | None = None
 

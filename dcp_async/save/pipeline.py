@@ -484,7 +484,7 @@ class SavePipeline:
         manifest = encode_manifest(**head, metadata=metadata, constant=publication.manifest_json)
         await anyio.lowlevel.checkpoint_if_cancelled()
         await self._transaction.verify({file.name: file.nbytes for file in files})
-        self._services.coordinator.check_pulse("commit")
+        self._services.coordinator.check_steady("commit")
         request.committing = True
         with anyio.CancelScope(shield=True):
             await self._transaction.commit(metadata, manifest, replace=request.replace)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import uvloop
 
 from dcp_async.coordination.failures import RemoteFailure
-from dcp_async.coordination.store_channel import Mailbox
+from dcp_async.coordination.store_channel import StoreChannel
 from dcp_async.coordination.store_coordinator import StoreCoordinator
 from dcp_async.options import Timeouts
 
@@ -233,7 +233,7 @@ class Agent:
         assert group is not None
 
         def post() -> None:
-            box = Mailbox(group.get_group_store(), "dcp_async")
+            box = StoreChannel(group.get_group_store(), "dcp_async")
             box.connect()
             box.post_with(
                 box.send_shared, "lobby/in", ("hello", self._rank, "dead", ("other", 0), "")
@@ -265,7 +265,7 @@ class Agent:
 
     async def _stand_still(self, messages: Sequence[Any]) -> list[Any]:
         os.kill(os.getpid(), signal.SIGSTOP)
-        self._engines["main"].check_pulse("commit")
+        self._engines["main"].check_steady("commit")
         return await self._tell(messages)
 
     def _gate(self, name: str) -> asyncio.Event:
@@ -298,15 +298,15 @@ class Agent:
     async def held(self) -> int:
         """How much this rank's coordinator remembers: entries in all its tables."""
         made = self._engines["main"]
-        waiters, gathering = made._waiters, made._gathering
+        waiters, rounds = made._waiters, made._rounds
         mine = (waiters._waiting, waiters._failed, made._known, made._answered)
-        books = (gathering._rounds, gathering._held, gathering._reached)
+        books = (rounds._rounds, rounds._held, rounds._reached)
         return sum(len(table) for table in (*mine, *books))
 
     async def die_while_posting(self) -> None:
         """Take a number of the coordinator's box, as a message does, and be killed before it is filled."""
-        courier = self._engines["main"]._courier
-        await courier.call(self._engines["main"]._mailbox.add, courier.inbox, 1)
+        sender = self._engines["main"]._sender
+        await sender.call(self._engines["main"]._channel.add, sender.inbox, 1)
         os.kill(os.getpid(), 9)
 
     async def close(self, engine: str = "main") -> float:

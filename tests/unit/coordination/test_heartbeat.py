@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from dcp_async.coordination.heartbeat import Pulse
-from dcp_async.coordination.store_channel import Mailbox
+from dcp_async.coordination.heartbeat import Heartbeat
+from dcp_async.coordination.store_channel import StoreChannel
 
 TIMEOUT = 2.0
 
@@ -56,8 +56,8 @@ async def test_a_rank_doubts_itself_before_others_can_give_up_on_it(
     store = Store()
     loop = asyncio.get_running_loop()
     monkeypatch.setattr("dcp_async.coordination.heartbeat.asyncio.get_running_loop", lambda: clock)
-    pulse = Pulse(
-        mailbox=cast(Mailbox, store),
+    heartbeat = Heartbeat(
+        channel=cast(StoreChannel, store),
         nonce="n",
         rank=0,
         timeout=TIMEOUT,
@@ -65,17 +65,17 @@ async def test_a_rank_doubts_itself_before_others_can_give_up_on_it(
         silent=lambda ranks, why: None,
         gone=lambda error: None,
     )
-    beating = loop.create_task(pulse.run())
+    beating = loop.create_task(heartbeat.run())
     try:
         await turn()
-        assert pulse.steady()
+        assert heartbeat.steady()
         clock.now += stopped
-        assert not pulse.steady()
+        assert not heartbeat.steady()
         store.asked[0].set_result([])
         await turn()
-        assert not pulse.steady(), "the word of those who gave up is on its way"
-        clock.now += pulse.interval - 0.01
-        assert not pulse.steady()
+        assert not heartbeat.steady(), "the word of those who gave up is on its way"
+        clock.now += heartbeat.interval - 0.01
+        assert not heartbeat.steady()
     finally:
         beating.cancel()
 
@@ -84,8 +84,8 @@ async def test_a_busy_moment_is_no_standstill(clock: Clock, monkeypatch: pytest.
     store = Store()
     loop = asyncio.get_running_loop()
     monkeypatch.setattr("dcp_async.coordination.heartbeat.asyncio.get_running_loop", lambda: clock)
-    pulse = Pulse(
-        mailbox=cast(Mailbox, store),
+    heartbeat = Heartbeat(
+        channel=cast(StoreChannel, store),
         nonce="n",
         rank=0,
         timeout=TIMEOUT,
@@ -93,13 +93,13 @@ async def test_a_busy_moment_is_no_standstill(clock: Clock, monkeypatch: pytest.
         silent=lambda ranks, why: None,
         gone=lambda error: None,
     )
-    beating = loop.create_task(pulse.run())
+    beating = loop.create_task(heartbeat.run())
     try:
         await turn()
-        clock.now += 3 * pulse.interval
-        assert pulse.steady()
+        clock.now += 3 * heartbeat.interval
+        assert heartbeat.steady()
         store.asked[0].set_result([])
         await turn()
-        assert pulse.steady()
+        assert heartbeat.steady()
     finally:
         beating.cancel()
