@@ -6,8 +6,9 @@ from .key_hashes import MAX_ALIKE, check_hashes
 from .pickle_grammar import run
 from .pickle_walk import Made, Walk, get_operands
 from .plain_data import dumps, loads
-from .policy import Inert, Trust, check_globals, is_zip, load_item, load_pickle, untrusted_names
+from .policy import Trust
 from .torch_rebuilders import UntrustedGlobal
+from .unpickler import Inert, check_globals, is_zip, load_item, load_pickle, untrusted_names
 
 __all__ = [
     "MAX_ALIKE",

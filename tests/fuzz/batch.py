@@ -63,8 +63,8 @@ def _verbs() -> dict[str, tuple[Callable[[Any], object], tuple[type[BaseExceptio
     from dcp_async.formats.stored_item import StoredItem
     from dcp_async.formats.tree import build, leaf_names, pickled_keys, tree_from_json
     from dcp_async.formats.zip_item import check_records, pickle_start
+    from dcp_async.trust import Trust, UntrustedGlobal, load_pickle
     from dcp_async.trust.plain_data import loads
-    from dcp_async.trust.policy import Trust, UntrustedGlobal, load_pickle
 
     trust = Trust()
 

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from dcp_async.formats.metadata_reader import Unknown, decode_metadata
 from dcp_async.formats.metadata_writer import Group, metadata_template
-from dcp_async.trust.policy import UntrustedGlobal
+from dcp_async.trust import UntrustedGlobal
 
 UID = "0123456789abcdef"
 _KEYS = ("w", "leaf")

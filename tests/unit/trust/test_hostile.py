@@ -36,8 +36,8 @@ from dcp_async.formats.stored_item import StoredItem, inflated_bound
 from dcp_async.formats.tree import children_of, kind_of, structure_from_paths
 from dcp_async.formats.unfolding import take_apart
 from dcp_async.formats.zip_item import check_records
+from dcp_async.trust import Trust, UntrustedGlobal, load_pickle
 from dcp_async.trust.pickle_grammar import check_pickle
-from dcp_async.trust.policy import Trust, UntrustedGlobal, load_pickle
 
 
 def _text(text: str) -> bytes:
@@ -85,7 +85,7 @@ POINTERS = {
 
 LOADS_EACH = """
 import os, pickle, sys
-from dcp_async.trust.policy import Trust, UntrustedGlobal, load_pickle
+from dcp_async.trust import Trust, UntrustedGlobal, load_pickle
 
 for name, raw in pickle.load(sys.stdin.buffer).items():
     if os.fork() == 0:

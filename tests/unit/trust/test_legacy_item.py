@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dcp_async.trust.policy import Trust, UntrustedGlobal, check_globals, load_item
+from dcp_async.trust import Trust, UntrustedGlobal, check_globals, load_item
 
 
 def _saved(value: Any) -> bytes:

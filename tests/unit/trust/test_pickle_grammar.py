@@ -37,9 +37,9 @@ from torch.distributed.checkpoint.metadata import (
 from dcp_async.formats import metadata_grammar
 from dcp_async.formats.metadata_reader import decode_metadata
 from dcp_async.formats.metadata_writer import Group, metadata_template
+from dcp_async.trust import Trust, UntrustedGlobal, load_pickle
 from dcp_async.trust.pickle_grammar import check_pickle, run
 from dcp_async.trust.pickle_walk import Walk
-from dcp_async.trust.policy import Trust, UntrustedGlobal, load_pickle
 from tests.fuzz.batch import REFUSED, run_cases
 
 _NEWOBJ: Any = getattr(copyreg, "__newobj__")  # noqa: B009 - typeshed lacks it

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from dcp_async.formats.metadata_reader import decode_metadata
 from dcp_async.formats.zip_item import object_item, pickle_start
-from dcp_async.trust.policy import Trust, UntrustedGlobal, check_globals, load_item
+from dcp_async.trust import Trust, UntrustedGlobal, check_globals, load_item
 
 
 class Rebuilt:
