@@ -28,6 +28,7 @@ import torch
 
 import dcp_async
 from dcp_async import errors
+from docs import drawings
 from tests.support import module_table
 
 REPOSITORY = Path(__file__).parents[2]
@@ -214,6 +215,41 @@ def test_every_page_is_in_a_table_of_contents() -> None:
 def test_the_table_of_modules_is_what_the_modules_say() -> None:
     """``python -m tests.support.module_table > docs/modules.inc`` makes it anew."""
     assert (DOCS / "modules.inc").read_text() == module_table.table()
+
+
+@pytest.mark.parametrize("name", drawings.DRAWINGS)
+def test_a_drawing_is_what_its_source_draws(name: str) -> None:
+    """``python docs/drawings.py`` makes all of them anew."""
+    assert (drawings.STATIC / name).read_text() == drawings.DRAWINGS[name]().svg()
+
+
+def test_the_folders_of_the_drawing_are_those_of_the_package() -> None:
+    drawn = set(re.findall(r'class="folder">(\w+)/<', drawings.path_of_a_tensor().svg()))
+    assert drawn == {path.parent.name for path in module_table.PACKAGE.glob("*/__init__.py")}
+
+
+WHERE_TO_READ = sorted(
+    set(re.findall(r"`(\w+)`\s+in\s+`([\w/]+\.py)`", (DOCS / "architecture.md").read_text()))
+)
+
+
+@pytest.mark.parametrize(("name", "file"), WHERE_TO_READ, ids=lambda value: value.replace("/", "."))
+def test_what_the_page_on_architecture_names_is_there(name: str, file: str) -> None:
+    tree = ast.parse((module_table.PACKAGE / file).read_text())
+    defined = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    assert name in {node.name for node in ast.walk(tree) if isinstance(node, defined)}
+
+
+def test_files_of_the_package_that_pages_name_are_there() -> None:
+    """ADRs are left out: they tell what was."""
+    folders = "|".join(path.parent.name for path in module_table.PACKAGE.glob("*/__init__.py"))
+    named = {
+        file
+        for page in PAGES
+        if page.parent.name != "adr"
+        for file in re.findall(rf"`(?:dcp_async/)?((?:{folders})/[\w/]+\.py)`", page.read_text())
+    }
+    assert {file for file in named if not (module_table.PACKAGE / file).exists()} == set()
 
 
 def test_fenced_lines_fit_the_page() -> None:
