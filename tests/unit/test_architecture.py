@@ -1,5 +1,7 @@
-"""Imports point one way, modules stay small, and torch's private names are imported where
-docs/architecture.md says."""
+"""Imports point one way, folders are entered by their faces, and some of them know neither loops nor threads.
+
+What a module may touch of another one's objects, and of torch's, is in `test_house_rules.py`.
+"""
 
 from __future__ import annotations
 
@@ -158,12 +160,12 @@ def test_a_face_says_what_the_folder_is_for_and_lists_what_it_gives(folder: str)
 
 @pytest.mark.parametrize("path", [path for path in MODULES if _is_pure(_name(path))], ids=_name)
 def test_pure_folders_know_neither_loops_nor_threads(path: Path) -> None:
-    modules = {
-        alias.name.split(".")[0]
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules.add((node.module or "").split(".")[0])
     assert not modules & {"asyncio", "anyio", "threading"}
 
 
