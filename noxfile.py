@@ -334,7 +334,7 @@ def bench(session: nox.Session) -> None:
     if arguments[:1] in (["growth"], ["against"]):
         program = arguments.pop(0)
     environment = {"PYTHONPATH": packages.strip()}
-    session.run(DEV_PYTHON, f"bench/{program}.py", *arguments, env=environment, external=True)
+    session.run(DEV_PYTHON, "-m", f"bench.{program}", *arguments, env=environment, external=True)
 
 
 @nox.session(reuse_venv=is_current(LINT, *LINT_INPUTS))

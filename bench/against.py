@@ -1,10 +1,10 @@
 """What did a change cost: this tree's package beside that of another revision, in one run.
 
-Run as `python3 noxfile.py bench against REVISION`, or `python bench/against.py REVISION`. Both packages are
+Run as `python3 noxfile.py bench against REVISION`, or `python -m bench.against REVISION`. Both packages are
 driven by this tree's bench, each in a process of its own, and are asked for samples in turn; the first save
 of each is shown apart, since it makes the plan and touches the memory. Writes against.json and prints, for
 each figure, both medians and the median of the ratios of each round, which drifts of the machine leave alone.
-Belongs here: which samples, in which order. Not here: how a figure is taken (measure.py).
+Belongs here: which samples, in which order. Not here: how a figure is taken (sampling.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import facts
-import results
-from driver import HERE, Child, Group, progress
-from roster import OURS
-from run import scratch
+from .engines.roster import OURS
+from .measuring import machine as facts
+from .measuring.processes import ROOT, Child, Group, progress
+from .reporting import results
+from .run import scratch
 
 BEFORE, AFTER = "before", "after"
 FIGURES = ("first_staged", "first_durable", "staged", "durable", "cold", "warm")
@@ -32,10 +32,12 @@ SLOWER = 1.03
 
 @contextmanager
 def checkout(revision: str, directory: Path) -> Iterator[Path]:
-    """The tree of a revision, in ``directory``; the repository is left as it was."""
+    """The package of a revision, in a folder of ``directory``; the repository is left as it was."""
     tree = directory / "tree"
     tree.mkdir()
-    packed = subprocess.Popen(["git", "-C", str(HERE.parent), "archive", revision], stdout=subprocess.PIPE)
+    packed = subprocess.Popen(
+        ["git", "-C", str(ROOT), "archive", revision, "dcp_async"], stdout=subprocess.PIPE
+    )
     unpacked = subprocess.run(["tar", "-x", "-C", str(tree)], stdin=packed.stdout)
     if packed.wait() or unpacked.returncode:
         raise SystemExit(f"{revision!r} could not be taken out of the repository")
@@ -102,7 +104,7 @@ def main() -> int:
             progress(f"{workload}: {given.rounds} rounds")
             below = directory / workload
             below.mkdir()
-            group = measure(workload, {BEFORE: tree, AFTER: HERE.parent}, given.rounds, below)
+            group = measure(workload, {BEFORE: tree, AFTER: ROOT}, given.rounds, below)
             data["samples" if not group.failures else "failures"][workload] = group.failures or group.samples
             results.write(data, given.out / "against.json")
     print(table(data["samples"]))

@@ -1,6 +1,6 @@
 """How does the cost of a checkpoint grow with its bytes, its number of tensors, and the number of ranks?
 
-Run as `python3 noxfile.py bench growth`, or `python bench/growth.py`. Three sweeps: 64 equal tensors of
+Run as `python3 noxfile.py bench growth`, or `python -m bench.growth`. Three sweeps: 64 equal tensors of
 64 MiB to 8 GiB in all, 10 to 200,000 equal tensors of 256 MiB in all, and 1,000 tensors of 256 MiB cut over 1
 to 4 ranks. For each point ours, and stock DCP beside it for as long as a save or load of stock can be
 expected to take less than 15 seconds. Writes growth.json after each point, with the least-squares line of
@@ -21,12 +21,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import curves
-import facts
-import results
-from driver import HERE, Group, progress, running, short_reason
-from roster import OURS, memory_needed
-from run import scratch
+from .engines.roster import OURS, memory_needed
+from .measuring import machine as facts
+from .measuring.processes import ROOT, Group, progress, running, short_reason
+from .reporting import curves, results
+from .run import scratch
 
 STOCK = "stock"
 SWEEP_TENSORS = 64
@@ -102,7 +101,7 @@ def over_ranks(num_ranks: int, nbytes: int, directory: Path) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
@@ -111,7 +110,7 @@ def over_ranks(num_ranks: int, nbytes: int, directory: Path) -> dict[str, Any]:
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(num_ranks),
     }
-    command = [sys.executable, str(HERE / "ranks.py"), json.dumps(given)]
+    command = [sys.executable, "-P", "-m", "bench.measuring.ranks", json.dumps(given)]
     log = directory / "ranks.log"
     with log.open("wb") as output:
         processes = [

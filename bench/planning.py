@@ -1,9 +1,9 @@
 """What does planning cost with many ranks: dcp_async beside stock DCP's planner, in one process.
 
-Run as `python bench/planning.py`. Writes planning.json (every sample) and planning.md (medians and ratios),
+Run as `python -m bench.planning`. Writes planning.json (every sample) and planning.md (medians and ratios),
 anew after each layout and number of ranks.
 Belongs here: which cases, in which order. Not here: the ranks (simulated_ranks.py), the steps
-(planning_steps.py), the table (planning_report.py), saves with real processes.
+(planning_steps.py), the table (planning_table.py), saves with real processes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-import facts
-from driver import progress
-from planning_report import Case, as_json, as_markdown
-from planning_steps import Times, run_ours, run_stock, store_seconds
-from simulated_ranks import LAYOUTS, NUM_LEAVES, Ranks
+from .measuring import machine as facts
+from .measuring.planning_steps import Times, run_ours, run_stock, store_seconds
+from .measuring.processes import progress
+from .measuring.simulated_ranks import LAYOUTS, NUM_LEAVES, Ranks
+from .reporting.planning_table import Case, as_json, as_markdown
 
 
 def measure(layout: str, world_size: int, given: argparse.Namespace) -> Case:

@@ -1,6 +1,6 @@
 """What comparing replicas costs: DDP-like states on a few gloo ranks, each way of comparing in turn.
 
-    python bench/replicas.py --ranks 2,4 --runs 15
+    python -m bench.replicas --ranks 2,4 --runs 15
 
 In: how many ranks and runs. Out: a table, and one JSON object as the last line: medians of the slowest rank's
 milliseconds, of save() itself and until it is durable, for the first save of a plan and for later ones.

@@ -1,11 +1,11 @@
 """What does a checkpoint cost: dcp_async beside stock DCP, every peer and the bare machine, in one run.
 
-Run as `python3 noxfile.py bench`, or `python bench/run.py` where the peers are installed. Writes
+Run as `python3 noxfile.py bench`, or `python -m bench.run` where the peers are installed. Writes
 results.json (every sample) after each part of the run, then the tables and charts that `report.py` makes
 of it. Each engine has a process of its own; one round asks each in turn for one sample of each figure; a
 figure's number is the median over the rounds. What the goals compare comes first, in every workload; then
 the other engines, beside ours again. When the time is up, no further round is begun past the third.
-Belongs here: the order of things and the time they may take. Not here: how a figure is taken (measure.py),
+Belongs here: the order of things and the time they may take. Not here: how a figure is taken (sampling.py),
 how it is shown (report.py).
 """
 
@@ -22,11 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import facts
-import report
-import results
-from driver import Group, progress, running
-from roster import (
+from .engines.roster import (
     CORE,
     ENGINES,
     OTHERS,
@@ -37,7 +33,10 @@ from roster import (
     groups_that_fit,
     memory_needed,
 )
-from workloads import STATE_BYTES
+from .measuring import machine as facts
+from .measuring.processes import Group, progress, running
+from .measuring.workloads import STATE_BYTES
+from .reporting import report, results
 
 FEWEST_ROUNDS = 3
 LOST_WORKLOADS = ("large", "many")

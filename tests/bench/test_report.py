@@ -8,14 +8,10 @@ from typing import Any
 
 import pytest
 
-import curves
-import driver
-import goals
-import report
-import results
-import roster
-import run
-import workloads
+from bench import run
+from bench.engines import roster
+from bench.measuring import processes, workloads
+from bench.reporting import curves, goals, report, results
 
 MACHINE = {
     "cores": 2,
@@ -30,11 +26,11 @@ MACHINE = {
 CONFIGURATION = {"runs": 3, "scale": 1.0, "quick": False, "minutes": 1.0}
 
 
-def make_group(**samples: dict[str, list[float]]) -> driver.Group:
+def make_group(**samples: dict[str, list[float]]) -> processes.Group:
     """A group that gave these samples; `_` in an engine's name stands for a space."""
     named = {engine.replace("__", " "): figures for engine, figures in samples.items()}
     fact = {"call": "call()", "nbytes": 1 << 30, "num_tensors": 64, "torch": "2.13.0", "threads": 2}
-    return driver.Group([], facts=dict.fromkeys(named, fact), samples=named)
+    return processes.Group([], facts=dict.fromkeys(named, fact), samples=named)
 
 
 @pytest.fixture
@@ -134,7 +130,7 @@ def test_documentation_gets_a_file_for_every_workload(data: results.Data, tmp_pa
 
 def test_reason_of_a_failure_has_no_path() -> None:
     text = "Traceback\n  File ...\nFileNotFoundError: [Errno 2] No such file: '/home/somebody/ck/step-1'\n"
-    assert driver.short_reason(text) == "FileNotFoundError: [Errno 2] No such file: 'step-1'"
+    assert processes.short_reason(text) == "FileNotFoundError: [Errno 2] No such file: 'step-1'"
 
 
 def test_groups_have_ours_in_each_and_keep_to_the_memory() -> None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from driver import Group
-from roster import ENGINES, OURS, RAW
+from ..engines.roster import ENGINES, OURS, RAW
+from ..measuring.processes import Group
 
 VERSION = 1
 Data = dict[str, Any]
@@ -64,7 +64,7 @@ def read(path: Path) -> Data:
     """What `write` left."""
     data: Data = json.loads(path.read_text(encoding="ascii"))
     if data.get("version") != VERSION:
-        raise SystemExit(f"{path} is not a version {VERSION} result of bench/run.py")
+        raise SystemExit(f"{path} is not a version {VERSION} result of bench.run")
     return data
 
 

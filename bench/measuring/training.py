@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-import engines
-from adapter import Pending
+from ..engines import ours
+from ..engines.adapter import Pending
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
 from async_trainer import Trainer, parse_options
 
@@ -30,7 +30,7 @@ LARGEST_BATCH = 64
 
 
 class TrainerWorker:
-    """The process of one trainer; its commands are those of `driver.Group.take`."""
+    """The process of one trainer; its commands are those of `processes.Group.take`."""
 
     def __init__(self, engine: str, root: Path) -> None:
         options = parse_options(["--out", str(root)])
@@ -44,7 +44,7 @@ class TrainerWorker:
         self._step = 0
         state = {"model": self._trainer.model, "optim": self._trainer.optimizer}
         self._trainer.optimizer.register_step_pre_hook(self._wait_until_staged)
-        self._engine = engines.make(engine, state, root)
+        self._engine = ours.make(engine, state, root)
         self._engine.open()
         self.commands: dict[str, Callable[..., dict[str, Any]]] = {
             "describe": self.describe,

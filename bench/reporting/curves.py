@@ -168,7 +168,7 @@ def write_docs(data: Data, directory: Path) -> None:
 def draw(data: Data, directory: Path) -> None:
     """growth.png, if there is something to draw it with."""
     if importlib.util.find_spec("matplotlib") is not None:
-        import charts
+        from . import charts
 
         charts.draw_growth(data, directory)
 

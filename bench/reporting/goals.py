@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import results
-from results import Data
-from roster import OURS, RAW
+from ..engines.roster import OURS, RAW
+from . import results
+from .results import Data
 
 OVERLAP = "dcp_async overlap"
 SMALL = "dcp_async 128 MiB"

@@ -14,10 +14,9 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-import curves
-import results
-from results import Data
-from roster import OURS, RAW
+from ..engines.roster import OURS, RAW
+from . import curves, results
+from .results import Data
 
 PANELS = (
     ("staged", "stall: until the state may change [s]"),

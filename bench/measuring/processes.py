@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
+"""What holds this bench and the package beside it."""
 ANSWER_SECONDS = 300.0
 """After this long without an answer a process is killed: far above the slowest sample."""
 PATH_LIKE = re.compile(r"(?<![\w.])(?:file:/+)?/[\w.+-]+(?:/[\w.+-]*)+")
@@ -47,20 +48,24 @@ class Child:
         directory: Path,
         *,
         label: str | None = None,
-        tree: Path = HERE.parent,
+        tree: Path = ROOT,
     ) -> None:
-        """``label`` is what its samples are kept under, by default ``engine``; ``tree`` holds the package."""
+        """``label`` is what its samples are kept under, by default ``engine``.
+
+        ``tree`` holds the package, and no bench but this one.
+        """
         self.engine = label or engine
         root = directory / self.engine.replace(" ", "-")
         root.mkdir(parents=True)
         self._log = root.with_suffix(".log")
         arguments = {"engine": engine, "workload": workload, "scale": scale, "root": str(root)}
-        # The package of `tree` is measured, installed or not; gloo must not go looking for a network.
-        paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # The package of `tree` is measured, whatever is installed or lies in the working directory (-P); gloo
+        # must not go looking for a network.
+        paths = [str(tree), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py"), json.dumps(arguments)],
+                [sys.executable, "-P", "-m", "bench.measuring.worker", json.dumps(arguments)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

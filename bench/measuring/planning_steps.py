@@ -29,7 +29,8 @@ from dcp_async.planning.local_plan import Offer, group_hashes, leaf_hashes, make
 from dcp_async.planning.planner import CompiledPlan, DefaultDraft, compile_plan
 from dcp_async.save.plan_agreement import judge
 from dcp_async.trust.plain_data import dumps, loads
-from simulated_ranks import Ranks, pretending, stock_plan
+
+from .simulated_ranks import Ranks, pretending, stock_plan
 
 UID = "0123456789abcdef"
 MAX_SAMPLES = 64

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapter import WAIT_SECONDS, Pending, join_group, remove
+from .adapter import WAIT_SECONDS, Pending, join_group, remove
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.staging import DefaultStager

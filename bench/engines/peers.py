@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adapter import (
+from .adapter import (
     WAIT_SECONDS,
     Engine,
     Pending,

@@ -20,12 +20,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-import measure
-import raw
-from adapter import Engine
-from engines import DcpAsync
-from roster import OURS
-from stock import Stock
+from ..engines.adapter import Engine
+from ..engines.ours import DcpAsync
+from ..engines.roster import OURS
+from ..engines.stock import Stock
+from . import raw, sampling
 
 COLUMNS = 256
 
@@ -61,7 +60,7 @@ def timed(call: Callable[[], None]) -> float:
 def save(engine: Engine, step: int) -> dict[str, float]:
     """One save of all ranks: the slowest rank's stall, and its time to durable."""
     dist.barrier()
-    figures = measure.save(engine, step)
+    figures = sampling.save(engine, step)
     return {figure: slowest(figures[figure]) for figure in ("staged", "durable")}
 
 

@@ -3,8 +3,8 @@
 In: a JSON object as only argument, then one JSON command a line. Out: one JSON answer a line; whatever else
 is printed goes to standard error. An answer with "error" holds the traceback, and the process goes on.
 Keeps: between two answers the process does nothing, so that processes asked in turn never share the cores.
-Belongs here: the dispatch of commands. Not here: how a figure is taken (measure.py), rounds and medians
-(driver.py).
+Belongs here: the dispatch of commands. Not here: how a figure is taken (sampling.py), rounds and medians
+(processes.py).
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-import engines
-import measure
-import raw
-import workloads
+from ..engines import ours
+from . import raw, sampling, workloads
 
 if TYPE_CHECKING:
-    from training import TrainerWorker
+    from .training import TrainerWorker
 
 Answer = dict[str, Any]
 
@@ -38,8 +36,8 @@ class EngineWorker:
         self._workload = workload
         self._root = root
         self._name = engine
-        self._engine = engines.make(engine, workload.state, root)
-        self._memory = measure.MemoryPeak()
+        self._engine = ours.make(engine, workload.state, root)
+        self._memory = sampling.MemoryPeak()
         self._engine.open()
         self._step = 0
         self._kept = 0
@@ -65,7 +63,7 @@ class EngineWorker:
     def save(self) -> Answer:
         """The newest checkpoint stays until the next is there: what is loaded later."""
         step = self._next_step()
-        figures = measure.save(self._engine, step)
+        figures = sampling.save(self._engine, step)
         if self._kept:
             self._engine.discard(self._kept)
         self._kept = step
@@ -76,13 +74,13 @@ class EngineWorker:
         step = self._next_step()
         name = f"structure{step}"
         self._workload.state[name] = torch.zeros(1)
-        figures = measure.save(self._engine, step)
+        figures = sampling.save(self._engine, step)
         del self._workload.state[name]
         self._engine.discard(step)
         return figures
 
     def lost(self, loop: Literal["tiny", "python"], seconds: float) -> Answer:
-        figures = measure.lost_time(self._engine, self._next_step(), loop=loop, seconds=seconds)
+        figures = sampling.lost_time(self._engine, self._next_step(), loop=loop, seconds=seconds)
         self._step += int(figures[f"lost_{loop}_num_saves"])
         return figures
 
@@ -93,7 +91,7 @@ class EngineWorker:
     def prepare_load(self) -> Answer:
         # Loads belong to a process that has not saved: no warm staging memory, no cached plan.
         self._engine.close()
-        self._engine = engines.make(self._name, self._workload.state, self._root)
+        self._engine = ours.make(self._name, self._workload.state, self._root)
         self._engine.open()
         return {}
 
@@ -101,12 +99,12 @@ class EngineWorker:
         for tensor in self._workload.tensors:
             tensor.zero_()
         (raw.drop_cache if cold else raw.warm_cache)(self._root)
-        memory = measure.MemoryPeak()
-        cpu = measure.cpu_seconds()
+        memory = sampling.MemoryPeak()
+        cpu = sampling.cpu_seconds()
         start = time.perf_counter()
         self._engine.load(self._kept)
         seconds = time.perf_counter() - start
-        cpu = measure.cpu_seconds() - cpu
+        cpu = sampling.cpu_seconds() - cpu
         peak = memory.figures()["peak_extra_bytes"]
         different = workloads.num_different(self._workload.tensors)
         kind = "cold" if cold else "warm"
@@ -192,7 +190,7 @@ def main() -> None:
     def start() -> Answer:
         nonlocal worker
         if arguments["workload"] == "trainer":
-            from training import TrainerWorker
+            from .training import TrainerWorker
 
             worker = TrainerWorker(engine, root)
             facts = {"nbytes": worker.nbytes, "num_tensors": worker.num_tensors}

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from adapter import Engine
+from ..engines.adapter import Engine
 
 Figures = dict[str, Any]
 POLL_SECONDS = 0.005

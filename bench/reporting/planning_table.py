@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from planning_steps import Times
-from simulated_ranks import LAYOUTS
+from ..measuring.planning_steps import Times
+from ..measuring.simulated_ranks import LAYOUTS
 
 Part = Literal["rank", "plan", "commit"]
 PARTS: tuple[Part, ...] = ("rank", "plan", "commit")

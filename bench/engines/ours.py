@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter import WAIT_SECONDS, Engine, Pending, remove
+from .adapter import WAIT_SECONDS, Engine, Pending, remove
 
 if TYPE_CHECKING:
     from dcp_async import CheckpointEngine
@@ -86,7 +86,7 @@ def make(name: str, state: dict[str, Any], root: Path) -> Engine:
             budget = BUDGET_BYTES if "128" in rest else None
             return DcpAsync(state, root, overlap="overlap" in rest, budget=budget)
         case ["stock", *rest]:
-            import stock
+            from . import stock
 
             return stock.Stock(
                 state,
@@ -96,7 +96,7 @@ def make(name: str, state: dict[str, Any], root: Path) -> Engine:
                 overlap="overlap" in rest,
             )
         case [peer]:
-            import peers
+            from . import peers
 
             return peers.PEERS[peer](state, root)
     raise ValueError(f"no engine named {name!r}")

@@ -1,0 +1,1 @@
+"""Who is measured: the engines' names, what a run must know of each, and how each is called."""

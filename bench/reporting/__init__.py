@@ -1,0 +1,1 @@
+"""What samples say: medians, ratios, tables and charts, from a run's JSON alone."""
