@@ -322,7 +322,8 @@ def bench(session: nox.Session) -> None:
     """Measure beside stock DCP and every peer, an hour or, with --quick, minutes; --help has the options.
 
     With `growth` as first argument: curves of cost against bytes and number of tensors. With `against` and a
-    revision: this package beside the one of then.
+    revision: this package beside the one of then. With `planning`: what plans cost with many ranks. With
+    `replicas`: what comparing replicas costs. With `report` and a JSON file: its tables and charts.
     """
     if not is_current(PEERS, *PEERS_INPUTS):
         install(session, "--no-deps", *group("peers"))
@@ -331,7 +332,7 @@ def bench(session: nox.Session) -> None:
     packages = session.run("python", "-c", find, silent=True)
     assert isinstance(packages, str)
     program, arguments = "run", list(session.posargs)
-    if arguments[:1] in (["growth"], ["against"]):
+    if arguments and arguments[0] in ("growth", "against", "planning", "replicas", "report"):
         program = arguments.pop(0)
     environment = {"PYTHONPATH": packages.strip()}
     session.run(DEV_PYTHON, "-m", f"bench.{program}", *arguments, env=environment, external=True)

@@ -4,25 +4,20 @@ Run as `python3 noxfile.py bench against REVISION`, or `python -m bench.against 
 driven by this tree's bench, each in a process of its own, and are asked for samples in turn; the first save
 of each is shown apart, since it makes the plan and touches the memory. Writes against.json and prints, for
 each figure, both medians and the median of the ratios of each round, which drifts of the machine leave alone.
-Belongs here: which samples, in which order. Not here: how a figure is taken (sampling.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .engines.roster import OURS
-from .measuring import machine as facts
-from .measuring.processes import ROOT, Child, Group, progress
-from .reporting import results
-from .run import scratch
+from . import cli, reporting
+from .engines import OURS
+from .measuring import ROOT, Child, Group, machine_facts, progress, running
 
 BEFORE, AFTER = "before", "after"
 FIGURES = ("first_staged", "first_durable", "staged", "durable", "cold", "warm")
@@ -30,42 +25,33 @@ SLOWER = 1.03
 """A median ratio above this is marked."""
 
 
-@contextmanager
-def checkout(revision: str, directory: Path) -> Iterator[Path]:
+def check_out(revision: str, directory: Path, *, repository: Path = ROOT) -> Path:
     """The package of a revision, in a folder of ``directory``; the repository is left as it was."""
     tree = directory / "tree"
     tree.mkdir()
-    packed = subprocess.Popen(
-        ["git", "-C", str(ROOT), "archive", revision, "dcp_async"], stdout=subprocess.PIPE
-    )
-    unpacked = subprocess.run(["tar", "-x", "-C", str(tree)], stdin=packed.stdout)
-    if packed.wait() or unpacked.returncode:
+    # The package and no more: a bench of then would be found before this one.
+    archive = ["git", "-C", str(repository), "archive", revision, "dcp_async"]
+    with subprocess.Popen(archive, stdout=subprocess.PIPE) as packed:
+        unpacked = subprocess.run(["tar", "-x", "-C", str(tree)], stdin=packed.stdout)
+    if packed.returncode or unpacked.returncode:
         raise SystemExit(f"{revision!r} could not be taken out of the repository")
-    yield tree
+    return tree
 
 
 def measure(workload: str, trees: Mapping[str, Path], rounds: int, directory: Path) -> Group:
     """All samples of one workload."""
-    group = Group([])
-    try:
-        for label, tree in trees.items():
-            group.children.append(Child(OURS, workload, 1.0, directory, label=label, tree=tree))
-        for child in group.children:
-            group.facts[child.engine] = child.ready()
-        both = list(trees)
+    both = list(trees)
+    children = (
+        Child(OURS, workload, 1.0, directory, label=label, tree=tree) for label, tree in trees.items()
+    )
+    with running(children) as group:
         group.take("first", prefix="first_", only=both)
         for round_ in range(rounds):
             group.take("save", rotate=round_, only=both)
         group.take("prepare_load", only=both)
         for round_ in range(rounds):
-            for cold in (True, False):
-                group.take("load", rotate=round_, only=both, cold=cold)
-        for label, figures in list(group.samples.items()):
-            if sum(figures.get("num_different", ())):
-                group.fail(label, "what was loaded differs from what was saved")
-    finally:
-        for child in group.children:
-            child.close()
+            group.take_loads(round_, only=both)
+        group.fail_wrong()
     return group
 
 
@@ -88,17 +74,15 @@ def table(samples: Mapping[str, Mapping[str, Mapping[str, list[Any]]]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
+    cli.add_directory(parser)
     parser.add_argument("revision", help="what this tree is compared with, as git names it")
     parser.add_argument("--workloads", default="large,many", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="default: %(default)s")
-    parser.add_argument("--dir", type=Path, help="where checkpoints go (a temporary folder of this one)")
     given = parser.parse_args()
-    with scratch(given.dir or Path.cwd()) as directory, checkout(given.revision, directory) as tree:
-        data: results.Data = {"kind": "against", "version": 1, "machine": facts.machine(directory)}
+    with cli.scratch(given.dir) as directory:
+        tree = check_out(given.revision, directory)
+        data: reporting.Data = {"kind": "against", "version": 1, "machine": machine_facts(directory)}
         data |= {"revision": given.revision, "rounds": given.rounds, "samples": {}, "failures": {}}
         for workload in given.workloads.split(","):
             progress(f"{workload}: {given.rounds} rounds")
@@ -106,11 +90,9 @@ def main() -> int:
             below.mkdir()
             group = measure(workload, {BEFORE: tree, AFTER: ROOT}, given.rounds, below)
             data["samples" if not group.failures else "failures"][workload] = group.failures or group.samples
-            results.write(data, given.out / "against.json")
+            reporting.write(data, given.out / "against.json")
     print(table(data["samples"]))
-    for workload, failures in data["failures"].items():
-        print(f"{workload}: {failures}", file=sys.stderr)
-    return 1 if data["failures"] else 0
+    return cli.exit_status(f"{workload}: {failures}" for workload, failures in data["failures"].items())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """What does planning cost with many ranks: dcp_async beside stock DCP's planner, in one process.
 
-Run as `python -m bench.planning`. Writes planning.json (every sample) and planning.md (medians and ratios),
-anew after each layout and number of ranks.
-Belongs here: which cases, in which order. Not here: the ranks (simulated_ranks.py), the steps
-(planning_steps.py), the table (planning_table.py), saves with real processes.
+Run as `python3 noxfile.py bench planning`, or `python -m bench.planning`. Writes planning.json (every sample)
+and planning.md (medians and ratios), anew after each layout and number of ranks.
 """
 
 from __future__ import annotations
@@ -16,11 +14,10 @@ from pathlib import Path
 
 import torch
 
-from .measuring import machine as facts
-from .measuring.planning_steps import Times, run_ours, run_stock, store_seconds
-from .measuring.processes import progress
-from .measuring.simulated_ranks import LAYOUTS, NUM_LEAVES, Ranks
-from .reporting.planning_table import Case, as_json, as_markdown
+from . import cli
+from .measuring import machine_facts, progress
+from .measuring.planning import LAYOUTS, NUM_LEAVES, Ranks, Times, run_ours, run_stock, store_seconds
+from .reporting import Case, as_json, as_markdown
 
 
 def measure(layout: str, world_size: int, given: argparse.Namespace) -> Case:
@@ -42,7 +39,7 @@ def measure(layout: str, world_size: int, given: argparse.Namespace) -> Case:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.parser(__doc__)
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="comma-separated (%(default)s)")
     parser.add_argument("--ranks", default="8,64,256,1024,4096", help="comma-separated (%(default)s)")
     parser.add_argument("--items", type=int, default=625, help="per rank (%(default)s)")
@@ -53,9 +50,8 @@ def main() -> int:
         default=256,
         help="stock up to so many: it takes minutes beyond (%(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="(%(default)s)")
     given = parser.parse_args()
-    machine = facts.machine(Path.cwd()) | {"torch": torch.__version__}
+    machine = machine_facts(Path.cwd()) | {"torch": torch.__version__}
     configuration = {"items": given.items, "leaves": NUM_LEAVES, "runs": given.runs}
     store = store_seconds()
     cases: list[Case] = []
@@ -68,7 +64,7 @@ def main() -> int:
             machine["load_average_at_end"] = round(os.getloadavg()[0], 2)
             for suffix, text in (
                 ("json", as_json(configuration, machine, store, cases)),
-                ("md", as_markdown(configuration, machine, store, cases)),
+                ("md", as_markdown(configuration, machine, store, cases, LAYOUTS)),
             ):
                 (given.out / f"planning.{suffix}").write_text(text, encoding="ascii")
     print((given.out / "planning.md").read_text(encoding="ascii"))

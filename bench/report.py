@@ -4,8 +4,8 @@
     python -m bench.report RESULTS.json --readme                   the README's table, printed
     python -m bench.report RESULTS.json --docs docs/performance    the tables and charts that the docs show
 
-In: results.json of bench/run.py, or growth.json of bench/growth.py, whole or of a run that was cut. Out:
-text and PNG files.
+In: results.json of `bench.run` or growth.json of `bench.growth`, whole or of a run that was cut. Out: text
+and PNG files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .reporting import curves, report, results
+from . import reporting
 
 
 def main() -> None:
@@ -24,18 +24,13 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="print the README's table")
     parser.add_argument("--docs", type=Path, metavar="DIR", help="write what the documentation includes")
     given = parser.parse_args()
-    data = results.read(given.results)
-    if data.get("kind") == "growth":
-        if given.docs:
-            curves.write_docs(data, given.docs)
-        else:
-            print(curves.write_all(data, given.results.parent))
-    elif given.readme:
-        print(report.readme(data))
+    data = reporting.read(given.results)
+    if given.readme:
+        print(reporting.readme(data))
     elif given.docs:
-        report.write_docs(data, given.docs)
+        reporting.write_docs(data, given.docs)
     else:
-        print(report.write_all(data, given.results.parent))
+        print(reporting.write_all(data, given.results.parent))
 
 
 if __name__ == "__main__":

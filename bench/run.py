@@ -1,28 +1,24 @@
 """What does a checkpoint cost: dcp_async beside stock DCP, every peer and the bare machine, in one run.
 
 Run as `python3 noxfile.py bench`, or `python -m bench.run` where the peers are installed. Writes
-results.json (every sample) after each part of the run, then the tables and charts that `report.py` makes
+results.json (every sample) after each part of the run, then the tables and charts that `bench.report` makes
 of it. Each engine has a process of its own; one round asks each in turn for one sample of each figure; a
 figure's number is the median over the rounds. What the goals compare comes first, in every workload; then
 the other engines, beside ours again. When the time is up, no further round is begun past the third.
-Belongs here: the order of things and the time they may take. Not here: how a figure is taken (sampling.py),
-how it is shown (report.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .engines.roster import (
+from . import cli, reporting
+from .engines import (
     CORE,
     ENGINES,
     OTHERS,
@@ -33,10 +29,16 @@ from .engines.roster import (
     groups_that_fit,
     memory_needed,
 )
-from .measuring import machine as facts
-from .measuring.processes import Group, progress, running
-from .measuring.workloads import STATE_BYTES
-from .reporting import report, results
+from .measuring import (
+    STATE_BYTES,
+    WRONG_BITS,
+    Child,
+    Group,
+    machine_facts,
+    memory_available,
+    progress,
+    running,
+)
 
 FEWEST_ROUNDS = 3
 LOST_WORKLOADS = ("large", "many")
@@ -65,22 +67,14 @@ class Options:
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """The options of this process."""
     everything = (*STATE_BYTES, "trainer")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
+    cli.add_directory(parser)
     parser.add_argument("--workloads", default=",".join(everything), help="default: %(default)s")
     parser.add_argument("--engines", default=",".join(ENGINES), help="ours is always among them (all)")
     parser.add_argument("--runs", type=int, help="rounds (5; with --quick 2)")
     parser.add_argument("--minutes", type=float, default=35.0, help="no round past the third then (35)")
     parser.add_argument("--scale", type=float, help="fraction of each workload's tensors (1; --quick 0.05)")
     parser.add_argument("--quick", action="store_true", help="a look in a few minutes; not to be quoted")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("bench/results"),
-        help="where JSON, tables and charts go (%(default)s)",
-    )
-    parser.add_argument("--dir", type=Path, help="where checkpoints go (a temporary folder of this one)")
     given = parser.parse_args(arguments)
     workloads, engines = tuple(given.workloads.split(",")), tuple(given.engines.split(","))
     for asked, known in ((workloads, everything), (engines, tuple(ENGINES))):
@@ -172,16 +166,9 @@ def measure(group: Group, part: Part, given: Options, clock: Clock) -> None:
     loading = [engine for engine in group.engines() if ENGINES[engine].loads and (part.core or engine != RAW)]
     group.take("prepare_load", only=loading)
     for round_ in _rounds(given, clock, 1.0):
-        for cold in (True, False):
-            now = [e for e in loading if e not in slow or round_ < FEWEST_ROUNDS]
-            group.take("load", rotate=round_, only=now, cold=cold)
+        group.take_loads(round_, only=[e for e in loading if e not in slow or round_ < FEWEST_ROUNDS])
     group.take("check", only=group.engines(but=[RAW, *loading]))
-    for engine, figures in list(group.samples.items()):
-        if wrong := sum(figures.get("num_different", ())):
-            group.fail(engine, f"{MISMATCH}: {wrong} tensors of all loads differ from what was saved")
-
-
-MISMATCH = "wrong bits"
+    group.fail_wrong()
 
 
 def _measure_lost(group: Group, part: Part, given: Options, slow: Sequence[str]) -> None:
@@ -213,20 +200,7 @@ def _rounds(given: Options, clock: Clock, share: float) -> Iterator[int]:
         yield round_
 
 
-@contextmanager
-def scratch(parent: Path) -> Iterator[Path]:
-    """A directory of our own for the checkpoints, removed at the end."""
-    parent.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="bench-tmp-", dir=parent))
-    try:
-        if facts.file_system(directory) == "tmpfs":
-            raise SystemExit(f"{parent} is in memory (tmpfs): nothing there is durable; give --dir on a disk")
-        yield directory
-    finally:
-        shutil.rmtree(directory)
-
-
-def run(given: Options, directory: Path, path: Path) -> results.Data:
+def run(given: Options, directory: Path, path: Path) -> reporting.Data:
     """Measure everything; the file at `path` is whole after each part."""
     configuration = {
         "runs": given.runs,
@@ -234,8 +208,8 @@ def run(given: Options, directory: Path, path: Path) -> results.Data:
         "quick": given.quick,
         "minutes": given.minutes,
     }
-    data = results.new(configuration, facts.machine(directory))
-    room = int(facts.memory_available() * 0.85)
+    data = reporting.new(configuration, machine_facts(directory))
+    room = int(memory_available() * 0.85)
     planned = parts(given, room)
     clock = Clock(given.minutes, planned)
     started = time.monotonic()
@@ -247,35 +221,34 @@ def run(given: Options, directory: Path, path: Path) -> results.Data:
         needed = memory_needed(part.engines, nbytes)
         if needed > room:
             reason = f"{' + '.join(part.engines)} need {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB can be used"
-            results.add(data, part.workload, Group([], failures=dict.fromkeys(part.engines, reason)))
+            reporting.add(data, part.workload, Group([], failures=dict.fromkeys(part.engines, reason)))
         else:
             take = measure_trainer if part.workload == "trainer" else measure
-            with running(part.engines, part.workload, given.scale, directory / str(number)) as group:
+            below = directory / str(number)
+            children = (Child(engine, part.workload, given.scale, below) for engine in part.engines)
+            with running(children) as group:
                 take(group, part, given, clock)
-            results.add(data, part.workload, group, core=part.core)
-            shutil.rmtree(directory / str(number))
+            reporting.add(data, part.workload, group, core=part.core)
+            shutil.rmtree(below)
         data["configuration"]["seconds_taken"] = round(time.monotonic() - started)
         data["machine"]["load_average_at_end"] = round(os.getloadavg()[0], 2)
-        results.write(data, path)
+        reporting.write(data, path)
     return data
 
 
 def main() -> int:
     given = parse()
     path = given.out / "results.json"
-    with scratch(given.directory or Path.cwd()) as directory:
+    with cli.scratch(given.directory) as directory:
         data = run(given, directory, path)
-    print(report.write_all(data, given.out))
+    print(reporting.write_all(data, given.out))
     progress(f"written: {path}, tables and charts beside it")
-    bad = {
+    return cli.exit_status(
         f"{workload}, {engine}: {reason}"
         for workload in data["workloads"]
-        for engine, reason in results.failures(data, workload).items()
-        if engine.startswith(OURS) or engine == RAW or reason.startswith(MISMATCH)
-    }
-    for line in sorted(bad):
-        print(line, file=sys.stderr)
-    return 1 if bad else 0
+        for engine, reason in reporting.failures(data, workload).items()
+        if engine.startswith(OURS) or engine == RAW or reason.startswith(WRONG_BITS)
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Our own engine's adapter, and which adapter has which name.
+"""The adapter of `dcp_async.CheckpointEngine`: its public names, called as a user's program calls them.
 
-In: a name of `roster.ENGINES`. Out: an `Engine`, not yet open.
-Belongs here: how to call `dcp_async` and with which options. Not here: peers (stock.py, peers.py), clocks
-beyond the call itself, output.
+In: whether saves overlap, and the budget of staging memory. Out: an `Engine`.
+Keeps: nothing of the package but its public names is used, so that `against` can drive any revision of it.
 """
 
 from __future__ import annotations
@@ -12,22 +11,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter import WAIT_SECONDS, Engine, Pending, remove
+from .adapter import WAIT_SECONDS, Adapter, Pending
 
 if TYPE_CHECKING:
     from dcp_async import CheckpointEngine
 
-BUDGET_BYTES = 128 << 20
 
-
-class DcpAsync:
+class DcpAsync(Adapter):
     """`dcp_async.CheckpointEngine`, awaited from a loop of the main thread that stands still otherwise."""
 
     def __init__(
         self, state: dict[str, Any], root: Path, *, overlap: bool = False, budget: int | None = None
     ) -> None:
-        self._state = state
-        self._root = root
+        super().__init__(state, root)
         self._overlap = overlap
         self._budget = budget
         self._runner = asyncio.Runner()
@@ -52,15 +48,10 @@ class DcpAsync:
             start = time.perf_counter()
             response = await self._engine.save(self._state, step=step)
             blocked = time.perf_counter() - start
-            staging, upload = response.staging_completion, response.upload_completion
-
-            def staged() -> None:
-                staging.result(WAIT_SECONDS)
-
-            def result() -> None:
-                upload.result(WAIT_SECONDS)
-
-            return Pending(blocked=blocked, staged=staged, done=upload.done, result=result)
+            staging = response.staging_completion
+            return Pending.until(
+                response.upload_completion, blocked=blocked, staged=lambda: staging.result(WAIT_SECONDS)
+            )
 
         return self._runner.run(save())
 
@@ -70,33 +61,6 @@ class DcpAsync:
 
         self._runner.run(load())
 
-    def discard(self, step: int) -> None:
-        remove(self._root / f"step-{step:08d}")
-
     def close(self) -> None:
         self._runner.run(self._engine.close())
         self._runner.close()
-
-
-def make(name: str, state: dict[str, Any], root: Path) -> Engine:
-    """The adapter of that name, not yet open; imports its engine."""
-    # Not at the top: a process imports the engine that it measures and no other.
-    match name.split(" "):
-        case ["dcp_async", *rest]:
-            budget = BUDGET_BYTES if "128" in rest else None
-            return DcpAsync(state, root, overlap="overlap" in rest, budget=budget)
-        case ["stock", *rest]:
-            from . import stock
-
-            return stock.Stock(
-                state,
-                root,
-                how="sync" if "sync" in rest else "process" if "process" in rest else "thread",
-                best="best" in rest,
-                overlap="overlap" in rest,
-            )
-        case [peer]:
-            from . import peers
-
-            return peers.PEERS[peer](state, root)
-    raise ValueError(f"no engine named {name!r}")

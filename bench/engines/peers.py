@@ -3,7 +3,6 @@
 In: a nested state dict and a directory. Out: an `Engine`.
 Keeps: none of these syncs what it writes; each is synced from outside before it counts as durable, and the
 roster marks it.
-Belongs here: how these are called. Not here: stock DCP (stock.py).
 """
 
 from __future__ import annotations
@@ -15,54 +14,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .adapter import (
-    WAIT_SECONDS,
-    Engine,
-    Pending,
-    copy_into,
-    join_group,
-    named_tensors,
-    nothing,
-    plain,
-    remove,
-    sync_tree,
-    synced_afterwards,
-)
+from .adapter import WAIT_SECONDS, Adapter, Engine, Pending, join_group, nothing, synced_afterwards
+from .files import sync_tree
+from .trees import copy_into, named_tensors, plain
 
 if TYPE_CHECKING:
     from torch_checkpointing import CheckpointManager
 
 
-class _OneFile:
+class _OneFile(Adapter):
     """A blocking writer of one file: the state may be mutated when it returns, durable after a sync."""
-
-    suffix = ""
-
-    def __init__(self, state: dict[str, Any], root: Path) -> None:
-        self._state = state
-        self._root = root
 
     def open(self) -> None:
         """There is nothing to open."""
 
     def save(self, step: int) -> Pending:
-        path = self._path(step)
+        path = self.path(step)
         start = time.perf_counter()
         self._write(path)
         blocked = time.perf_counter() - start
         return Pending(blocked=blocked, staged=nothing, done=lambda: True, result=lambda: sync_tree(path))
 
     def load(self, step: int) -> None:
-        self._read(self._path(step))
-
-    def discard(self, step: int) -> None:
-        remove(self._path(step))
+        self._read(self.path(step))
 
     def close(self) -> None:
         """There is nothing to close."""
-
-    def _path(self, step: int) -> Path:
-        return self._root / f"step-{step:08d}{self.suffix}"
 
     def _write(self, path: Path) -> None:
         raise NotImplementedError
@@ -111,15 +88,14 @@ class Safetensors(_OneFile):
             tensor.copy_(loaded[name])
 
 
-class TorchCheckpointing:
+class TorchCheckpointing(Adapter):
     """`torch_checkpointing.CheckpointManager` with its defaults for a machine without accelerator.
 
     But for `use_direct_io=False`: what the default, True, writes on ext4 fails with EINVAL.
     """
 
     def __init__(self, state: dict[str, Any], root: Path) -> None:
-        self._state = state
-        self._root = root
+        super().__init__(state, root)
         import torch_checkpointing  # noqa: F401 - loaded before the baseline of the memory figure is taken
 
         self._manager: CheckpointManager | None = None
@@ -139,7 +115,7 @@ class TorchCheckpointing:
 
     def save(self, step: int) -> Pending:
         manager = self._opened()
-        path = self._path(step)
+        path = self.path(step)
         start = time.perf_counter()
         written = manager.save(str(path), plain(self._state))
         blocked = time.perf_counter() - start
@@ -149,18 +125,10 @@ class TorchCheckpointing:
                 pass
 
         durable = synced_afterwards(lambda: written.result(WAIT_SECONDS), path)
-        return Pending(
-            blocked=blocked,
-            staged=staged,
-            done=durable.done,
-            result=lambda: durable.result(WAIT_SECONDS),
-        )
+        return Pending.until(durable, blocked=blocked, staged=staged)
 
     def load(self, step: int) -> None:
-        self._opened().load(str(self._path(step)), into=self._state, strict=True)
-
-    def discard(self, step: int) -> None:
-        remove(self._path(step))
+        self._opened().load(str(self.path(step)), into=self._state, strict=True)
 
     def close(self) -> None:
         self._opened().close()
@@ -169,19 +137,15 @@ class TorchCheckpointing:
         assert self._manager is not None
         return self._manager
 
-    def _path(self, step: int) -> Path:
-        return self._root / f"step-{step:08d}"
 
-
-class TorchSnapshot:
+class TorchSnapshot(Adapter):
     """`torchsnapshot.Snapshot` over a gloo group of one rank.
 
     Without a group its `async_take` fails on a machine with IPv4 only.
     """
 
     def __init__(self, state: dict[str, Any], root: Path) -> None:
-        self._state = state
-        self._root = root
+        super().__init__(state, root)
         import torchsnapshot  # noqa: F401 - loaded before the baseline of the memory figure is taken
 
     def describe(self) -> str:
@@ -193,25 +157,17 @@ class TorchSnapshot:
     def save(self, step: int) -> Pending:
         from torchsnapshot import Snapshot
 
-        path = self._path(step)
+        path = self.path(step)
         start = time.perf_counter()
         pending = Snapshot.async_take(str(path), self._application())
         blocked = time.perf_counter() - start
         durable = synced_afterwards(pending.wait, path)
-        return Pending(
-            blocked=blocked,
-            staged=nothing,
-            done=durable.done,
-            result=lambda: durable.result(WAIT_SECONDS),
-        )
+        return Pending.until(durable, blocked=blocked)
 
     def load(self, step: int) -> None:
         from torchsnapshot import Snapshot
 
-        Snapshot(str(self._path(step))).restore(self._application())
-
-    def discard(self, step: int) -> None:
-        remove(self._path(step))
+        Snapshot(str(self.path(step))).restore(self._application())
 
     def close(self) -> None:
         import torch.distributed as dist
@@ -222,9 +178,6 @@ class TorchSnapshot:
         from torchsnapshot import StateDict
 
         return {"state": StateDict(**plain(self._state))}
-
-    def _path(self, step: int) -> Path:
-        return self._root / f"step-{step:08d}"
 
 
 PEERS: Mapping[str, Callable[[dict[str, Any], Path], Engine]] = {

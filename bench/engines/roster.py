@@ -1,7 +1,4 @@
-"""Who is measured: the engines' names, in the order of the tables, and what a run must know of each.
-
-Belongs here: facts about engines as wholes. Not here: how one is called (engines.py, stock.py, peers.py).
-"""
+"""The engines' names, in the order of the tables, and what a run must know of each."""
 
 from __future__ import annotations
 
@@ -28,12 +25,13 @@ class Traits:
 
 RAW = "raw"
 OURS = "dcp_async"
+STOCK = "stock"
 ENGINES: Mapping[str, Traits] = {
     RAW: Traits(held=2.0, asynchronous=False, loads=True),
     OURS: Traits(held=2.0, loads=True),
     "dcp_async overlap": Traits(held=2.0),
     "dcp_async 128 MiB": Traits(held=1.15),
-    "stock": Traits(held=2.0, loads=True, slow_many=True),
+    STOCK: Traits(held=2.0, loads=True, slow_many=True),
     "stock best": Traits(held=2.0, slow_many=True),
     "stock best overlap": Traits(held=2.0, slow_many=True),
     "stock process": Traits(held=3.0, slow_many=True),
@@ -45,10 +43,10 @@ ENGINES: Mapping[str, Traits] = {
     "torch-checkpointing": Traits(held=2.2, loads=True, mark="*"),
     "torchsnapshot": Traits(held=2.2, loads=True, mark="*"),
 }
-CORE = (RAW, OURS, "stock", "stock best")
+CORE = (RAW, OURS, STOCK, "stock best")
 """Measured first and together: what the goals compare."""
 OTHERS = tuple(engine for engine in ENGINES if engine not in CORE)
-TRAINER_CORE = (OURS, "dcp_async overlap", "stock", "stock best")
+TRAINER_CORE = (OURS, "dcp_async overlap", STOCK, "stock best")
 TRAINER_OTHERS = (OURS, "stock process best", "torch-checkpointing", "torchsnapshot")
 PROCESS_BYTES = 400 << 20
 """An engine's process without the state: interpreter, torch, the engine."""

@@ -1,7 +1,6 @@
 """The adapter of stock DCP: `save` and `async_save` of torch, as they come and at their best.
 
 In: which executor, and whether tuned. Out: an `Engine`.
-Belongs here: how stock is called. Not here: any other peer.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .adapter import WAIT_SECONDS, Pending, join_group, remove
+from .adapter import WAIT_SECONDS, Adapter, Pending, join_group
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.staging import DefaultStager
@@ -21,7 +20,7 @@ THREADS = 2
 """Threads of stock's writer at its best: on two cores one was slower for large tensors, four no faster."""
 
 
-class Stock:
+class Stock(Adapter):
     """`torch.distributed.checkpoint` over a gloo group of one rank, or over the one that was `joined`.
 
     `best` reuses one `DefaultStager`, tunes the writer and caches plans; `overlap` lets that stager copy on
@@ -38,8 +37,7 @@ class Stock:
         overlap: bool,
         joined: bool = False,
     ) -> None:
-        self._state = state
-        self._root = root
+        super().__init__(state, root)
         self._how = how
         self._best = best
         self._overlap = overlap
@@ -81,24 +79,15 @@ class Stock:
     def save(self, step: int) -> Pending:
         from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
-        path = self._path(step)
         start = time.perf_counter()
-        response = self._call(path)
+        response = self._call(self.path(step))
         blocked = time.perf_counter() - start
-        staging: Future[Any] | None = None
-        if isinstance(response, AsyncSaveResponse):
-            staging, upload = response.staging_completion, response.upload_completion
-        else:
-            upload = response
-
-        def staged() -> None:
-            if staging is not None:
-                staging.result(WAIT_SECONDS)
-
-        def result() -> None:
-            upload.result(WAIT_SECONDS)
-
-        return Pending(blocked=blocked, staged=staged, done=upload.done, result=result)
+        if not isinstance(response, AsyncSaveResponse):
+            return Pending.until(response, blocked=blocked)
+        staging = response.staging_completion
+        return Pending.until(
+            response.upload_completion, blocked=blocked, staged=lambda: staging.result(WAIT_SECONDS)
+        )
 
     def _call(self, path: Path) -> Future[Any] | AsyncSaveResponse:
         from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -124,10 +113,7 @@ class Stock:
     def load(self, step: int) -> None:
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        load(self._state, checkpoint_id=self._path(step))
-
-    def discard(self, step: int) -> None:
-        remove(self._path(step))
+        load(self._state, checkpoint_id=self.path(step))
 
     def close(self) -> None:
         import torch.distributed as dist
@@ -136,6 +122,3 @@ class Stock:
             self._stager.close()
         if not self._joined:
             dist.destroy_process_group()
-
-    def _path(self, step: int) -> Path:
-        return self._root / f"stock-{step:08d}"

@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 
-def machine(directory: Path) -> dict[str, Any]:
+def machine_facts(directory: Path) -> dict[str, Any]:
     """The machine, and the kind of file system that holds `directory`; no names, no paths."""
-    meminfo = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    )
     model = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -22,7 +19,7 @@ def machine(directory: Path) -> dict[str, Any]:
     return {
         "cores": len(os.sched_getaffinity(0)),
         "cpu": model[0] if model else platform.machine(),
-        "memory_bytes": int(meminfo["MemTotal"].split()[0]) * 1024,
+        "memory_bytes": _memory_bytes("MemTotal"),
         "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
         "file_system": file_system(directory),
@@ -35,22 +32,26 @@ def machine(directory: Path) -> dict[str, Any]:
 def file_system(directory: Path) -> str:
     """The type of the file system that holds `directory`."""
     device = directory.resolve().stat().st_dev
-    found = "unknown"
+    seen = "unknown"
     # Later mounts hide earlier ones: the last line with this device is the one that is seen.
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
         fields, kind = line.split(" - ", 1)
         major, minor = fields.split()[2].split(":")
         if os.makedev(int(major), int(minor)) == device:
-            found = kind.split()[0]
-    return found
+            seen = kind.split()[0]
+    return seen
 
 
 def memory_available() -> int:
     """Bytes that the kernel says can be had without swapping."""
+    return _memory_bytes("MemAvailable")
+
+
+def _memory_bytes(field: str) -> int:
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable: these benches need Linux")
+    raise OSError(f"/proc/meminfo has no {field}: these benches need Linux")
 
 
 def _first_line(path: str) -> str:

@@ -1,9 +1,8 @@
-"""The parent's side of the engines' processes: start them, ask them in turn, end them.
+"""The parent's side of the processes that are measured: start them, ask them in turn, end them.
 
 In: which engines over which workload. Out: every sample, by engine and figure, in order of taking.
 Keeps: one process is asked at a time; the samples of one round lie close together in time; an engine that
 fails is left out from then on, with its reason in `failures`, and never silently.
-Belongs here: processes and rounds. Not here: what a figure is, how it is printed.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 """What holds this bench and the package beside it."""
 ANSWER_SECONDS = 300.0
 """After this long without an answer a process is killed: far above the slowest sample."""
+RANKS_SECONDS = 600.0
+"""After this long the ranks of one point are killed."""
+WRONG_BITS = "what was loaded differs from what was saved"
 PATH_LIKE = re.compile(r"(?<![\w.])(?:file:/+)?/[\w.+-]+(?:/[\w.+-]*)+")
 
 
@@ -35,6 +38,19 @@ class WorkerError(Exception):
 def progress(text: str) -> None:
     """One line for whoever watches."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+def command(module: str, argument: Mapping[str, Any]) -> list[str]:
+    """Runs a module of this folder, which reads the argument as JSON."""
+    # -P: the working directory must not come before what the environment names.
+    return [sys.executable, "-P", "-m", f"bench.measuring.{module}", json.dumps(argument)]
+
+
+def environment(tree: Path = ROOT) -> dict[str, str]:
+    """Leads a process to the package in `tree`, whatever is installed, and to this bench."""
+    paths = [str(tree), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # gloo must not go looking for a network.
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
 
 
 class Child:
@@ -59,17 +75,13 @@ class Child:
         root.mkdir(parents=True)
         self._log = root.with_suffix(".log")
         arguments = {"engine": engine, "workload": workload, "scale": scale, "root": str(root)}
-        # The package of `tree` is measured, whatever is installed or lies in the working directory (-P); gloo
-        # must not go looking for a network.
-        paths = [str(tree), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "bench.measuring.worker", json.dumps(arguments)],
+                command("worker", arguments),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env=environment(tree),
                 text=True,
             )
 
@@ -149,6 +161,17 @@ class Group:
         """The engines still in the run."""
         return [child.engine for child in self.children if child.engine not in but]
 
+    def take_loads(self, rotate: int, *, only: Sequence[str]) -> None:
+        """One load with a cold cache and one with a warm one of each of these engines."""
+        for cold in (True, False):
+            self.take("load", rotate=rotate, only=only, cold=cold)
+
+    def fail_wrong(self) -> None:
+        """Leave out every engine that loaded other bits than it had saved."""
+        for engine, figures in list(self.samples.items()):
+            if different := sum(figures.get("num_different", ())):
+                self.fail(engine, f"{WRONG_BITS}: {different} tensors of all loads")
+
     def fail(self, engine: str, reason: str) -> None:
         """Leave an engine out from here on, and say why."""
         self.failures[engine] = short_reason(reason)
@@ -163,19 +186,18 @@ class Group:
 def short_reason(text: str) -> str:
     """The last line that says something, without the machine's paths."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip(" -^~|=")]
-    return PATH_LIKE.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], lines[-1] if lines else "?")[
-        :300
-    ]
+    last = lines[-1] if lines else "?"
+    return PATH_LIKE.sub(lambda match: match[0].rstrip("/").rpartition("/")[2], last)[:300]
 
 
 @contextmanager
-def running(engines: Sequence[str], workload: str, scale: float, directory: Path) -> Iterator[Group]:
+def running(children: Iterable[Child]) -> Iterator[Group]:
     """The engines' processes, ready to be asked; ended on the way out."""
     group = Group([])
     try:
         # All at once: most of a start is importing torch, and nothing is timed yet.
-        for engine in engines:
-            group.children.append(Child(engine, workload, scale, directory))
+        for child in children:
+            group.children.append(child)
         for child in list(group.children):
             try:
                 group.facts[child.engine] = child.ready()
@@ -187,3 +209,36 @@ def running(engines: Sequence[str], workload: str, scale: float, directory: Path
             child.dismiss()
         for child in group.children:
             child.close()
+
+
+def run_ranks(module: str, num_ranks: int, given: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The samples of that many ranks: processes of a module of this folder, which meet on the loopback.
+
+    Raises: WorkerError when one fails, or takes longer than `RANKS_SECONDS`.
+    """
+    directory.mkdir(parents=True)
+    answer, log = directory / "samples.json", directory / "ranks.log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
+    arguments = command(module, {**given, "root": str(directory), "answer": str(answer)})
+    with log.open("wb") as output:
+        processes = [
+            subprocess.Popen(
+                arguments, env={**environment(), **meeting, "RANK": str(rank)}, stdout=output, stderr=output
+            )
+            for rank in range(num_ranks)
+        ]
+    try:
+        statuses = [process.wait(RANKS_SECONDS) for process in processes]
+    except subprocess.TimeoutExpired:
+        statuses = [-1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    if any(statuses):
+        raise WorkerError(log.read_text(encoding="utf-8", errors="replace"))
+    samples: dict[str, Any] = json.loads(answer.read_text(encoding="ascii"))
+    return samples

@@ -4,7 +4,6 @@ In: the tensors of a workload and a directory. Out: seconds of each floor. They 
 goals.
 Keeps: the arena is plain, page-aligned, private memory that was touched before anything is timed; a write is
 durable (file and directory synced) when its time ends; a read ends in the arena.
-Belongs here: floors that any engine could at best reach. Not here: anything that knows a checkpoint format.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from ..engines import sync
 
 ALIGNMENT = 4096
 CHUNK_BYTES = 32 << 20
@@ -68,7 +69,7 @@ class Raw:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        sync_directory(self._directory)
+        sync(self._directory)
         return time.perf_counter() - start
 
     def read(self, *, direct: bool) -> float:
@@ -84,7 +85,7 @@ class Raw:
     def discard(self) -> None:
         """Remove the file, and wait until the file system has let go of it."""
         self.path.unlink(missing_ok=True)
-        sync_directory(self._directory)
+        sync(self._directory)
 
     def close(self) -> None:
         self.discard()
@@ -130,37 +131,3 @@ class Raw:
         finally:
             self.discard()
         return True
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the directory's entries durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def drop_cache(directory: Path) -> None:
-    """Forget the cached pages of every file below `directory` (POSIX_FADV_DONTNEED, after a sync).
-
-    A cold cache is this machine's: the host of a virtual one may still hold the blocks.
-    """
-    for path in directory.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
-
-
-def warm_cache(directory: Path) -> None:
-    """Read every file below `directory` once, so that its pages are cached."""
-    buffer = bytearray(8 << 20)
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass

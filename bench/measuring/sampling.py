@@ -3,7 +3,6 @@
 In: an open `Engine`. Out: plain dicts of figures, times in seconds, memory in bytes.
 Keeps: a sample starts with nothing in flight and ends durable; deleting old checkpoints is never inside a
 timed span; helper processes of an engine count in CPU and in memory.
-Belongs here: the clock, the loops beside a save, the accounting. Not here: which engine, how often.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..engines.adapter import Engine
+from ..engines import Engine
 
 Figures = dict[str, Any]
 POLL_SECONDS = 0.005
@@ -132,14 +131,14 @@ class MemoryPeak:
 
 def helper_processes() -> list[str]:
     """The ids of all processes below this one."""
-    found: list[str] = []
+    below: list[str] = []
     waiting = ["self"]
     while waiting:
         for task in _listed(Path(f"/proc/{waiting.pop()}/task")):
             children = _read(task / "children").split()
-            found += children
+            below += children
             waiting += children
-    return found
+    return below
 
 
 def cpu_seconds() -> float:

@@ -3,7 +3,6 @@
 In: an engine's name, then commands. Out: seconds of every step and every save call.
 Keeps: an engine is called as in a trainer: nothing changes the weights before the state may be mutated, and a
 save waits for the one before it.
-Belongs here: the loop and its clock. Not here: percentiles, which engines.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from typing import Any
 
 import torch
 
-from ..engines import ours
-from ..engines.adapter import Pending
+from ..engines import Pending, make
+from .processes import ROOT
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.append(str(ROOT / "examples"))
 
 from async_trainer import Trainer, parse_options
 
@@ -39,12 +38,12 @@ class TrainerWorker:
         self._batch = options.batch_size
         text = "".join(pydoc_data.topics.topics.values()).encode()
         self._text = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-        self._places = torch.Generator().manual_seed(0)
+        self._positions = torch.Generator().manual_seed(0)
         self._pending: Pending | None = None
         self._step = 0
         state = {"model": self._trainer.model, "optim": self._trainer.optimizer}
         self._trainer.optimizer.register_step_pre_hook(self._wait_until_staged)
-        self._engine = ours.make(engine, state, root)
+        self._engine = make(engine, state, root)
         self._engine.open()
         self.commands: dict[str, Callable[..., dict[str, Any]]] = {
             "describe": self.describe,
@@ -117,13 +116,13 @@ class TrainerWorker:
             self._pending.staged()
 
     def _train_step(self) -> float:
-        places = torch.randint(
-            len(self._text) - self._context - 1, (self._batch,), generator=self._places
+        starts = torch.randint(
+            len(self._text) - self._context - 1, (self._batch,), generator=self._positions
         ).tolist()
-        tokens = torch.stack([self._text[place : place + self._context + 1] for place in places])
-        start = time.perf_counter()
+        tokens = torch.stack([self._text[start : start + self._context + 1] for start in starts])
+        began = time.perf_counter()
         self._trainer.step(tokens)
-        return time.perf_counter() - start
+        return time.perf_counter() - began
 
 
 def _rounded(seconds: list[float]) -> list[float]:

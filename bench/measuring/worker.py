@@ -3,8 +3,6 @@
 In: a JSON object as only argument, then one JSON command a line. Out: one JSON answer a line; whatever else
 is printed goes to standard error. An answer with "error" holds the traceback, and the process goes on.
 Keeps: between two answers the process does nothing, so that processes asked in turn never share the cores.
-Belongs here: the dispatch of commands. Not here: how a figure is taken (sampling.py), rounds and medians
-(processes.py).
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..engines import ours
+from .. import engines
 from . import raw, sampling, workloads
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ class EngineWorker:
         self._workload = workload
         self._root = root
         self._name = engine
-        self._engine = ours.make(engine, workload.state, root)
+        self._engine = engines.make(engine, workload.state, root)
         self._memory = sampling.MemoryPeak()
         self._engine.open()
         self._step = 0
@@ -91,14 +89,14 @@ class EngineWorker:
     def prepare_load(self) -> Answer:
         # Loads belong to a process that has not saved: no warm staging memory, no cached plan.
         self._engine.close()
-        self._engine = ours.make(self._name, self._workload.state, self._root)
+        self._engine = engines.make(self._name, self._workload.state, self._root)
         self._engine.open()
         return {}
 
     def load(self, cold: bool) -> Answer:
         for tensor in self._workload.tensors:
             tensor.zero_()
-        (raw.drop_cache if cold else raw.warm_cache)(self._root)
+        (engines.drop_cache if cold else engines.warm_cache)(self._root)
         memory = sampling.MemoryPeak()
         cpu = sampling.cpu_seconds()
         start = time.perf_counter()
@@ -160,7 +158,7 @@ class RawWorker:
         answer: Answer = {}
         for name, direct in (("", False), ("_direct", True)) if cold else (("", False),):
             self._raw.copies[0].zero_()
-            (raw.drop_cache if cold else raw.warm_cache)(self._root)
+            (engines.drop_cache if cold else engines.warm_cache)(self._root)
             answer[("cold" if cold else "warm") + name] = self._raw.read(direct=direct)
         return {**answer, "num_different": workloads.num_different(self._raw.copies)}
 
@@ -196,7 +194,9 @@ def main() -> None:
             facts = {"nbytes": worker.nbytes, "num_tensors": worker.num_tensors}
         else:
             workload = workloads.build(arguments["workload"], arguments["scale"])
-            worker = RawWorker(workload, root) if engine == "raw" else EngineWorker(engine, workload, root)
+            worker = (
+                RawWorker(workload, root) if engine == engines.RAW else EngineWorker(engine, workload, root)
+            )
             facts = {"nbytes": workload.nbytes, "num_tensors": len(workload.tensors)}
         return {
             **worker.commands["describe"](),

@@ -5,7 +5,6 @@ dict of CPU tensors filled with a pattern that is different in each tensor and d
 boundary. `grid:1000x67108864` is 1,000 equal tensors of 64 MiB in all, for curves.
 Keeps: the same name and scale give the same names, shapes and bits in each process, so a loaded state is
 compared with the pattern and no process needs a second copy of the state.
-Belongs here: shapes, names, fill and comparison. Not here: anything that saves, loads or takes time.
 """
 
 from __future__ import annotations
@@ -18,17 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-NAMES = ("large", "llm", "many", "mixed")
-NUM_MEDIUM = 4000
-MEDIUM_KIB = (16, 32, 64, 128, 256, 512, 512, 512)
-HUGE_BYTES = 128 << 20
-STATE_BYTES = {
-    "large": 64 << 24,
-    "llm": 2_298_876_480,
-    "many": 20_000 << 12,
-    "mixed": NUM_MEDIUM // len(MEDIUM_KIB) * sum(MEDIUM_KIB) * 1024 + 4 * HUGE_BYTES,
-}
-"""Sizes at scale 1, known without building them; a test compares."""
+from .sizes import HUGE_BYTES, MEDIUM_KIB, NUM_MEDIUM, STATE_BYTES
+
 PATTERN_PERIOD = 1_999_993
 """Elements of the base pattern; a prime, so that no repetition falls on a block, page or part boundary."""
 
@@ -63,7 +53,7 @@ def build(name: str, scale: float = 1.0) -> Workload:
         length = max(1, total // count // 4)
         state = {"model": {f"layer{i:06d}.weight": torch.empty(length) for i in range(_some(count, scale))}}
     else:
-        raise ValueError(f"no workload named {name!r}: choose from {', '.join(NAMES)}")
+        raise ValueError(f"no workload named {name!r}: choose from {', '.join(STATE_BYTES)}")
     tensors = tuple(iter_tensors(state))
     with _one_thread():
         for index, tensor in enumerate(tensors):

@@ -1,7 +1,7 @@
 """Pictures of a run: bars for each workload, curves of steps for the trainer, curves of growth.
 
-In: a run's JSON and a directory. Out: `<workload>.png` for each workload that has figures.
-Belongs here: everything that needs matplotlib, which only the environment of the bench has.
+In: a run's JSON and a directory. Out: `<workload>.png` for each workload that has figures, or `growth.png`.
+Keeps: the one module that imports matplotlib, which only the environment of the bench has.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from ..engines.roster import OURS, RAW
+from ..engines import OURS, RAW, STOCK
 from . import curves, results
 from .results import Data
 
@@ -32,14 +32,18 @@ WIDEST_RANGE = 15.0
 """From this ratio of the longest to the shortest bar on, the axis is logarithmic."""
 
 
-def draw(data: Data, directory: Path) -> None:
+def draw_run(data: Data, directory: Path) -> None:
     """All charts that the run has figures for."""
     for workload in data["workloads"]:
         figure = _trainer(data) if workload == "trainer" else _bars(data, workload)
         if figure is not None:
-            # Without the date and the version the same figures give the same file.
-            figure.savefig(directory / f"{workload}.png", dpi=110, metadata={"Software": None})
-            plt.close(figure)
+            _save(figure, directory / f"{workload}.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    # Without the version of matplotlib the same figures give the same file.
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
 
 
 def _kind(engine: str) -> str:
@@ -47,7 +51,7 @@ def _kind(engine: str) -> str:
         return "ours"
     if engine.startswith(OURS):
         return "ours, other options"
-    return "stock" if engine.startswith("stock") else "peer"
+    return "stock" if engine.startswith(STOCK) else "peer"
 
 
 def _bars(data: Data, workload: str) -> Any:
@@ -60,22 +64,22 @@ def _bars(data: Data, workload: str) -> Any:
     )
     for axis, (name, words) in zip(axes.flat, PANELS, strict=True):
         unit = 2**20 if name.endswith("bytes") else 1
-        found = {
+        values = {
             engine: cell.value / unit
             for engine in engines
             if (cell := results.cell(data, workload, engine, name)) and cell.value > 0
         }
-        if not found:
+        if not values:
             axis.set_axis_off()
             continue
         floor = None if name == "peak_extra_bytes" else results.cell(data, workload, RAW, name)
-        _panel(axis, found, words, floor.value if floor else None)
+        _panel(axis, values, words, floor.value if floor else None)
     return figure
 
 
-def _panel(axis: Any, found: dict[str, float], words: str, floor: float | None) -> None:
-    names = list(found)[::-1]
-    values = [found[name] for name in names]
+def _panel(axis: Any, seconds: dict[str, float], words: str, floor: float | None) -> None:
+    names = list(seconds)[::-1]  # the first bar is the lowest
+    values = [seconds[name] for name in names]
     bars = axis.barh(names, values, color=[COLOURS[_kind(name)] for name in names])
     smallest = min([*values, floor] if floor else values)
     if max(values) / smallest > WIDEST_RANGE:
@@ -118,10 +122,10 @@ def _trainer(data: Data) -> Any:
     steps.set_xlabel("ms a step, save() not in it")
     steps.set_ylabel("share of steps that took no longer")
     steps.legend(fontsize=8, loc="lower right")
-    found = {
+    medians = {
         engine: results.percentile(results.pooled(data, engine, "save_calls"), 50) * 1e3 for engine in engines
     }
-    _panel(calls, found, "save() keeps the trainer, median [ms]", None)
+    _panel(calls, medians, "save() keeps the trainer, median [ms]", None)
     steps.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -132,7 +136,7 @@ def _cumulated(axis: Any, values: list[float], name: str, colour: str, style: An
 
 
 def draw_growth(data: Data, directory: Path) -> None:
-    """The sweeps of `growth.py`, ours and stock."""
+    """The sweeps of `bench.growth`, ours and stock."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 5), layout="constrained")
     figure.suptitle("How cost grows (medians)")
     labels = {
@@ -164,5 +168,4 @@ def draw_growth(data: Data, directory: Path) -> None:
     lines = {line.get_label(): line for axis in axes for line in axis.lines}
     if lines:
         figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(directory / "growth.png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    _save(figure, directory / "growth.png")

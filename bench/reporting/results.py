@@ -3,7 +3,6 @@
 In: groups of samples. Out: one file, always whole; from it medians, and ratios to ours.
 Keeps: figures, samples and facts of the machine, never a path; a ratio compares engines of one group of one
 run only; a figure that was not taken is None, never 0.
-Belongs here: the shape of the file, medians, ratios. Not here: units, words, what is measured.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engines.roster import ENGINES, OURS, RAW
-from ..measuring.processes import Group
+from ..engines import ENGINES, OURS, RAW
+from ..measuring import Group
 
 VERSION = 1
 Data = dict[str, Any]
@@ -43,7 +42,7 @@ def new(configuration: Mapping[str, Any], machine: Mapping[str, Any]) -> Data:
 
 
 def add(data: Data, workload: str, group: Group, **more: Any) -> None:
-    """Take in what one group of engines gave; also of one that is still being measured, once it has ended."""
+    """Take in what one group of engines gave."""
     entry = data["workloads"].setdefault(workload, {"groups": []})
     for engine, fact in group.facts.items():
         data["engines"][engine] = {"call": fact["call"], "mark": ENGINES[engine].mark}
@@ -79,9 +78,15 @@ class Cell:
     """To ours in the same group; None where ours has no such figure there."""
 
 
+def groups(data: Data, workload: str) -> Sequence[Mapping[str, Any]]:
+    """What was measured side by side, in the order of taking."""
+    measured: Sequence[Mapping[str, Any]] = data["workloads"].get(workload, {}).get("groups", ())
+    return measured
+
+
 def cell(data: Data, workload: str, engine: str, figure: str) -> Cell | None:
     """The figure from the first group that has it."""
-    for group in data["workloads"].get(workload, {}).get("groups", ()):
+    for group in groups(data, workload):
         value = median(group, engine, figure)
         if value is not None:
             ours = median(group, OURS, figure)
@@ -97,7 +102,7 @@ def compare(
 
     A loss can come out as nothing or less, where the loops' own rate wandered: then the ratio is infinite.
     """
-    for group in data["workloads"].get(workload, {}).get("groups", ()):
+    for group in groups(data, workload):
         first, second = median(group, *above), median(group, *below)
         if first is not None and second is not None:
             return first, second, first / second if second > 0 else math.inf
@@ -105,7 +110,7 @@ def compare(
 
 
 def median(group: Mapping[str, Any], engine: str, figure: str) -> float | None:
-    """Of all samples; for raw, the figure's floor."""
+    """The median of all samples; for raw, the figure's floor."""
     values = _samples(group, engine, _names(group, engine, figure))
     return statistics.median(values) if values else None
 
@@ -113,12 +118,12 @@ def median(group: Mapping[str, Any], engine: str, figure: str) -> float | None:
 def _names(group: Mapping[str, Any], engine: str, figure: str) -> str:
     if engine != RAW:
         return figure
-    found = {
+    floors = {
         name: statistics.median(values)
         for name in FLOORS.get(figure, (figure,))
         if (values := _samples(group, RAW, name))
     }
-    return min(found, key=lambda name: found[name], default=figure)
+    return min(floors, key=lambda name: floors[name], default=figure)
 
 
 def _samples(group: Mapping[str, Any], engine: str, figure: str) -> Sequence[float]:
@@ -129,22 +134,19 @@ def _samples(group: Mapping[str, Any], engine: str, figure: str) -> Sequence[flo
 def failures(data: Data, workload: str) -> dict[str, str]:
     """Why engines dropped out, in one workload."""
     return {
-        engine: reason
-        for group in data["workloads"].get(workload, {}).get("groups", ())
-        for engine, reason in group["failures"].items()
+        engine: reason for group in groups(data, workload) for engine, reason in group["failures"].items()
     }
 
 
 def measured(data: Data, workload: str) -> list[str]:
     """The engines that took part in a workload, failed ones included, in the roster's order."""
-    groups = data["workloads"].get(workload, {}).get("groups", ())
-    names = {name for group in groups for name in (*group["samples"], *group["failures"])}
+    names = {name for group in groups(data, workload) for name in (*group["samples"], *group["failures"])}
     return [engine for engine in ENGINES if engine in names]
 
 
 def pooled(data: Data, engine: str, figure: str) -> list[float]:
     """All numbers of the trainer's lists of that name, of the first group that has the engine."""
-    for group in data["workloads"].get("trainer", {}).get("groups", ()):
+    for group in groups(data, "trainer"):
         if lists := group["samples"].get(engine, {}).get(figure):
             return [value for values in lists for value in values]
     return []

@@ -1,6 +1,7 @@
 """What a planning run leaves: samples by case, as JSON and as a table of medians and ratios.
 
-Enters: the samples of each layout and number of ranks. Leaves: two texts. Ratios compare one run only.
+In: the samples of each layout and number of ranks. Out: two texts.
+Keeps: a ratio compares one run only.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from ..measuring.planning_steps import Times
-from ..measuring.simulated_ranks import LAYOUTS
+from . import markdown
+
+Times = Mapping[str, float]
+"""Seconds by step."""
 
 Part = Literal["rank", "plan", "commit"]
 PARTS: tuple[Part, ...] = ("rank", "plan", "commit")
@@ -25,20 +28,21 @@ class Case:
     layout: str
     world_size: int
     samples: Mapping[str, Sequence[Times]]
-    """Of "first", "later" and "stock"."""
+    """By "first", "later" and "stock"."""
     nbytes: Mapping[str, int]
     stock_nbytes: Mapping[str, int]
 
     def median(self, which: str) -> Times:
-        """Per step."""
+        """The median of each step."""
         taken = self.samples[which]
-        return {step: statistics.median(each[step] for each in taken) for step in (taken[0] if taken else {})}
+        steps = taken[0] if taken else {}
+        return {step: statistics.median(sample[step] for sample in taken) for step in steps}
 
     def seconds(self, which: str, part: Part) -> float | None:
         """The median of what all steps of a part took: of one rank, or of the coordinator."""
         sums = [
-            sum(seconds for step, seconds in each.items() if part_of(step) == part)
-            for each in self.samples[which]
+            sum(seconds for step, seconds in sample.items() if part_of(step) == part)
+            for sample in self.samples[which]
         ]
         return float(statistics.median(sums)) if sums else None
 
@@ -74,19 +78,19 @@ def goal_seconds(case: Case) -> float | None:
     if not case.samples["stock"]:
         return None
     steps = ("rank: dumps", "loads", "global plan")
-    return float(statistics.median(sum(each[step] for step in steps) for each in case.samples["stock"]))
+    return float(statistics.median(sum(sample[step] for step in steps) for sample in case.samples["stock"]))
 
 
 def ratios(case: Case) -> list[float | None]:
-    """As RATIOS names them."""
-    found: list[float | None] = []
+    """Stock's time to ours, in the order of RATIOS."""
+    compared: list[float | None] = []
     for which in ("first", "later"):
         planned = sum(case.seconds(which, part) or 0.0 for part in PARTS[:2])
         whole = planned + (case.seconds(which, "commit") or 0.0)
         goal = goal_seconds(case)
         stock = sum(case.seconds("stock", part) or 0.0 for part in PARTS)
-        found += [None] * 3 if goal is None else [goal / planned, goal / whole, stock / whole]
-    return found
+        compared += [None] * 3 if goal is None else [goal / planned, goal / whole, stock / whole]
+    return compared
 
 
 RATIOS = tuple(
@@ -94,12 +98,12 @@ RATIOS = tuple(
 )
 
 
-def table(cases: Sequence[Case]) -> list[str]:
+def table(cases: Sequence[Case]) -> str:
     """Milliseconds, ratios and bytes."""
     head = ["layout", "ranks", "n"]
     head += [f"{which}: {part}" for which in ("first", "later", "stock") for part in PARTS]
     head += [*RATIOS, "up, first", "up, later", "up, stock"]
-    lines = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
+    rows = [head]
     for case in cases:
         cells = [case.layout, str(case.world_size), str(len(case.samples["first"]))]
         for which in ("first", "later", "stock"):
@@ -113,8 +117,8 @@ def table(cases: Sequence[Case]) -> list[str]:
             case.stock_nbytes.get("plans"),
         ]
         cells += ["-" if size is None else f"{size / 2**20:.2f} MiB" for size in up]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append(cells)
+    return markdown.table(rows)
 
 
 def as_json(
@@ -132,12 +136,16 @@ def as_json(
 
 
 def as_markdown(
-    configuration: Mapping[str, Any], facts: Mapping[str, Any], store: Times, cases: Sequence[Case]
+    configuration: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    store: Times,
+    cases: Sequence[Case],
+    layouts: Mapping[str, str],
 ) -> str:
     """The table, what it stands on, what its words mean."""
     described = "; ".join(f"{key} {value}" for key, value in {**facts, **configuration}.items())
     calls = ", ".join(f"{call} {seconds * 1e6:.0f} us" for call, seconds in store.items())
-    notes = [f"{name}: {what}" for name, what in LAYOUTS.items()]
+    notes = [f"{name}: {what}" for name, what in layouts.items()]
     notes += [*NOTES, f"One call to the store: {calls}."]
-    lines = ["# Planning: dcp_async, stock DCP", "", f"{described}.", "", *table(cases), ""]
+    lines = ["# Planning: dcp_async, stock DCP", "", f"{described}.", "", table(cases), ""]
     return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"

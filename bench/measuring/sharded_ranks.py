@@ -1,15 +1,11 @@
 """One rank of the sweep over ranks: saves and loads its shards with the others, by ours and by stock in turn.
 
-Started by growth.py, one process a rank, with the environment that torchrun would set. In: a JSON object as
-only argument. Out: on rank 0, one JSON object: samples by engine and figure, the slowest rank's.
+In: number of tensors, bytes, rounds. Out: samples by engine and figure, the slowest rank's.
 Keeps: every rank starts a sample after a barrier; a shard that comes back different ends the program.
-Belongs here: what a rank does. Not here: how many there are, what is done with the samples.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +16,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from ..engines.adapter import Engine
-from ..engines.ours import DcpAsync
-from ..engines.roster import OURS
-from ..engines.stock import Stock
-from . import raw, sampling
+from ..engines import OURS, STOCK, Engine, drop_cache, make
+from . import sampling
+from .rank import Given, slowest, take
 
 COLUMNS = 256
 
@@ -40,13 +34,6 @@ def shards(num_tensors: int, nbytes: int) -> dict[str, DTensor]:
         )
         for index in range(num_tensors)
     }
-
-
-def slowest(seconds: float) -> float:
-    """The largest of all ranks' times."""
-    box = torch.tensor([seconds], dtype=torch.float64)
-    dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return float(box.item())
 
 
 def timed(call: Callable[[], None]) -> float:
@@ -71,7 +58,7 @@ def load(engine: Engine, step: int, state: dict[str, Any], root: Path) -> dict[s
         tensor.to_local().zero_()
     dist.barrier()
     if dist.get_rank() == 0:
-        raw.drop_cache(root)
+        drop_cache(root)
     seconds = timed(lambda: engine.load(step))
     for name, tensor in state["model"].items():
         if not torch.equal(tensor.to_local(), wanted[name]):
@@ -79,18 +66,14 @@ def load(engine: Engine, step: int, state: dict[str, Any], root: Path) -> dict[s
     return {"cold": slowest(seconds)}
 
 
-def main() -> None:
-    given = json.loads(sys.argv[1])
+def samples_of(given: Given) -> dict[str, dict[str, list[float]]]:
+    """Samples by engine and figure, the slowest rank's."""
     root = Path(given["root"])
-    for name in ("ours", "stock"):
-        (root / name).mkdir(parents=True, exist_ok=True)
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)  # more ranks than cores, each with threads, measure only their barriers
     state: dict[str, Any] = {"model": shards(given["num_tensors"], given["nbytes"])}
-    engines: dict[str, Engine] = {
-        OURS: DcpAsync(state, root / "ours"),
-        "stock": Stock(state, root / "stock", how="thread", best=False, overlap=False, joined=True),
-    }
+    engines: dict[str, Engine] = {}
+    for name in (OURS, STOCK):
+        (root / name).mkdir(exist_ok=True)
+        engines[name] = make(name, state, root / name, joined=True)
     samples: dict[str, dict[str, list[float]]] = {}
 
     def keep(engine: str, prefix: str, figures: dict[str, float]) -> None:
@@ -111,11 +94,8 @@ def main() -> None:
             keep(name, "", load(engine, 1 + given["rounds"], state, root))
     for engine in engines.values():
         engine.close()
-    if dist.get_rank() == 0:
-        Path(given["answer"]).write_text(json.dumps(samples), encoding="ascii")
-    dist.barrier()
-    dist.destroy_process_group()
+    return samples
 
 
 if __name__ == "__main__":
-    main()
+    take(samples_of)

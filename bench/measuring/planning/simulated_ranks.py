@@ -1,9 +1,9 @@
 """A job of many ranks in one process: what each of them captures, and what stock plans for it.
 
-Enters: a layout, items per rank, a number of ranks. Leaves: Ranks. One rank's state is built and captured by
-the real code, with DTensors over a process group that only pretends (rank 0 of so many); the other ranks' are
-that one with their own names and offsets. Invariant: the last rank, derived, equals what the real code makes
-of its own state.
+In: a layout, items per rank, a number of ranks. Out: Ranks. One rank's state is built and captured by the
+real code, with DTensors over a process group that only pretends (rank 0 of so many); the other ranks' are
+that one with their own names and offsets.
+Keeps: the last rank, derived, equals what the real code makes of its own state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_async.state.capture import Captured, capture
-from dcp_async.state.sharding import Shard as Piece
+from dcp_async.state.sharding import Shard as LocalShard
 
 LAYOUTS = {
     "fsdp": "every rank a piece of every tensor",
@@ -32,9 +32,9 @@ LAYOUTS = {
     "expert": "every rank tensors of its own",
 }
 NUM_LEAVES = 8
-"""Of the items, how many are no tensors: an optimizer's hyperparameters, the same on all ranks."""
+"""Items that are no tensors: an optimizer's hyperparameters, the same on all ranks."""
 ROWS, COLUMNS = 2, 4
-"""Of a rank's tensors: planning does not look at bytes, so they may be small."""
+"""The shape of a rank's tensors: planning does not look at bytes, so they may be small."""
 
 
 @contextmanager
@@ -48,10 +48,11 @@ def pretending(world_size: int, rank: int) -> Iterator[DeviceMesh]:
 
 
 def tensor_names(layout: str, items: int, rank: int) -> list[str]:
-    """Below "model" and "optim.state", as a transformer's are."""
+    """Names as a transformer has them, below "model" and "optim.state"."""
     parts = ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1")
-    where = f"experts.{rank}." if layout == "expert" else ""
-    return [f"layers.{at // 5}.{where}{parts[at % 5]}.weight" for at in range(-(-(items - NUM_LEAVES) // 3))]
+    expert = f"experts.{rank}." if layout == "expert" else ""
+    count = -(-(items - NUM_LEAVES) // 3)
+    return [f"layers.{index // 5}.{expert}{parts[index % 5]}.weight" for index in range(count)]
 
 
 def state_of(layout: str, items: int, mesh: DeviceMesh, rank: int) -> dict[str, Any]:
@@ -63,10 +64,9 @@ def state_of(layout: str, items: int, mesh: DeviceMesh, rank: int) -> dict[str, 
 
     names = tensor_names(layout, items, rank)
     wanted = items - NUM_LEAVES - len(names)
-    moments = [("exp_avg", "exp_avg_sq")[at % 2] for at in range(wanted)]
     optim: dict[str, dict[str, torch.Tensor]] = {}
-    for at, moment in enumerate(moments):
-        optim.setdefault(names[at // 2], {})[moment] = tensor()
+    for index in range(wanted):
+        optim.setdefault(names[index // 2], {})[("exp_avg", "exp_avg_sq")[index % 2]] = tensor()
     group = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     group |= {"amsgrad": False, "foreach": None, "maximize": False, "capturable": False}
     assert len(group) == NUM_LEAVES
@@ -108,7 +108,9 @@ class Ranks:
         first = self.captured[0]
         structure, tree = first.structure, first.tree
         if self.layout == "fsdp":
-            shards = {index: Piece(shard.size, (rank * ROWS, 0)) for index, shard in structure.shards.items()}
+            shards = {
+                index: LocalShard(shard.size, (rank * ROWS, 0)) for index, shard in structure.shards.items()
+            }
             structure = dataclasses.replace(structure, shards=shards)
         elif self.layout == "expert":
             names = [self._renamed(name, rank) for name in structure.tensor_names]

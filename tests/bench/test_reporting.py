@@ -1,4 +1,4 @@
-"""What the bench makes of samples: medians, ratios inside a group, tables, lines; from the JSON of a run."""
+"""What a report makes of samples: medians, ratios inside a group, tables, lines; from the JSON of a run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench import run
-from bench.engines import roster
-from bench.measuring import processes, workloads
-from bench.reporting import curves, goals, report, results
+from bench import measuring, reporting
+from bench.reporting import curves, goals, growth_page, results, run_page
 
 MACHINE = {
     "cores": 2,
@@ -26,11 +24,11 @@ MACHINE = {
 CONFIGURATION = {"runs": 3, "scale": 1.0, "quick": False, "minutes": 1.0}
 
 
-def make_group(**samples: dict[str, list[float]]) -> processes.Group:
+def make_group(**samples: dict[str, list[float]]) -> measuring.Group:
     """A group that gave these samples; `_` in an engine's name stands for a space."""
     named = {engine.replace("__", " "): figures for engine, figures in samples.items()}
     fact = {"call": "call()", "nbytes": 1 << 30, "num_tensors": 64, "torch": "2.13.0", "threads": 2}
-    return processes.Group([], facts=dict.fromkeys(named, fact), samples=named)
+    return measuring.Group([], facts=dict.fromkeys(named, fact), samples=named)
 
 
 @pytest.fixture
@@ -72,7 +70,7 @@ def test_cell_is_none_where_nothing_was_taken(data: results.Data) -> None:
 
 
 def test_table_shows_every_engine_its_mark_and_its_failure(data: results.Data) -> None:
-    text = report.section(data, "large")
+    text = run_page.section(data, "large")
     assert r"| torchsnapshot \* | 800 ms (2x) |" in text
     assert "| **dcp_async** | 200 ms |" in text
     assert "Failed: stock process: `OSError: too many open files`" in text
@@ -80,7 +78,7 @@ def test_table_shows_every_engine_its_mark_and_its_failure(data: results.Data) -
 
 
 def test_readme_table_has_ours_and_how_many_times_ours_the_others_take(data: results.Data) -> None:
-    text = report.readme(data)
+    text = reporting.readme(data)
     assert "| `large`: durable |" in text, text
     assert "dcp_async overlap" not in text, "our own variants are no peers"
 
@@ -109,8 +107,9 @@ def test_trainer_table_has_percentiles_and_the_median_loss() -> None:
         }
     )
     results.add(made, "trainer", group)
-    assert "| **dcp_async** | 100 ms | 100 ms | 100 ms | 300 ms | 3.00 | 50 ms | 20.0 % |" in report.section(
-        made, "trainer"
+    assert (
+        "| **dcp_async** | 100 ms | 100 ms | 100 ms | 300 ms | 3.00 | 50 ms | 20.0 % |"
+        in run_page.section(made, "trainer")
     )
 
 
@@ -122,45 +121,10 @@ def test_results_come_back_as_written(data: results.Data, tmp_path: Path) -> Non
 
 
 def test_documentation_gets_a_file_for_every_workload(data: results.Data, tmp_path: Path) -> None:
-    report.write_docs(data, tmp_path)
+    reporting.write_docs(data, tmp_path)
     names = {path.stem for path in tmp_path.glob("*.inc")}
-    assert set(report.DESCRIPTIONS) <= names
+    assert set(run_page.DESCRIPTIONS) <= names
     assert "Not in this run." in (tmp_path / "many.inc").read_text()
-
-
-def test_reason_of_a_failure_has_no_path() -> None:
-    text = "Traceback\n  File ...\nFileNotFoundError: [Errno 2] No such file: '/home/somebody/ck/step-1'\n"
-    assert processes.short_reason(text) == "FileNotFoundError: [Errno 2] No such file: 'step-1'"
-
-
-def test_groups_have_ours_in_each_and_keep_to_the_memory() -> None:
-    state_bytes = 2 << 30
-    engines = [engine for engine in roster.OTHERS if engine != "raw"]
-    made = roster.groups_that_fit(engines, state_bytes, 18 << 30)
-    assert [engine for group in made for engine in group if engine != roster.OURS] == engines
-    assert all(group[0] == roster.OURS for group in made)
-    assert all(roster.memory_needed(group, state_bytes) <= 18 << 30 for group in made)
-
-
-def test_parts_put_the_core_of_every_workload_first() -> None:
-    planned = run.parts(run.parse(["--workloads", "many,trainer,large"]), 64 << 30)
-    assert [part.workload for part in planned if part.core] == ["many", "trainer", "large"]
-    assert all(part.core for part in planned[:3])
-    assert {engine for part in planned for engine in part.engines} == set(roster.ENGINES)
-
-
-@pytest.mark.parametrize("name", ["many", "mixed"])
-def test_state_bytes_are_those_of_the_state(name: str) -> None:
-    scale = 0.01 if name == "many" else 0.25
-    made = workloads.build(name, scale)
-    assert made.nbytes == pytest.approx(workloads.STATE_BYTES[name] * scale)
-
-
-def test_one_changed_bit_is_a_difference() -> None:
-    made = workloads.build("mixed", 0.004)
-    assert workloads.num_different(made.tensors) == 0
-    made.tensors[9].view(-1)[3] *= 1.01
-    assert workloads.num_different(made.tensors) == 1
 
 
 def test_line_finds_the_slope_of_points_on_one() -> None:
@@ -168,7 +132,7 @@ def test_line_finds_the_slope_of_points_on_one() -> None:
     samples: list[dict[str, Any]] = [{"dcp_async": {"durable": [0.1 + gb / 2] * 3}} for gb in (1, 2, 4)]
     data = {
         "points": [
-            {**point, "samples": found, "failures": {}} for point, found in zip(points, samples, strict=True)
+            {**point, "samples": taken, "failures": {}} for point, taken in zip(points, samples, strict=True)
         ],
         "engines": {"dcp_async": "call()"},
     }
@@ -176,5 +140,5 @@ def test_line_finds_the_slope_of_points_on_one() -> None:
     assert fit["slope"] == pytest.approx(0.5e-9)
     assert fit["intercept"] == pytest.approx(0.1)
     assert fit["r_squared"] == pytest.approx(1.0)
-    assert "500 ms/GB" in curves.table(data)
+    assert "500 ms/GB" in growth_page.table(data)
     assert json.dumps(fit)

@@ -1,0 +1,146 @@
+"""The steps of a save of dcp_async that are about planning: the first save of a structure, and a later one.
+
+In: simulated ranks. Out: seconds of CPU by step, and bytes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+import torch
+
+from dcp_async.formats.manifest import FileEntry, encode_manifest
+from dcp_async.planning.global_plan import GlobalPlan
+from dcp_async.planning.local_plan import Offer, group_hashes, leaf_hashes, make_offer
+from dcp_async.planning.planner import CompiledPlan, DefaultDraft, compile_plan
+from dcp_async.save.plan_agreement import judge
+from dcp_async.trust.plain_data import dumps, loads
+
+from .clock import Clock, Times
+from .simulated_ranks import Ranks
+
+UID = "0123456789abcdef"
+
+
+def run_ours(ranks: Ranks) -> tuple[Times, Times, dict[str, int]]:
+    """Seconds of the steps of the first save, those of a later one, and bytes."""
+    entries = [dumps((f"__{rank}_0-{UID}.distcp", 1 << 30, UID)) for rank in range(ranks.world_size)]
+    first, later = Clock(ranks.world_size), Clock(ranks.world_size)
+    plan, shared, nbytes = _first_save(ranks, first, entries)
+    gc.collect()
+    nbytes |= _later_save(ranks, later, plan)
+    _commit(later, shared, entries)
+    return first.times(), later.times(), nbytes
+
+
+def _first_save(
+    ranks: Ranks, clock: Clock, entries: Sequence[bytes]
+) -> tuple[CompiledPlan, GlobalPlan, dict[str, int]]:
+    sent = []
+    for rank in range(ranks.world_size):
+        captured = ranks.capture_of(rank)
+        with clock.rank(rank, "plan"):
+            offer = make_offer(captured, None)
+        with clock.rank(rank, "dumps"):
+            sent.append(dumps(offer))
+    gc.collect()
+    answers, shared = _merge(clock, sent)
+    plan, placements = _lay_out(ranks, clock, offer=loads(sent[0]), answers=answers, shared=shared)
+    gc.collect()
+    with clock.span("loads places"):
+        placed = [loads(raw) for raw in placements]
+    with clock.span("place"):
+        for rank, placement in enumerate(placed):
+            shared.place(rank, placement)
+    with clock.span("commit: publication"):
+        shared.publication()
+    _commit(clock, shared, entries)
+    publication = shared.publication()
+    return (
+        plan,
+        shared,
+        {
+            "offers": sum(map(len, sent)),
+            "answers": sum(map(len, answers)),
+            "placements": sum(map(len, placements)),
+            ".metadata": len(publication.metadata.render(UID)),
+            "manifest": len(publication.manifest_json),
+        },
+    )
+
+
+def _merge(clock: Clock, sent: Sequence[bytes]) -> tuple[list[bytes], GlobalPlan]:
+    with clock.span("loads"):
+        offers: list[Offer] = [loads(raw) for raw in sent]
+    with clock.span("global plan"):
+        answers, shared = DefaultDraft(offers[0]).merge(offers)
+    with clock.span("dumps"):
+        return [dumps(answer) for answer in answers], shared
+
+
+def _lay_out(
+    ranks: Ranks, clock: Clock, *, offer: Offer, answers: Sequence[bytes], shared: GlobalPlan
+) -> tuple[CompiledPlan, list[bytes]]:
+    # All ranks compile with rank 0's offer: it has what they need of it, and making each anew is not timed.
+    plan: CompiledPlan | None = None
+    placements = []
+    for rank, raw in enumerate(answers):
+        structure = ranks.capture_of(rank).structure
+        with clock.rank(rank, "loads"):
+            answer = loads(raw)
+        with clock.rank(rank, "layout"):
+            compiled, placement = compile_plan(structure, offer, answer, UID, shared if rank == 0 else None)
+        with clock.rank(rank, "dumps place"):
+            placements.append(dumps(placement))
+        plan = plan or compiled
+    assert plan is not None
+    return plan, placements
+
+
+def _later_save(ranks: Ranks, clock: Clock, plan: CompiledPlan) -> dict[str, int]:
+    captured = ranks.captured[0]
+    verdicts = []
+    for rank in range(ranks.world_size):
+        with clock.rank(rank, "digest"):
+            hashes = leaf_hashes(captured)
+            groups = [leaves for _, leaves in plan.groups]
+            message = {
+                "generation": plan.generation,
+                "groups": [group for group, _ in plan.groups],
+                "shared": group_hashes(hashes, groups),
+            }
+        with clock.rank(rank, "dumps"):
+            verdicts.append(dumps(message))
+    gc.collect()
+    with clock.span("loads"):
+        messages = [loads(raw) for raw in verdicts]
+    with clock.span("verdict"):
+        judged = [judge(plan, messages)] * len(messages)
+    assert judged == ["reuse"] * ranks.world_size
+    with clock.span("dumps"):
+        replies = [dumps(verdict) for verdict in judged]
+    with clock.rank(0, "loads"):
+        loads(replies[0])
+    return {"verdict up": sum(map(len, verdicts)), "verdict down": sum(map(len, replies))}
+
+
+def _commit(clock: Clock, shared: GlobalPlan, entries: Sequence[bytes]) -> None:
+    # What the coordinator publishes on every save, all but writing it.
+    with clock.span("commit: loads"):
+        files = [loads(raw) for raw in entries]
+    with clock.span("commit: render"):
+        publication = shared.publication()
+        metadata = publication.metadata.render(UID)
+        encode_manifest(
+            checkpoint_id="step-00000100",
+            uid=UID,
+            step=100,
+            time=0.0,
+            world_size=len(entries),
+            torch_version=torch.__version__,
+            metadata=metadata,
+            files=tuple(FileEntry(name=name, nbytes=nbytes, digest=digest) for name, nbytes, digest in files),
+            notes={},
+            constant=publication.manifest_json,
+        )
