@@ -114,11 +114,12 @@ class Ranks:
             structure = dataclasses.replace(structure, shards=shards)
         elif self.layout == "expert":
             names = [self._renamed(name, rank) for name in structure.tensor_names]
+            order = [self._renamed(name, rank) for name in structure.order]
             containers = [
                 (self._renamed(name, rank), kind, size, before)
                 for name, kind, size, before in structure.containers
             ]
-            structure = dataclasses.replace(structure, tensor_names=names, containers=containers)
+            structure = dataclasses.replace(structure, tensor_names=names, order=order, containers=containers)
             tree = json.loads(self._renamed(json.dumps(tree), rank))
         return Captured(
             structure=structure,
