@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
-from dcp_async.formats.manifest import FileEntry, encode_manifest
-from dcp_async.planning.global_plan import GlobalPlan
-from dcp_async.planning.local_plan import Offer, group_hashes, leaf_hashes, make_offer
-from dcp_async.planning.planner import CompiledPlan, DefaultDraft, compile_plan
+from dcp_async.formats import FileEntry, encode_manifest
+from dcp_async.planning import CompiledPlan, DefaultDraft, GlobalPlan, compile_plan, group_hashes, make_offer
+
+# Steps that no other folder calls by itself, timed one by one here: from the modules that hold them.
+from dcp_async.planning.local_plan import Offer, leaf_hashes
 from dcp_async.save.plan_agreement import judge
-from dcp_async.trust.plain_data import dumps, loads
+from dcp_async.trust import dumps, loads
 
 from .clock import Clock, Times
 from .simulated_ranks import Ranks

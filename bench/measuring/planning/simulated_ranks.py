@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dcp_async.state.capture import Captured, capture
+from dcp_async.state import Captured, capture
 from dcp_async.state.sharding import Shard as LocalShard
 
 LAYOUTS = {
