@@ -1,7 +1,7 @@
 """What does a checkpoint cost: dcp_async beside stock DCP, every peer and the bare machine, in one run.
 
 Run as `python3 noxfile.py bench`, or `python -m bench.run` where the peers are installed. Writes
-results.json (every sample) after each part of the run, then the tables and charts that `bench.report` makes
+results.json (every sample) after each comparison, then the tables and charts that `bench.report` makes
 of it. Each engine has a process of its own; one round asks each in turn for one sample of each figure; a
 figure's number is the median over the rounds. What the goals compare comes first, in every workload; then
 the other engines, beside ours again. When the time is up, no further round is begun past the third.
@@ -45,7 +45,7 @@ LOST_WORKLOADS = ("large", "many")
 """Where the loops beside saves run: few large tensors, many small ones."""
 CORE_SECONDS = {"large": 210, "many": 260, "llm": 180, "mixed": 150, "trainer": 220}
 OTHERS_SECONDS = {"large": 270, "many": 330, "llm": 320, "mixed": 260, "trainer": 130}
-"""About what each part takes on two cores: how the time that was given is shared out."""
+"""About what each comparison takes on two cores: how the time that was given is shared out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Comparison:
     """Engines that are measured side by side over one workload."""
 
     workload: str
@@ -107,7 +107,7 @@ class Part:
     """Its share of the time."""
 
 
-def parts(given: Options, room: int) -> list[Part]:
+def comparisons(given: Options, room: int) -> list[Comparison]:
     """What is measured, in order: first what the goals compare, then everybody else."""
 
     def asked(engines: Sequence[str]) -> list[str]:
@@ -117,7 +117,7 @@ def parts(given: Options, room: int) -> list[Part]:
     for workload in given.workloads:
         engines = TRAINER_CORE if workload == "trainer" else CORE
         planned.append(
-            Part(workload=workload, engines=asked(engines), core=True, seconds=CORE_SECONDS[workload])
+            Comparison(workload=workload, engines=asked(engines), core=True, seconds=CORE_SECONDS[workload])
         )
     for workload in given.workloads:
         if workload == "trainer":
@@ -128,7 +128,7 @@ def parts(given: Options, room: int) -> list[Part]:
             groups = groups_that_fit(others, int(STATE_BYTES[workload] * given.scale), room)
         seconds = OTHERS_SECONDS[workload] / len(groups)
         planned += [
-            Part(workload=workload, engines=group, core=False, seconds=seconds)
+            Comparison(workload=workload, engines=group, core=False, seconds=seconds)
             for group in groups
             if set(group) - {OURS, RAW}
         ]
@@ -136,34 +136,37 @@ def parts(given: Options, room: int) -> list[Part]:
 
 
 class Clock:
-    """When a part has had its share; a part that was quick leaves its time to those behind it."""
+    """When a comparison has had its share; one that was quick leaves its time to those behind it."""
 
-    def __init__(self, minutes: float, planned: Sequence[Part]) -> None:
+    def __init__(self, minutes: float, planned: Sequence[Comparison]) -> None:
         self._start = time.monotonic()
-        self._factor = minutes * 60 / max(1.0, sum(part.seconds for part in planned))
+        self._factor = minutes * 60 / max(1.0, sum(comparison.seconds for comparison in planned))
         self._given = 0.0
         self._began = self._until = self._start
 
-    def begin(self, part: Part) -> None:
-        self._given += part.seconds * self._factor
+    def begin(self, comparison: Comparison) -> None:
+        self._given += comparison.seconds * self._factor
         self._began, self._until = time.monotonic(), self._start + self._given
 
     def is_up(self, share: float) -> bool:
-        """Whether the part has used that share of its time."""
+        """Whether the comparison has used that share of its time."""
         return time.monotonic() > self._began + share * (self._until - self._began)
 
 
-def measure(group: Group, part: Part, given: Options, clock: Clock) -> None:
-    """All samples of one part."""
-    slow = [engine for engine in group.engines() if ENGINES[engine].slow_many and part.workload == "many"]
+def measure(group: Group, comparison: Comparison, given: Options, clock: Clock) -> None:
+    """All samples of one comparison."""
+    many = comparison.workload == "many"
+    slow = [engine for engine in group.engines() if ENGINES[engine].slow_many and many]
     group.take("first", prefix="first_", only=group.engines())
     for round_ in _rounds(given, clock, 0.4):
         group.take("save", rotate=round_, only=group.engines(but=slow if round_ >= FEWEST_ROUNDS else ()))
         if round_ == 0:
             group.take("memory", only=group.engines(but=[RAW]))
-    if part.workload in LOST_WORKLOADS:
-        _measure_lost(group, part, given, slow)
-    loading = [engine for engine in group.engines() if ENGINES[engine].loads and (part.core or engine != RAW)]
+    if comparison.workload in LOST_WORKLOADS:
+        _measure_lost(group, comparison, given, slow)
+    loading = [
+        engine for engine in group.engines() if ENGINES[engine].loads and (comparison.core or engine != RAW)
+    ]
     group.take("prepare_load", only=loading)
     for round_ in _rounds(given, clock, 1.0):
         group.take_loads(round_, only=[e for e in loading if e not in slow or round_ < FEWEST_ROUNDS])
@@ -171,10 +174,10 @@ def measure(group: Group, part: Part, given: Options, clock: Clock) -> None:
     group.fail_wrong()
 
 
-def _measure_lost(group: Group, part: Part, given: Options, slow: Sequence[str]) -> None:
+def _measure_lost(group: Group, comparison: Comparison, given: Options, slow: Sequence[str]) -> None:
     seconds = 0.5 if given.quick else 5.0
     asynchronous = [engine for engine in group.engines() if ENGINES[engine].asynchronous]
-    for round_ in range(min(given.runs, FEWEST_ROUNDS) if part.core else 1):
+    for round_ in range(min(given.runs, FEWEST_ROUNDS) if comparison.core else 1):
         # Each of these samples is a mean over seconds of saves already; for the slow ones one will do.
         now = [engine for engine in asynchronous if round_ == 0 or engine not in slow]
         for loop in ("tiny", "python"):
@@ -183,7 +186,7 @@ def _measure_lost(group: Group, part: Part, given: Options, slow: Sequence[str])
             group.take("lost", rotate=round_, only=some, loop=loop, seconds=seconds)
 
 
-def measure_trainer(group: Group, part: Part, given: Options, clock: Clock) -> None:
+def measure_trainer(group: Group, comparison: Comparison, given: Options, clock: Clock) -> None:
     """Real steps, without and with saves, in turns of some seconds."""
     group.take("calibrate", only=group.engines()[:1])
     batch = next((int(figures["batch"][0]) for figures in group.samples.values()), 1)
@@ -195,13 +198,28 @@ def measure_trainer(group: Group, part: Part, given: Options, clock: Clock) -> N
 def _rounds(given: Options, clock: Clock, share: float) -> Iterator[int]:
     for round_ in range(given.runs):
         if round_ >= FEWEST_ROUNDS and clock.is_up(share):
-            progress(f"  the time of this part is up after {round_} rounds")
+            progress(f"  the time of this comparison is up after {round_} rounds")
             return
         yield round_
 
 
+def group_of(comparison: Comparison, given: Options, clock: Clock, room: int, directory: Path) -> Group:
+    """What the engines of one comparison gave; all failed where they would not fit into `room` bytes."""
+    engines, workload = comparison.engines, comparison.workload
+    needed = memory_needed(engines, int(STATE_BYTES.get(workload, 0) * given.scale))
+    if needed > room:
+        reason = f"{' + '.join(engines)} need {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB can be used"
+        return Group([], failures=dict.fromkeys(engines, reason))
+    take: Callable[[Group, Comparison, Options, Clock], None]
+    take = measure_trainer if workload == "trainer" else measure
+    with running(Child(engine, workload, given.scale, directory) for engine in engines) as group:
+        take(group, comparison, given, clock)
+    shutil.rmtree(directory)
+    return group
+
+
 def run(given: Options, directory: Path, path: Path) -> reporting.Data:
-    """Measure everything; the file at `path` is whole after each part."""
+    """Measure everything; the file at `path` is whole after each comparison."""
     configuration = {
         "runs": given.runs,
         "scale": given.scale,
@@ -210,26 +228,15 @@ def run(given: Options, directory: Path, path: Path) -> reporting.Data:
     }
     data = reporting.new(configuration, machine_facts(directory))
     room = int(memory_available() * 0.85)
-    planned = parts(given, room)
+    planned = comparisons(given, room)
     clock = Clock(given.minutes, planned)
     started = time.monotonic()
-    take: Callable[[Group, Part, Options, Clock], None]
-    for number, part in enumerate(planned):
-        clock.begin(part)
-        progress(f"part {number + 1} of {len(planned)}: {part.workload}: {', '.join(part.engines)}")
-        nbytes = int(STATE_BYTES.get(part.workload, 0) * given.scale)
-        needed = memory_needed(part.engines, nbytes)
-        if needed > room:
-            reason = f"{' + '.join(part.engines)} need {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB can be used"
-            reporting.add(data, part.workload, Group([], failures=dict.fromkeys(part.engines, reason)))
-        else:
-            take = measure_trainer if part.workload == "trainer" else measure
-            below = directory / str(number)
-            children = (Child(engine, part.workload, given.scale, below) for engine in part.engines)
-            with running(children) as group:
-                take(group, part, given, clock)
-            reporting.add(data, part.workload, group, core=part.core)
-            shutil.rmtree(below)
+    for number, comparison in enumerate(planned):
+        clock.begin(comparison)
+        workload, engines = comparison.workload, ", ".join(comparison.engines)
+        progress(f"comparison {number + 1} of {len(planned)}: {workload}: {engines}")
+        group = group_of(comparison, given, clock, room, directory / str(number))
+        reporting.add(data, workload, group, core=comparison.core)
         data["configuration"]["seconds_taken"] = round(time.monotonic() - started)
         data["machine"]["load_average_at_end"] = round(os.getloadavg()[0], 2)
         reporting.write(data, path)

@@ -17,8 +17,8 @@ from . import markdown
 Times = Mapping[str, float]
 """Seconds by step."""
 
-Part = Literal["rank", "plan", "commit"]
-PARTS: tuple[Part, ...] = ("rank", "plan", "commit")
+Phase = Literal["rank", "plan", "commit"]
+PHASES: tuple[Phase, ...] = ("rank", "plan", "commit")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,16 +38,16 @@ class Case:
         steps = taken[0] if taken else {}
         return {step: statistics.median(sample[step] for sample in taken) for step in steps}
 
-    def seconds(self, which: str, part: Part) -> float | None:
-        """The median of what all steps of a part took: of one rank, or of the coordinator."""
+    def seconds(self, which: str, phase: Phase) -> float | None:
+        """The median of what all steps of a phase took: of one rank, or of the coordinator."""
         sums = [
-            sum(seconds for step, seconds in sample.items() if part_of(step) == part)
+            sum(seconds for step, seconds in sample.items() if phase_of(step) == phase)
             for sample in self.samples[which]
         ]
         return float(statistics.median(sums)) if sums else None
 
 
-def part_of(step: str) -> str:
+def phase_of(step: str) -> str:
     """Steps are named "rank: ..." and "commit: ..."; the others are the coordinator's planning."""
     return step.partition(":")[0] if ":" in step else "plan"
 
@@ -85,10 +85,10 @@ def ratios(case: Case) -> list[float | None]:
     """Stock's time to ours, in the order of RATIOS."""
     compared: list[float | None] = []
     for which in ("first", "later"):
-        planned = sum(case.seconds(which, part) or 0.0 for part in PARTS[:2])
+        planned = sum(case.seconds(which, phase) or 0.0 for phase in PHASES[:2])
         whole = planned + (case.seconds(which, "commit") or 0.0)
         goal = goal_seconds(case)
-        stock = sum(case.seconds("stock", part) or 0.0 for part in PARTS)
+        stock = sum(case.seconds("stock", phase) or 0.0 for phase in PHASES)
         compared += [None] * 3 if goal is None else [goal / planned, goal / whole, stock / whole]
     return compared
 
@@ -101,14 +101,14 @@ RATIOS = tuple(
 def table(cases: Sequence[Case]) -> str:
     """Milliseconds, ratios and bytes."""
     head = ["layout", "ranks", "n"]
-    head += [f"{which}: {part}" for which in ("first", "later", "stock") for part in PARTS]
+    head += [f"{which}: {phase}" for which in ("first", "later", "stock") for phase in PHASES]
     head += [*RATIOS, "up, first", "up, later", "up, stock"]
     rows = [head]
     for case in cases:
         cells = [case.layout, str(case.world_size), str(len(case.samples["first"]))]
         for which in ("first", "later", "stock"):
-            for part in PARTS:
-                seconds = case.seconds(which, part)
+            for phase in PHASES:
+                seconds = case.seconds(which, phase)
                 cells.append("-" if seconds is None else f"{seconds * 1000:.1f} ms")
         cells += ["-" if ratio is None else f"{ratio:.1f}" for ratio in ratios(case)]
         up = [

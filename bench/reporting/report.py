@@ -39,7 +39,7 @@ def write_docs(data: Data, directory: Path) -> None:
         for name in run_page.DESCRIPTIONS:
             (directory / f"{name}.png").unlink(missing_ok=True)
     _draw(data, directory)
-    included = _growth_parts(data, directory) if _is_growth(data) else _run_parts(data, directory)
+    included = _growth_includes(data, directory) if _is_growth(data) else _run_includes(data, directory)
     for name, text in included.items():
         (directory / f"{name}.inc").write_text(text + "\n", encoding="ascii")
 
@@ -48,8 +48,8 @@ def _is_growth(data: Data) -> bool:
     return data.get("kind") == "growth"
 
 
-def _run_parts(data: Data, directory: Path) -> dict[str, str]:
-    parts = {
+def _run_includes(data: Data, directory: Path) -> dict[str, str]:
+    includes = {
         "machine": run_page.machine_line(data),
         "goals": goals.table(data),
         "notes": "\n".join(f"- {note}" for note in run_page.NOTES),
@@ -60,11 +60,11 @@ def _run_parts(data: Data, directory: Path) -> dict[str, str]:
         if workload in data["workloads"]:
             text = f"{run_page.title(data, workload)}.\n\n{run_page.section(data, workload)}"
         words = STEPS if workload == "trainer" else BARS
-        parts[workload] = text + _picture(directory / f"{workload}.png", words)
-    return parts
+        includes[workload] = text + _picture(directory / f"{workload}.png", words)
+    return includes
 
 
-def _growth_parts(data: Data, directory: Path) -> dict[str, str]:
+def _growth_includes(data: Data, directory: Path) -> dict[str, str]:
     return {
         "growth": growth_page.table(data) + _picture(directory / "growth.png", CURVES),
         "growth-points": growth_page.points_table(data),

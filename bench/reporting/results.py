@@ -1,4 +1,4 @@
-"""The JSON of a run: written after each part of it, and read back for every table and chart.
+"""The JSON of a run: written after each comparison, and read back for every table and chart.
 
 In: groups of samples. Out: one file, always whole; from it medians, and ratios to ours.
 Keeps: figures, samples and facts of the machine, never a path; a ratio compares engines of one group of one

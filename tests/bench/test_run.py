@@ -14,8 +14,8 @@ def test_groups_have_ours_in_each_and_keep_to_the_memory() -> None:
     assert all(engines.memory_needed(group, state_bytes) <= 18 << 30 for group in made)
 
 
-def test_parts_put_the_core_of_every_workload_first() -> None:
-    planned = run.parts(run.parse(["--workloads", "many,trainer,large"]), 64 << 30)
-    assert [part.workload for part in planned if part.core] == ["many", "trainer", "large"]
-    assert all(part.core for part in planned[:3])
-    assert {engine for part in planned for engine in part.engines} == set(engines.ENGINES)
+def test_comparisons_put_the_core_of_every_workload_first() -> None:
+    planned = run.comparisons(run.parse(["--workloads", "many,trainer,large"]), 64 << 30)
+    assert [comparison.workload for comparison in planned if comparison.core] == ["many", "trainer", "large"]
+    assert all(comparison.core for comparison in planned[:3])
+    assert {engine for comparison in planned for engine in comparison.engines} == set(engines.ENGINES)
