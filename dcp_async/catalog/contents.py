@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from .._concurrency import collection_paused
 from ..errors import CorruptCheckpointError
-from ..formats import Manifest, Part, Tree, leaf_names, structure_from_paths, tree_from_json, usable_paths
+from ..formats import InnerValue, Manifest, Tree, leaf_names, tree_from_json, tree_from_paths, usable_paths
 from ..info import CheckpointInfo
 from ..storage import Reader
 
@@ -43,7 +43,7 @@ class Contents:
     """Tensors that were stored by ``torch.save``; stock's, where there is no manifest, are not told apart."""
     strides: Mapping[str, tuple[int, ...]]
     """Of tensors that were not row-major; of stock's none are known."""
-    parts: dict[str, dict[str, Part]] = field(default_factory=dict)
+    parts: dict[str, dict[str, InnerValue]] = field(default_factory=dict)
     """Leaf -> name -> what was found inside of it, for a state that has a container there."""
     digests: dict[str, array[int]] = field(default_factory=dict)
     image_bytes: dict[str, int] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Contents:
                 names[name] = meta
         return names
 
-    def part(self, name: str) -> Part | None:
+    def part(self, name: str) -> InnerValue | None:
         """What lay inside of a leaf under ``name``."""
         return next((inner[name] for inner in self.parts.values() if name in inner), None)
 
@@ -90,7 +90,7 @@ class Contents:
                     checkpoint_id=name,
                 ) from error
         inside = {name: part.path for parts in self.parts.values() for name, part in parts.items()}
-        return structure_from_paths({**usable_paths(self.metadata), **inside}, list(self.names))
+        return tree_from_paths({**usable_paths(self.metadata), **inside}, list(self.names))
 
     @property
     def is_merged(self) -> bool:

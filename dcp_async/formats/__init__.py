@@ -13,6 +13,7 @@ from .distcp import (
     plan_file,
     read_trailer,
 )
+from .keys import PickledKey, pickled_key, plain_key, text_of
 from .manifest import (
     FileEntry,
     Manifest,
@@ -25,15 +26,21 @@ from .manifest import (
 )
 from .metadata_reader import decode_metadata, uids_named_in
 from .metadata_writer import Group, MetadataTemplate, Place, metadata_template
-from .stock_compat import merge_ranks, places_of, transforms_of, usable_paths
+from .stock_compat import (
+    InnerValue,
+    folded,
+    merge_ranks,
+    places_of,
+    take_apart,
+    transforms_of,
+    usable_paths,
+)
 from .stored_item import StoredItem, UnsupportedError, inflated_bound
 from .tree import (
-    PickledKey,
     Tree,
     build,
     children_of,
     cut,
-    dcp_paths,
     grafted,
     heads_of,
     is_of_stateful,
@@ -45,18 +52,12 @@ from .tree import (
     locate,
     mapping_kind,
     mapping_node,
-    merged_trees,
-    pickled_key,
     pickled_keys,
-    plain_key,
     pruned,
-    structure_from_paths,
     subtree,
-    text_of,
-    tree_from_json,
-    tree_to_json,
+    tree_from_paths,
 )
-from .unfolding import Part, folded, take_apart
+from .tree_json import dcp_paths, merged_trees, tree_from_json, tree_to_json
 from .zip_item import PLAIN_DTYPES, object_item, pad_item, slot_bytes, tensor_frame
 
 __all__ = [
@@ -68,12 +69,12 @@ __all__ = [
     "Footer",
     "FooterError",
     "Group",
+    "InnerValue",
     "Manifest",
     "ManifestError",
     "ManifestHead",
     "MetadataTemplate",
     "NewerVersionError",
-    "Part",
     "PickledKey",
     "Place",
     "StoredItem",
@@ -114,7 +115,6 @@ __all__ = [
     "pruned",
     "read_trailer",
     "slot_bytes",
-    "structure_from_paths",
     "structure_json",
     "subtree",
     "take_apart",
@@ -122,6 +122,7 @@ __all__ = [
     "text_of",
     "transforms_of",
     "tree_from_json",
+    "tree_from_paths",
     "tree_to_json",
     "uids_named_in",
     "usable_paths",

@@ -108,6 +108,52 @@ def _put_from(least: int, bits: int) -> bytes:
     return b"(?:r(?=" + below + b")(?:" + above + b")" + short + b")"
 
 
+class _Vocabulary:
+    """Opcodes as pickles write them that number their memory in one way, with these constants in it."""
+
+    def __init__(
+        self,
+        memoizes: bool,
+        least: int,
+        bits: int,
+        keys: tuple[int, ...],
+        types: tuple[int, ...],
+        consts: tuple[int, ...],
+    ) -> None:
+        """See _Family."""
+        # what is stored under a number is not lost from sight: picklers store nothing twice
+        self.put = b"\x94" if memoizes else _put_from(least, bits) + b"?+"
+        self.stored = b"\x94()" if memoizes else b"(" + _put_from(least, bits) + b")?+"
+        self.key, cls = _any_of(keys), _any_of(types)
+        self.const = _any_of((*types, *consts))
+        self.new = cls + b"\\)\x81" + self.put
+        self.fields = b"\\}" + self.put + b"\\("
+        numbers = b"(?:\\)\x85()|" + _NUMBERS + self.put + b"\x85())" + self.put + b"R" + self.put
+        self.size = b"(?:" + cls + numbers + b"|" + _GET + b")"
+
+    def chunk(self) -> bytes:
+        key, size = self.key, self.size
+        return self.new + self.fields + key + size + key + size + b"ub()"
+
+    def tensor(self) -> bytes:
+        key, put, const = self.key, self.put, self.const
+        flag = b"[\x88\x89]"
+        more = b"(?:N|" + _NUMBERS + put + b"()|" + _GET + b")?"
+        state = b"\\(" + const + const + flag + const + flag + more + b"t"
+        properties = b"(?:" + self.new + state + put + b"b()|" + _GET + b")"
+        chunks = b"\\]" + put + b"(?:" + self.chunk() + b"a|\\(" + _GET + b"*+e|" + _GET + b"a)"
+        return self.new + self.fields + key + properties + key + self.size + key + chunks + b"ub()"
+
+    def place(self) -> bytes:
+        """An index and what it stands for."""
+        key = self.key
+        number = b"(?:N|" + _INT + b")"
+        offset = b"(?:N|" + self.size + b")"
+        index = self.new + self.fields + key + _GET + key
+        index += b"(?:" + number + key + offset + b"|" + offset + key + number + b")ub"
+        return index + self.new + self.fields + key + _GET + key + _INT + key + _INT + b"ub"
+
+
 @lru_cache(maxsize=8)
 class _Family:
     """The expressions for pickles that number their memory in one way, with these constants in it."""
@@ -127,52 +173,24 @@ class _Family:
                 is yet, and with ``bits``.
             keys, types, consts: where texts lie, globals, and what is hashed as fast as a number.
         """
-        # what is stored under a number is not lost from sight: picklers store nothing twice
-        put = b"\x94" if memoizes else _put_from(least, bits) + b"?+"
-        stored = b"\x94()" if memoizes else b"(" + _put_from(least, bits) + b")?+"
-        key, cls = _any_of(keys), _any_of(types)
-        const = _any_of((*types, *consts))
-        new = cls + b"\\)\x81" + put
-        fields = b"\\}" + put + b"\\("
-        numbers = b"(?:\\)\x85()|" + _NUMBERS + put + b"\x85())" + put + b"R" + put
-        size = b"(?:" + cls + numbers + b"|" + _GET + b")"
-        flag = b"[\x88\x89]"
-        more = b"(?:N|" + _NUMBERS + put + b"()|" + _GET + b")?"
-        state = b"\\(" + const + const + flag + const + flag + more + b"t"
-        properties = b"(?:" + new + state + put + b"b()|" + _GET + b")"
-        chunk = new + fields + key + size + key + size + b"ub()"
-        listed = b"\\]" + put + b"(?:" + chunk + b"a|\\(" + _GET + b"*+e|" + _GET + b"a)"
-        tensor = new + fields + key + properties + key + size + key + listed + b"ub()"
-        number = b"(?:N|" + _INT + b")"
-        place = b"(?:N|" + size + b")"
-        index = new + fields + key + _GET + key
-        index += b"(?:" + number + key + place + b"|" + place + key + number + b")ub"
-        info = new + fields + key + _GET + key + _INT + key + _INT + b"ub"
+        words = _Vocabulary(memoizes, least, bits, keys, types, consts)
+        put, stored = words.put, words.stored
         self.memoizes = memoizes
         part = b"(?:(" + _GET + b")|" + _text(memoizes, 64) + stored + b"|" + _INT + b")"
         parts = b"(?:" + part + b"(?:\x85|" + part + b"(?:\x86|" + part + b"\x87))|\\(" + part * 4 + b"t)"
         self.path = re.compile(b"(?s:(" + _GET + b")" + parts + put + b")")
-        self.names = re.compile(
-            b"(?s:"
-            + _text(memoizes, 256)
-            + stored
-            + b"(?:"
-            + tensor
-            + b"|(?:"
-            + new
-            + b"()|"
-            + const
-            + b")(?=[Xu\\x8c])))"
-        )
-        self.chunk = re.compile(b"(?s:" + chunk + b")")
-        self.place = re.compile(b"(?s:" + index + info + b")")
+        leaf = b"(?:" + words.new + b"()|" + words.const + b")(?=[Xu\\x8c])"
+        described = b"(?:" + words.tensor() + b"|" + leaf + b")"
+        self.names = re.compile(b"(?s:" + _text(memoizes, 256) + stored + described + b")")
+        self.chunk = re.compile(b"(?s:" + words.chunk() + b")")
+        self.place = re.compile(b"(?s:" + words.place() + b")")
         # the same where all is fetched, as in most: one part, or any number where the tuple is not stored
         flat = b"(?:" + _GET + b"|" + _INT + b")"
         tuples = _tuple_of(flat)
         self.loose_path = re.compile(b"(?s:(j....)" + tuples + b"(?=[^\x94qrp]))")
         self.loose_paths = re.compile(b"(?s:(?:j...." + tuples + b"(?=[^\x94qrp]))++)")
         self.short_path = re.compile(b"(?s:(j....)(j....)\x85" + put + b")")
-        self.places = re.compile(b"(?s:(?:" + index + info + b")++)")
+        self.places = re.compile(b"(?s:(?:" + words.place() + b")++)")
 
 
 # Groups that tell what was stored, for the three expressions of a family: how much each counts for.

@@ -1,30 +1,44 @@
-"""What stock's Metadata needs before it is read like ours: one of many, and paths that make sense.
+"""What stock's checkpoints need before they are read like ours.
 
-Enters: decoded Metadata of stock's. Leaves: one Metadata; paths from ``planner_data``. Pure. Invariant: where
-two ranks contradict each other nothing is merged.
+That is one Metadata of several ranks', paths that make sense, and leaves taken apart that hold what a state
+has as a container.
+
+Enters: decoded Metadata of stock's; a leaf's value and the names that are wanted of it. Leaves: one Metadata;
+paths from ``planner_data``; InnerValues by DCP's names. Until torch 2.3 containers without a tensor were
+leaves, and with ``flatten_state_dict=False`` all of them are. Invariants: where two ranks contradict each
+other nothing is merged; only what a state has as a container is taken apart, so ``read`` gives every leaf as
+it was saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, cast
 
+import torch
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    TensorProperties,
     TensorStorageMetadata,
 )
 
 from ..errors import CorruptCheckpointError
 from ..trust import check_hashes
+from .tree import heads_of
 
 _MAX_INDEX = 1 << 20
 """A list longer than this is no state but an attempt to exhaust the memory."""
 _MAX_DEPTH = 200
 _TOLD = 5
 """So many of the missing ranks are named."""
+_MAX_TEXT = 256 << 20
+_MIN_TEXT = 256
+"""Bounds what is taken apart by the length of its names, and by what each of them costs besides."""
 
 
 def merge_ranks(by_rank: Mapping[int, Metadata]) -> Metadata:
@@ -45,7 +59,7 @@ def merge_ranks(by_rank: Mapping[int, Metadata]) -> Metadata:
         )
     names: dict[str, Any] = {}
     chunks: dict[str, dict[tuple[int, ...], ChunkStorageMetadata]] = {}
-    places: dict[MetadataIndex, Any] = {}
+    storage_data: dict[MetadataIndex, Any] = {}
     paths: dict[str, Any] = {}
     for rank, metadata in sorted(by_rank.items()):
         stored = metadata.storage_data if isinstance(metadata.storage_data, dict) else {}
@@ -54,31 +68,42 @@ def merge_ranks(by_rank: Mapping[int, Metadata]) -> Metadata:
             first = names.setdefault(name, entry)
             if type(first) is not type(entry) or not _is_alike(first, entry):
                 raise ValueError(f"rank {rank} describes {name} differently than a lower rank")
-            if not isinstance(entry, TensorStorageMetadata):
-                index = MetadataIndex(name)
-                if index in stored:
-                    places.setdefault(index, stored[index])
-                continue
-            check_hashes([tuple(chunk.offsets) for chunk in entry.chunks])
-            known = chunks.setdefault(name, {})
-            for chunk in entry.chunks:
-                at = tuple(chunk.offsets)
-                earlier = known.get(at)
-                # an empty shard may lie where another rank's rows begin
-                if earlier is None or (0 in earlier.sizes and 0 not in chunk.sizes):
-                    known[at] = chunk
-                    index = MetadataIndex(name, chunk.offsets)
-                    if index in stored:
-                        places[index] = stored[index]
-                elif earlier.sizes != chunk.sizes and 0 not in chunk.sizes:
-                    raise ValueError(f"rank {rank} has another chunk of {name} at {at} than a lower rank")
+            if isinstance(entry, TensorStorageMetadata):
+                known = chunks.setdefault(name, {})
+                storage_data |= _merge_chunks(name, known, entry.chunks, stored, rank)
+            elif (index := MetadataIndex(name)) in stored:
+                storage_data.setdefault(index, stored[index])
     merged = {
         name: TensorStorageMetadata(entry.properties, entry.size, list(chunks[name].values()))
         if isinstance(entry, TensorStorageMetadata)
         else entry
         for name, entry in names.items()
     }
-    return Metadata(state_dict_metadata=merged, planner_data=paths, storage_data=places)
+    return Metadata(state_dict_metadata=merged, planner_data=paths, storage_data=storage_data)
+
+
+def _merge_chunks(
+    name: str,
+    known: dict[tuple[int, ...], ChunkStorageMetadata],
+    chunks: Sequence[ChunkStorageMetadata],
+    stored: Mapping[MetadataIndex, Any],
+    rank: int,
+) -> dict[MetadataIndex, Any]:
+    """Add a rank's ``chunks`` to those of lower ranks, and give where the new ones lie. Raises ValueError."""
+    storage_data: dict[MetadataIndex, Any] = {}
+    check_hashes([tuple(chunk.offsets) for chunk in chunks])
+    for chunk in chunks:
+        offsets = tuple(chunk.offsets)
+        earlier = known.get(offsets)
+        # an empty shard may lie where another rank's rows begin
+        if earlier is None or (0 in earlier.sizes and 0 not in chunk.sizes):
+            known[offsets] = chunk
+            index = MetadataIndex(name, chunk.offsets)
+            if index in stored:
+                storage_data[index] = stored[index]
+        elif earlier.sizes != chunk.sizes and 0 not in chunk.sizes:
+            raise ValueError(f"rank {rank} has another chunk of {name} at {offsets} than a lower rank")
+    return storage_data
 
 
 def _is_alike(first: Any, other: Any) -> bool:
@@ -92,7 +117,7 @@ def usable_paths(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:
 
     Custom planners keep there what they like, or nothing; such names then stand at the top, unsplit.
     """
-    found: dict[str, tuple[str | int, ...]] = {}
+    usable: dict[str, tuple[str | int, ...]] = {}
     entries = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
     for name, path in entries.items():
         if (
@@ -105,18 +130,18 @@ def usable_paths(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:
             == len(name)
             and ".".join(map(str, path)) == name
         ):
-            found[name] = tuple(path)
-    ends = set(found.values()) | {(name,) for name in metadata.state_dict_metadata if name not in found}
+            usable[name] = tuple(path)
+    ends = set(usable.values()) | {(name,) for name in metadata.state_dict_metadata if name not in usable}
     return {
         name: path
-        for name, path in found.items()
+        for name, path in usable.items()
         if not any(path[:length] in ends for length in range(1, len(path)))
     }
 
 
 def transforms_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, ...]]:
     """Item -> descriptors of the stream extensions that wrote it. Raises CorruptCheckpointError."""
-    found: dict[MetadataIndex, tuple[str, ...]] = {}
+    transforms: dict[MetadataIndex, tuple[str, ...]] = {}
     for index, place in metadata.storage_data.items():
         descriptors = getattr(place, "transform_descriptors", None)  # torch before 2.6 knew none
         if descriptors:
@@ -125,8 +150,8 @@ def transforms_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[st
                     f"checkpoint {name!r}: .metadata does not say properly how {index!r} was written",
                     checkpoint_id=name,
                 )
-            found[index] = tuple(descriptors)
-    return found
+            transforms[index] = tuple(descriptors)
+    return transforms
 
 
 def places_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, int, int]]:
@@ -147,3 +172,70 @@ def places_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, i
             )
         places[index] = (path, cast(int, offset), cast(int, length))
     return places
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InnerValue:
+    """What lay inside of a leaf."""
+
+    path: tuple[str | int, ...]
+    """As ``planner_data`` would have it: keys as text, indices of lists as numbers."""
+    value: Any
+
+    @property
+    def meta(self) -> TensorStorageMetadata | BytesStorageMetadata:
+        """As `.metadata` would describe it."""
+        if not isinstance(self.value, torch.Tensor):
+            return BytesStorageMetadata()
+        properties = TensorProperties(dtype=self.value.dtype, layout=self.value.layout)
+        return TensorStorageMetadata(properties=properties, size=self.value.size(), chunks=[])
+
+
+def folded(leaves: Iterable[str], wanted: Collection[str]) -> list[str]:
+    """Those of ``leaves`` that lie above names that are ``wanted``."""
+    above = {head for name in wanted for head in heads_of(name)}
+    return [leaf for leaf in leaves if leaf in above and leaf not in wanted]
+
+
+def take_apart(
+    value: Any, name: str, path: tuple[str | int, ...], wanted: Collection[str]
+) -> Iterator[tuple[str, InnerValue]]:
+    """(name, InnerValue) of each value inside; mappings and lists are gone into unless they are ``wanted``
+    themselves.
+
+    Raises: ValueError for what goes in circles, has two values of one name, or grows without end, as
+    containers do that hold one another many times.
+    """
+    names_met: set[str] = set()
+    room = _MAX_TEXT
+    above: list[Iterator[tuple[str | int, Any]]] = [iter(((path[-1], value),))]
+    names = [""]
+    paths = [path[:-1]]
+    while above:
+        try:
+            entry = next(above[-1], None)
+        except RecursionError:
+            raise ValueError(f"{name} has a key that is nested too deep") from None
+        if entry is None:
+            above.pop()
+            names.pop()
+            paths.pop()
+            continue
+        key, child = entry
+        below = f"{names[-1]}.{key}" if len(above) > 1 else name
+        room -= len(below) + _MIN_TEXT
+        if room < 0 or len(above) > _MAX_DEPTH:
+            raise ValueError(f"{name} holds containers without end")
+        if below in wanted or not isinstance(child, (Mapping, list)):
+            if below in names_met:
+                raise ValueError(f"{name} holds two values of the name {below}")
+            names_met.add(below)
+            yield below, InnerValue(path=(*paths[-1], key), value=child)
+            continue
+        above.append(
+            enumerate(child)
+            if isinstance(child, list)
+            else ((str(key), inner) for key, inner in child.items())
+        )
+        names.append(below)
+        paths.append((*paths[-1], key))

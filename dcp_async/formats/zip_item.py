@@ -1,9 +1,7 @@
-"""One DCP item: a STORED zip that ``torch.load`` accepts, made by hand; and what stock's zips say of
-themselves.
+"""One DCP item written by hand: a STORED zip that ``torch.load`` accepts.
 
 Enters: a dtype and a shape, or pickled bytes. Leaves: the constant bytes before and after a tensor's payload
-(pure functions of dtype and shape, so they are made once per plan), or a whole item padded to its slot. From
-stock's items: where the first record lies, and whether the CRC-32s hold.
+(pure functions of dtype and shape, so they are made once per plan), or a whole item padded to its room.
 CRC fields are 0, as under torch's own ``set_crc32_options(False)``: no reader of torch checks them, and
 computing them would cost a pass over the payload (docs/adr/0005).
 Source: torch/serialization.py, caffe2/serialize/inline_container.cc.
@@ -12,10 +10,8 @@ Source: torch/serialization.py, caffe2/serialize/inline_container.cc.
 from __future__ import annotations
 
 import struct
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from operator import itemgetter
 
 import torch
 
@@ -23,12 +19,12 @@ from .._geometry import contiguous_strides
 
 _PREFIX = b"archive/"
 _UTF8 = 0x0800
-_LIMIT32 = 0xFFFFFFFF
-_LOCAL = struct.Struct("<4sHHHHHIIIHH")
-_CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
-_END = struct.Struct("<4sHHHHIIH")
-_END64 = struct.Struct("<4sQHHIIQQQQ")
-_LOCATOR64 = struct.Struct("<4sIQI")
+LIMIT32 = 0xFFFFFFFF
+LOCAL = struct.Struct("<4sHHHHHIIIHH")
+CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
+END = struct.Struct("<4sHHHHIIH")
+END64 = struct.Struct("<4sQHHIIQQQQ")
+LOCATOR64 = struct.Struct("<4sIQI")
 
 # Storage classes that torch pickles a tensor's bytes under; dtypes younger than typed storages name
 # UntypedStorage instead.
@@ -63,16 +59,16 @@ PLAIN_DTYPES = frozenset(_STORAGE_CLASS) | _UNTYPED
 
 
 def _local_header(name: bytes, size: int) -> bytes:
-    big = size >= _LIMIT32
+    big = size >= LIMIT32
     extra = struct.pack("<HHQQ", 1, 16, size, size) if big else b""
-    size32 = _LIMIT32 if big else size
-    return _LOCAL.pack(b"PK\3\4", 0, _UTF8, 0, 0, 0, 0, size32, size32, len(name), len(extra)) + name + extra
+    size32 = LIMIT32 if big else size
+    return LOCAL.pack(b"PK\3\4", 0, _UTF8, 0, 0, 0, 0, size32, size32, len(name), len(extra)) + name + extra
 
 
 def _central_entry(name: bytes, size: int, offset: int) -> bytes:
-    wide = [value for value in (size, size, offset) if value >= _LIMIT32]
+    wide = [value for value in (size, size, offset) if value >= LIMIT32]
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-    size32 = min(size, _LIMIT32)
+    size32 = min(size, LIMIT32)
     fields = (
         0,
         0,
@@ -89,19 +85,19 @@ def _central_entry(name: bytes, size: int, offset: int) -> bytes:
         0,
         0,
         0,
-        min(offset, _LIMIT32),
+        min(offset, LIMIT32),
     )
-    return _CENTRAL.pack(b"PK\1\2", *fields) + name + extra
+    return CENTRAL.pack(b"PK\1\2", *fields) + name + extra
 
 
 def _directory(entries: Sequence[bytes], offset: int) -> bytes:
     """Central directory and its end record, to be placed at ``offset`` of the item."""
     body = b"".join(entries)
     end = b""
-    if offset + len(body) >= _LIMIT32:
-        end += _END64.pack(b"PK\6\6", 44, 45, 45, 0, 0, len(entries), len(entries), len(body), offset)
-        end += _LOCATOR64.pack(b"PK\6\7", 0, offset + len(body), 1)
-    end += _END.pack(b"PK\5\6", 0, 0, len(entries), len(entries), len(body), min(offset, _LIMIT32), 0)
+    if offset + len(body) >= LIMIT32:
+        end += END64.pack(b"PK\6\6", 44, 45, 45, 0, 0, len(entries), len(entries), len(body), offset)
+        end += LOCATOR64.pack(b"PK\6\7", 0, offset + len(body), 1)
+    end += END.pack(b"PK\5\6", 0, 0, len(entries), len(entries), len(body), min(offset, LIMIT32), 0)
     return body + end
 
 
@@ -187,8 +183,8 @@ def object_item(pickled: bytes) -> bytes:
 
 def _split(item: bytes) -> tuple[int, bytes, int]:
     """(offset of the central directory, its bytes, number of entries) of a zip without a comment."""
-    _, _, _, _, count, size, offset, _ = _END.unpack_from(item, len(item) - _END.size)
-    if offset == _LIMIT32 or size == _LIMIT32 or count == 0xFFFF:
+    _, _, _, _, count, size, offset, _ = END.unpack_from(item, len(item) - END.size)
+    if offset == LIMIT32 or size == LIMIT32 or count == 0xFFFF:
         raise ValueError("an item of 4 GiB or 65,535 records has no room for padding")
     return offset, item[offset : offset + size], count
 
@@ -196,7 +192,7 @@ def _split(item: bytes) -> tuple[int, bytes, int]:
 def slot_bytes(item_bytes: int, quantum: int) -> int:
     """The slot, a multiple of ``quantum``, that an item of ``item_bytes`` is padded to."""
     name = len(_PREFIX) + len(b".pad")
-    return -(-(item_bytes + _LOCAL.size + _CENTRAL.size + 2 * name) // quantum) * quantum
+    return -(-(item_bytes + LOCAL.size + CENTRAL.size + 2 * name) // quantum) * quantum
 
 
 def pad_item(item: bytes, slot: int) -> bytes:
@@ -205,113 +201,23 @@ def pad_item(item: bytes, slot: int) -> bytes:
     Bytes behind the zip's end would not do: stock refuses them. Offsets then stay where they are when a
     counter grows.
     """
-    at, entries, count = _split(item)
+    directory_at, entries, count = _split(item)
     name = _PREFIX + b".pad"
-    fixed = at + _LOCAL.size + len(name) + len(entries) + _CENTRAL.size + len(name) + _END.size
+    fixed = directory_at + LOCAL.size + len(name) + len(entries) + CENTRAL.size + len(name) + END.size
     padding = slot - fixed
     if padding < 0:
         raise ValueError(f"an item of {len(item)} bytes does not fit a slot of {slot}")
-    directory_at = at + _LOCAL.size + len(name) + padding
-    end = _END.pack(
-        b"PK\5\6", 0, 0, count + 1, count + 1, len(entries) + _CENTRAL.size + len(name), directory_at, 0
+    new_directory_at = directory_at + LOCAL.size + len(name) + padding
+    end = END.pack(
+        b"PK\5\6", 0, 0, count + 1, count + 1, len(entries) + CENTRAL.size + len(name), new_directory_at, 0
     )
     return b"".join(
         (
-            item[:at],
+            item[:directory_at],
             _local_header(name, padding),
             bytes(padding),
             entries,
-            _central_entry(name, padding, at),
+            _central_entry(name, padding, directory_at),
             end,
         )
     )
-
-
-def pickle_start(head: bytes) -> int | None:
-    """Where the pickle of a zip begins, given its first bytes; None if the pickle is not its first record."""
-    if len(head) < _LOCAL.size or not head.startswith(b"PK\3\4"):
-        return None
-    *_, name_bytes, extra_bytes = _LOCAL.unpack_from(head)
-    name = head[_LOCAL.size :][:name_bytes]
-    return _LOCAL.size + name_bytes + extra_bytes if name.endswith(b"/data.pkl") else None
-
-
-def check_records(item: memoryview, *, crcs: bool) -> None:
-    """Whether the directory of a whole zip lists its records as every reader understands them: stored, each
-    once and apart from the others, and the pickle first if the first record claims to be it.
-
-    With ``crcs`` they must match the CRC-32s that their writer recorded: those that are not 0.
-    Raises: ValueError, naming the record; or if the zip's directory makes no sense.
-    """
-    try:
-        records = list(_records(item))
-    except (struct.error, OverflowError) as error:
-        raise ValueError(f"its zip has a damaged directory: {error}") from error
-    # torch finds names regardless of case
-    if len({name.casefold() for name, *_ in records}) < len(records):
-        raise ValueError("its zip has a record twice")
-    end = 0
-    for name, header, _, start, nbytes in sorted(records, key=itemgetter(1)):
-        if header < end:
-            raise ValueError(f"its record {name} overlaps another")
-        end = start + nbytes
-    first = next((name for name, header, *_ in records if header == 0), "")
-    pickles = [name for name, *_ in records if name.casefold().endswith("/data.pkl")]
-    if pickle_start(bytes(item[:_FIRST_BYTES])) is not None and pickles != [first]:
-        raise ValueError("its zip has another pickle than its first record")
-    for name, _, crc, start, nbytes in records:
-        if crcs and crc and zlib.crc32(item[start : start + nbytes]) != crc:
-            raise ValueError(f"its record {name} does not match its CRC-32")
-
-
-_FIRST_BYTES = _LOCAL.size + 0xFFFF
-"""A record's header with the longest name there is."""
-
-
-def _records(item: memoryview) -> Iterator[tuple[str, int, int, int, int]]:
-    """(name, its header, CRC-32, first byte, length) of each record."""
-    at, count = _find_directory(item)
-    for _ in range(count):
-        fields = _CENTRAL.unpack_from(item, at)
-        magic, method, crc = fields[0], fields[4], fields[7]
-        name_bytes, extra_bytes, comment_bytes = fields[10:13]
-        name = bytes(item[at + _CENTRAL.size :][:name_bytes]).decode(errors="replace")
-        wide = _wide_values(bytes(item[at + _CENTRAL.size + name_bytes :][:extra_bytes]))
-        size, packed, header = (
-            next(wide, -1) if value == _LIMIT32 else value for value in (fields[9], fields[8], fields[16])
-        )
-        at += _CENTRAL.size + name_bytes + extra_bytes + comment_bytes
-        if magic != b"PK\1\2" or size < 0 or not 0 <= header < len(item):
-            raise ValueError(f"its zip has a damaged directory, at record {name}")
-        if method or size != packed:  # torch never deflates; what does may inflate to any length
-            raise ValueError(f"its record {name} is compressed")
-        local = _LOCAL.unpack_from(item, header)
-        start = header + _LOCAL.size + local[9] + local[10]
-        if local[0] != b"PK\3\4" or start + size > len(item):
-            raise ValueError(f"its record {name} lies outside of it")
-        yield name, header, crc, start, size
-
-
-def _find_directory(item: memoryview) -> tuple[int, int]:
-    """(offset of the central directory, number of entries); the end record may have a comment behind it."""
-    before = max(len(item) - _END.size - 0xFFFF, 0)
-    at = bytes(item[before:]).rfind(b"PK\5\6")
-    if at < 0:
-        raise ValueError("its zip has no end record, as if it was cut off")
-    at += before
-    *_, count, _, offset, _ = _END.unpack_from(item, at)
-    locator = at - _LOCATOR64.size
-    if locator >= 0 and bytes(item[locator : locator + 4]) == b"PK\6\7":  # stock's zips of any size have one
-        end64 = _LOCATOR64.unpack_from(item, locator)[2]
-        *_, count, _, offset = _END64.unpack_from(item, end64)
-    return offset, count
-
-
-def _wide_values(extra: bytes) -> Iterator[int]:
-    """What a central entry's zip64 field holds: of full size, packed size and offset those that 32 bits do
-    not."""
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<HH", extra)
-        if kind == 1:
-            yield from struct.unpack_from(f"<{length // 8}Q", extra, 4)
-        extra = extra[4 + length :]

@@ -60,9 +60,9 @@ def _verbs() -> dict[str, tuple[Callable[[Any], object], tuple[type[BaseExceptio
     from dcp_async.formats.distcp import Footer, FooterError
     from dcp_async.formats.manifest import ManifestError, decode_manifest
     from dcp_async.formats.metadata_reader import decode_metadata
-    from dcp_async.formats.stored_item import StoredItem
-    from dcp_async.formats.tree import build, leaf_names, pickled_keys, tree_from_json
-    from dcp_async.formats.zip_item import check_records, pickle_start
+    from dcp_async.formats.stored_item import StoredItem, check_records, pickle_start
+    from dcp_async.formats.tree import build, leaf_names, pickled_keys
+    from dcp_async.formats.tree_json import tree_from_json
     from dcp_async.trust import Trust, UntrustedGlobal, load_pickle
     from dcp_async.trust.plain_data import loads
 

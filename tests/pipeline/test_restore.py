@@ -265,18 +265,18 @@ async def test_reading_many_keys_costs_no_more_than_reading_all(root: Path) -> N
     tree = structure.mapping_node("dict", ((f"k{index}", None) for index in range(2000)))
     asked = [f"k{index}" for index in range(0, 2000, 2)]
     joins = 0
-    original = structure._join
+    original = structure.child_name
 
     def counting(name: str | None, key: object) -> str:
         nonlocal joins
         joins += 1
         return original(name, key)
 
-    structure._join = counting
+    structure.child_name = counting
     try:
         kept, found = structure.pruned(tree, asked)
     finally:
-        structure._join = original
+        structure.child_name = original
     assert found == set(asked)
     assert len(structure.children_of(kept)) == 1000
     assert joins <= 2000

@@ -16,7 +16,8 @@ from dcp_async.formats.manifest import (
     encode_manifest,
     structure_json,
 )
-from dcp_async.formats.tree import MAX_TREE_DEPTH, children_of, leaf_names, tree_from_json, tree_to_json
+from dcp_async.formats.tree import children_of, leaf_names
+from dcp_async.formats.tree_json import MAX_TREE_DEPTH, tree_from_json, tree_to_json
 
 _HEX = "0123456789abcdef"
 

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dcp_async.formats.stock_compat import merge_ranks, usable_paths
-from dcp_async.formats.stored_item import inflated_bound
-from dcp_async.formats.zip_item import check_records, object_item, pickle_start, tensor_frame
+from dcp_async.formats.stored_item import check_records, inflated_bound, pickle_start
+from dcp_async.formats.zip_item import object_item, tensor_frame
 
 
 def saved(value: Any) -> bytes:

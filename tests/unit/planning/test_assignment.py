@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from dcp_async._names import data_file
+from dcp_async.formats import tree_to_json
 from dcp_async.formats.metadata_reader import decode_metadata
-from dcp_async.formats.tree import tree_to_json
 from dcp_async.planning.assignment import (
     Assignment,
     ConflictError,

@@ -31,11 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from dcp_async.formats import zip_item
 from dcp_async.formats.metadata_reader import decode_metadata
-from dcp_async.formats.stock_compat import merge_ranks, usable_paths
-from dcp_async.formats.stored_item import StoredItem, inflated_bound
-from dcp_async.formats.tree import children_of, kind_of, structure_from_paths
-from dcp_async.formats.unfolding import take_apart
-from dcp_async.formats.zip_item import check_records
+from dcp_async.formats.stock_compat import merge_ranks, take_apart, usable_paths
+from dcp_async.formats.stored_item import StoredItem, check_records, inflated_bound
+from dcp_async.formats.tree import children_of, kind_of, tree_from_paths
 from dcp_async.trust import Trust, UntrustedGlobal, load_pickle
 from dcp_async.trust.pickle_grammar import check_pickle
 
@@ -338,9 +336,9 @@ def test_lists_of_holes_stay_mappings() -> None:
         dict.fromkeys(names, BytesStorageMetadata()),
         planner_data={name: (name.partition(".")[0], 1048575) for name in names},
     )
-    tree = structure_from_paths(usable_paths(metadata), names)
+    tree = tree_from_paths(usable_paths(metadata), names)
     assert {kind_of(child) for _, child in children_of(tree)} == {"dict"}
-    few = structure_from_paths({"a.0": ("a", 0), "a.3": ("a", 3)}, ["a.0", "a.3"])
+    few = tree_from_paths({"a.0": ("a", 0), "a.3": ("a", 3)}, ["a.0", "a.3"])
     assert kind_of(children_of(few)[0][1]) == "list"
 
 

@@ -14,7 +14,8 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from dcp_async.formats.metadata_reader import decode_metadata
-from dcp_async.formats.zip_item import object_item, pickle_start
+from dcp_async.formats.stored_item import pickle_start
+from dcp_async.formats.zip_item import object_item
 from dcp_async.trust import Trust, UntrustedGlobal, check_globals, load_item
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from dcp_async.formats.unfolding import folded, take_apart
+from dcp_async.formats.stock_compat import folded, take_apart
 
 
 @pytest.mark.parametrize(
