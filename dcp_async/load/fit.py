@@ -20,7 +20,7 @@ from .matching import Match
 
 def check_groups(targets: Targets, values: Mapping[str, Any], checkpoint_id: str) -> None:
     """Optimizers refuse groups of other sizes, but only when all is read. Raises IncompatibleStateError."""
-    for prefix, stateful, _ in targets.walk.statefuls:
+    for prefix, stateful, _ in targets.flat.statefuls:
         if isinstance(stateful, torch.optim.Optimizer):
             for number, group in enumerate(stateful.param_groups):
                 name = f"{prefix}.param_groups.{number}.params"
@@ -37,7 +37,7 @@ def check_groups(targets: Targets, values: Mapping[str, Any], checkpoint_id: str
 def check_app_states(targets: Targets, contents: Contents, values: Mapping[str, Any]) -> None:
     """What was saved of an AppState's optimizers must fit, parameter by parameter and group by group. Raises
     IncompatibleStateError."""
-    for prefix, stateful, _ in targets.walk.statefuls:
+    for prefix, stateful, _ in targets.flat.statefuls:
         if not isinstance(stateful, AppState):
             continue
         structure, checkpoint_id = contents.structure, contents.info.checkpoint_id

@@ -158,7 +158,7 @@ class _Matcher:
 
     def run(self) -> Match:
         targets, names, match = self._targets, self._names, self._match
-        per_rank = (*targets.walk.per_rank, *targets.walk.own)
+        per_rank = (*targets.flat.per_rank, *targets.flat.own)
         if targets.statefuls or per_rank:
             self._known = sorted(targets.tensors.keys() | targets.leaves)
             self._structure = self._contents.structure
@@ -276,9 +276,9 @@ class _Matcher:
     def _match_per_rank(self) -> None:
         """What is PerRank and was saved by another number of ranks is taken from all of them."""
         match, targets = self._match, self._targets
-        for prefix in targets.walk.own:
+        for prefix in targets.flat.own:
             self._match_own(prefix)
-        for prefix, value in targets.walk.per_rank.items():
+        for prefix, value in targets.flat.per_rank.items():
             found, node = locate(self._structure, prefix)
             if isinstance(value.value, RNGState) and (value.on_resize is None or not _is_per_rank(node)):
                 self._match_own(prefix)
@@ -303,7 +303,7 @@ class _Matcher:
     def _match_own(self, prefix: str) -> None:
         """What is each rank's own by itself: one that was saved once, for all, is everybody's, and a rank
         that had no counterpart keeps what it has."""
-        match, rank = self._match, self._targets.walk.rank
+        match, rank = self._match, self._targets.flat.rank
         found, node = locate(self._structure, prefix)
         keys = [str(key) for key, _ in children_of(node)] if found else []
         if not keys or PerRank.key(rank) in keys:

@@ -176,7 +176,7 @@ def copy_aside(captured: Captured) -> None:
     """
     tensors = captured.tensors
     versions = versions_of(tensors)
-    smallest = captured.structure.trail.smallest(tensors, _ASIDE_TENSOR_BYTES, _ASIDE_BYTES)
+    smallest = captured.structure.cache.smallest(tensors, _ASIDE_TENSOR_BYTES, _ASIDE_BYTES)
     with torch.no_grad():
         copies = list(map(torch.Tensor.clone, [tensors[index] for index in smallest]))
     for index, copy, version in zip(smallest, copies, versions_of(copies), strict=True):
@@ -189,12 +189,12 @@ def copy_aside(captured: Captured) -> None:
     structure = captured.structure
     captured.watch = Watch.of(captured.live, structure.tensor_names, smallest)
     if captured.pointers is not None:
-        trail = structure.trail
-        if trail.places is None:
+        cache = structure.cache
+        if cache.places is None:
             row_major = [strides is None for strides in structure.strides]
-            trail.places = places_to_sample([tensor.nbytes for tensor in tensors], row_major, smallest)
+            cache.places = places_to_sample([tensor.nbytes for tensor in tensors], row_major, smallest)
         with contextlib.suppress(RefusedError):  # then there is no sample, and the counters alone tell
-            captured.watch.sample = ByteSample.take(trail.places, captured.pointers)
+            captured.watch.sample = ByteSample.take(cache.places, captured.pointers)
 
 
 class Stager:
@@ -258,10 +258,10 @@ class Stager:
     def prepare(self, captured: Captured) -> dict[torch.device, Event]:
         """In the caller's thread, right after capture: copies aside what overlap needs, marks the devices'
         queues."""
-        trail = captured.structure.trail
-        devices = trail.devices
+        cache = captured.structure.cache
+        devices = cache.devices
         if devices is None:
-            devices = trail.devices = self.backend.devices(captured.tensors)
+            devices = cache.devices = self.backend.devices(captured.tensors)
         if any(device.type == "meta" for device in devices):
             names = captured.structure.tensor_names
             raise meta_error(next(n for n, t in zip(names, captured.tensors, strict=True) if t.is_meta))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from .asking import UNASKED
 from .capture import Captured, Structure, capture, meta_error, padded_items
 from .checkpointable import empty_like, global_size
-from .flatten import PLAIN_TENSORS, UNASKED, CaptureError
+from .containers import PLAIN_TENSORS, CaptureError
 from .leaves import LeafRules
 from .mutation import Place, Watch, layers_of, versions_of
 from .optimizers import AppState, check_before_touch

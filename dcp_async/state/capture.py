@@ -1,13 +1,14 @@
 """capture(): takes hold of a trainer's state.
 
 Enters: a mapping of Statefuls, tensors, containers and picklable leaves. Leaves: a Captured:
-parallel lists in the walk's order, tensors by reference, everything else by value. Runs in the caller's
+parallel lists in the state's order, tensors by reference, everything else by value. Runs in the caller's
 thread and in one piece, so a data pipeline can't advance between the model's snapshot and its own. Invariant:
 a Captured refers to live tensors only until its save has staged them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter, le
@@ -18,11 +19,13 @@ from torch.optim import Optimizer
 
 from .._geometry import Offsets
 from ..formats import SECTOR_BYTES, Tree, pad_item, slot_bytes
-from .capture_cache import Repeat, Trail
-from .flatten import CaptureError, Given, Walk, duplicate_name, structure_of, walk_state
+from .asking import Given, ask_in_order
+from .capture_cache import CacheHit, CaptureCache
+from .containers import CaptureError
+from .flat_state import FlatState
+from .flatten import flatten
 from .leaves import LeafPickler, LeafRules
 from .mutation import Watch
-from .order import ask_in_order
 from .sharding import Piece, Shard
 
 
@@ -53,8 +56,8 @@ class Structure:
     """Distributed tensors of which nothing lies here."""
     pieces: dict[str, Piece]
     """Which leaves are pieces of distributed tensors."""
-    trail: Trail = field(default_factory=Trail, compare=False, repr=False)
-    """How the last state of this structure was walked."""
+    cache: CaptureCache = field(default_factory=CaptureCache, compare=False, repr=False)
+    """How a state of this structure is captured without going over it anew."""
 
     @property
     def names(self) -> list[str]:
@@ -151,51 +154,42 @@ def capture(
     Raises: CaptureError; whatever a ``state_dict()`` raises.
     """
     given: Given = {}
-    if previous is not None and (repeat := _followed(state, previous, given)) is not None:
-        captured = _repeated(repeat, previous, LeafPickler(rules))
+    if previous is not None:
+        captured = _from_cache(state, previous, given, LeafPickler(rules))
         if captured is not None:
             return captured
     if world_size > 1:
         ask_in_order(state, rank, given)
-    walk = walk_state(state, rank, given, rules.check_key if rules else None)
-    shapes = walk.shapes()
-    addresses = walk.addresses()
-    tensors, leaves = walk.tensors, walk.leaves
-    names = walk.tensor_names
+    flat = flatten(state, rank, given, check_key=rules.check_key if rules else None)
+    shapes = flat.shapes()
+    addresses = flat.addresses()
+    every_tensor, every_leaf, every_name = flat.tensors, flat.leaves, flat.tensor_names
     stored = addresses
-    if walk.separate_ties(addresses):
-        shapes = walk.shapes()
-        stored = [addresses[index] for index in walk.kept]
-    items = list(map(LeafPickler(rules).item, walk.leaf_names, walk.leaves))
-    structure = _structure(walk, shapes, items, previous)
-    tree: Tree = None
-    if structure != previous:
-        whole = [name for name in names if name not in walk.distributed]
-        check_unique([*whole, *walk.distributed, *walk.leaf_names])
-        tree = structure_of(state, walk)
-    else:
-        structure = previous
-    if not structure.trail.is_in_bounds(walk.tensors, stored):
-        walk.check_memory(shapes)
-        structure.trail.in_bounds = stored
-    raw = _is_raw(walk.tensors)
-    structure.trail.record(state, walk, tensors, leaves, raw=raw)
+    if flat.separate_ties(addresses):
+        shapes = flat.shapes()
+        stored = [addresses[index] for index in flat.kept]
+    items = list(map(LeafPickler(rules).item, flat.leaf_names, flat.leaves))
+    structure = _structure(flat, shapes, items, previous)
+    is_new = structure != previous
+    if is_new:
+        whole = [name for name in every_name if name not in flat.distributed]
+        check_unique([*whole, *flat.distributed, *flat.leaf_names])
+    elif previous is not None:
+        structure = previous  # whose cache stays
+    if not structure.cache.is_in_bounds(flat.tensors, stored):
+        flat.check_memory(shapes)
+        structure.cache.in_bounds = stored
+    raw = _is_raw(flat.tensors)
+    structure.cache.record(state, flat, every_tensor, every_leaf, raw=raw)
     return Captured(
         structure=structure,
-        tree=tree,
-        tensors=walk.tensors,
+        tree=flat.tree if is_new else None,
+        tensors=flat.tensors,
         leaf_items=items,
-        optimizers=walk.optimizers,
-        live=walk.distributed | dict(zip(walk.leaf_names, walk.leaves, strict=True)),
+        optimizers=flat.optimizers,
+        live=flat.distributed | dict(zip(flat.leaf_names, flat.leaves, strict=True)),
         pointers=stored if raw else None,
     )
-
-
-def _followed(state: Mapping[str, Any], previous: Structure, given: Given) -> Repeat | None:
-    try:
-        return previous.trail.follow(state, given)
-    except RecursionError:  # a list that holds itself now; a new walk says where
-        return None
 
 
 def _is_raw(tensors: Sequence[torch.Tensor]) -> bool:
@@ -207,23 +201,33 @@ def _is_raw(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def _repeated(repeat: Repeat, previous: Structure, pickler: LeafPickler) -> Captured | None:
-    """The capture of a state that is built as before; None if its leaves don't fit into their slots."""
-    leaves = dict(zip(previous.leaf_names, repeat.leaves, strict=True))
+def _from_cache(
+    state: Mapping[str, Any], previous: Structure, given: Given, pickler: LeafPickler
+) -> Captured | None:
+    """The capture of a state that is built as before; None if it is not, or its leaves don't fit."""
+    try:
+        hit = previous.cache.look_up(state, given)
+    except RecursionError:  # a list that holds itself now; flatten() says where
+        return None
+    return _repeated(hit, previous, pickler) if hit is not None else None
+
+
+def _repeated(hit: CacheHit, previous: Structure, pickler: LeafPickler) -> Captured | None:
+    leaves = dict(zip(previous.leaf_names, hit.leaves, strict=True))
     items = list(map(pickler.item, leaves.keys(), leaves.values()))
     needed = [slot_bytes(len(item), SECTOR_BYTES) for item in items]
     fits = all(map(le, needed, previous.slots))
-    without_bytes = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in repeat.leaves)
-    if not fits or without_bytes or _exotic(repeat.leaves) != previous.exotic:
+    without_bytes = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in hit.leaves)
+    if not fits or without_bytes or _exotic(hit.leaves) != previous.exotic:
         return None
     return Captured(
         structure=previous,
         tree=None,
-        tensors=repeat.tensors,
+        tensors=hit.tensors,
         leaf_items=items,
-        optimizers=repeat.optimizers,
+        optimizers=hit.optimizers,
         live=leaves,
-        pointers=repeat.pointers,
+        pointers=hit.pointers,
     )
 
 
@@ -235,39 +239,42 @@ def _exotic(leaves: Sequence[Any]) -> list[tuple[int, str, tuple[int, ...]]]:
     ]
 
 
-def check_unique(names: list[str]) -> None:
-    if twice := duplicate_name(names):
+def check_unique(names: Sequence[str]) -> None:
+    """Raises CaptureError for a name that occurs twice: DCP's dotted names do not tell {"a.b": x} from {"a":
+    {"b": x}}."""
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
         raise CaptureError(f"two leaves have the name {twice!r}; rename one of their keys")
 
 
 def _structure(
-    walk: Walk, shapes: list[torch.Size], items: Sequence[bytes], previous: Structure | None
+    flat: FlatState, shapes: list[torch.Size], items: Sequence[bytes], previous: Structure | None
 ) -> Structure:
-    """What the layout of ``walk``'s tensors and its leaves' ``items`` depends on."""
+    """What the layout of ``flat``'s tensors and its leaves' ``items`` depends on."""
     # a slot only grows: a counter that shrinks by a digit must not move every offset behind it
     floor = dict(zip(previous.leaf_names, previous.slots, strict=True)) if previous else {}
-    for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
+    for name, leaf in zip(flat.leaf_names, flat.leaves, strict=True):
         if isinstance(leaf, torch.Tensor) and leaf.is_meta:
             raise meta_error(name)
     one_of_each: dict[torch.Size, torch.Size] = {}  # a garbage collection goes over each that is kept
     return Structure(
-        order=walk.order,
-        tensor_names=walk.tensor_names,
-        dtypes=[tensor.dtype for tensor in walk.tensors],
+        order=flat.order,
+        tensor_names=flat.tensor_names,
+        dtypes=[tensor.dtype for tensor in flat.tensors],
         shapes=[one_of_each.setdefault(shape, shape) for shape in shapes],
-        strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in walk.tensors],
-        leaf_names=walk.leaf_names,
-        exotic=_exotic(walk.leaves),
+        strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in flat.tensors],
+        leaf_names=flat.leaf_names,
+        exotic=_exotic(flat.leaves),
         slots=[
             max(slot_bytes(len(item), SECTOR_BYTES), floor.get(name, 0))
-            for name, item in zip(walk.leaf_names, items, strict=True)
+            for name, item in zip(flat.leaf_names, items, strict=True)
         ],
-        containers=walk.containers,
-        odd_keys=walk.odd_keys,
-        ties=walk.ties,
-        shards=walk.shards,
-        bare=walk.bare,
-        pieces=walk.pieces,
+        containers=flat.containers,
+        odd_keys=flat.odd_keys,
+        ties=flat.ties,
+        shards=flat.shards,
+        bare=flat.bare,
+        pieces=flat.pieces,
     )
 
 

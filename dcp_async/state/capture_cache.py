@@ -1,15 +1,15 @@
-"""The way of the last walk: a state that kept its structure is gone over again list by list, in C.
+"""CaptureCache: a state that kept its structure is gone over again list by list, in C.
 
-Enters: a state, and what a walk of it found before. Leaves: its tensors and leaves in that walk's order, if
-nothing changed that a plan depends on; else what the Statefuls gave, for a walk that asks them no second
-time. Invariant: the same answer as a new walk, and the trainer's tensors are not kept: all that is remembered
-of them are types, geometry and addresses.
+Enters: a state, and what flattening it met before. Leaves: its tensors and leaves in the same order, if
+nothing changed that a plan depends on; else what the Statefuls gave, so that flattening asks them no second
+time. Invariant: the same answer as flattening anew, and the trainer's tensors are not kept: all that is
+remembered of them are types, geometry and addresses.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
 from operator import attrgetter, call, is_, itemgetter, ne, not_
@@ -18,17 +18,19 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from .asking import Given, snapshot
 from .checkpointable import any_checkpointable, is_checkpointable
-from .flatten import PLAIN_TENSORS, Given, Walk, is_plain, is_terminal, snapshot
+from .containers import PLAIN_TENSORS, Kind, is_plain, is_terminal, kind_of_value
+from .flat_state import FlatState
 from .mutation import Place
 from .optimizers import stepped_by
-from .stateful import PerRank, is_stateful
+from .stateful import is_stateful
 from .tensor_memory import SpotCheck, has_memory
 
 try:
     from torch._C._dynamo.guards import TensorGuards
 except ImportError:  # private, and the only way to look at thousands of tensors in one call
-    TensorGuards = None  # type: ignore[assignment, misc]  # then each walk is a new one
+    TensorGuards = None  # type: ignore[assignment, misc]  # then each state is flattened anew
 
 _CHUNK = 512
 """Tensors that are compared by one call; more at once miss the cache, fewer cost calls."""
@@ -49,13 +51,13 @@ _VALUES: dict[type, Callable[[Any], Iterable[Any]]] = {
 _NAMES: dict[type, Callable[[Any], Iterable[Any]]] = {dict: iter, OrderedDict: iter, list: _none}
 
 
-class _NoTrailError(Exception):
+class _UncacheableError(Exception):
     """The state holds what can't be compared in C."""
 
 
 @dataclass(slots=True)
 class _Level:
-    """All containers of one depth, in the walk's order, and what lies in them."""
+    """All containers of one depth, in the order of the state, and what lies in them."""
 
     values: list[Callable[[Any], Iterable[Any]]] = field(default_factory=list)
     names: list[Callable[[Any], Iterable[Any]]] = field(default_factory=list)
@@ -74,7 +76,7 @@ class _Branch:
     kind: type
     levels: list[_Level] = field(default_factory=list)
     statefuls: list[tuple[int, int, str, _Branch]] = field(default_factory=list)
-    """(depth, place in its level, name, branch) in the walk's order."""
+    """(depth, place in its level, name, branch) in the order of the state."""
     order: list[int] = field(default_factory=list)
     """Which of them is asked first, and so on."""
 
@@ -95,7 +97,7 @@ class _Branch:
         """Everything that lies in ``root``, level by level; None if it is built in another way."""
         if type(root) is not self.kind:
             return None
-        found: list[Any] = []
+        values_met: list[Any] = []
         containers: list[Any] = [root]
         for level in self.levels:
             if [len(container) for container in containers] != level.sizes:
@@ -106,10 +108,10 @@ class _Branch:
             values = list(chain.from_iterable(map(call, level.values, containers)))
             if list(map(type, values)) != level.types:
                 return None
-            found += values
+            values_met += values
             if level is not self.levels[-1]:
                 containers = list(compress(values, level.inner))
-        return found
+        return values_met
 
 
 def _pick(places: list[int]) -> Callable[[list[Any]], list[Any]]:
@@ -124,7 +126,7 @@ def _pick(places: list[int]) -> Callable[[list[Any]], list[Any]]:
 
 
 @dataclass(slots=True, kw_only=True)
-class Repeat:
+class CacheHit:
     """What a state holds that is built as it was."""
 
     tensors: list[torch.Tensor]
@@ -136,8 +138,8 @@ class Repeat:
 
 
 @dataclass(slots=True)
-class _Way:
-    """One walk."""
+class _Recording:
+    """What a state was built of when it was flattened."""
 
     root: _Branch
     tensors: Callable[[list[Any]], list[Any]]
@@ -149,12 +151,12 @@ class _Way:
     """Of all tensors, and of those that are stored; one value, since several threads may save."""
     is_raw: bool
 
-    def follow(self, state: object, given: Given) -> Repeat | None:
-        found: list[Any] = []
+    def match(self, state: object, given: Given) -> CacheHit | None:
+        values: list[Any] = []
         optimizers: list[Optimizer] = []
-        if not self._collect(self.root, state, found, given, optimizers):
+        if not self._collect(self.root, state, values, given, optimizers):
             return None
-        tensors, leaves = self.tensors(found), self.leaves(found)
+        tensors, leaves = self.tensors(values), self.leaves(values)
         # what makes a tensor a part of a larger one is an attribute, which no guard sees
         if not all(map(_is_leaf, leaves)) or any_checkpointable(tensors):
             return None
@@ -171,10 +173,10 @@ class _Way:
             if len(tensors) != self.num_stored or len(set(pointers)) != len(pointers):
                 return None  # ties may have come or gone
             if not has_memory(list(compress(tensors, map(ne, pointers, known)))):
-                return None  # a new walk says which one has not
+                return None  # flattening anew says which one has not
             self.pointers = (pointers, pointers)
             stored = pointers
-        return Repeat(
+        return CacheHit(
             tensors=tensors[: self.num_stored],
             leaves=leaves,
             optimizers=optimizers,
@@ -182,23 +184,23 @@ class _Way:
         )
 
     def _collect(
-        self, branch: _Branch, root: object, found: list[Any], given: Given, optimizers: list[Optimizer]
+        self, branch: _Branch, root: object, collected: list[Any], given: Given, optimizers: list[Optimizer]
     ) -> bool:
         values = branch.values(root)
         if values is None:
             return False
-        found += values
+        collected += values
         starts = branch.starts() if branch.statefuls else []
         inside_of: list[list[Any]] = [[] for _ in branch.statefuls]
-        for at in branch.order:
-            depth, place, name, inside = branch.statefuls[at]
+        for turn in branch.order:
+            depth, place, name, inside = branch.statefuls[turn]
             stateful = values[starts[depth] + place]
             optimizers += stepped_by(stateful)
             inner = snapshot(name, stateful)
             given[name, id(stateful)] = (stateful, inner)
-            if not self._collect(inside, inner, inside_of[at], given, optimizers):
+            if not self._collect(inside, inner, inside_of[turn], given, optimizers):
                 return False
-        found += chain.from_iterable(inside_of)
+        collected += chain.from_iterable(inside_of)
         if branch.statefuls:  # a state_dict() may have changed what lies beside it
             again = branch.values(root)
             return again is not None and all(map(is_, values, again))
@@ -214,8 +216,8 @@ def _is_leaf(value: object) -> bool:
     return not (isinstance(value, torch.Tensor) and (is_plain(value) or is_checkpointable(value)))
 
 
-class Trail:
-    """The last walk of the states of one structure, if there was one that can be followed."""
+class CaptureCache:
+    """What the states of one structure have in common, found out once."""
 
     def __init__(self) -> None:
         self.devices: set[torch.device] | None = None
@@ -224,22 +226,22 @@ class Trail:
         """Where tensors that are built so are sampled; None before somebody has looked."""
         self.in_bounds: list[int] | None = None
         """Addresses of the last tensors that were found to end within their memory."""
-        self._way: _Way | None = None
+        self._recording: _Recording | None = None
         self._spots: SpotCheck | None = None
         self._smallest: list[int] | None = None
 
-    def follow(self, state: object, given: Given) -> Repeat | None:
+    def look_up(self, state: object, given: Given) -> CacheHit | None:
         """What ``state`` holds if it is built as before, each tensor of the same type, dtype, shape, strides
         and device.
 
         Asks the Statefuls in the order in which they were asked then, and adds to ``given`` what they gave,
         also where the answer is None. Raises: CaptureError of a ``state_dict()`` that fails.
         """
-        repeat = self._way.follow(state, given) if self._way is not None else None
-        if repeat is not None and not self._spots_in_bounds(repeat.tensors):
-            self.in_bounds = None  # a new walk looks at all, and says which one has too little memory
+        hit = self._recording.match(state, given) if self._recording is not None else None
+        if hit is not None and not self._spots_in_bounds(hit.tensors):
+            self.in_bounds = None  # flattening anew looks at all, and says which one has too little memory
             return None
-        return repeat
+        return hit
 
     def is_in_bounds(self, tensors: Sequence[torch.Tensor], addresses: list[int]) -> bool:
         """Whether nothing speaks against it that ``tensors``, at ``addresses``, end within their memory, as
@@ -269,38 +271,40 @@ class Trail:
         return self._smallest
 
     def record(
-        self, state: object, walk: Walk, found: list[torch.Tensor], leaves: list[Any], *, raw: bool
+        self, state: object, flat: FlatState, tensors: list[torch.Tensor], leaves: list[Any], *, raw: bool
     ) -> None:
-        """Remember the walk that found these tensors and leaves, before ties were taken out.
+        """Remember of what ``state`` is built, that held these ``tensors`` and ``leaves`` before ties were
+        taken out.
 
         ``raw`` says whether the bytes in the tensors' memory are their elements, and the CPU reads them.
         """
-        self._way = self.devices = None
-        if TensorGuards is None or walk.distributed or walk.bare or walk.per_rank:
+        self._recording = self.devices = None
+        if TensorGuards is None or flat.distributed or flat.bare or flat.per_rank:
             return
-        recorder = _Recorder(walk.statefuls, walk.asked)
+        recorder = _Recorder(flat.statefuls, flat.asked)
         try:
             root = recorder.branch(state)
-        except _NoTrailError:
+        except _UncacheableError:
             return
-        same = len(recorder.tensors) == len(found) and len(recorder.leaves) == len(leaves)
+        same = len(recorder.tensors) == len(tensors) and len(recorder.leaves) == len(leaves)
         # nested tensors, for one, have become leaves meanwhile
-        if not (same and all(map(is_, recorder.tensors, found)) and all(map(is_, recorder.leaves, leaves))):
+        if not (same and all(map(is_, recorder.tensors, tensors)) and all(map(is_, recorder.leaves, leaves))):
             return
-        self._way = _make_way(recorder, root, found, walk.kept or list(range(len(found))), raw)
+        stored = flat.kept or list(range(len(tensors)))
+        self._recording = _make_recording(recorder, root, tensors, stored, raw)
 
 
-def _make_way(
-    recorder: _Recorder, root: _Branch, found: list[torch.Tensor], stored: list[int], raw: bool
-) -> _Way:
+def _make_recording(
+    recorder: _Recorder, root: _Branch, every: list[torch.Tensor], stored: list[int], raw: bool
+) -> _Recording:
     # a guard refuses an object that it sees twice, so those that occur again come last, with their own guards
-    order = [*stored, *sorted(set(range(len(found))) - set(stored))]
+    order = [*stored, *sorted(set(range(len(every))) - set(stored))]
     places = recorder.places(recorder.tensor_marks)
-    tensors = [found[index] for index in order]
+    tensors = [every[index] for index in order]
     pointers = list(map(torch.Tensor.data_ptr, tensors))
     starts = [*range(0, len(stored), _CHUNK), *range(len(stored), len(order), _CHUNK)]
     chunks = list(zip(starts, [*starts, len(order)][1:], strict=True))
-    return _Way(
+    return _Recording(
         root=root,
         tensors=_pick([places[index] for index in order]),
         num_stored=len(stored),
@@ -319,7 +323,7 @@ def _make_way(
 
 
 class _Recorder:
-    """Goes over a state in the walk's order and notes, level by level, what it is built of."""
+    """Goes over a state in its own order and notes, level by level, what it is built of."""
 
     def __init__(self, statefuls: list[tuple[str, Any, Any]], asked: list[str]) -> None:
         self.tensors: list[torch.Tensor] = []
@@ -335,10 +339,10 @@ class _Recorder:
         branch = _Branch(type(root))
         self._branches.append(branch)
         if branch.kind not in _VALUES or (isinstance(root, list) and is_terminal(root)):
-            raise _NoTrailError
+            raise _UncacheableError
         self._visit(branch, len(self._branches) - 1, 0, root)
         names = [name for _, _, name, _ in branch.statefuls]
-        branch.order = sorted(range(len(names)), key=lambda at: self._turn[names[at]])
+        branch.order = sorted(range(len(names)), key=lambda index: self._turn[names[index]])
         return branch
 
     def places(self, marks: list[tuple[int, int, int]]) -> list[int]:
@@ -361,29 +365,28 @@ class _Recorder:
             keys = list(container)
             types = list(map(type, keys))
             if not _KEYS.issuperset(types):
-                raise _NoTrailError
+                raise _UncacheableError
             level.keys += keys
             level.key_types += types
         for value in _VALUES[kind](container):
             mark = (number, depth, len(level.types))
             level.types.append(type(value))
             level.inner.append(0)
-            if isinstance(value, torch.Tensor) and is_plain(value):
-                self.tensors.append(value)
-                self.tensor_marks.append(mark)
-            elif isinstance(value, torch.Tensor) and type(value) not in PLAIN_TENSORS:
-                raise _NoTrailError  # what lies in a subclass is not seen from outside
-            elif is_stateful(value):
-                name, stateful, inner = next(self._statefuls)
-                assert stateful is value
-                branch.statefuls.append((depth, mark[2], name, self.branch(inner)))
-            elif isinstance(value, (Mapping, PerRank)) or (
-                isinstance(value, list) and not is_terminal(value)
-            ):
-                if type(value) not in _VALUES:
-                    raise _NoTrailError
-                level.inner[-1] = 1
-                self._visit(branch, number, depth + 1, value)
-            else:
-                self.leaves.append(value)
-                self.leaf_marks.append(mark)
+            match kind_of_value(value, is_own=False):
+                case Kind.TENSOR if is_plain(value):
+                    self.tensors.append(value)
+                    self.tensor_marks.append(mark)
+                case Kind.TENSOR if type(value) not in PLAIN_TENSORS:
+                    raise _UncacheableError  # what lies in a subclass is not seen from outside
+                case Kind.OWN | Kind.STATEFUL:
+                    name, stateful, inner = next(self._statefuls)
+                    assert stateful is value
+                    branch.statefuls.append((depth, mark[2], name, self.branch(inner)))
+                case Kind.MAPPING | Kind.PER_RANK | Kind.LIST:
+                    if type(value) not in _VALUES:
+                        raise _UncacheableError
+                    level.inner[-1] = 1
+                    self._visit(branch, number, depth + 1, value)
+                case Kind.TENSOR | Kind.LEAF:
+                    self.leaves.append(value)
+                    self.leaf_marks.append(mark)

@@ -25,8 +25,8 @@ import torch
 from .._foreign import ENDINGS, user_code, words
 from ..formats import object_item, plain_key
 from ..trust import Trust, UntrustedGlobal, load_item, load_pickle, untrusted_names
+from .containers import PLAIN_TENSORS, CaptureError
 from .depth import MAX_DEPTH
-from .flatten import PLAIN_TENSORS, CaptureError
 from .leaf_values import is_all_numbers, must_be_unpickled
 from .tensor_memory import has_memory
 from .wrapped import is_wrapper

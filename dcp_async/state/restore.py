@@ -17,7 +17,7 @@ import torch
 
 from .._foreign import user_code
 from ..formats import text_of
-from .flatten import UNASKED
+from .asking import UNASKED
 from .materialise import below, materialise
 from .optimizers import load_optimizer
 from .stateful import AppState, PerRank, RNGState
@@ -92,7 +92,7 @@ class Restorer:
             container[key] = self._values[name]
         elif isinstance(value, torch.Tensor):
             return
-        elif name in self._targets.walk.own:
+        elif name in self._targets.flat.own:
             self._give_own(value, name)
         elif isinstance(value, Mapping):
             for inner_key in self._in_order(value):
@@ -104,7 +104,7 @@ class Restorer:
                 self._hand_back(value, index, f"{name}.{index}")
 
     def _hand_back_own(self, own: PerRank, name: str) -> None:
-        inside = f"{name}.{PerRank.key(self._targets.walk.rank)}"
+        inside = f"{name}.{PerRank.key(self._targets.flat.rank)}"
         is_once = isinstance(own.value, RNGState) and "torch" in self._taken.get(name, ())  # for all ranks
         if name in self._read.resized and (own.on_resize is None or is_once):
             self._give_own(own.value, name)
@@ -123,7 +123,7 @@ class Restorer:
 
     def _give_own(self, own: Any, name: str) -> None:
         """What is each rank's own by itself."""
-        rank = self._targets.walk.rank
+        rank = self._targets.flat.rank
         if name not in self._read.resized:
             self._give(f"{name}.{PerRank.key(rank)}")
         elif name in self._taken:

@@ -30,9 +30,12 @@ from ..formats import (
     locate,
     text_of,
 )
+from .asking import UNASKED, Given, ask_in_order, asynchronous_error, snapshot
 from .capture import check_unique, is_exotic
 from .checkpointable import is_checkpointable
-from .flatten import UNASKED, CaptureError, Given, Walk, asynchronous_error, snapshot, walk_state
+from .containers import CaptureError
+from .flat_state import FlatState
+from .flatten import flatten
 from .holdings import (
     holds_memory_for,
     holds_objects,
@@ -41,7 +44,6 @@ from .holdings import (
     resizable_owners,
 )
 from .optimizers import parameter_sizes
-from .order import ask_in_order
 from .sharding import Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
 
@@ -187,7 +189,7 @@ class OptimizerState:
 class Targets:
     """Where a load puts what it reads."""
 
-    walk: Walk
+    flat: FlatState
     tensors: dict[str, torch.Tensor]
     """Name -> tensor to fill in place: plain, exotic, or distributed."""
     local: dict[str, list[Region]]
@@ -195,7 +197,7 @@ class Targets:
     leaves: set[str]
     """Names of other leaves: replaced."""
     statefuls: dict[str, tuple[Any, Any]]
-    """Name -> (Stateful, what it gave or UNASKED), in the walk's order."""
+    """Name -> (Stateful, what it gave or UNASKED), in the state's order."""
     wholes: dict[str, Whole]
     """Places that take what was saved there, by name."""
     grows: dict[str, Callable[[str], bool]]
@@ -261,42 +263,42 @@ def capture_targets(
 
     if world_size > 1:
         ask_in_order(state, rank, given, ask)
-    walk = walk_state(state, rank, given, ask=ask)
-    walk.check_memory(walk.shapes())  # which sorts nested tensors out
+    flat = flatten(state, rank, given, ask=ask)
+    flat.check_memory(flat.shapes())  # which sorts nested tensors out
     plain = {
         name: tensor
-        for name, tensor in zip(walk.tensor_names, walk.tensors, strict=True)
-        if name not in walk.distributed
+        for name, tensor in zip(flat.tensor_names, flat.tensors, strict=True)
+        if name not in flat.distributed
     }
-    local: dict[str, list[Region]] = {name: [] for name in walk.distributed}
-    for index, name in enumerate(walk.tensor_names):
+    local: dict[str, list[Region]] = {name: [] for name in flat.distributed}
+    for index, name in enumerate(flat.tensor_names):
         if name in local:
-            local[name].append(Region.piece(walk.tensors[index], walk.shards.get(index)))
-    for leaf, tensor in zip(walk.leaf_names, walk.leaves, strict=True):
-        if (piece := walk.pieces.get(leaf)) is not None:
+            local[name].append(Region.piece(flat.tensors[index], flat.shards.get(index)))
+    for leaf, tensor in zip(flat.leaf_names, flat.leaves, strict=True):
+        if (piece := flat.pieces.get(leaf)) is not None:
             local[piece.name].append(Region(tensor, piece.shard.offsets))
-    check_unique([*(name for name in walk.tensor_names if name not in local), *local, *walk.leaf_names])
+    check_unique([*(name for name in flat.tensor_names if name not in local), *local, *flat.leaf_names])
     device = torch.get_default_device()
     targets = Targets(
-        walk=walk,
-        tensors=plain | walk.distributed,
+        flat=flat,
+        tensors=plain | flat.distributed,
         local=local,
         leaves=set(),
-        statefuls={name: (stateful, given) for name, stateful, given in walk.statefuls},
+        statefuls={name: (stateful, given) for name, stateful, given in flat.statefuls},
         wholes={},
         grows={},
         optimizer_states={},
         named_groups={},
         strict=set(),
         prefixes=set(map(text_of, state)),
-        entries=_entries(walk),
+        entries=_entries(flat),
         device=torch.device("cpu") if device.type == "meta" else device,
         world_size=world_size,
     )
     for prefix, (stateful, given) in targets.statefuls.items():
         _describe(targets, prefix, stateful, given)
-    for name, leaf in zip(walk.leaf_names, walk.leaves, strict=True):
-        if name in walk.pieces:
+    for name, leaf in zip(flat.leaf_names, flat.leaves, strict=True):
+        if name in flat.pieces:
             continue
         if is_lazy(leaf):
             if name not in targets.wholes:
@@ -341,7 +343,7 @@ def _describe(targets: Targets, prefix: str, stateful: Any, given: Any) -> None:
     else:
         targets.wholes[prefix] = Whole(given, is_stateful=True)
         if given is not UNASKED:
-            targets.strict |= _strict_below(targets.walk, prefix, stateful)
+            targets.strict |= _strict_below(targets.flat, prefix, stateful)
 
 
 def _describe_module(targets: Targets, name: str, module: torch.nn.Module, given: Any) -> None:
@@ -390,26 +392,26 @@ def _is_extra_of_optimizer(key: str) -> bool:
     return key.partition(".")[0] not in ("state", "param_groups")
 
 
-def _strict_below(walk: Walk, prefix: str, stateful: Any) -> set[str]:
+def _strict_below(flat: FlatState, prefix: str, stateful: Any) -> set[str]:
     """Names of parameters, buffers and distributed tensors in what a Stateful gave: it shows those of a
     model."""
     inside = f"{prefix}."
-    found = {name for name in walk.distributed if name.startswith(inside)}
+    found = {name for name in flat.distributed if name.startswith(inside)}
     if memory := memory_of_modules(stateful):
         found |= {
             name
-            for name, tensor in zip(walk.tensor_names, walk.tensors, strict=True)
+            for name, tensor in zip(flat.tensor_names, flat.tensors, strict=True)
             if name.startswith(inside) and tensor.data_ptr() in memory
         }
     return found
 
 
-def _entries(walk: Walk) -> dict[str, torch.Tensor]:
+def _entries(flat: FlatState) -> dict[str, torch.Tensor]:
     parameters: dict[str, torch.Tensor] = {}
-    for prefix, stateful, _ in walk.statefuls:
+    for prefix, stateful, _ in flat.statefuls:
         if isinstance(stateful, AppState):
             inside = f"{prefix}.model."
-            for name, tensor in walk.distributed.items():
+            for name, tensor in flat.distributed.items():
                 if name.startswith(inside):
                     parameters[f"{prefix}.optim.state.{name.removeprefix(inside)}"] = tensor
         elif isinstance(stateful, Optimizer):

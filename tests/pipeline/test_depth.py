@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, PerRank, SaveError
+from dcp_async.state import CaptureError
 from dcp_async.state.depth import MAX_DEPTH
-from dcp_async.state.flatten import CaptureError
 from tests.support.doubles import assert_same
 
 

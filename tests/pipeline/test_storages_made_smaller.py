@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcp_async import SaveError
-from dcp_async.state.capture_cache import Trail
+from dcp_async.state.capture_cache import CaptureCache
 from dcp_async.state.tensor_memory import SpotCheck
 from dcp_async.sync import CheckpointEngine
 
@@ -16,7 +16,7 @@ KIB = 1024
 
 
 class Odd(dict[str, torch.Tensor]):
-    """A mapping that no trail follows, so that each save walks anew."""
+    """A mapping that no cache knows, so that each save flattens it anew."""
 
 
 def made_smaller(tensor: torch.Tensor) -> bool:
@@ -65,11 +65,11 @@ def test_large_tensors_are_looked_at_each_time() -> None:
 
 def test_tensors_without_elements_do_not_have_all_others_looked_at() -> None:
     tensors = [torch.ones(64) for _ in range(1000)] + [torch.ones(0), torch.ones(0, 3)]
-    trail = Trail()
-    trail.in_bounds = addresses = [tensor.data_ptr() for tensor in tensors]
+    cache = CaptureCache()
+    cache.in_bounds = addresses = [tensor.data_ptr() for tensor in tensors]
     assert 0 in addresses
-    assert trail.is_in_bounds(tensors, addresses)
-    assert not trail.is_in_bounds(tensors, [0, *addresses[1:]])
+    assert cache.is_in_bounds(tensors, addresses)
+    assert not cache.is_in_bounds(tensors, [0, *addresses[1:]])
     tensors[3].untyped_storage().resize_(0)
-    trail.in_bounds = addresses = [tensor.data_ptr() for tensor in tensors]
-    assert not trail.is_in_bounds(tensors, addresses)
+    cache.in_bounds = addresses = [tensor.data_ptr() for tensor in tensors]
+    assert not cache.is_in_bounds(tensors, addresses)

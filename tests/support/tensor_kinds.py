@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from dcp_async.state import CaptureError
 from dcp_async.state.capture import Captured, Structure, capture
-from dcp_async.state.flatten import CaptureError
 from tests.property.states import Marked
 
 SHAPE = (4, 4)

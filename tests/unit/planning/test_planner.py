@@ -17,8 +17,8 @@ from dcp_async._geometry import is_dense
 from dcp_async.formats import dcp_paths, tree_to_json
 from dcp_async.formats.metadata_writer import MetadataTemplate
 from dcp_async.planning.planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
+from dcp_async.state import CaptureError
 from dcp_async.state.capture import capture
-from dcp_async.state.flatten import CaptureError
 
 
 class OwnPlanner(DefaultSavePlanner):

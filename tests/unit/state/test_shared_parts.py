@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dcp_async.state.flatten import is_terminal
+from dcp_async.state.containers import is_terminal
 from dcp_async.state.leaves import _is_admitted
 from dcp_async.sync import CheckpointEngine
 

@@ -16,8 +16,8 @@ import torch
 
 from dcp_async import CheckpointEngine, SaveError, StagingOptions, StateMutatedError
 from dcp_async.staging.vectored_copy import Gather, RefusedError
+from dcp_async.state.asking import Given
 from dcp_async.state.capture import capture
-from dcp_async.state.flatten import Given
 from tests.support.doubles import ASIDE_BYTES, KIB, MIB, FaultyStorage, assert_same, frozen, random_tensor
 
 PART = 64 * KIB
@@ -242,10 +242,10 @@ def test_a_state_that_did_not_change_is_not_walked_again(make: Callable[[], dict
     state = {"plain": make(), "asked": Counting(make())}
     first = capture(state, None)
     given: Given = {}
-    repeat = first.structure.trail.follow(state, given)
+    repeat = first.structure.cache.look_up(state, given)
     assert repeat is not None
     assert all(map(is_, repeat.tensors, first.tensors))
-    assert first.structure.trail.follow(state, given) is not None
+    assert first.structure.cache.look_up(state, given) is not None
     again = capture(state, first.structure)
     assert (again.structure is first.structure, again.is_new) == (True, False)
     assert (again.leaf_items, again.live) == (first.leaf_items, first.live)
