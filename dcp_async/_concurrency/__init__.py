@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
+from .flow import Pipe, first_failure, run_unless
 from .gc_pause import collection_paused
+from .loop_thread import Job, LoopThread
 from .signal_safe import SignalSafeFuture
-from .threads import (
-    BlockingThreads,
-    Job,
-    LoopThread,
-    Pipe,
-    StuckThreadError,
-    first_failure,
-    on_work_thread,
-    run_blocking,
-    run_unless,
-    settle,
-)
+from .threads import BlockingThreads, StuckThreadError, on_work_thread, run_blocking, settle
 from .verbs import Ended, Inside, Persisting, Verb, Watched, drive, drive_blocking
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""Threads and queues: the loop thread, threads for blocking calls, a queue that closes.
+"""Threads for blocking calls, each of which is joined.
 
-Enters: coroutines from any thread, blocking functions from the loop. Leaves: their results, never before they
-ended. Invariant: a function that runs in one of our threads is joined even if the task that waits for it is
-cancelled, because an abandoned copy would write into a buffer that belongs to the next save (docs/adr/0002).
+Enters: blocking functions, from a loop. Leaves: their results, never before they ended. Invariant: a
+function that runs in one of our threads is joined even if the task that waits for it is cancelled, because an
+abandoned copy would write into a buffer that belongs to the next save (docs/adr/0002).
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ import functools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from typing import Any, Generic, Never, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import anyio
 import torch
-
-from ..errors import EngineStateError
-from .signal_safe import SignalSafeFuture
 
 logger = logging.getLogger(__name__)
 
@@ -29,172 +26,8 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
-def default_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop's loop where it imports, asyncio's otherwise; never a policy, which would change the user's
-    loops too."""
-    try:
-        import uvloop
-    except ImportError:  # Windows, PyPy: it is not a requirement there
-        return asyncio.new_event_loop
-    return uvloop.new_event_loop
-
-
-def first_failure(error: BaseException) -> BaseException:
-    """The first of several: the others are its echo in sibling tasks, or lose nothing by not being told."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-async def run_unless(failing: Callable[[], Coroutine[Any, Any, Never]], fn: Callable[[], Awaitable[T]]) -> T:
-    """``fn()``, cancelled when ``failing()`` raises. Raises what the first of them raises."""
-    failed: BaseException | None = None
-    try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(failing)
-            value = await fn()
-            group.cancel_scope.cancel()
-    except BaseExceptionGroup as errors:
-        failed = first_failure(errors)
-    if failed is not None:  # here it is the context of nothing
-        raise failed
-    return value
-
-
 class NotStartedError(TimeoutError):
     """A blocking call waited too long for a thread; it will never run."""
-
-
-async def _tamed(coro: Coroutine[Any, Any, T]) -> T:
-    """``coro``, whose SystemExit or KeyboardInterrupt, raised by code of the user's, must not end the
-    loop."""
-    try:
-        return await coro
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise EngineStateError(f"{type(error).__name__} was raised on the engine's thread") from error
-
-
-class Job(Generic[T]):
-    """A coroutine that runs on a loop thread; ``future`` is done only when the coroutine has really ended."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T]) -> None:
-        self.future: SignalSafeFuture[T] = SignalSafeFuture()
-        self._loop = loop
-        self._task: asyncio.Task[T] | None = None
-        loop.call_soon_threadsafe(self._start, coro)
-
-    def _start(self, coro: Coroutine[Any, Any, T]) -> None:
-        self._task = self._loop.create_task(_tamed(coro))
-        # a task that is cancelled before its first step never touches what it was given
-        self._task.add_done_callback(lambda _: coro.close())
-        self._task.add_done_callback(self._finish)
-
-    def _finish(self, task: asyncio.Task[T]) -> None:
-        if task.cancelled():
-            # no CancelledError: a waiter would take it for a cancellation of its own
-            self.future.set_exception(EngineStateError("the engine ended while this ran"))
-        elif (error := task.exception()) is not None:
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(task.result())
-
-    def cancel(self) -> None:
-        """Ask the coroutine to stop; ``future`` tells when it has."""
-        try:
-            self._loop.call_soon_threadsafe(lambda: self._task is not None and self._task.cancel())
-        except RuntimeError:  # the loop is closed: the coroutine has ended
-            logger.debug("cancel() of a job whose loop is closed")
-
-    async def wait(self) -> T:
-        """The coroutine's result, from any loop. A cancelled waiter cancels the job and waits until it has
-        ended."""
-        waiter = asyncio.wrap_future(self.future)
-        try:
-            await asyncio.wait({waiter})
-        except asyncio.CancelledError:
-            self.cancel()
-            with anyio.CancelScope(shield=True):
-                while not waiter.done():
-                    # a native cancellation pierces the shield; what the job writes to must not be touched
-                    # before
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.wait({waiter})
-            waiter.exception()  # looked at: the cancellation is what the caller sees
-            raise
-        return waiter.result()
-
-    def result(self) -> T:
-        """The coroutine's result, for a thread without a loop. An interrupt, or what else a signal handler
-        raises, cancels the job and waits until it ended."""
-        try:
-            self.future.wait()
-        except BaseException:
-            self.cancel()
-            while not self.future.done():
-                with contextlib.suppress(KeyboardInterrupt):
-                    self.future.wait()
-            raise
-        return self.future.result()
-
-
-class LoopThread:
-    """A daemon thread that runs one event loop from ``start()`` to ``stop()``.
-
-    It owns the loop and closes it. A daemon, so that it serves `atexit` callbacks, which come after all other
-    threads were joined; that the interpreter waits for an upload is ExitGuard's business.
-    """
-
-    def __init__(
-        self, name: str, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    ) -> None:
-        self._factory = loop_factory or default_loop_factory()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._ready: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
-        self.finished: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-    def __repr__(self) -> str:
-        return f"<LoopThread {self._thread.name} {'alive' if self._thread.is_alive() else 'stopped'}>"
-
-    def start(self) -> None:
-        """Start the thread and return when its loop runs."""
-        self._thread.start()
-        self._loop = self._ready.result()
-
-    def _run(self) -> None:
-        try:
-            with asyncio.Runner(loop_factory=self._factory) as runner:
-                runner.run(self._main())
-        except BaseException as error:
-            if not self._ready.done():
-                self._ready.set_exception(error)
-            raise
-        finally:
-            self.finished.set_result(None)
-
-    async def _main(self) -> None:
-        self._stop = asyncio.Event()
-        self._ready.set_result(asyncio.get_running_loop())
-        await self._stop.wait()
-
-    def is_current(self) -> bool:
-        """Whether the caller runs on this thread."""
-        return threading.current_thread() is self._thread
-
-    def submit(self, coro: Coroutine[Any, Any, T]) -> Job[T]:
-        """Run ``coro`` on the loop; callable from every other thread."""
-        return Job(self._loop, coro)
-
-    def call_soon(self, fn: Callable[..., object], *args: object) -> bool:
-        """Call ``fn`` on the loop; False when the loop is closed and nothing will be called."""
-        try:
-            self._loop.call_soon_threadsafe(fn, *args)
-        except RuntimeError:
-            return False
-        return True
-
-    def stop(self) -> None:
-        """Let the loop end; ``finished`` is done when the thread has closed it."""
-        self.call_soon(lambda: self._stop.set())
 
 
 class StuckThreadError(TimeoutError):
@@ -378,52 +211,3 @@ async def run_blocking(
     waiter.exception()  # looked at, even if a cancellation comes first
     await anyio.lowlevel.checkpoint_if_cancelled()
     return waiter.result()
-
-
-class _Closed:
-    """The mark that follows the last item of a Pipe."""
-
-
-_CLOSED = _Closed()
-
-
-class Pipe(Generic[T]):
-    """An ``asyncio.Queue`` with a mandatory bound, ``async for``, and an end that several producers close
-    together."""
-
-    def __init__(self, bound: int, *, producers: int = 1) -> None:
-        if bound < 1 or producers < 1:
-            raise ValueError("a Pipe needs a bound and a number of producers of at least 1")
-        self._queue: asyncio.Queue[T | _Closed] = asyncio.Queue(bound)
-        self._producers = producers
-
-    async def put(self, item: T) -> None:
-        """Hand on ``item``; waits while the pipe is full."""
-        await self._queue.put(item)
-
-    async def close(self) -> None:
-        """This producer is done; the last one ends the pipe for all its consumers."""
-        self._producers -= 1
-        if self._producers == 0:
-            await self._queue.put(_CLOSED)
-
-    def _take(self, item: T | _Closed) -> T | None:
-        if isinstance(item, _Closed):
-            self._queue.put_nowait(item)  # for the next consumer; there is room, since we just took it out
-            return None
-        return item
-
-    async def __aiter__(self) -> AsyncIterator[T]:
-        while (item := self._take(await self._queue.get())) is not None:
-            yield item
-
-    async def batch(self, limit: int) -> list[T]:
-        """At least one item and whatever else waits already, ``limit`` at most; an empty list at the end."""
-        items: list[T] = []
-        item = self._take(await self._queue.get())
-        while item is not None:
-            items.append(item)
-            if len(items) == limit or self._queue.empty():
-                break
-            item = self._take(self._queue.get_nowait())
-        return items

@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import anyio
 
 from ..errors import EngineStateError
+from .loop_thread import Job
 from .signal_safe import SignalSafeFuture
-from .threads import Job
 
 T = TypeVar("T")
 

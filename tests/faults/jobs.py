@@ -29,7 +29,7 @@ import torch.distributed.checkpoint as dcp
 import torch.utils.data
 
 import dcp_async
-import dcp_async._concurrency.threads
+import dcp_async._concurrency.loop_thread
 import dcp_async.sync
 from dcp_async import (
     CheckpointEngine,
@@ -101,7 +101,7 @@ def staging() -> StagingOptions:
 def use_loop(name: str) -> None:
     """Replaces the engine's loop: "uvloop" (or whatever the package picks) or plain "asyncio"."""
     if name == "asyncio":
-        setattr(dcp_async._concurrency.threads, "default_loop_factory", lambda: asyncio.new_event_loop)  # noqa: B010 - for mypy
+        setattr(dcp_async._concurrency.loop_thread, "default_loop_factory", lambda: asyncio.new_event_loop)  # noqa: B010 - for mypy
 
 
 def describe(error: BaseException | None) -> dict[str, Any]:

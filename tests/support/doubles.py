@@ -426,7 +426,7 @@ class LoopSpy:
 
 def replace_loops(monkeypatch: pytest.MonkeyPatch, factory: LoopFactory) -> LoopSpy:
     """From here on engines run on loops of this factory."""
-    import dcp_async._concurrency.threads as concurrency
+    import dcp_async._concurrency.loop_thread as concurrency
 
     spy = LoopSpy(factory)
     monkeypatch.setattr(concurrency, "default_loop_factory", lambda: spy.new)
