@@ -47,10 +47,11 @@ class CheckpointInfo:
         """DCP's ``Metadata`` of this checkpoint, decoded on demand."""
         return await self._metadata(self.checkpoint_id)
 
-    def _plain(self) -> dict[str, Any]:
-        """Everything but the way to the metadata, to be told to other ranks."""
-        names = (part.name for part in fields(self) if part.name != "_metadata")
-        return {name: getattr(self, name) for name in names} | {"notes": dict(self.notes)}
+
+def plain_fields(info: CheckpointInfo) -> dict[str, Any]:
+    """Everything of ``info`` but the way to its metadata, to be told to other ranks."""
+    names = (part.name for part in fields(info) if part.name != "_metadata")
+    return {name: getattr(info, name) for name in names} | {"notes": dict(info.notes)}
 
 
 CheckpointRef: TypeAlias = "Literal['latest'] | str | os.PathLike[str] | SupportsIndex | CheckpointInfo"

@@ -1,4 +1,4 @@
-"""What a caller holds of a save or a load: handles that any loop or thread can wait for, and value types.
+"""Both ends of a save's handles: callers read and wait at one, the engine settles them at the other.
 
 Invariant: waiting never changes what is waited for. A cancelled waiter leaves the save alone; a failure
 raises a fresh error in each waiter, since one stored exception would grow its traceback with each of them
@@ -29,6 +29,11 @@ def _nothing() -> None:
     """What cancelling an ended save does."""
 
 
+def _failure_in(future: SignalSafeFuture[T | SaveError]) -> SaveError | None:
+    outcome = future.result() if future.done() else None
+    return outcome if isinstance(outcome, SaveError) else None
+
+
 class CheckpointHandle(Generic[T]):
     """Something that will be done: await it from any loop, any number of times, or wait for it in a thread.
 
@@ -36,29 +41,31 @@ class CheckpointHandle(Generic[T]):
     """
 
     def __init__(
-        self, what: str, *, on_own_thread: Callable[[], bool], waits_for_caller: Callable[[], bool]
+        self,
+        what: str,
+        future: SignalSafeFuture[T | SaveError],
+        *,
+        on_own_thread: Callable[[], bool],
+        waits_for_caller: Callable[[], bool],
     ) -> None:
-        """``on_own_thread`` tells whether the caller runs on a thread of the engine's, ``waits_for_caller``
-        whether it can be done only after the caller has gone on."""
+        """
+        Args:
+            what: its name in messages.
+            future: its outcome, which a ``HandleWriter`` sets.
+            on_own_thread: whether the caller runs on a thread of the engine's.
+            waits_for_caller: whether it can be done only after the caller has gone on.
+        """
         self._what = what
+        self._future = future
         self._on_own_thread = on_own_thread
         self._waits_for_caller = waits_for_caller
         self._pid = os.getpid()
-        self._future: SignalSafeFuture[T | SaveError] = SignalSafeFuture()
         self.observed = False
         """Whether somebody has been given this handle's failure."""
 
     def __repr__(self) -> str:
-        state = "pending" if not self.done() else "failed" if self._failure() is not None else "done"
+        state = "pending" if not self.done() else "done" if _failure_in(self._future) is None else "failed"
         return f"<CheckpointHandle {self._what} {state}>"
-
-    def _settle(self, outcome: T | SaveError) -> None:
-        """Called once, by the engine."""
-        self._future.set_result(outcome)
-
-    def _failure(self) -> SaveError | None:
-        outcome = self._future.result() if self._future.done() else None
-        return outcome if isinstance(outcome, SaveError) else None
 
     def _open(self, outcome: T | SaveError) -> T:
         if isinstance(outcome, SaveError):
@@ -104,7 +111,7 @@ class CheckpointHandle(Generic[T]):
         """The failure, None after success. Raises EngineStateError while it is not done."""
         if not self.done():
             raise EngineStateError(f"{self._what} is not done yet: await it, or call result(timeout)")
-        failure = self._failure()
+        failure = _failure_in(self._future)
         if failure is None:
             return None
         self.observed = True
@@ -132,6 +139,31 @@ class CheckpointHandle(Generic[T]):
         return self._open(outcome)
 
 
+class HandleWriter(Generic[T]):
+    """The end of a handle that settles it. Who waits for its future gets a failure as a value, and has not
+    observed it by that."""
+
+    def __init__(
+        self, what: str, *, on_own_thread: Callable[[], bool], waits_for_caller: Callable[[], bool]
+    ) -> None:
+        self.future: SignalSafeFuture[T | SaveError] = SignalSafeFuture()
+        self.handle: CheckpointHandle[T] = CheckpointHandle(
+            what, self.future, on_own_thread=on_own_thread, waits_for_caller=waits_for_caller
+        )
+
+    def __repr__(self) -> str:
+        return f"<HandleWriter {self.handle!r}>"
+
+    def settle(self, outcome: T | SaveError) -> None:
+        """Set the outcome, once; a later one changes nothing."""
+        if not self.future.done():
+            self.future.set_result(outcome)
+
+    def failure(self) -> SaveError | None:
+        """What it failed with; None after success, and as long as it is pending."""
+        return _failure_in(self.future)
+
+
 class Place:
     """The right to be one of ``Limits.pending_saves``. Made before it is taken, so that whoever is
     interrupted in between can give it back all the same."""
@@ -145,26 +177,17 @@ class AsyncSaveResponse:
         *,
         checkpoint_id: str,
         step: int | None,
+        staging_completion: CheckpointHandle[None],
+        upload_completion: CheckpointHandle[CheckpointInfo],
         cancel: Callable[[], None],
-        on_own_thread: Callable[[], bool],
-        place: Place,
     ) -> None:
         self.checkpoint_id = checkpoint_id
         self.step = step
-        self._cancel = cancel
-        self._place = place
-        self._saver: int | None = threading.get_ident()
-        """The thread that is inside of ``save()``; None once that has returned or given up."""
-        self.staging_completion: CheckpointHandle[None] = CheckpointHandle(
-            f"staging of {checkpoint_id!r}", on_own_thread=on_own_thread, waits_for_caller=lambda: False
-        )
+        self.staging_completion = staging_completion
         """Done when the state may be mutated."""
-        self.upload_completion: CheckpointHandle[CheckpointInfo] = CheckpointHandle(
-            f"upload of {checkpoint_id!r}",
-            on_own_thread=on_own_thread,
-            waits_for_caller=lambda: self._saver == threading.get_ident(),
-        )
+        self.upload_completion = upload_completion
         """Done when the checkpoint is committed and durable."""
+        self._cancel = cancel
 
     def __repr__(self) -> str:
         handles = f"{self.staging_completion!r} {self.upload_completion!r}"
@@ -175,27 +198,64 @@ class AsyncSaveResponse:
         begun."""
         self._cancel()
 
-    def _forget_cancel(self) -> None:
-        """There is nothing left to cancel; the request behind it may go."""
+
+class ResponseWriter:
+    """The end of a save's response that settles it; ``response`` is what the caller gets."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint_id: str,
+        step: int | None,
+        cancel: Callable[[], None],
+        on_own_thread: Callable[[], bool],
+        place: Place,
+    ) -> None:
+        """``place`` is what the save has taken until it ends."""
+        self.place = place
+        self._cancel = cancel
+        self._saver: int | None = threading.get_ident()
+        """The thread that is inside of ``save()``; None once that has returned or given up."""
+        self.staging: HandleWriter[None] = HandleWriter(
+            f"staging of {checkpoint_id!r}", on_own_thread=on_own_thread, waits_for_caller=lambda: False
+        )
+        self.upload: HandleWriter[CheckpointInfo] = HandleWriter(
+            f"upload of {checkpoint_id!r}",
+            on_own_thread=on_own_thread,
+            waits_for_caller=lambda: self._saver == threading.get_ident(),
+        )
+        self.response = AsyncSaveResponse(
+            checkpoint_id=checkpoint_id,
+            step=step,
+            staging_completion=self.staging.handle,
+            upload_completion=self.upload.handle,
+            cancel=lambda: self._cancel(),
+        )
+
+    def __repr__(self) -> str:
+        return f"<ResponseWriter {self.response!r}>"
+
+    def returned(self) -> None:
+        """``save()`` has returned to its caller, or raised: nobody is inside of it any more."""
+        self._saver = None
+
+    def staged(self) -> None:
+        """The state may be mutated."""
+        self.staging.settle(None)
+
+    def committed(self, info: CheckpointInfo) -> None:
+        """The checkpoint exists. What would cancel the save is let go, and with it what the save has kept."""
+        self._cancel = _nothing
+        self.upload.settle(info)
+
+    def failed(self, error: SaveError) -> None:
+        """Nothing was committed; staging is settled first. Lets go as ``committed`` does."""
+        self.staging.settle(error)
+        self.upload.settle(error)
         self._cancel = _nothing
 
-    def _settle_staged(self) -> None:
-        if not self.staging_completion.done():
-            self.staging_completion._settle(None)
-
-    def _settle_failed(self, error: SaveError) -> None:
-        if not self.staging_completion.done():
-            self.staging_completion._settle(error)
-        if not self.upload_completion.done():
-            self.upload_completion._settle(error)
-
-    def _unobserved_failure(self) -> SaveError | None:
-        failure = self.upload_completion._failure()
-        if (
-            failure is None
-            or isinstance(failure, SaveCancelled)
-            or self.upload_completion.observed
-            or self.staging_completion.observed
-        ):
-            return None
-        return failure
+    def unobserved_failure(self) -> SaveError | None:
+        """Its failure, unless somebody was given it; a cancelled save is none."""
+        failure = self.upload.failure()
+        observed = self.upload.handle.observed or self.staging.handle.observed
+        return None if observed or isinstance(failure, SaveCancelled) else failure

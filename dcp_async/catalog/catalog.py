@@ -150,7 +150,7 @@ class Catalog:
             logger.warning("%r in %r %s: %s", name, self._storage, what, error)
 
     def info_from(self, plain: dict[str, Any]) -> CheckpointInfo:
-        """What another rank told of a checkpoint, see ``CheckpointInfo._plain``."""
+        """What another rank told of a checkpoint, see ``plain_fields``."""
         return CheckpointInfo(**plain, _metadata=self._metadata_of)
 
     async def latest(self) -> CheckpointInfo | None:

@@ -22,7 +22,7 @@ from .._concurrency import SignalSafeFuture
 from .._names import step_directory
 from ..errors import SaveError
 from ..info import JSON
-from ..response import AsyncSaveResponse, Place
+from ..response import Place, ResponseWriter
 
 T = TypeVar("T")
 
@@ -179,8 +179,8 @@ class SaveBook:
         self._places: list[Place] = []
         """The first ``limit`` of them are taken, others are being asked for."""
         self._waiting: deque[SignalSafeFuture[None]] = deque()
-        self._pending: list[AsyncSaveResponse] = []
-        self._failed: list[AsyncSaveResponse] = []
+        self._pending: list[ResponseWriter] = []
+        self._failed: list[ResponseWriter] = []
         self._numbering = threading.Lock()
         """For threads that are inside of a verb; the loop never takes it."""
         self._next_step = 0
@@ -245,37 +245,37 @@ class SaveBook:
         if ordinal > self._ordinal:
             self._missed[ordinal] = name
 
-    def in_flight(self, name: str) -> AsyncSaveResponse | None:
+    def in_flight(self, name: str) -> ResponseWriter | None:
         """The save under this name that has not ended yet, if there is one."""
-        return next((other for other in self.pending() if other.checkpoint_id == name), None)
+        return next((other for other in self.pending() if other.response.checkpoint_id == name), None)
 
-    def started(self, response: AsyncSaveResponse) -> None:
-        """``response`` is in flight, in a place that was taken before."""
-        self._pending.append(response)
+    def started(self, writer: ResponseWriter) -> None:
+        """A save is in flight, in a place that was taken before."""
+        self._pending.append(writer)
 
-    def ended(self, response: AsyncSaveResponse) -> None:
-        """``response`` is not in flight any more. Called once it is settled, or just before."""
-        _discard(self._pending, response)
-        for other in (*self._failed, response):
-            is_unseen = other._unobserved_failure() is not None
-            if is_unseen and other is response and other not in self._failed:
+    def ended(self, writer: ResponseWriter) -> None:
+        """A save is not in flight any more. Called once it is settled, or just before."""
+        _discard(self._pending, writer)
+        for other in (*self._failed, writer):
+            is_unseen = other.unobserved_failure() is not None
+            if is_unseen and other is writer and other not in self._failed:
                 self._failed.append(other)
-            elif not is_unseen and other is not response:
+            elif not is_unseen and other is not writer:
                 _discard(self._failed, other)
-        self.give_back(response._place)
+        self.give_back(writer.place)
 
-    def pending(self) -> list[AsyncSaveResponse]:
+    def pending(self) -> list[ResponseWriter]:
         """Saves in flight, oldest first."""
         return self._pending.copy()
 
     def has_unobserved(self) -> bool:
         """Whether a failure waits for somebody to look at it."""
-        return any(response._unobserved_failure() is not None for response in self._failed.copy())
+        return any(writer.unobserved_failure() is not None for writer in self._failed.copy())
 
     def take_unobserved(self) -> list[SaveError]:
         """Failures that nobody was given yet; each is told once."""
-        taken = [response for response in self._failed.copy() if _discard(self._failed, response)]
-        return [error for response in taken if (error := response._unobserved_failure()) is not None]
+        taken = [writer for writer in self._failed.copy() if _discard(self._failed, writer)]
+        return [error for writer in taken if (error := writer.unobserved_failure()) is not None]
 
 
 def _discard(items: list[T], item: T) -> bool:

@@ -30,7 +30,7 @@ from ..info import JSON, CheckpointInfo, CheckpointRef, LoadReport
 from ..load import LoadOptions, LoadServices
 from ..options import Dtypes, Limits, Timeouts
 from ..planning import PlanningOptions
-from ..response import AsyncSaveResponse, Place
+from ..response import AsyncSaveResponse, Place, ResponseWriter
 from ..save import SaveRequest, save_error
 from ..staging import Stager, StagingOptions
 from ..state import LeafRules, capture
@@ -184,7 +184,7 @@ class CheckpointEngine:
     @property
     def pending(self) -> tuple[AsyncSaveResponse, ...]:
         """Saves in flight, oldest first."""
-        return tuple(self._life.book.pending())
+        return tuple(writer.response for writer in self._life.book.pending())
 
     async def save(
         self,
@@ -247,7 +247,7 @@ class CheckpointEngine:
         request: SaveRequest | None = None
         try:
             while asked.replace and asked.name and (earlier := book.in_flight(asked.name)) is not None:
-                yield Ended(earlier.upload_completion._future)  # two of one name must land in order
+                yield Ended(earlier.upload.future)  # two of one name must land in order
             while (room := book.take_place(place)) is not None:
                 yield Ended(room)
                 self._life.check_open()
@@ -260,13 +260,13 @@ class CheckpointEngine:
                 self._runner.start(request)
                 yield response.staging_completion
                 request.allow_commit()
-            yield from self._life.finishing(response)
+            yield from self._life.finishing(request.writer)
         except BaseException:
             if request is None or not request.has_started:
                 book.give_back(place)
             else:
                 request.response.cancel()
-                request.response._saver = None
+                request.writer.returned()
             raise
         return response
 
@@ -276,13 +276,14 @@ class CheckpointEngine:
         ordinal, step = self._life.book.admit(asked.step, asked.checkpoint_id)
         name = checkpoint_name(step, asked.checkpoint_id)
         runner, requests = self._runner, list[SaveRequest]()
-        response = AsyncSaveResponse(
+        writer = ResponseWriter(
             checkpoint_id=name,
             step=step,
             cancel=lambda: runner.cancel(requests[0]),  # does not keep the engine
             on_own_thread=self._life.on_own_thread,
             place=place,
         )
+        response = writer.response
         plan = self._runner.plan if self._planning.cache else None
         try:
             if not asked.replace and self._life.book.in_flight(name) is not None:
@@ -295,9 +296,7 @@ class CheckpointEngine:
                 )
             events = self._life.stager.prepare(captured)
             if self._life.stager.options.overlap:
-                self._life.hooks.watch(
-                    captured.optimizers, response.staging_completion, lambda: captured.tensors
-                )
+                self._life.hooks.watch(captured.optimizers, writer.staging.future, lambda: captured.tensors)
         except ENDINGS as error:
             self._runner.refuse_at_once(ordinal, name, error)
             raise
@@ -308,7 +307,7 @@ class CheckpointEngine:
             raise save_error(error, "capture", response, rank=rank, verdict=verdict) from error
         requests.append(
             SaveRequest(
-                response=response,
+                writer=writer,
                 ordinal=ordinal,
                 captured=captured,
                 plan=None if captured.is_new else plan,
@@ -356,8 +355,8 @@ class CheckpointEngine:
         if dtypes not in get_args(Dtypes):
             raise ValueError(f"dtypes is 'exact' or 'convert', not {dtypes!r}")
         ref = reference(source)
-        for response in self.pending:  # what is being staged must not change under the copy
-            yield Ended(response.staging_completion._future)
+        for writer in self._life.book.pending():  # what is being staged must not change under the copy
+            yield Ended(writer.staging.future)
         yield from self._after_saves_of(ref)
         how = LoadOptions(strict=strict, atomic=atomic, dtypes=dtypes)
         return (yield from self._loader.loading(state, ref, how))
@@ -411,9 +410,9 @@ class CheckpointEngine:
     def _after_saves_of(self, source: str | int) -> Verb[None]:
         """Wait for the earlier saves of this engine that ``source`` may mean, as if ``save`` had been all of
         them; one that fails is none. A cancelled wait leaves them alone."""
-        for response in self.pending:
-            if source == "latest" or source in (response.checkpoint_id, response.step):
-                yield Ended(response.upload_completion._future)
+        for writer in self._life.book.pending():
+            if source == "latest" or source in (writer.response.checkpoint_id, writer.response.step):
+                yield Ended(writer.upload.future)
         self._life.check_open()
 
     async def checkpoints(self) -> AsyncIterator[CheckpointInfo]:

@@ -34,7 +34,7 @@ from .._foreign import storage_errors
 from ..coordination import Coordination, Coordinator, make_coordinator
 from ..errors import EngineStateError
 from ..options import Limits, Timeouts
-from ..response import AsyncSaveResponse
+from ..response import ResponseWriter
 from ..staging import Stager
 from ..storage import Storage
 from .admission import SaveBook
@@ -246,9 +246,7 @@ class Lifetime:
 
     async def _drain(self, patience: float | None) -> bool:
         """Wait for the saves in flight; False if ``patience`` seconds were not enough."""
-        waiting = [
-            asyncio.wrap_future(response.upload_completion._future) for response in self.book.pending()
-        ]
+        waiting = [asyncio.wrap_future(writer.upload.future) for writer in self.book.pending()]
         if not waiting:
             return True
         _, late = await asyncio.wait(waiting, timeout=patience)
@@ -271,7 +269,7 @@ class Lifetime:
         late = not await self._drain(patience)
         if late:
             self._exit_guard.lost = self._exit_guard.lost or self._exiting
-            for response in self.book.pending():
+            for response in [writer.response for writer in self.book.pending()]:
                 if patience:
                     logger.critical(
                         "%r could not be saved within %g s and is aborted", response.checkpoint_id, patience
@@ -303,25 +301,22 @@ class Lifetime:
         if release or not drained or self.state != "open":
             await self._shut_down(self.timeouts.exit_grace)
 
-    def finishing(self, response: AsyncSaveResponse) -> Verb[None]:
-        """``save`` is about to return ``response``. While the process ends nobody may look at its handles any
-        more: then it is durable, or fails, here."""
+    def finishing(self, writer: ResponseWriter) -> Verb[None]:
+        """``save`` is about to return. While the process ends nobody may look at its handles any more: then
+        it is durable, or fails, here."""
         if not (self._exiting or main_has_ended()):
             return
-        upload = response.upload_completion
-        yield Ended(upload._future, self.timeouts.exit_grace)
-        if not upload.done():
+        response, upload = writer.response, writer.upload
+        yield Ended(upload.future, self.timeouts.exit_grace)
+        if not upload.future.done():
             response.cancel()
-            yield Ended(upload._future, _ABORT_SECONDS)
-        failure = upload._failure() if upload.done() else None
-        if not upload.done():
+            yield Ended(upload.future, _ABORT_SECONDS)
+        if not upload.future.done():
             raise EngineStateError(
                 f"saving {response.checkpoint_id!r} was given up: the process ends, and the storage does not "
                 "answer"
             )
-        if failure is not None:
-            upload.observed = True
-            raise failure.fresh()
+        upload.handle.result(0)  # raises its failure
 
     def lose(self, what: str, why: object) -> None:
         """``what`` can't be saved. While the process ends its status tells so; before, or of an engine that

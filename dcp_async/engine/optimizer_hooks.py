@@ -1,9 +1,9 @@
 """Optimizers wait for staging: the net under ``overlap=True`` that needs no await in the trainer.
 
-Enters: optimizers found in a state, its tensors, and the handle of its staging. Leaves: one pre-step hook
-per optimizer, and one for all others of the process, which wait if they would change one of the tensors.
-Invariant: a hook never raises and never returns early; a failed save reports through its handles, not
-through somebody's training step. A thread that is interrupted in here, by a signal whose handler saves or
+Enters: optimizers found in a state, its tensors, and the future that its staging settles. Leaves: one
+pre-step hook per optimizer, and one for all others of the process, which wait if they would change one of the
+tensors. Invariant: a hook never raises and never returns early; a failed save reports through its handles,
+not through somebody's training step. A thread that is interrupted in here, by a signal whose handler saves or
 steps, does not wait for itself, and what the handler adds is not lost.
 """
 
@@ -22,8 +22,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..response import CheckpointHandle
+from .._concurrency import SignalSafeFuture
 from ..state import layers_of
+
+Staging = SignalSafeFuture[Any]
+"""Done when a state may be mutated, or its save has failed; nobody here looks at which."""
 
 
 def _no_tensors() -> tuple[()]:
@@ -33,9 +36,7 @@ def _no_tensors() -> tuple[()]:
 class _Save:
     """A save that is being staged, and the memory that it reads meanwhile."""
 
-    def __init__(
-        self, staging: CheckpointHandle[None], tensors: Callable[[], Sequence[torch.Tensor]]
-    ) -> None:
+    def __init__(self, staging: Staging, tensors: Callable[[], Sequence[torch.Tensor]]) -> None:
         self.staging = staging
         self._tensors = tensors
         self._memory: set[int] | None = None
@@ -84,16 +85,14 @@ class OptimizerHooks:
         self._handles: weakref.WeakKeyDictionary[Optimizer, list[RemovableHandle]] = (
             weakref.WeakKeyDictionary()
         )
-        self._staging: weakref.WeakKeyDictionary[Optimizer, list[CheckpointHandle[None]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._staging: weakref.WeakKeyDictionary[Optimizer, list[Staging]] = weakref.WeakKeyDictionary()
         self._saves: list[_Save] = []
         self._for_others: list[RemovableHandle] = []
 
     def watch(
         self,
         optimizers: Iterable[Optimizer],
-        staging: CheckpointHandle[None],
+        staging: Staging,
         tensors: Callable[[], Sequence[torch.Tensor]] = _no_tensors,
     ) -> None:
         """Make each of ``optimizers`` wait for ``staging`` before its next step, and each other one that
@@ -105,9 +104,9 @@ class OptimizerHooks:
             for optimizer in optimizers:
                 waiting = self._staging.setdefault(optimizer, [])
                 waiting.append(staging)
-                for handle in [handle for handle in waiting if handle.done() and handle is not staging]:
+                for earlier in [other for other in waiting if other.done() and other is not staging]:
                     with contextlib.suppress(ValueError):  # a handler was faster
-                        waiting.remove(handle)
+                        waiting.remove(earlier)
                 if not self._handles.setdefault(optimizer, []):
                     self._handles[optimizer].append(optimizer.register_step_pre_hook(self._wait))
             self._forget_staged()
@@ -116,22 +115,22 @@ class OptimizerHooks:
         if os.getpid() != self._pid:
             return  # a forked child has its own copy of the tensors, and nobody to wait for
         while waiting := self._waiting(optimizer):  # again: a signal handler may have saved meanwhile
-            for handle in waiting:
-                handle._future.wait()
+            for staging in waiting:
+                staging.wait()
 
-    def _waiting(self, optimizer: Optimizer) -> list[CheckpointHandle[None]]:
+    def _waiting(self, optimizer: Optimizer) -> list[Staging]:
         with self._lock:
-            return [handle for handle in self._staging.get(optimizer, ()) if not handle.done()]
+            return [staging for staging in self._staging.get(optimizer, ()) if not staging.done()]
 
     def wait_for_others(self, optimizer: Optimizer) -> None:
         """Before a step of any optimizer of the process; those that are watched wait by themselves."""
         if not self._saves or os.getpid() != self._pid:
             return
         while waiting := self._concerned(optimizer):
-            for handle in waiting:
-                handle._future.wait()
+            for staging in waiting:
+                staging.wait()
 
-    def _concerned(self, optimizer: Optimizer) -> list[CheckpointHandle[None]]:
+    def _concerned(self, optimizer: Optimizer) -> list[Staging]:
         with self._lock:
             self._forget_staged()
             known = self._staging.get(optimizer, ())

@@ -24,7 +24,7 @@ from ..errors import EngineStateError, SaveCancelled, SaveError
 from ..events import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
 from ..info import CheckpointInfo
 from ..planning import CompiledPlan, PlanningOptions
-from ..response import AsyncSaveResponse
+from ..response import ResponseWriter
 from ..save import (
     CommitOutcome,
     Mode,
@@ -79,18 +79,18 @@ class SaveRunner:
     def start(self, request: SaveRequest) -> None:
         """Run ``request``; from here on its handles tell the rest. Raises EngineStateError if the engine
         ended."""
-        response = request.response
-        request.has_started = True
+        writer = request.writer
         try:
-            self._life.book.started(response)
+            request.has_started = True
+            self._life.book.started(writer)
             job = self._life.submit(self._run(request))
         except BaseException as error:
             request.cancelled = True  # an interrupt may come when it was submitted already
-            response._settle_failed(save_error(error, "capture", response))
-            self._life.book.ended(response)
-            response.upload_completion.observed = True  # the caller is told right here
+            writer.failed(save_error(error, "capture", writer.response))
+            self._life.book.ended(writer)
+            writer.upload.handle.observed = True  # the caller is told right here
             raise
-        job.future.add_done_callback(lambda done: self._report_crash(response, done))
+        job.future.add_done_callback(lambda done: self._report_crash(writer, done))
 
     def cancel(self, request: SaveRequest) -> None:
         """Stop ``request`` unless its commit has begun; callable from every thread."""
@@ -121,10 +121,11 @@ class SaveRunner:
             error = first_failure(error) if not isinstance(error, Exception) else error
             forget_locals(error)
             rank = self._life.coordinator.rank
-            self._fail(response, save_error(error, "plan", response, rank=rank, verdict=request.verdict))
+            failure = save_error(error, "plan", response, rank=rank, verdict=request.verdict)
+            self._fail(request.writer, failure)
         else:
             if request.scope.cancelled_caught:
-                self._fail(response, cancelled_error(response))
+                self._fail(request.writer, cancelled_error(response))
             else:
                 self._succeed(request, outcome)
         finally:
@@ -190,25 +191,24 @@ class SaveRunner:
             "saved %s: %d bytes, staged in %.3f s, durable in %.3f s (%.2f GB/s)",
             *(info.checkpoint_id, info.nbytes, request.staged_seconds, seconds, info.nbytes / seconds / 1e9),
         )
-        self._life.book.ended(response)
-        response._forget_cancel()
-        response.upload_completion._settle(info)
+        self._life.book.ended(request.writer)
+        request.writer.committed(info)
         self._observe(
             SaveCommitted(checkpoint_id=info.checkpoint_id, step=info.step, info=info, seconds=seconds)
         )
 
-    def _fail(self, response: AsyncSaveResponse, error: SaveError) -> None:
+    def _fail(self, writer: ResponseWriter, error: SaveError) -> None:
+        response = writer.response
         logger.log(logging.INFO if isinstance(error, SaveCancelled) else logging.ERROR, "%s", error)
-        response._settle_failed(error)
-        response._forget_cancel()
-        self._life.book.ended(response)
+        writer.failed(error)
+        self._life.book.ended(writer)
         self._observe(SaveFailed(checkpoint_id=response.checkpoint_id, step=response.step, error=error))
 
-    def _report_crash(self, response: AsyncSaveResponse, done: concurrent.futures.Future[None]) -> None:
+    def _report_crash(self, writer: ResponseWriter, done: concurrent.futures.Future[None]) -> None:
         """Handles must end even where a bug of ours ended the task."""
         error = done.exception()
-        if error is not None and not response.upload_completion.done():
-            self._fail(response, save_error(error, "plan", response))
+        if error is not None and not writer.upload.future.done():
+            self._fail(writer, save_error(error, "plan", writer.response))
 
     def _keep_plan(self, plan: CompiledPlan) -> None:
         self.plan = plan

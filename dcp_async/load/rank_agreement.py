@@ -27,7 +27,7 @@ from ..errors import (
     LoadError,
     UntrustedCheckpointError,
 )
-from ..info import CheckpointInfo, CheckpointRef
+from ..info import CheckpointInfo, CheckpointRef, plain_fields
 from .joint_opening import open_same
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ class Agreement:
 
         async def find() -> Any:
             info = await self._catalog.latest()
-            return info and info._plain()
+            return info and plain_fields(info)
 
         uid = self._coordinator.uid(ordinal, "latest")
         try:

@@ -50,7 +50,7 @@ from ..formats import (
 )
 from ..info import JSON
 from ..planning import CompiledPlan, GlobalPlan, PlanningOptions, Publication, prove_head
-from ..response import AsyncSaveResponse
+from ..response import AsyncSaveResponse, ResponseWriter
 from ..staging import Event as DeviceEvent
 from ..staging import Lease, StageJob, Stager, num_parts, parts_between
 from ..state import Captured
@@ -82,7 +82,8 @@ def in_phase(phase: Phase) -> Iterator[None]:
 class SaveRequest:
     """One save, from capture to its end."""
 
-    response: AsyncSaveResponse
+    writer: ResponseWriter
+    """Settles what the caller was given."""
     ordinal: int
     """Its number among the verbs that all ranks call."""
     captured: Captured
@@ -111,9 +112,14 @@ class SaveRequest:
     committing: bool = False
     """Past this point the save can't be cancelled."""
 
+    @property
+    def response(self) -> AsyncSaveResponse:
+        """What the caller was given."""
+        return self.writer.response
+
     def allow_commit(self) -> None:
         """``save()`` returns to its caller."""
-        self.response._saver = None
+        self.writer.returned()
         self.has_returned.set_result(None)
 
 
@@ -382,7 +388,7 @@ class SavePipeline:
                 checkpoint_id=response.checkpoint_id, step=response.step, nbytes=nbytes, seconds=seconds
             )
         )
-        response._settle_staged()
+        self._request.writer.staged()
         self._told = await self._comparison.digests()
 
     async def _write(self, staged: Pipe[StagedPart], written: Pipe[StagedPart]) -> None:

@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from dcp_async import AppState, CheckpointEngine, StagingOptions
+from dcp_async._concurrency import SignalSafeFuture
 from dcp_async.engine.optimizer_hooks import OptimizerHooks
-from dcp_async.response import CheckpointHandle
 from dcp_async.state.optimizers.stepping import stepped_by
 from tests.support.doubles import ASIDE_BYTES, KIB, FaultyStorage, assert_same, frozen
 
@@ -277,15 +277,10 @@ def test_an_optimizer_is_found_once_and_nothing_runs() -> None:
 # --- a thread that comes in again -----------------------------------------------------------------
 
 
-def never(what: str) -> CheckpointHandle[None]:
-    """A handle that nobody settles by itself."""
-    return CheckpointHandle(what, on_own_thread=lambda: False, waits_for_caller=lambda: False)
-
-
-def settled() -> CheckpointHandle[None]:
-    handle = never("staging")
-    handle._settle(None)
-    return handle
+def settled() -> SignalSafeFuture[None]:
+    staging: SignalSafeFuture[None] = SignalSafeFuture()
+    staging.set_result(None)
+    return staging
 
 
 def _save_and_step(hooks: OptimizerHooks, other: Optimizer, own: Optimizer) -> None:
@@ -329,23 +324,22 @@ def test_a_signal_handler_inside_of_the_hooks_does_not_wait_for_itself(kind: str
 def test_what_a_signal_handler_adds_is_waited_for() -> None:
     hooks = OptimizerHooks()
     _, optim = build()
-    late = never("staging")
+    late: SignalSafeFuture[None] = SignalSafeFuture()
 
-    class Early(CheckpointHandle[None]):
-        """A signal comes in while the handles that have ended are sorted out."""
+    class Early(SignalSafeFuture[None]):
+        """A signal comes in while the stagings that have ended are sorted out."""
 
         def done(self) -> bool:
             if not hooks._staging[optim].count(late):
                 hooks.watch([optim], late)
             return True
 
-    first = Early("staging", on_own_thread=lambda: False, waits_for_caller=lambda: False)
-    first._settle(None)
+    first = Early()
     hooks.watch([optim], first)
     hooks.watch([optim], settled())
     thread = threading.Thread(target=optim.step, daemon=True)
     thread.start()
     assert late in hooks._staging[optim]
-    late._settle(None)
+    late.set_result(None)
     thread.join(20)
     assert not thread.is_alive()

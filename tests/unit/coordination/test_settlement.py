@@ -6,7 +6,7 @@ from typing import Any
 
 from dcp_async.coordination.failures import PhaseFailure, RemoteError
 from dcp_async.coordination.settlement import Settlement, Verdict
-from dcp_async.response import AsyncSaveResponse, Place
+from dcp_async.response import AsyncSaveResponse, Place, ResponseWriter
 from dcp_async.save.failures import save_error
 from dcp_async.save.pipeline import in_phase
 
@@ -50,9 +50,9 @@ async def test_a_failure_that_comes_after_the_verdict_changes_it_for_nobody() ->
 
 
 def response() -> AsyncSaveResponse:
-    return AsyncSaveResponse(
+    return ResponseWriter(
         checkpoint_id="c", step=1, place=Place(), cancel=lambda: None, on_own_thread=lambda: False
-    )
+    ).response
 
 
 def raised(error: Exception) -> BaseException:
