@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .engine import CheckpointEngine
+from .verbs import EngineVerbs
 
 __all__ = [
     "CheckpointEngine",
+    "EngineVerbs",
 ]

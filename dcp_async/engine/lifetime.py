@@ -14,10 +14,11 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, Literal, TypeVar
 
 import anyio
+from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import (
     BlockingThreads,
@@ -31,15 +32,14 @@ from .._concurrency import (
     on_work_thread,
 )
 from .._foreign import storage_errors
-from ..coordination import Coordination, Coordinator, make_coordinator
+from ..catalog import Catalog
+from ..coordination import make_coordinator
 from ..errors import EngineStateError
-from ..options import Limits, Timeouts
 from ..response import ResponseWriter
-from ..staging import Stager
-from ..storage import Storage
 from .admission import SaveBook
 from .exit_guard import ExitGuard, main_has_ended
 from .optimizer_hooks import OptimizerHooks
+from .resources import Resources, Setup
 
 logger = logging.getLogger(__name__)
 
@@ -51,37 +51,16 @@ _ABORT_SECONDS = 5.0
 
 class Lifetime:
     """Opens, drains, releases. Owns its loop thread, its work threads and the hooks; the storage and the
-    stager only if it is told so."""
+    stager only if its setup says so."""
 
-    def __init__(
-        self,
-        *,
-        storage: Storage,
-        owns_storage: bool,
-        stager: Stager,
-        owns_stager: bool,
-        coordination: Coordination,
-        configuration: str,
-        limits: Limits,
-        timeouts: Timeouts,
-    ) -> None:
-        """``configuration`` says what ranks have to configure alike."""
-        self.storage = storage
-        self.stager = stager
-        self.limits = limits
-        self.timeouts = timeouts
-        self.book = SaveBook(limits.pending_saves)
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.book = SaveBook(setup.limits.pending_saves)
         self.hooks = OptimizerHooks()
         self.inside = Inside()
         self.state: Literal["new", "open", "closing", "closed"] = "new"
-        self.coordinator: Coordinator
+        self.resources: Resources
         """From ``opening`` on."""
-        self.threads: BlockingThreads
-        """For hashing, planning and decoding; from ``opening`` on."""
-        self._owns_storage = owns_storage
-        self._owns_stager = owns_stager
-        self._coordination = coordination
-        self._configuration = configuration
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._jobs: set[Job[Any]] = set()
@@ -91,46 +70,58 @@ class Lifetime:
         self._is_unheard = False
         """Nobody will call ``wait`` or ``close`` any more and be told of a failure."""
 
-    def opening(self, connected: Callable[[], Awaitable[None]]) -> Verb[None]:
-        """Start threads, connect the parts, then run ``connected`` on the loop; a failure releases
-        everything."""
+    def opening(self) -> Verb[None]:
+        """Start threads, connect the parts, look at what the root holds; a failure releases everything."""
         self.check_process()
         self._check_thread()
         with self._lock:
             if self.state != "new":
                 raise EngineStateError(f"this engine is {self.state}; make a new one to open it again")
-            self.coordinator = make_coordinator(
-                self._coordination,
-                timeouts=self.timeouts,
-                digest=self._configuration,
-                missed=self.book.missed,
-            )
+            self.resources = self._make_resources()
             self.state = "open"
+        yield self.resources.loop.submit(self._open())
+
+    def _make_resources(self) -> Resources:
+        setup, loop = self.setup, LoopThread("dcp_async-engine")
+        coordinator = make_coordinator(
+            setup.coordination,
+            timeouts=setup.timeouts,
+            digest=setup.configuration,
+            missed=self.book.missed,
+        )
         try:
-            self.loop = LoopThread("dcp_async-engine")
-            self.loop.start()
-            self.threads = BlockingThreads("dcp_async-work", self.limits.io_concurrency + 1)
+            loop.start()
+            threads = BlockingThreads("dcp_async-work", setup.limits.io_concurrency + 1)
         except RuntimeError as error:
-            self.state = "closed"
             raise EngineStateError(
                 f"the engine can't start its threads ({error}); open it before the program ends"
             ) from error
-        yield self.loop.submit(self._open(connected))
+        return Resources(
+            setup=setup,
+            coordinator=coordinator,
+            loop=loop,
+            threads=threads,
+            catalog=Catalog(setup.storage, threads, self.metadata_of, timeout=setup.timeouts.storage),
+        )
 
-    async def _open(self, connected: Callable[[], Awaitable[None]]) -> None:
+    async def _open(self) -> None:
         self._release_lock = asyncio.Lock()
         self._exiting = main_has_ended()
         self._exit_guard = ExitGuard(
-            self._drain_at_exit, self._release_at_exit, self.timeouts.exit_grace + 4 * _ABORT_SECONDS
+            self._drain_at_exit, self._release_at_exit, self.setup.timeouts.exit_grace + 4 * _ABORT_SECONDS
         )
         try:
-            await self.coordinator.open()
-            await self.storage.connect()
-            await self.stager.open()
-            await connected()
+            await self.resources.coordinator.open()
+            await self.setup.storage.connect()
+            await self.setup.stager.open()
+            self.book.seen_steps(await self.resources.catalog.steps())
         except BaseException:
             await self._release()
             raise
+
+    async def metadata_of(self, name: str) -> Metadata:
+        """Decodes the metadata of a checkpoint for its CheckpointInfo, which may outlive the engine."""
+        return await self.submit(self.resources.catalog.metadata(name)).wait()
 
     def leaving(self, exc_type: type[BaseException] | None) -> Verb[None]:
         """The end of the ``with`` block: an error drains too and is never masked, an interrupt has
@@ -141,7 +132,7 @@ class Lifetime:
             if issubclass(exc_type, Exception):
                 yield from self._draining()
             else:
-                yield from self._ending(self.timeouts.exit_grace)
+                yield from self._ending(self.setup.timeouts.exit_grace)
             for error in self.book.take_unobserved():
                 logger.error("the block ended by %s; besides, %s", exc_type.__name__, error)
 
@@ -160,7 +151,7 @@ class Lifetime:
         try:
             yield Watched(self._begin_end(None))
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
-            yield from self._ending(self.timeouts.exit_grace)
+            yield from self._ending(self.setup.timeouts.exit_grace)
             raise
         self.hooks.remove()
 
@@ -212,7 +203,7 @@ class Lifetime:
 
     def on_own_thread(self) -> bool:
         """Whether waiting here might wait for this very thread."""
-        return (self.state != "new" and self.loop.is_current()) or on_work_thread()
+        return (self.state != "new" and self.resources.loop.is_current()) or on_work_thread()
 
     def _check_thread(self) -> None:
         if self.on_own_thread():
@@ -228,7 +219,7 @@ class Lifetime:
         try:
             with self._lock:
                 self.check_open(closing=closing)
-                job = self.loop.submit(coro)
+                job = self.resources.loop.submit(coro)
                 if not closing:
                     self._jobs.add(job)
             job.future.add_done_callback(lambda _: self._jobs.discard(job))
@@ -242,7 +233,7 @@ class Lifetime:
     def storage_errors(self, verb: str) -> contextlib.AbstractContextManager[None]:
         """What a storage of the user's raises becomes an error of the tree."""
         # this is around all of a verb, and memory may have run out anywhere in it
-        return storage_errors(verb, repr(self.storage), passing=(MemoryError,))
+        return storage_errors(verb, repr(self.setup.storage), passing=(MemoryError,))
 
     async def _drain(self, patience: float | None) -> bool:
         """Wait for the saves in flight; False if ``patience`` seconds were not enough."""
@@ -286,20 +277,21 @@ class Lifetime:
     def _drain_at_exit(self, limit: float) -> bool:
         """What ExitGuard calls when the trainer's threads have ended; False if it took ``limit`` seconds."""
         self._exiting = self._is_unheard = True
-        return self.loop.submit(self._exit(release=False)).future.wait(limit)
+        return self.resources.loop.submit(self._exit(release=False)).future.wait(limit)
 
     def _release_at_exit(self, limit: float) -> bool:
         """What ExitGuard calls among the `atexit` callbacks. Alone, the engine goes on serving: callbacks
         that were registered before it come later."""
         self._exiting = self._is_unheard = True
-        return self.loop.submit(self._exit(release=self.coordinator.world_size > 1)).future.wait(limit)
+        release = self.resources.coordinator.world_size > 1
+        return self.resources.loop.submit(self._exit(release=release)).future.wait(limit)
 
     async def _exit(self, *, release: bool) -> None:
-        drained = await self._drain_or_abort(self.timeouts.exit_grace)
+        drained = await self._drain_or_abort(self.setup.timeouts.exit_grace)
         if self.book.has_unobserved():
             self._exit_guard.lost = True
         if release or not drained or self.state != "open":
-            await self._shut_down(self.timeouts.exit_grace)
+            await self._shut_down(self.setup.timeouts.exit_grace)
 
     def finishing(self, writer: ResponseWriter) -> Verb[None]:
         """``save`` is about to return. While the process ends nobody may look at its handles any more: then
@@ -307,7 +299,7 @@ class Lifetime:
         if not (self._exiting or main_has_ended()):
             return
         response, upload = writer.response, writer.upload
-        yield Ended(upload.future, self.timeouts.exit_grace)
+        yield Ended(upload.future, self.setup.timeouts.exit_grace)
         if not upload.future.done():
             response.cancel()
             yield Ended(upload.future, _ABORT_SECONDS)
@@ -332,7 +324,7 @@ class Lifetime:
         if self.state != "open" or os.getpid() != self._pid or sys.is_finalizing():
             return
         self.state, self._is_unheard = "closing", True
-        self.loop.submit(self._shut_down(None))
+        self.resources.loop.submit(self._shut_down(None))
         warnings.warn(
             f"{what} was dropped while it was open; use `async with`, or await close()",
             ResourceWarning,
@@ -357,26 +349,26 @@ class Lifetime:
                     waiter.exception()  # its own caller is told
 
     def _abandon(self) -> None:
-        self.storage.abandon()
-        self.threads.abandon()
-        self.coordinator.abandon()
-        if self._owns_stager:
-            self.stager.abandon()
+        self.setup.storage.abandon()
+        self.resources.threads.abandon()
+        self.resources.coordinator.abandon()
+        if self.setup.owns_stager:
+            self.setup.stager.abandon()
 
     async def _release(self) -> None:
         with self._lock:
             self.state = "closed"
-        self.stager.pool.forget(self)
-        await self.coordinator.close()
-        if self._owns_stager:
-            await self.stager.close()
-        if self._owns_storage:
-            await self.storage.close()
-        self.threads.shutdown()
+        self.setup.stager.pool.forget(self.resources)
+        await self.resources.coordinator.close()
+        if self.setup.owns_stager:
+            await self.setup.stager.close()
+        if self.setup.owns_storage:
+            await self.setup.storage.close()
+        self.resources.threads.shutdown()
         if self._is_unheard and self.book.has_unobserved():
             self._exit_guard.lost = True
         self._exit_guard.dismiss()
-        self.loop.stop()
+        self.resources.loop.stop()
 
     def _raise_unobserved(self) -> None:
         failures = self.book.take_unobserved()

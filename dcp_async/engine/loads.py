@@ -1,9 +1,9 @@
-"""Runs one load: chooses the checkpoint, falls back from a corrupt one, hands what was read to the state.
+"""The verbs that read: each chooses a checkpoint, falls back from a corrupt one, waits for saves it may mean.
 
-Enters: a state, a reference, how. Leaves: a LoadReport, or an error of the tree. The twin of save_runner.py,
-as verbs: the state's own code runs in the caller's thread, everything else on the engine's loop. Invariant: a
-load that touched targets and failed says so, and what an older checkpoint does not fill after that is an
-error.
+Enters: what callers pass to ``load``, ``read``, ``latest`` and ``checkpoints``. Leaves: a report, objects,
+descriptions, or an error of the tree. The state's own code runs in the caller's thread, everything else on
+the engine's loop. Invariant: a load that touched targets and failed says so, and what an older checkpoint
+does not fill after that is an error.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 
-from .._concurrency import Verb
+from .._concurrency import Ended, Verb
 from .._foreign import ENDINGS, is_foreign, words
-from ..catalog import Catalog, Contents, UnfitMetadataError
+from ..catalog import Contents, UnfitMetadataError, reference
 from ..coordination import Coordinator, RemoteFailure
 from ..errors import (
     CheckpointError,
@@ -31,6 +31,7 @@ from ..errors import (
 )
 from ..info import CheckpointInfo, CheckpointRef, LoadReport
 from ..load import Agreement, Attempt, Loaded, LoadOptions, LoadServices, Together, load_into, read_fresh
+from ..options import Dtypes
 from ..state import Asked, CaptureError, Restorer, Schema, Targets, capture_targets, wishes_of
 from .lifetime import Lifetime
 
@@ -42,55 +43,37 @@ Trial = Callable[[str, bool], Verb[T]]
 """Loads a checkpoint by name; told whether an earlier one touched the targets."""
 
 
-class LoadRunner:
+class Loads:
     """The loads of one engine. Owns nothing."""
 
-    def __init__(self, life: Lifetime, catalog: Catalog, services: LoadServices) -> None:
+    def __init__(self, life: Lifetime) -> None:
         self._life = life
-        self._catalog = catalog
-        self._services = services
-        self._agreement = Agreement(catalog, life.coordinator, timeout=life.timeouts.storage)
 
-    def ask(self, coro: Coroutine[Any, Any, T]) -> Verb[T]:
-        """Run ``coro`` on the engine's loop."""
-        with self._life.storage_errors("read"):
-            value: T = yield self._life.submit(coro)
-        return value
-
-    def finding_latest(self) -> Verb[CheckpointInfo | None]:
-        """The newest whole checkpoint. Ranks: all must call it."""
-        return (yield from self.ask(self._agreement.latest(self._life.book.next_ordinal())))
-
-    def loading(self, state: Mapping[str, Any], source: CheckpointRef, how: LoadOptions) -> Verb[LoadReport]:
-        """Fill ``state``. Ranks: all must call it."""
-        started = time.monotonic()
-        book, coordinator = self._life.book, self._life.coordinator
-        ordinal, numbers, asked = book.next_ordinal(), itertools.count(), Asked()
+    def loading(
+        self, state: Mapping[str, Any], source: CheckpointRef, strict: bool, atomic: bool, dtypes: Dtypes
+    ) -> Verb[LoadReport]:
+        """``CheckpointEngine.load``. Ranks: all must call it."""
+        self._life.check_open()
+        if dtypes not in get_args(Dtypes):
+            raise ValueError(f"dtypes is 'exact' or 'convert', not {dtypes!r}")
+        ref = reference(source)
+        for writer in self._life.book.pending():  # what is being staged must not change under the copy
+            yield Ended(writer.staging.future)
+        yield from self._after_saves_of(ref)
+        how = LoadOptions(strict=strict, atomic=atomic, dtypes=dtypes)
+        started, agreement = time.monotonic(), self._agreement()
+        ordinal = self._life.book.next_ordinal()
         try:
-            names = yield from self.ask(self._agreement.resolve(ordinal, source))
-            (info, targets, loaded), skipped = yield from self._try_each(
-                names,
-                lambda name, touched: self._load_one(
-                    self._agreement.attempt(ordinal, next(numbers), name), state, asked, how, refill=touched
-                ),
-                falls_back=source == "latest",
-            )
-            self._restore(state, targets, loaded, info, how)
-            if coordinator.world_size > 1:
-                yield from self.ask(self._agreement.restored(ordinal, info.checkpoint_id))
+            info, loaded, skipped = yield from self._loading(agreement, ordinal, state, ref, how)
         except (CheckpointError, MemoryError) as error:
-            told = error
-            if isinstance(error, MemoryError) and coordinator.world_size > 1:
-                # nobody's fault here, but one rank's among several: they all raise the same
-                told = LoadError(f"rank {coordinator.rank}: {words(error)}")
-                told.__cause__ = error
-            common = yield from self.ask(self._agreement.concluded(ordinal, told))
-            self._life.loop.call_soon(self._agreement.leave, ordinal, error)
+            told = self._told(error)
+            common = yield from self._ask(agreement.concluded(ordinal, told))
+            self._life.resources.loop.call_soon(agreement.leave, ordinal, error)
             if common is error:
                 raise
             raise common from error
         except BaseException as error:  # a cancellation as well: the other ranks wait for this one
-            self._life.loop.call_soon(self._agreement.leave, ordinal, error)
+            self._life.resources.loop.call_soon(agreement.leave, ordinal, error)
             raise
         return LoadReport(
             checkpoint_id=info.checkpoint_id,
@@ -103,6 +86,39 @@ class LoadRunner:
             seconds=time.monotonic() - started,
         )
 
+    def _loading(
+        self,
+        agreement: Agreement,
+        ordinal: int,
+        state: Mapping[str, Any],
+        source: str | int,
+        how: LoadOptions,
+    ) -> Verb[tuple[CheckpointInfo, Loaded, tuple[str, ...]]]:
+        """What was loaded, and the names of newer checkpoints that are not whole."""
+        numbers, asked = itertools.count(), Asked()
+        names = yield from self._ask(agreement.resolve(ordinal, source))
+        (info, targets, loaded), skipped = yield from self._try_each(
+            names,
+            lambda name, touched: self._load_one(
+                agreement.attempt(ordinal, next(numbers), name), state, asked, how, refill=touched
+            ),
+            falls_back=source == "latest",
+        )
+        self._restore(state, targets, loaded, info, how)
+        if self._life.resources.coordinator.world_size > 1:
+            yield from self._ask(agreement.restored(ordinal, info.checkpoint_id))
+        return info, loaded, skipped
+
+    def _told(self, error: CheckpointError | MemoryError) -> CheckpointError | MemoryError:
+        """What the other ranks are told of ``error``."""
+        coordinator = self._life.resources.coordinator
+        if not isinstance(error, MemoryError) or coordinator.world_size == 1:
+            return error
+        # nobody's fault here, but one rank's among several: they all raise the same
+        told = LoadError(f"rank {coordinator.rank}: {words(error)}")
+        told.__cause__ = error
+        return told
+
     def _restore(
         self,
         state: Mapping[str, Any],
@@ -113,7 +129,7 @@ class LoadRunner:
     ) -> None:
         restorer = Restorer(targets, loaded.read, strict=how.strict, exact=how.dtypes == "exact")
         try:
-            with self._life.coordinator.activity.watched():
+            with self._life.resources.coordinator.activity.watched():
                 restorer.restore(state)
         except ENDINGS:
             raise
@@ -127,12 +143,12 @@ class LoadRunner:
     def _load_one(
         self, attempt: Attempt, state: Mapping[str, Any], asked: Asked, how: LoadOptions, *, refill: bool
     ) -> Verb[tuple[CheckpointInfo, Targets, Loaded]]:
-        contents = yield from self.ask(attempt.open())
-        schema, coordinator = Schema(contents), self._life.coordinator
+        contents = yield from self._ask(attempt.open())
+        schema, coordinator = Schema(contents), self._life.resources.coordinator
         rank, world_size = coordinator.rank, coordinator.world_size
         while world_size > 1:  # what one gives may hold more of them
             wishes = yield from self._look(attempt, lambda: wishes_of(state, schema, asked, rank=rank))
-            agreed = yield from self.ask(attempt.agree(wishes))
+            agreed = yield from self._ask(attempt.agree(wishes))
             if not agreed:
                 break
             asked.agreed.update(agreed)
@@ -142,17 +158,17 @@ class LoadRunner:
 
         async def load(contents: Contents, ranks: Together) -> Loaded:
             with _load_errors(contents.info.checkpoint_id, lambda: refill or ranks.are_ready):
-                return await load_into(contents, targets, self._services, how, refill=refill, ranks=ranks)
+                return await load_into(contents, targets, self._services(), how, refill=refill, ranks=ranks)
 
-        return contents.info, targets, (yield from self.ask(attempt.load(load)))
+        return contents.info, targets, (yield from self._ask(attempt.load(load)))
 
     def _look(self, attempt: Attempt, look: Callable[[], T]) -> Verb[T]:
         """What ``look`` finds in the trainer's objects; where it fails, all ranks go no further."""
         try:
-            with _capture_errors(self._life.coordinator):
+            with _capture_errors(self._life.resources.coordinator):
                 return look()
         except BaseException as error:
-            common = yield from self.ask(attempt.give_up(error))
+            common = yield from self._ask(attempt.give_up(error))
             if common is error:
                 raise
             raise common from error
@@ -160,20 +176,26 @@ class LoadRunner:
     def reading(
         self, source: CheckpointRef, keys: Sequence[str] | None, device: torch.device | str
     ) -> Verb[dict[str, Any]]:
-        """A checkpoint as fresh objects. Each rank reads by itself."""
-        names = yield from self.ask(self._catalog.resolve(source))
+        """``CheckpointEngine.read``. Each rank reads by itself."""
+        self._life.check_open()
+        wanted = [keys] if isinstance(keys, str) else keys
+        ref = reference(source)
+        yield from self._after_saves_of(ref)
+        names = yield from self._ask(self._life.resources.catalog.resolve(ref))
         value, _ = yield from self._try_each(
-            names, lambda name, _: self.ask(self._read_one(name, keys, device)), falls_back=source == "latest"
+            names,
+            lambda name, _: self._ask(self._read_one(name, wanted, device)),
+            falls_back=ref == "latest",
         )
         return value
 
     async def _read_one(
         self, name: str, keys: Sequence[str] | None, device: torch.device | str
     ) -> dict[str, Any]:
-        contents = await self._catalog.open(name)
+        contents = await self._life.resources.catalog.open(name)
         try:
             with _load_errors(name, lambda: False):
-                return await read_fresh(contents, self._services, keys=keys, device=device)
+                return await read_fresh(contents, self._services(), keys=keys, device=device)
         finally:
             await contents.close()
 
@@ -214,6 +236,51 @@ class LoadRunner:
         if touched and not _has_touched(first):
             raise _overwritten(skipped[0], f"{first}; and the older ones are corrupt as well") from first
         raise first
+
+    def finding_latest(self) -> Verb[CheckpointInfo | None]:
+        """``CheckpointEngine.latest``. Ranks: all must call it."""
+        self._life.check_open()
+        yield from self._after_saves_of("latest")
+        return (yield from self._ask(self._agreement().latest(self._life.book.next_ordinal())))
+
+    def listing(self) -> Verb[list[str]]:
+        """Names of committed checkpoints, ascending."""
+        self._life.check_open()
+        yield from self._after_saves_of("latest")
+        return (yield from self._ask(self._life.resources.catalog.names()))
+
+    def describing(self, name: str) -> Verb[CheckpointInfo | None]:
+        """What ``name`` is; None, and a warning, if it is not whole."""
+        self._life.check_open()
+        return (yield from self._ask(self._life.resources.catalog.info(name)))
+
+    def _after_saves_of(self, source: str | int) -> Verb[None]:
+        """Wait for the earlier saves of this engine that ``source`` may mean, as if ``save`` had been all of
+        them; one that fails is none. A cancelled wait leaves them alone."""
+        for writer in self._life.book.pending():
+            if source == "latest" or source in (writer.response.checkpoint_id, writer.response.step):
+                yield Ended(writer.upload.future)
+        self._life.check_open()
+
+    def _ask(self, coro: Coroutine[Any, Any, T]) -> Verb[T]:
+        """Run ``coro`` on the engine's loop."""
+        with self._life.storage_errors("read"):
+            value: T = yield self._life.submit(coro)
+        return value
+
+    def _agreement(self) -> Agreement:
+        have = self._life.resources
+        return Agreement(have.catalog, have.coordinator, timeout=have.timeout)
+
+    def _services(self) -> LoadServices:
+        have = self._life.resources
+        return LoadServices(
+            threads=have.threads,
+            part_bytes=have.stager.options.part_bytes,
+            io_concurrency=have.io_concurrency,
+            timeout=have.timeout,
+            trust=have.setup.trust,
+        )
 
 
 def _has_touched(error: LoadError) -> bool:

@@ -1,41 +1,43 @@
-"""Runs one save on the engine's loop and settles its handles, whatever happens.
+"""The verb ``save``: admission and capture in the caller's thread, then one job on the engine's loop.
 
-Enters: a SaveRequest. Leaves: a settled AsyncSaveResponse, events, one line in the log. Invariant: both
-handles of a request that was started are settled exactly once, and nobody who keeps the failure keeps the
-staging pool.
+Enters: what callers pass to ``save``. Leaves: a response whose handles are settled exactly once, whatever
+happens, events, one line in the log. Invariant: a place that was taken is given back if the caller's thread
+is interrupted at any line, or when the save ends; nobody who keeps a failure keeps the staging pool.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import time
-import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import anyio
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
 
-from .._concurrency import first_failure
+from .._concurrency import Ended, Verb, first_failure
 from .._foreign import ENDINGS
 from ..coordination import RemoteError, RemoteFailure
 from ..errors import EngineStateError, SaveCancelled, SaveError
-from ..events import Event, Observer, SaveCommitted, SaveFailed, SaveStarted
-from ..info import CheckpointInfo
-from ..planning import CompiledPlan, PlanningOptions
-from ..response import ResponseWriter
+from ..events import SaveCommitted, SaveFailed, SaveStarted
+from ..info import JSON, CheckpointInfo
+from ..planning import CompiledPlan
+from ..response import AsyncSaveResponse, Place, ResponseWriter
 from ..save import (
+    Carryover,
     CommitOutcome,
-    Mode,
     ReplicaCheck,
     SavePipeline,
     SaveRequest,
-    SaveServices,
     cancelled_error,
     forget_locals,
     save_error,
 )
+from ..staging import Event as DeviceEvent
+from ..state import Captured, LeafRules, capture
+from .admission import SaveArguments, brief, checkpoint_name
 from .lifetime import Lifetime
 
 logger = logging.getLogger(__name__)
@@ -45,36 +47,141 @@ async def _nothing(messages: Sequence[None]) -> list[None]:
     return [None] * len(messages)
 
 
-class SaveRunner:
-    """The saves of one engine, on its loop. Owns nothing but the last compiled plan."""
+class Saves:
+    """The verb, in the caller's thread. Owns nothing but its runner."""
 
-    def __init__(
-        self,
-        life: Lifetime,
-        planning: PlanningOptions,
-        replicas: Mode,
-        observer: Observer | None,
-        metadata_of: Callable[[str], Awaitable[Metadata]],
-    ) -> None:
-        self.plan: CompiledPlan | None = None
-        """For saves whose structure is the same."""
+    def __init__(self, life: Lifetime) -> None:
         self._life = life
-        self._observer = observer
-        self._metadata_of = metadata_of
-        self._services = SaveServices(
-            owner=life,
-            stager=life.stager,
-            replicas=ReplicaCheck(replicas, life.stager),
-            storage=life.storage,
-            coordinator=life.coordinator,
-            threads=life.threads,
-            planning=planning,
-            io_concurrency=life.limits.io_concurrency,
-            pending_saves=life.limits.pending_saves,
-            timeout=life.timeouts.storage,
-            on_plan=self._keep_plan,
-            observe=self._observe,
+        self._runner = SaveRunner(life)
+        self._leaf_rules = LeafRules(life.setup.trust)
+
+    def saving(
+        self,
+        state: Mapping[str, Any],
+        step: int | None,
+        checkpoint_id: str | None,
+        notes: Mapping[str, JSON] | None,
+        replace: bool,
+    ) -> Verb[AsyncSaveResponse]:
+        """``CheckpointEngine.save``. Ranks: all must call it, in the same order."""
+        try:
+            return (yield from self._admitting(state, step, checkpoint_id, notes, replace))
+        except BaseException as error:
+            self._life.lose(brief(step if checkpoint_id is None else checkpoint_id), error)
+            raise
+
+    def _admitting(
+        self,
+        state: Mapping[str, Any],
+        step: int | None,
+        checkpoint_id: str | None,
+        notes: Mapping[str, JSON] | None,
+        replace: bool,
+    ) -> Verb[AsyncSaveResponse]:
+        self._life.check_open()
+        try:
+            asked = SaveArguments(step, checkpoint_id, notes, replace)
+        except (TypeError, ValueError) as error:
+            self._runner.refuse_arguments(error)
+            raise
+        book, place = self._life.book, Place()
+        request: SaveRequest | None = None
+        try:
+            while asked.replace and asked.name and (earlier := book.in_flight(asked.name)) is not None:
+                yield Ended(earlier.upload.future)  # two of one name must land in order
+            while (room := book.take_place(place)) is not None:
+                yield Ended(room)
+                self._life.check_open()
+            request = yield from self._captured(state, asked, place)
+            yield from self._started(request)
+            yield from self._life.finishing(request.writer)
+        except BaseException:
+            if request is None or not request.has_started:
+                book.give_back(place)
+            else:
+                request.response.cancel()
+                request.writer.returned()
+            raise
+        return request.response
+
+    def _captured(self, state: Mapping[str, Any], asked: SaveArguments, place: Place) -> Verb[SaveRequest]:
+        """Admission and capture, in the caller's thread and in one piece."""
+        started = time.monotonic()
+        ordinal, step = self._life.book.admit(asked.step, asked.checkpoint_id)
+        runner, requests = self._runner, list[SaveRequest]()
+        writer = ResponseWriter(
+            checkpoint_id=checkpoint_name(step, asked.checkpoint_id),
+            step=step,
+            cancel=lambda: runner.cancel(requests[0]),  # does not keep the engine
+            on_own_thread=self._life.on_own_thread,
+            place=place,
         )
+        plan = runner.carryover.plan if self._life.setup.planning.cache else None
+        try:
+            captured, events = self._capture(state, asked, writer, plan)
+        except ENDINGS as error:
+            runner.refuse_at_once(ordinal, writer.response.checkpoint_id, error)
+            raise
+        except BaseException as error:  # the trainer's own code, which may raise anything
+            rank, verdict = self._life.resources.coordinator.rank, {}
+            with contextlib.suppress(EngineStateError):  # closed meanwhile: the others are told by that
+                verdict = yield self._life.submit(
+                    runner.refuse(ordinal, writer.response.checkpoint_id, error)
+                )
+            raise save_error(error, "capture", writer.response, rank=rank, verdict=verdict) from error
+        requests.append(
+            SaveRequest(
+                writer=writer,
+                ordinal=ordinal,
+                captured=captured,
+                plan=None if captured.is_new else plan,
+                events=events,
+                notes=asked.notes,
+                replace=asked.replace,
+                started=started,
+            )
+        )
+        return requests[0]
+
+    def _capture(
+        self,
+        state: Mapping[str, Any],
+        asked: SaveArguments,
+        writer: ResponseWriter,
+        plan: CompiledPlan | None,
+    ) -> tuple[Captured, dict[torch.device, DeviceEvent]]:
+        """The state as it is now, and what tells on each device that it is so there."""
+        life, name = self._life, writer.response.checkpoint_id
+        if not asked.replace and life.book.in_flight(name) is not None:
+            raise FileExistsError(name)
+        ranks, stager = life.resources.coordinator, life.setup.stager
+        previous = plan.structure if plan else None
+        with ranks.activity.watched():
+            captured = capture(
+                state, previous, rank=ranks.rank, world_size=ranks.world_size, rules=self._leaf_rules
+            )
+        events = stager.prepare(captured)
+        if stager.options.overlap:
+            life.hooks.watch(captured.optimizers, writer.staging.future, lambda: captured.tensors)
+        return captured, events
+
+    def _started(self, request: SaveRequest) -> Verb[None]:
+        """Until the state may be mutated, or its optimizers wait for that."""
+        if self._life.setup.stager.options.overlap:
+            request.allow_commit()
+            self._runner.start(request)
+        else:
+            self._runner.start(request)
+            yield request.response.staging_completion
+            request.allow_commit()
+
+
+class SaveRunner:
+    """Saves on the engine's loop. Owns what each leaves to those after it."""
+
+    def __init__(self, life: Lifetime) -> None:
+        self.carryover = Carryover(replicas=ReplicaCheck(life.setup.coordination.replicas, life.setup.stager))
+        self._life = life
 
     def start(self, request: SaveRequest) -> None:
         """Run ``request``; from here on its handles tell the rest. Raises EngineStateError if the engine
@@ -100,27 +207,25 @@ class SaveRunner:
             if request.scope is not None and not request.committing:
                 request.scope.cancel()
 
-        self._life.loop.call_soon(cancel)
+        self._life.resources.loop.call_soon(cancel)
 
     async def _run(self, request: SaveRequest) -> None:
-        response = request.response
-        request.uid = self._life.coordinator.uid(request.ordinal, response.checkpoint_id)
-        if self._observer is not None:  # adding up the bytes of many tensors takes milliseconds
+        response, have = request.response, self._life.resources
+        request.uid = have.coordinator.uid(request.ordinal, response.checkpoint_id)
+        if have.setup.observer is not None:  # adding up the bytes of many tensors takes milliseconds
             nbytes = request.captured.nbytes
-            self._observe(
-                SaveStarted(checkpoint_id=response.checkpoint_id, step=response.step, nbytes=nbytes)
-            )
+            have.observe(SaveStarted(checkpoint_id=response.checkpoint_id, step=response.step, nbytes=nbytes))
         try:
             with anyio.CancelScope() as request.scope:
                 if request.cancelled:
                     request.scope.cancel()
-                outcome = await SavePipeline(request, self._services).run()
+                outcome = await SavePipeline(request, have, self.carryover).run()
         except ENDINGS:
             raise
         except BaseException as error:  # a planner, a storage or a tensor's class may raise anything
             error = first_failure(error) if not isinstance(error, Exception) else error
             forget_locals(error)
-            rank = self._life.coordinator.rank
+            rank = have.coordinator.rank
             failure = save_error(error, "plan", response, rank=rank, verdict=request.verdict)
             self._fail(request.writer, failure)
         else:
@@ -129,12 +234,12 @@ class SaveRunner:
             else:
                 self._succeed(request, outcome)
         finally:
-            self._life.coordinator.forget(request.uid)
+            have.coordinator.forget(request.uid)
 
     def refuse_arguments(self, error: Exception) -> None:
         """A save was called with arguments that can't be; the other ranks, if theirs can, must not wait for
         this one. Callable from every thread."""
-        coordinator = self._life.coordinator
+        coordinator = self._life.resources.coordinator
         if coordinator.world_size == 1:
             return
         ordinal = self._life.book.next_ordinal()
@@ -149,21 +254,22 @@ class SaveRunner:
             finally:
                 coordinator.forget(uid)
 
-        self._life.loop.submit(tell())
+        self._life.resources.loop.submit(tell())
 
     def refuse_at_once(self, ordinal: int, name: str, error: BaseException) -> None:
         """As ``refuse``, for a thread that must go on; callable from every thread."""
+        coordinator = self._life.resources.coordinator
 
         def tell() -> None:
-            uid = self._life.coordinator.uid(ordinal, name)
-            self._life.coordinator.fail(uid, "capture", error)
-            self._life.coordinator.forget(uid)
+            uid = coordinator.uid(ordinal, name)
+            coordinator.fail(uid, "capture", error)
+            coordinator.forget(uid)
 
-        self._life.loop.call_soon(tell)
+        self._life.resources.loop.call_soon(tell)
 
     async def refuse(self, ordinal: int, name: str, error: BaseException) -> Mapping[int, RemoteError]:
         """The state of a save could not be captured on this rank. Gives what each rank failed at."""
-        coordinator = self._life.coordinator
+        coordinator = self._life.resources.coordinator
         uid = coordinator.uid(ordinal, name)
         coordinator.fail(uid, "capture", error)
         try:
@@ -173,52 +279,42 @@ class SaveRunner:
         return verdict
 
     def _succeed(self, request: SaveRequest, outcome: CommitOutcome) -> None:
-        response = request.response
+        response, have = request.response, self._life.resources
         info = CheckpointInfo(
             checkpoint_id=response.checkpoint_id,
             step=response.step,
             time=outcome.time,
             nbytes=outcome.nbytes,
             num_files=outcome.num_files,
-            world_size=self._life.coordinator.world_size,
+            world_size=have.coordinator.world_size,
             torch_version=torch.__version__,
             producer="dcp_async",
             notes=request.notes,
-            _metadata=self._metadata_of,
+            _metadata=self._life.metadata_of,
         )
         seconds = time.monotonic() - request.started
         logger.info(
             "saved %s: %d bytes, staged in %.3f s, durable in %.3f s (%.2f GB/s)",
             *(info.checkpoint_id, info.nbytes, request.staged_seconds, seconds, info.nbytes / seconds / 1e9),
         )
+        # before its handles are settled: who waits for them may save again at once, and finds room
         self._life.book.ended(request.writer)
         request.writer.committed(info)
-        self._observe(
+        have.observe(
             SaveCommitted(checkpoint_id=info.checkpoint_id, step=info.step, info=info, seconds=seconds)
         )
 
     def _fail(self, writer: ResponseWriter, error: SaveError) -> None:
         response = writer.response
         logger.log(logging.INFO if isinstance(error, SaveCancelled) else logging.ERROR, "%s", error)
+        # settled first: the book has to know of a failure that nobody looks at
         writer.failed(error)
         self._life.book.ended(writer)
-        self._observe(SaveFailed(checkpoint_id=response.checkpoint_id, step=response.step, error=error))
+        failed = SaveFailed(checkpoint_id=response.checkpoint_id, step=response.step, error=error)
+        self._life.resources.observe(failed)
 
     def _report_crash(self, writer: ResponseWriter, done: concurrent.futures.Future[None]) -> None:
         """Handles must end even where a bug of ours ended the task."""
         error = done.exception()
         if error is not None and not writer.upload.future.done():
             self._fail(writer, save_error(error, "plan", writer.response))
-
-    def _keep_plan(self, plan: CompiledPlan) -> None:
-        self.plan = plan
-
-    def _observe(self, event: Event) -> None:
-        if self._observer is not None:
-            try:
-                self._observer.on_event(event)
-            except BaseException:
-                # of the user's code, on the engine's thread: a CancelledError or GeneratorExit would pass for
-                # the save's own, and a SystemExit would end the loop with all saves on it.
-                # formatted here: a record that kept the frames would keep what they refer to
-                logger.error("the observer failed on %s\n%s", type(event).__name__, traceback.format_exc())

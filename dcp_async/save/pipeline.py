@@ -27,7 +27,6 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .._concurrency import (
-    BlockingThreads,
     Pipe,
     SignalSafeFuture,
     StuckThreadError,
@@ -36,9 +35,9 @@ from .._concurrency import (
     run_unless,
 )
 from .._names import data_file
-from ..coordination import Coordinator, PhaseFailure, RemoteError, RemoteFailure
+from ..coordination import PhaseFailure, RemoteError, RemoteFailure
 from ..errors import Phase
-from ..events import Event, SaveProgress, SaveStaged
+from ..events import SaveProgress, SaveStaged
 from ..formats import (
     BLOCK_BYTES,
     FileEntry,
@@ -49,15 +48,16 @@ from ..formats import (
     uids_named_in,
 )
 from ..info import JSON
-from ..planning import CompiledPlan, GlobalPlan, PlanningOptions, Publication, prove_head
+from ..planning import CompiledPlan, GlobalPlan, Publication, prove_head
 from ..response import AsyncSaveResponse, ResponseWriter
 from ..staging import Event as DeviceEvent
-from ..staging import Lease, StageJob, Stager, num_parts, parts_between
+from ..staging import Lease, StageJob, num_parts, parts_between
 from ..state import Captured
-from ..storage import Storage, Transaction
+from ..storage import Transaction
 from .plan_agreement import PlanExchange
-from .replica_check import Digest, Kind, ReplicaCheck, differing
+from .replica_check import Digest, Kind, differing
 from .replica_comparison import Comparison
+from .services import Carryover, SaveServices
 
 logger = logging.getLogger(__name__)
 
@@ -123,29 +123,6 @@ class SaveRequest:
         self.has_returned.set_result(None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaveServices:
-    """What the engine lends to its saves."""
-
-    owner: object
-    """In whose name pool slots are reserved."""
-    stager: Stager
-    replicas: ReplicaCheck
-    storage: Storage
-    coordinator: Coordinator
-    threads: BlockingThreads
-    planning: PlanningOptions
-    io_concurrency: int
-    pending_saves: int
-    timeout: float
-    """Seconds that one blocking call may take."""
-    on_plan: Callable[[CompiledPlan], None]
-    """Told each new plan, for the saves to come."""
-    observe: Callable[[Event], None]
-    unfinished: list[Transaction] = field(default_factory=list)
-    """Transactions whose abort failed."""
-
-
 @dataclass(frozen=True, slots=True)
 class StagedPart:
     """A slot that holds bytes [offset, offset + len(memory)) of the image."""
@@ -189,9 +166,10 @@ class CommitOutcome:
 class SavePipeline:
     """One save's boxes and the queues between them."""
 
-    def __init__(self, request: SaveRequest, services: SaveServices) -> None:
+    def __init__(self, request: SaveRequest, services: SaveServices, carryover: Carryover) -> None:
         self._request = request
         self._services = services
+        self._carryover = carryover
         self._transaction: Transaction | None = None
         self._plan: CompiledPlan
         self._part: Captured | None = None
@@ -201,7 +179,7 @@ class SavePipeline:
         self._calm = anyio.Event()
         self._written_bytes = 0
         self._comparison = Comparison(
-            services.replicas,
+            carryover.replicas,
             uid=request.uid,
             stager=services.stager,
             coordinator=services.coordinator,
@@ -267,7 +245,7 @@ class SavePipeline:
         if not agreed:
             with in_phase("plan"):
                 plan = await ranks.compile()
-            services.on_plan(plan)
+            self._carryover.plan = plan
             await self._flow(plan, None)
         with in_phase("commit"):
             return await self._commit()
@@ -279,7 +257,7 @@ class SavePipeline:
         self._part = self._request.captured.part(plan.tensors, plan.leaves)
         pool = self._services.stager.pool
         self._num_parts = num_parts(plan.layout.image_bytes, pool.slot_bytes)
-        pool.reserve(self._services.owner, self._num_parts * self._services.pending_saves)
+        pool.reserve(self._services, self._num_parts * self._services.pending_saves)
         self._digests: list[array[int]] = [array("Q")] * self._num_parts
         self._calm = anyio.Event()
         writers = self._services.io_concurrency
@@ -335,10 +313,10 @@ class SavePipeline:
         """Remove what dead saves left, and finish what could not be undone before. Failing at it loses
         nothing."""
         try:
-            for transaction in list(self._services.unfinished):
+            for transaction in list(self._carryover.unfinished):
                 await transaction.abort()
-                if transaction in self._services.unfinished:
-                    self._services.unfinished.remove(transaction)
+                if transaction in self._carryover.unfinished:
+                    self._carryover.unfinished.remove(transaction)
             if self._services.coordinator.is_coordinator:
                 await self._services.storage.sweep(named=uids_named_in)
         except Exception as error:
@@ -508,7 +486,7 @@ class SavePipeline:
                 await self._transaction.abort()
             except Exception as error:
                 # the save has its own outcome; the next one tries again
-                self._services.unfinished.append(self._transaction)
+                self._carryover.unfinished.append(self._transaction)
                 logger.warning("could not clean up after %r: %s", self._request.response.checkpoint_id, error)
 
 

@@ -236,7 +236,7 @@ class EngineAgent(Agent):
 
     async def watch_staging(self) -> None:
         """From here on ``until_copied`` can be awaited."""
-        stager: Any = self._checkpoints["main"]._life.stager
+        stager: Any = self._checkpoints["main"]._life.setup.stager
         loop, copied = asyncio.get_running_loop(), self._gate("copied")
         copied.clear()
         self._gate("mutated").clear()
@@ -298,7 +298,7 @@ class EngineAgent(Agent):
 
     async def messages(self, engine: str = "main") -> tuple[int, int]:
         """(sent, received) by this rank since the engine was opened."""
-        coordinator: Any = self._checkpoints[engine]._life.coordinator
+        coordinator: Any = self._checkpoints[engine]._life.resources.coordinator
         return coordinator.sent, coordinator.received
 
     async def collectives(self) -> int:
@@ -377,12 +377,20 @@ class EngineAgent(Agent):
         elif point == "restore":
             self._trap.act_on_load = act
         elif point == "stage":
-            _before(life.stager, "stage", lambda *_: act())
+            _before(life.setup.stager, "stage", lambda *_: act())
         elif point in ("verdict", "plan", "place", "commit", "ready", "done"):
-            _before(life.coordinator, "exchange", lambda _uid, phase, *_: act() if phase == point else None)
+            _before(
+                life.resources.coordinator,
+                "exchange",
+                lambda _uid, phase, *_: act() if phase == point else None,
+            )
         elif point.startswith("after ") and point != "after link":
             after = point.removeprefix("after ")
-            _after(life.coordinator, "exchange", lambda _uid, phase, *_: act() if phase == after else None)
+            _after(
+                life.resources.coordinator,
+                "exchange",
+                lambda _uid, phase, *_: act() if phase == after else None,
+            )
         elif point in ("before link", "after link"):
             link = os.link
 
@@ -406,9 +414,9 @@ class EngineAgent(Agent):
         elif point == "restore":
             self._trap.act_on_load = lambda: None
         elif point.startswith("after "):
-            del self._checkpoints["main"]._life.coordinator.exchange
+            del self._checkpoints["main"]._life.resources.coordinator.exchange
         else:
-            del self._checkpoints["main"]._life.stager.stage
+            del self._checkpoints["main"]._life.setup.stager.stage
 
     # Hosts.
 

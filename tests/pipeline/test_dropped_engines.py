@@ -47,7 +47,7 @@ def test_a_dropped_engine_warns_and_leaves_neither_thread_nor_descriptor(root: P
         if world == "sync":
             blocking = sync.CheckpointEngine(root).open()
             blocking.save(STATE, step=1).upload_completion.result(PATIENCE)
-            return weakref.ref(blocking._engine)
+            return weakref.ref(blocking)
         engine = CheckpointEngine(root)
         asyncio.run(_open_and_save(engine))
         return weakref.ref(engine)
@@ -79,7 +79,7 @@ def test_what_its_user_keeps_does_not_keep_the_engine(root: Path, kept: str) -> 
         keeping.append({"response": [response], "info": [info, blocking.latest()]}.get(kept))
         if kept == "cycle":
             blocking.itself = blocking  # type: ignore[attr-defined]  # of this test
-        return weakref.ref(blocking._engine)
+        return weakref.ref(blocking)
 
     with pytest.warns(ResourceWarning, match="dropped"):
         assert collected(life) is None

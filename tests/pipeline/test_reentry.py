@@ -36,12 +36,14 @@ STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
 WIDE = {"w": random_tensor(torch.uint8, (20 * PART,), 2)}
 OURS = (
     "engine/engine",
+    "engine/verbs",
     "sync",
     "_concurrency/verbs",
     "engine/admission",
     "engine/lifetime",
     "response",
     "engine/saves",
+    "engine/loads",
     "engine/optimizer_hooks",
     "_concurrency/signal_safe",
 )
@@ -124,7 +126,7 @@ def test_a_handler_between_any_two_bytecodes_of_a_save_is_answered_at_once(root:
         }
 
         def save() -> None:
-            verb = engine._engine._life.inside
+            verb = engine._life.inside
 
             def handler() -> None:
                 if verb._verbs or inner == "look":  # before and after, save() is nobody's business
@@ -200,7 +202,7 @@ def test_an_interrupt_at_any_line_of_a_save_costs_no_place(root: Path) -> None:
     class AtLine:
         def __init__(self, at: int) -> None:
             self.at, self.seen = at, 0
-            self._files = {f"{PACKAGE}/{name}.py" for name in ("engine/engine", "engine/admission")}
+            self._files = {f"{PACKAGE}/{name}.py" for name in ("engine/saves", "engine/admission")}
 
         def trace(self, frame: FrameType, event: str, arg: Any) -> Any:
             if frame.f_code.co_filename not in self._files:

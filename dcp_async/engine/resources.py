@@ -1,0 +1,146 @@
+"""What an engine is made with, and what it has while it is open.
+
+Enters: the constructor's arguments. Leaves: two frozen values, ``Setup`` from the start, ``Resources`` once
+the engine opens; saves and loads borrow from the second and end nothing of it. Invariant: each thing that an
+engine has is kept here alone, and who closes it is known from the start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from dataclasses import dataclass
+
+from .._concurrency import BlockingThreads, LoopThread
+from ..catalog import Catalog
+from ..coordination import Coordination, Coordinator
+from ..events import Event, Observer
+from ..options import Limits, Timeouts
+from ..planning import PlanningOptions
+from ..staging import Stager, StagingOptions
+from ..storage import LimitedStorage, LocalStorage, Storage
+from ..trust import Trust
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """An engine's parts and options. Of storage and stager, what was given stays the caller's to close."""
+
+    storage: Storage
+    owns_storage: bool
+    stager: Stager
+    owns_stager: bool
+    planning: PlanningOptions
+    coordination: Coordination
+    limits: Limits
+    timeouts: Timeouts
+    trust: Trust
+    observer: Observer | None
+
+    @property
+    def configuration(self) -> str:
+        """What ranks have to configure alike, since they wait for each other."""
+        save = self.planning.save
+        planner = getattr(save, "__qualname__", type(save).__qualname__)
+        return (
+            f"pending_saves={self.limits.pending_saves} overlap={self.stager.options.overlap} "
+            f"planner={planner} replicas={self.coordination.replicas}"
+        )
+
+
+def make_setup(
+    root: Storage | str | os.PathLike[str],
+    staging: Stager | StagingOptions,
+    *,
+    planning: PlanningOptions,
+    coordination: Coordination,
+    limits: Limits,
+    timeouts: Timeouts,
+    trust: Trust,
+    observer: Observer | None,
+) -> Setup:
+    """A storage and a stager are made where paths and options were given. Raises TypeError for a root that is
+    neither a path nor a storage."""
+    owns_storage = isinstance(root, (str, os.PathLike))
+    storage: Storage
+    if isinstance(root, (str, os.PathLike)):
+        storage = LocalStorage(
+            root,
+            io_concurrency=limits.io_concurrency,
+            timeout=timeouts.storage,
+            lease_max_age=2 * timeouts.coordination,
+            follow_links=trust.follow_links,
+        )
+    elif hasattr(root, "begin"):
+        # a storage of the user's promises no end of its calls
+        storage = LimitedStorage(root, timeouts.storage)
+    else:
+        raise TypeError(f"root={root!r} must be a directory's path (str or PathLike) or a Storage")
+    return Setup(
+        storage=storage,
+        owns_storage=owns_storage,
+        stager=staging if isinstance(staging, Stager) else Stager(staging),
+        owns_stager=not isinstance(staging, Stager),
+        planning=planning,
+        coordination=coordination,
+        limits=limits,
+        timeouts=timeouts,
+        trust=trust,
+        observer=observer,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Resources:
+    """What an open engine has. Made by its Lifetime, which also ends it; serves as SaveServices."""
+
+    setup: Setup
+    coordinator: Coordinator
+    loop: LoopThread
+    """Runs the engine's coroutines."""
+    threads: BlockingThreads
+    """For hashing, planning and decoding."""
+    catalog: Catalog
+
+    @property
+    def storage(self) -> Storage:
+        return self.setup.storage
+
+    @property
+    def stager(self) -> Stager:
+        return self.setup.stager
+
+    @property
+    def planning(self) -> PlanningOptions:
+        return self.setup.planning
+
+    @property
+    def io_concurrency(self) -> int:
+        """How many reads or writes go on at once."""
+        return self.setup.limits.io_concurrency
+
+    @property
+    def pending_saves(self) -> int:
+        """How many saves may be in flight."""
+        return self.setup.limits.pending_saves
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that one blocking call may take."""
+        return self.setup.timeouts.storage
+
+    def observe(self, event: Event) -> None:
+        """Tell the observer, if there is one; what it raises is logged and goes no further."""
+        observer = self.setup.observer
+        if observer is None:
+            return
+        try:
+            observer.on_event(event)
+        except BaseException:
+            # of the user's code, on the engine's thread: a CancelledError or GeneratorExit would pass for the
+            # save's own, and a SystemExit would end the loop with all saves on it.
+            # formatted here: a record that kept the frames would keep what they refer to
+            logger.error("the observer failed on %s\n%s", type(event).__name__, traceback.format_exc())
