@@ -103,7 +103,8 @@ class Coordinator(Protocol):
 
     async def settle(self, uid: str, *, flag: bool = False) -> Verdict:
         """How ``uid``, which failed, ended: per rank what it failed at, the same on every rank; and whether
-        any rank gave this ``flag``. Never raises.
+        any rank gave this ``flag``, by which it says that it had gone past a point that the caller cares
+        about. Never raises.
 
         Ranks: all that have a part in it call it once that has ended, before ``forget``.
         """

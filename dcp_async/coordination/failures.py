@@ -124,3 +124,42 @@ class RemoteFailure(Exception):
 def name_ranks(ranks: list[int]) -> str:
     """'rank 2' or 'ranks 1, 3'."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+# What the coordination itself finds wrong with ranks. These are sentences of their own, "rank 2 ...".
+
+
+def closed(phase: str, reason: str) -> RemoteError:
+    """A rank takes part in nothing any more; ``reason`` says which."""
+    return RemoteError(phase=phase, type_name="EngineStateError", message=reason)
+
+
+def unanswered(rank: int, phase: str) -> RemoteError:
+    """The coordinator went on without the others."""
+    return RemoteError(
+        phase=phase,
+        type_name="EngineStateError",
+        message=f"rank {rank} ended this save without an answer to the others",
+    )
+
+
+def silent(rank: int, why: str, reached: str | None, waited_for: str) -> RemoteError:
+    """``rank`` gives no sign of life; ``reached`` is the phase that it was last heard of in, if it was."""
+    told = f"it was last heard of in phase {reached!r}" if reached else f"its {waited_for!r} was waited for"
+    return RemoteError(
+        phase=reached or waited_for, type_name="TimeoutError", message=f"rank {rank} {why}; {told}"
+    )
+
+
+def late(rank: int, phase: str, what: str) -> RemoteError:
+    """``rank`` lives, and did not arrive in time; ``what`` is what it does instead, or has not done."""
+    return RemoteError(phase=phase, type_name="TimeoutError", message=f"rank {rank} {what}")
+
+
+def stood_still(rank: int, phase: str, seconds: float) -> RemoteError:
+    """The coordinator itself was the silent one."""
+    return RemoteError(
+        phase=phase,
+        type_name="TimeoutError",
+        message=f"rank {rank} stood still for {seconds:g} s, so other ranks may have given up on it",
+    )

@@ -1,16 +1,15 @@
-"""Heartbeats: this rank's own, and how long others' have stood still.
+"""Heartbeats: how long other ranks have stood still, and whether this one has.
 
-Enters: whom to watch at the moment. Leaves: ranks that show no sign of life. Invariant: stillness is counted
-in ticks that this process lived through, so that a suspended machine does not find everybody dead when it
-wakes.
+Enters: when beats were asked for, and what the store answered. Leaves: ranks that show no sign of life.
+Invariant: stillness is counted in ticks that this process lived through, so that a suspended machine does not
+find everybody dead when it wakes.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 
-from .store_channel import StoreChannel, StoreGoneError
+from .messages import Silent
 
 
 def heartbeat_key(nonce: str, rank: int) -> str:
@@ -19,85 +18,61 @@ def heartbeat_key(nonce: str, rank: int) -> str:
 
 
 class Heartbeat:
-    """Beats while ``run`` runs. A rank that moves again after it was reported is as good as before."""
+    """One rank's view of the others; a rank that moves again after it was reported is as good as before.
 
-    def __init__(
-        self,
-        *,
-        channel: StoreChannel,
-        nonce: str,
-        rank: int,
-        timeout: float,
-        watched: Callable[[], Iterable[int]],
-        silent: Callable[[set[int], str], None],
-        gone: Callable[[StoreGoneError], None],
-        ticked: Callable[[], None] = lambda: None,
-    ) -> None:
-        """``watched`` says whose heartbeats to read, asked at each tick; ``silent`` is told, tick after
-        tick, who of them has not moved for ``timeout`` seconds, and how to say so; ``gone`` that the store
-        is; ``ticked`` is called at each tick."""
+    Times are seconds of one clock, given with each call.
+    """
+
+    def __init__(self, *, timeout: float, now: float) -> None:
+        """``timeout``: for how many seconds a rank may stand still."""
         self.interval = min(timeout / 5, 5.0)
+        """Seconds between beats."""
+        self._timeout = timeout
         # others count from a moment that may lie before the beat that this rank remembers, so it must doubt
         # itself before they may give up
         self._patience = timeout - self.interval
-        self._channel, self._nonce, self._rank, self._timeout = channel, nonce, rank, timeout
-        self._watched, self._silent, self._gone, self._ticked = watched, silent, gone, ticked
         self._beats: dict[int, int] = {}
         self._still: dict[int, float] = {}
-        self._last = asyncio.get_running_loop().time()
-        self._suspect_until = 0.0
+        self._asked = self._seen = self._counted = now
+        self._suspect_until = now
 
     def __repr__(self) -> str:
-        return f"<Heartbeat of rank {self._rank} still={self._still}>"
+        return f"<Heartbeat still={self._still}>"
 
-    def steady(self) -> bool:
+    def steady(self, now: float) -> bool:
         """Whether no other rank can have given up on this one: it has not stood still itself for as long.
 
         After a standstill one more interval is suspect, in which the word of those who gave up arrives.
         """
-        now = asyncio.get_running_loop().time()
-        return now - self._last < self._patience and now >= self._suspect_until
+        return now - self._seen < self._patience and now >= self._suspect_until
 
-    async def run(self) -> None:
-        """Until cancelled, or the store is gone."""
-        loop = asyncio.get_running_loop()
-        last = loop.time()
-        while True:
-            ranks = sorted(self._watched())
-            asked = loop.time()
-            try:
-                beats = await self._beat(ranks)
-            except StoreGoneError as error:
-                self._gone(error)
-                return
-            now = loop.time()
-            if now - self._last >= self._patience:
-                self._suspect_until = now + self.interval
-            self._last = asked  # the beat may have been seen as early as that
-            passed, last = min(now - last, 2 * self.interval), now
-            for rank, beat in zip(ranks, beats, strict=True):
-                still = self._still.get(rank, 0.0) + passed if self._beats.get(rank) == beat else 0.0
-                self._beats[rank], self._still[rank] = beat, still
-            silent = {rank for rank in ranks if self._still[rank] >= self._timeout}
-            if silent:
-                self._silent(silent, f"has shown no sign of life for {self._timeout:g} s")
-            self._ticked()
-            await asyncio.sleep(self.interval)
+    def ask(self, now: float) -> None:
+        """The store is about to be given this rank's beat and asked for others'."""
+        self._asked = now
 
-    async def _beat(self, ranks: list[int]) -> list[int]:
-        keys = [heartbeat_key(self._nonce, rank) for rank in ranks]
-        call = self._channel.post_with(self._channel.beat, heartbeat_key(self._nonce, self._rank), keys)
-        waiter = asyncio.wrap_future(call)
-        waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
-        waited = 0.0
-        while not call.done():
-            await asyncio.wait({waiter}, timeout=self.interval)
-            waited += self.interval
-            if not call.done() and waited >= self._timeout:
-                # a stopped process answers nobody, and it may go on later
-                self._silent(
-                    set(self._watched()),
-                    f"can't be heard: the process group's store has not answered for {self._timeout:g} s, so "
-                    "the process that hosts it (rank 0's, or the launcher's) is stopped or out of reach",
-                )
-        return call.result()
+    def answered(self, beats: Mapping[int, int], now: float) -> Silent | None:
+        """``beats`` by rank, of those that are watched. Tells, tick after tick, who has not moved for the
+        timeout."""
+        if now - self._seen >= self._patience:
+            self._suspect_until = now + self.interval
+        # others may have seen the beat as early as it was asked for, and count from then
+        self._seen = self._asked
+        # a process that was suspended lived through one tick, however late that came
+        passed, self._counted = min(now - self._counted, 2 * self.interval), now
+        for rank, beat in beats.items():
+            still = self._still.get(rank, 0.0) + passed if self._beats.get(rank) == beat else 0.0
+            self._beats[rank], self._still[rank] = beat, still
+        silent = frozenset(rank for rank in beats if self._still[rank] >= self._timeout)
+        if not silent:
+            return None
+        return Silent(ranks=silent, why=f"has shown no sign of life for {self._timeout:g} s")
+
+    def unanswered(self, watched: Iterable[int], waited: float) -> Silent | None:
+        """The store has not answered for ``waited`` seconds, and may go on later: its process is stopped."""
+        if waited < self._timeout:
+            return None
+        return Silent(
+            ranks=frozenset(watched),
+            why=f"can't be heard: the process group's store has not answered for {self._timeout:g} s, so "
+            "the process that hosts it (rank 0's, or the launcher's) is stopped or out of reach",
+        )

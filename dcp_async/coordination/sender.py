@@ -1,7 +1,8 @@
-"""What the engine's loop sends through its channel, without ever waiting in it.
+"""What the engine's loop sends through its store channel, without ever waiting in it.
 
-Enters: messages by kind. Leaves: the same in the boxes, or word of why they could not be sent. Invariant: the
-order of sending is the order of calls; a store that is gone is reported once for each call, on the loop.
+Enters: messages. Leaves: the same in the boxes, or word to this rank of why they could not be sent.
+Invariant: the order of sending is the order of calls; a store that is gone is reported once for each call, on
+the loop.
 
 Keys of an engine, under its nonce: "in" (all ranks to the coordinator), "out/{rank}" (the coordinator to one
 rank), "hb/{rank}" (heartbeats).
@@ -15,6 +16,19 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from .heartbeat import heartbeat_key
+from .messages import (
+    Answer,
+    CheckGap,
+    Contribution,
+    GapChecked,
+    Local,
+    Refused,
+    StoreGone,
+    ToCoordinator,
+    ToRank,
+    to_plain,
+)
 from .store_channel import StoreChannel, StoreGoneError
 
 T = TypeVar("T")
@@ -30,69 +44,83 @@ class Sender:
         nonce: str,
         rank: int,
         released: asyncio.Future[None],
-        refused: Callable[[tuple[str, str], ValueError], object],
-        gone: Callable[[str], None],
+        hear: Callable[[Local], None],
     ) -> None:
-        """``refused`` is told the (uid, phase) of a message that is no plain data, ``gone`` what else
-        fails."""
+        """``hear`` is the inbox of the rank, called on its loop."""
         self.inbox = f"{nonce}/in"
         self._channel, self._nonce, self._rank, self._released = channel, nonce, rank, released
-        self._refused, self._gone = refused, gone
+        self._hear = hear
         self._loop = released.get_loop()
 
     def outbox(self, rank: int) -> str:
         """The box that ``rank`` reads."""
         return f"{self._nonce}/out/{rank}"
 
-    def send_in(self, kind: str, *fields: object, exchange: tuple[str, str] | None = None) -> None:
-        """To the coordinator; ``exchange`` is the (uid, phase) of who waits for an answer."""
-        call = self._channel.post_with(self._channel.send_shared, self.inbox, (kind, self._rank, *fields))
-        call.add_done_callback(lambda done: self.watch(done, exchange))
+    def send_in(self, message: ToCoordinator) -> None:
+        """To the coordinator."""
+        call = self._channel.post_with(self._channel.send_shared, self.inbox, to_plain(message))
+        if isinstance(message, Contribution):
+            # the value is the caller's, who waits for an answer and can be told that this one can't be sent
+            call.add_done_callback(lambda done: self.watch(done, message))
+        else:
+            call.add_done_callback(self.watch)
 
-    def send_out(self, rank: int, *message: object) -> None:
+    def send_out(self, rank: int, message: ToRank) -> None:
         """To one rank, from the coordinator."""
-        self._channel.post_with(self._channel.send, self.outbox(rank), message).add_done_callback(self.watch)
+        call = self._channel.post_with(self._channel.send, self.outbox(rank), to_plain(message))
+        call.add_done_callback(self.watch)
 
     async def send_answers(self, uid: str, phase: str, answers: Sequence[object]) -> None:
         """To each rank but this one its own. Raises ValueError before any is sent, StoreGoneError."""
         common: dict[int, tuple[object, ...]] = {}  # one answer for many ranks is encoded once
-        letters = [
-            (self.outbox(rank), common.setdefault(id(answer), ("answer", uid, phase, answer)))
-            for rank, answer in enumerate(answers)
-            if rank != self._rank
-        ]
+        letters = []
+        for rank, answer in enumerate(answers):
+            if id(answer) not in common:
+                common[id(answer)] = to_plain(Answer(uid=uid, phase=phase, answer=answer))
+            if rank != self._rank:
+                letters.append((self.outbox(rank), common[id(answer)]))
         await self.call(self._channel.send_each, letters)
 
-    def skip_gap(self, then: Callable[[bool], None] | None = None) -> None:
-        """``StoreChannel.skip_gap``; ``then`` is told on the loop what came of it."""
+    def beat(self, ranks: Sequence[int]) -> asyncio.Future[list[int]]:
+        """Move this rank's heartbeat and read those of ``ranks``. The result may raise StoreGoneError."""
+        beats = [heartbeat_key(self._nonce, rank) for rank in ranks]
+        return self._wrapped(self._channel.beat, heartbeat_key(self._nonce, self._rank), beats)
+
+    def skip_gap(self, check: CheckGap | None = None) -> None:
+        """``StoreChannel.skip_gap``; what came of it is heard where ``check`` asks for it."""
 
         def ended(done: concurrent.futures.Future[bool]) -> None:
             self.watch(done)
-            if then is not None and not done.cancelled() and done.exception() is None:
-                with contextlib.suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(then, done.result())
+            if check is not None and not done.cancelled() and done.exception() is None:
+                self._report(GapChecked(uid=check.uid, phase=check.phase, skipped=done.result()))
 
         self._channel.post_with(self._channel.skip_gap).add_done_callback(ended)
 
     async def call(self, fn: Callable[..., T], *args: object) -> T:
         """The result of a call to the store, in order with what is sent. Raises StoreGoneError, also when
         nobody waits for the store any more."""
-        call = asyncio.wrap_future(self._channel.post_with(fn, *args))
-        call.add_done_callback(lambda done: done.cancelled() or done.exception())
+        call = self._wrapped(fn, *args)
         waits: set[asyncio.Future[Any]] = {call, self._released}
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if not call.done():
             raise StoreGoneError("the process group's store does not answer")
         return call.result()
 
-    def watch(self, done: concurrent.futures.Future[Any], exchange: tuple[str, str] | None = None) -> None:
-        """Report why ``done`` failed, if it did; a callback for any thread."""
-        if not done.cancelled() and (error := done.exception()) is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._report, error, exchange)
+    def _wrapped(self, fn: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        call = asyncio.wrap_future(self._channel.post_with(fn, *args))
+        # looked at here, or a wait that ended early would leave an error that nobody retrieved
+        call.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return call
 
-    def _report(self, error: BaseException, exchange: tuple[str, str] | None) -> None:
-        if exchange is not None and isinstance(error, ValueError):
-            self._refused(exchange, error)
+    def watch(self, done: concurrent.futures.Future[Any], sent: Contribution | None = None) -> None:
+        """Report why ``done`` failed, if it did; a callback for any thread."""
+        if done.cancelled() or (error := done.exception()) is None:
+            return
+        if sent is not None and isinstance(error, ValueError):
+            self._report(Refused(uid=sent.uid, phase=sent.phase, reason=str(error)))
         else:
-            self._gone(str(error))
+            self._report(StoreGone(why=str(error)))
+
+    def _report(self, message: Local) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._hear, message)

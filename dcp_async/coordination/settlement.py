@@ -8,88 +8,92 @@ errors; what is not known by then is not in it.
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .failures import RemoteError
-from .waiters import REMEMBERED
+from .messages import Send, Settled, Stopped
+from .recent import REMEMBERED, Recent
 
 Verdict = tuple[dict[int, RemoteError], bool]
 """What each rank failed at, and whether any rank had gone past the point that it told of."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Open:
+    deadline: float
     failures: dict[int, RemoteError] = field(default_factory=dict)
     stopped: dict[int, bool] = field(default_factory=dict)
-    deadline: asyncio.TimerHandle | None = None
 
 
 class Settlement:
-    """The coordinator's books; all of it belongs to the engine's loop."""
+    """The coordinator's table of what failed; times are seconds of one clock, given with each call."""
 
-    def __init__(
-        self,
-        *,
-        world_size: int,
-        patience: float,
-        tell: Callable[[int, str, Verdict], object],
-        gone: Mapping[int, str],
-    ) -> None:
-        """``tell`` is given a rank, a uid and its verdict; ``gone`` has the ranks that closed their engine;
-        ``patience`` in seconds."""
-        self._world_size, self._patience, self._tell, self._gone = world_size, patience, tell, gone
+    def __init__(self, *, world_size: int, patience: float) -> None:
+        """``patience``: seconds from the first word of a failure to its verdict, at most."""
+        self._world_size, self._patience = world_size, patience
+        self._gone: set[int] = set()
         self._open: OrderedDict[str, _Open] = OrderedDict()
-        self._made: OrderedDict[str, Verdict] = OrderedDict()
+        self._made: Recent[str, Settled] = Recent()
 
     def __repr__(self) -> str:
         return f"<Settlement open={list(self._open)}>"
 
-    def failed(self, uid: str, failures: Mapping[int, RemoteError]) -> None:
+    def failed(self, uid: str, failures: Mapping[int, RemoteError], now: float) -> list[Send]:
         """These ranks failed; the first word of each counts."""
-        if uid not in self._made:
-            of = self._begun(uid)
-            for rank, error in failures.items():
-                of.failures.setdefault(rank, error)
-            self._look(uid, of)
-
-    def stopped(self, rank: int, uid: str, flag: bool) -> None:
-        """``rank`` has ended its part of a uid that failed, and wants to know how it ended for all."""
         if uid in self._made:
-            self._tell(rank, uid, self._made[uid])
-        else:
-            of = self._begun(uid)
-            of.stopped[rank] = flag
-            self._look(uid, of)
+            return []
+        case, told = self._begun(uid, now)
+        for rank, error in failures.items():
+            case.failures.setdefault(rank, error)
+        return told + self._decide_if_known(uid, case)
 
-    def _begun(self, uid: str) -> _Open:
-        of = self._open.get(uid)
-        if of is None:
-            of = self._open[uid] = _Open()
-            of.deadline = asyncio.get_running_loop().call_later(self._patience, self._decide, uid)
+    def stopped(self, word: Stopped, now: float) -> list[Send]:
+        """A rank has ended its part of a uid that failed, and wants to know how it ended for all."""
+        if word.uid in self._made:
+            return [Send(rank=word.rank, message=self._made[word.uid])]
+        case, told = self._begun(word.uid, now)
+        case.stopped[word.rank] = word.flag
+        return told + self._decide_if_known(word.uid, case)
+
+    def gone(self, rank: int) -> list[Send]:
+        """``rank`` takes part in nothing any more."""
+        self._gone.add(rank)
+        told: list[Send] = []
+        for uid, case in list(self._open.items()):
+            told += self._decide_if_known(uid, case)
+        return told
+
+    def tick(self, now: float) -> list[Send]:
+        """What is due by ``now``."""
+        told: list[Send] = []
+        for uid in [uid for uid, case in self._open.items() if case.deadline <= now]:
+            told += self._decide(uid)
+        return told
+
+    def deadlines(self) -> list[float]:
+        """When ``tick`` has to be called."""
+        return [case.deadline for case in self._open.values()]
+
+    def _begun(self, uid: str, now: float) -> tuple[_Open, list[Send]]:
+        told: list[Send] = []
+        case = self._open.get(uid)
+        if case is None:
+            case = self._open[uid] = _Open(deadline=now + self._patience)
             while len(self._open) > REMEMBERED:
-                self._decide(next(iter(self._open)))
-        return of
+                told += self._decide(next(iter(self._open)))
+        return case, told
 
-    def _look(self, uid: str, of: _Open) -> None:
-        if len(of.failures.keys() | of.stopped.keys() | self._gone.keys()) >= self._world_size:
-            self._decide(uid)
+    def _decide_if_known(self, uid: str, case: _Open) -> list[Send]:
+        heard = case.failures.keys() | case.stopped.keys() | self._gone
+        return self._decide(uid) if len(heard) >= self._world_size else []
 
-    def _decide(self, uid: str) -> None:
-        of = self._open.pop(uid)
-        assert of.deadline is not None
-        of.deadline.cancel()
-        verdict = self._made[uid] = (dict(sorted(of.failures.items())), any(of.stopped.values()))
-        while len(self._made) > REMEMBERED:
-            self._made.popitem(last=False)
-        for rank in of.stopped:
-            self._tell(rank, uid, verdict)
-
-    def close(self) -> None:
-        """Nobody is told any more."""
-        for of in self._open.values():
-            if of.deadline is not None:
-                of.deadline.cancel()
-        self._open.clear()
+    def _decide(self, uid: str) -> list[Send]:
+        case = self._open.pop(uid)
+        verdict = Settled(
+            uid=uid, failures=dict(sorted(case.failures.items())), flag=any(case.stopped.values())
+        )
+        # kept for ranks that stop later: they get these words, not what is known by then
+        self._made[uid] = verdict
+        return [Send(rank=rank, message=verdict) for rank in case.stopped]

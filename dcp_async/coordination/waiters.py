@@ -8,24 +8,21 @@ forgotten, so memory is bounded by the saves in flight and a few hundred ids.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import EngineStateError
 from .failures import RemoteError, RemoteFailure
-
-REMEMBERED = 512
-"""Ids whose late messages are told from those of saves to come."""
+from .recent import Recent
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class KnownFailure:
     """A failed uid. ``common``: the coordinator said so, hence every rank knows or will."""
 
-    failures: dict[int, RemoteError]
+    failures: Mapping[int, RemoteError]
     common: bool
 
 
@@ -34,8 +31,8 @@ class Waiters:
 
     def __init__(self) -> None:
         self._waiting: dict[str, dict[object, asyncio.Future[Callable[[], Any]]]] = {}
-        self._failed: OrderedDict[str, _Known] = OrderedDict()
-        self._over: OrderedDict[str, None] = OrderedDict()
+        self._failed: Recent[str, KnownFailure] = Recent()
+        self._over: Recent[str, None] = Recent()
         self._ended: Callable[[], EngineStateError] | None = None
 
     def __repr__(self) -> str:
@@ -45,6 +42,11 @@ class Waiters:
     def uids(self) -> list[str]:
         """Of those that somebody waits for."""
         return list(self._waiting)
+
+    @property
+    def num_remembered(self) -> int:
+        """Entries that must not grow with saves that are over."""
+        return len(self._waiting) + len(self._failed)
 
     def phase(self, uid: str) -> str | None:
         """Which answer is waited for."""
@@ -83,21 +85,20 @@ class Waiters:
         waiter.set_result(call)
         return True
 
-    def failure(self, uid: str) -> _Known | None:
+    def failure(self, uid: str) -> KnownFailure | None:
         """What is known of a failed uid."""
         return self._failed.get(uid)
 
     def is_over(self, uid: str) -> bool:
         return uid in self._over
 
-    def fail(self, uid: str, failures: dict[int, RemoteError], *, common: bool) -> None:
+    def fail(self, uid: str, failures: Mapping[int, RemoteError], *, common: bool) -> None:
         """Wake all who wait for ``uid``, and whoever comes later. The first failure stays."""
         if uid in self._over:
             return
         known = self._failed.get(uid)
         if known is None or (common and not known.common):
-            self._failed[uid] = _Known(known.failures if known else failures, common)
-            _trim(self._failed)
+            self._failed[uid] = KnownFailure(known.failures if known else failures, common)
         if known is None:
             for waiter in self._waiting.get(uid, {}).values():
                 if not waiter.done():
@@ -116,7 +117,6 @@ class Waiters:
         """``uid`` is over; what still arrives for it is dropped."""
         self._failed.pop(uid, None)
         self._over[uid] = None
-        _trim(self._over)
 
 
 def raiser(error: Callable[[], BaseException]) -> Callable[[], Any]:
@@ -126,8 +126,3 @@ def raiser(error: Callable[[], BaseException]) -> Callable[[], Any]:
         raise error()
 
     return call
-
-
-def _trim(ids: OrderedDict[str, Any]) -> None:
-    while len(ids) > REMEMBERED:
-        ids.popitem(last=False)

@@ -297,16 +297,12 @@ class Agent:
 
     async def held(self) -> int:
         """How much this rank's coordinator remembers: entries in all its tables."""
-        made = self._engines["main"]
-        waiters, rounds = made._waiters, made._rounds
-        mine = (waiters._waiting, waiters._failed, made._known, made._answered)
-        books = (rounds._rounds, rounds._held, rounds._reached)
-        return sum(len(table) for table in (*mine, *books))
+        return self._engines["main"].num_remembered
 
     async def die_while_posting(self) -> None:
         """Take a number of the coordinator's box, as a message does, and be killed before it is filled."""
-        sender = self._engines["main"]._sender
-        await sender.call(self._engines["main"]._channel.add, sender.inbox, 1)
+        connection = self._engines["main"]._connection
+        await connection.sender.call(connection._channel.add, connection.sender.inbox, 1)
         os.kill(os.getpid(), 9)
 
     async def close(self, engine: str = "main") -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dcp_async.coordination.failures import PhaseFailure, RemoteError
-from dcp_async.coordination.settlement import Settlement, Verdict
+from dcp_async.coordination.messages import Send, Settled, Stopped
+from dcp_async.coordination.settlement import Settlement
 from dcp_async.response import AsyncSaveResponse, Place, ResponseWriter
 from dcp_async.save.failures import save_error
 from dcp_async.save.pipeline import in_phase
@@ -15,38 +16,68 @@ def failure(message: str, phase: str = "write") -> RemoteError:
     return RemoteError(phase=phase, type_name="OSError", message=message)
 
 
+PATIENCE = 3.0
+
+
 class Books:
     """A settlement of three ranks, and what each was told."""
 
-    def __init__(self, patience: float = 3600.0) -> None:
-        self.told: dict[int, Verdict] = {}
-        self.settlement = Settlement(world_size=3, patience=patience, tell=self._tell, gone={})
+    def __init__(self) -> None:
+        self.told: dict[int, list[int]] = {}
+        self.settlement = Settlement(world_size=3, patience=PATIENCE)
 
-    def _tell(self, rank: int, uid: str, verdict: Verdict) -> None:
-        self.told[rank] = verdict
+    def tell(self, sends: list[Send]) -> None:
+        for send in sends:
+            assert isinstance(send.message, Settled)
+            self.told[send.rank] = list(send.message.failures)
+
+    def failed(self, rank: int, now: float = 0.0) -> None:
+        self.tell(self.settlement.failed("u", {rank: failure(f"of rank {rank}")}, now))
+
+    def stopped(self, rank: int, now: float = 0.0) -> None:
+        self.tell(self.settlement.stopped(Stopped(rank=rank, uid="u", flag=False), now))
 
 
-async def test_every_rank_is_told_all_failures_that_came_before_all_had_stopped() -> None:
+def test_every_rank_is_told_all_failures_that_came_before_all_had_stopped() -> None:
     books = Books()
-    books.settlement.failed("u", {0: failure("first")})
-    books.settlement.stopped(0, "u", False)
-    books.settlement.stopped(1, "u", False)
+    books.failed(0)
+    books.stopped(0)
+    books.stopped(1)
     assert books.told == {}
-    books.settlement.failed("u", {2: failure("second")})
-    books.settlement.stopped(2, "u", False)
-    assert [list(verdict) for verdict, _ in books.told.values()] == [[0, 2]] * 3
-    books.settlement.close()
+    books.failed(2)
+    books.stopped(2)
+    assert books.told == {rank: [0, 2] for rank in range(3)}
 
 
-async def test_a_failure_that_comes_after_the_verdict_changes_it_for_nobody() -> None:
+def test_a_failure_that_comes_after_the_verdict_changes_it_for_nobody() -> None:
     books = Books()
-    books.settlement.failed("u", {1: failure("first")})
+    books.failed(1)
     for rank in (0, 1, 2):
-        books.settlement.stopped(rank, "u", False)
-    books.settlement.failed("u", {2: failure("late")})
-    books.settlement.stopped(2, "u", False)
-    assert [list(verdict) for verdict, _ in books.told.values()] == [[1]] * 3
-    books.settlement.close()
+        books.stopped(rank)
+    books.failed(2)
+    books.stopped(2)
+    assert books.told == {rank: [1] for rank in range(3)}
+
+
+def test_a_rank_that_hangs_keeps_nobody_longer_than_the_patience() -> None:
+    books = Books()
+    books.failed(0, now=10.0)
+    books.stopped(1, now=11.0)
+    assert books.settlement.deadlines() == [10.0 + PATIENCE]
+    books.tell(books.settlement.tick(10.0 + PATIENCE - 0.1))
+    assert books.told == {}
+    books.tell(books.settlement.tick(10.0 + PATIENCE))
+    assert books.told == {1: [0]}
+    books.stopped(2, now=20.0)
+    assert books.told == {1: [0], 2: [0]}, "who comes later hears the same"
+
+
+def test_a_rank_that_left_is_waited_for_no_longer() -> None:
+    books = Books()
+    books.failed(0)
+    books.stopped(1)
+    books.tell(books.settlement.gone(2))
+    assert books.told == {1: [0]}
 
 
 def response() -> AsyncSaveResponse:

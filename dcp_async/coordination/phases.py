@@ -1,0 +1,29 @@
+"""What the coordinator knows of the phases that saves and loads name: which have a deadline, and which wait
+for the trainer's code.
+
+A phase that there may be several of ends in a number, "leaves 2", which says nothing about its kind.
+"""
+
+from __future__ import annotations
+
+MEETINGS = {"verdict": "save()", "choose": "load()", "latest": "latest()"}
+"""Verbs of the engine, by their first phase. In it all ranks have to arrive within a time of the first: later
+ones take as long as writing or reading takes."""
+_AFTER_USER_CODE = frozenset({"ask", "unexpected", "restore"})
+_LOADS = frozenset({"choose", "open", "ask", "unexpected", "ready", "done", "restore"})
+
+
+def _kind(phase: str) -> str:
+    return phase.partition(" ")[0]
+
+
+def follows_user_code(phase: str) -> bool:
+    """Whether a rank arrives in it when its ``state_dict()`` or ``load_state_dict()`` has returned."""
+    return _kind(phase) in _AFTER_USER_CODE
+
+
+def describe_call(phase: str, name: str) -> str:
+    """What a rank that is in ``phase`` of ``name`` did: "saved 'step-3'"."""
+    if _kind(phase) in _LOADS:
+        return "called load()"
+    return "called latest()" if phase == "latest" else f"saved {name!r}"
