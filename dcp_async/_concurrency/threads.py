@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import anyio
 import torch
@@ -24,10 +24,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 P = ParamSpec("P")
-
-
-class NotStartedError(TimeoutError):
-    """A blocking call waited too long for a thread; it will never run."""
 
 
 class StuckThreadError(TimeoutError):
@@ -51,6 +47,49 @@ def on_work_thread() -> bool:
     return isinstance(threading.current_thread(), _WorkThread)
 
 
+class NotStartedError(TimeoutError):
+    """A blocking call waited too long for a thread; it will never run, and touches nothing."""
+
+
+class _Call(Generic[T]):
+    """A blocking call as it is handed to an executor, with what it takes to join it.
+
+    The future that ``run_in_executor`` gives ends with its cancellation, the thread does not. So whether the
+    call has begun, in which thread, and whether it has ended is known here.
+    """
+
+    __slots__ = ("_work", "has_ended", "thread")
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = [work]
+        """Taken out by the first who comes: the thread that runs it, or who gives it up."""
+        self.has_ended = False
+        self.thread: threading.Thread | None = None
+
+    def __call__(self) -> T:
+        """In the thread. Raises NotStartedError if it was withdrawn."""
+        self.thread = threading.current_thread()
+        try:
+            # no local refers to it: the frames of what it raises would keep its buffers
+            return self._take()()
+        finally:
+            self.has_ended = True
+
+    def _take(self) -> Callable[[], T]:
+        try:
+            return self._work.pop()
+        except IndexError:
+            raise NotStartedError("this call was withdrawn") from None
+
+    def withdraw(self) -> bool:
+        """Keep it from running; False if it runs or has run already."""
+        try:
+            self._work.pop()
+        except IndexError:
+            return False
+        return True
+
+
 class BlockingThreads(concurrent.futures.Executor):
     """A few daemon threads for blocking calls, started at once.
 
@@ -65,11 +104,12 @@ class BlockingThreads(concurrent.futures.Executor):
             queue.SimpleQueue()
         )
         self._lock = threading.Lock()
-        self._stuck: set[concurrent.futures.Future[Any]] = set()
+        self._stuck: set[threading.Thread | None] = set()
+        """They hang, and others have their places."""
         self._threads: list[threading.Thread] = []
         self._closed = False
         self._abandoned = False
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: set[asyncio.Future[Any]] = set()
         for _ in range(num_threads):
             self._start_one()
 
@@ -82,6 +122,7 @@ class BlockingThreads(concurrent.futures.Executor):
         self._threads.append(thread)
 
     def _work(self) -> None:
+        me = threading.current_thread()
         with torch.no_grad():
             while (call := self._calls.get()) is not None:
                 future, fn = call
@@ -99,8 +140,8 @@ class BlockingThreads(concurrent.futures.Executor):
                         future.set_result(result)
                         del result
                 with self._lock:
-                    if future in self._stuck:  # it came back after all; another thread has its place
-                        self._stuck.discard(future)
+                    if me in self._stuck:  # it came back after all
+                        self._stuck.discard(me)
                         return
                 del call, future, fn
 
@@ -115,16 +156,19 @@ class BlockingThreads(concurrent.futures.Executor):
             self._calls.put((future, functools.partial(fn, *args, **kwargs)))
         return future
 
-    def replace_stuck(self, call: concurrent.futures.Future[Any]) -> None:
-        """Start a thread in place of the one that hangs in ``call``, which ends itself should it come
-        back."""
+    def give_up(self, call: _Call[Any], name: str, limit: str) -> TimeoutError:
+        """Nobody waits for ``call`` any more: it will not run, or another thread is started in place of the
+        one that hangs in it, which ends itself should it come back. Gives what to raise."""
+        if call.withdraw():
+            return NotStartedError(f"{name} could not start {limit}: the calls before it hang")
         with self._lock:
-            if not call.done():
-                self._stuck.add(call)
+            if not call.has_ended:
+                self._stuck.add(call.thread)
                 try:
                     self._start_one()
                 except RuntimeError as error:  # the interpreter is ending, and starts no thread any more
                     logger.warning("no thread takes the place of one that hangs: %s", error)
+        return StuckThreadError(f"{name} did not return {limit}")
 
     @property
     def is_abandoned(self) -> bool:
@@ -137,21 +181,20 @@ class BlockingThreads(concurrent.futures.Executor):
             self._abandoned = True
             waiters = list(self._waiters)
         for waiter in waiters:
-            waiter.get_loop().call_soon_threadsafe(settle, waiter)
+            waiter.get_loop().call_soon_threadsafe(waiter.cancel)
 
     @contextlib.contextmanager
-    def abandonment(self) -> Iterator[asyncio.Future[None]]:
-        """A future of the running loop that is done once ``abandon`` was called."""
-        given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def abandonment(self, waiter: asyncio.Future[Any]) -> Iterator[None]:
+        """``waiter`` is cancelled if ``abandon`` is called within the block, or was before."""
         with self._lock:
-            self._waiters.add(given_up)
+            self._waiters.add(waiter)
             if self._abandoned:
-                given_up.set_result(None)
+                waiter.cancel()
         try:
-            yield given_up
+            yield
         finally:
             with self._lock:
-                self._waiters.discard(given_up)
+                self._waiters.discard(waiter)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         with self._lock:
@@ -184,27 +227,25 @@ async def run_blocking(
     Raises: what ``fn`` raises; StuckThreadError after ``timeout`` seconds, when the thread has been replaced.
     """
     loop = asyncio.get_running_loop()
-    call = threads.submit(fn, *args, **kwargs)
-    waiter = asyncio.wrap_future(call)
+    # no lambda: its closure would live as long as the frames of an error that the call raises
+    call = _Call(functools.partial(fn, *args, **kwargs))
+    waiter = loop.run_in_executor(threads, call)
     deadline = None if timeout is None else loop.time() + timeout
     cancelled: asyncio.CancelledError | None = None
-    with anyio.CancelScope(shield=True), threads.abandonment() as given_up:
+    with anyio.CancelScope(shield=True), threads.abandonment(waiter):
+        # waited for from outside: awaited, it would take each cancellation, and let go of the thread
         while not waiter.done():
             left = None if deadline is None else deadline - loop.time()
-            if given_up.done() or (left is not None and left <= 0):
-                name = getattr(fn, "__qualname__", repr(fn))
-                limit = "in time" if given_up.done() or timeout is None else f"within {timeout:g} s"
-                if call.cancel():
-                    raise NotStartedError(f"{name} could not start {limit}: the calls before it hang")
-                threads.replace_stuck(call)
-                # nobody will look at what the abandoned call returns
-                waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
-                raise StuckThreadError(f"{name} did not return {limit}")
-            pending: set[asyncio.Future[Any]] = {waiter, given_up}
+            if left is not None and left <= 0:
+                waiter.cancel()
+                break
             try:
-                await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((waiter,), timeout=left)
             except asyncio.CancelledError as error:  # a native Task.cancel() pierces the shield, once
                 cancelled = error
+    if waiter.cancelled():  # by the deadline or abandon(): nobody will look at what the call returns
+        limit = "in time" if threads.is_abandoned or timeout is None else f"within {timeout:g} s"
+        raise threads.give_up(call, getattr(fn, "__qualname__", repr(fn)), limit)
     if cancelled is not None:
         waiter.exception()
         raise cancelled

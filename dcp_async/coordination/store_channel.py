@@ -228,10 +228,12 @@ class StoreChannel:
         calls: list[asyncio.Future[Any]] = [asyncio.wrap_future(reader), asyncio.wrap_future(last)]
         for call in calls:  # whoever made it looks at what it raises
             call.add_done_callback(lambda done: done.cancelled() or done.exception())
-        with self._posting.abandonment() as given_up:
-            deadline = asyncio.get_running_loop().time() + _JOIN_SECONDS
+        loop = asyncio.get_running_loop()
+        given_up: asyncio.Future[None] = loop.create_future()
+        with self._posting.abandonment(given_up):
+            deadline = loop.time() + _JOIN_SECONDS
             while not given_up.done() and (pending := [call for call in calls if not call.done()]):
-                left = deadline - asyncio.get_running_loop().time()
+                left = deadline - loop.time()
                 if left <= 0:
                     self.abandon()
                     return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import anyio
 import pytest
@@ -62,14 +63,60 @@ async def test_run_blocking_joins_the_thread_under_a_cancelled_scope(threads: Bl
     assert ended.is_set()
 
 
-async def test_run_blocking_gives_up_and_replaces_the_thread() -> None:
-    threads = BlockingThreads("test", 1)
-    release = threading.Event()
+class Hanging:
+    """A call that has begun before whoever waits looks at the clock, and hangs until it is released."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.released = threading.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+        hand_over = loop.run_in_executor
+
+        def until_begun(executor: Any, call: Callable[[], object]) -> asyncio.Future[Any]:
+            future = hand_over(executor, call)
+            assert self.begun.wait(30)
+            return future
+
+        monkeypatch.setattr(loop, "run_in_executor", until_begun)
+
+    def __call__(self) -> None:
+        self.begun.set()
+        self.released.wait(30)
+
+
+async def test_run_blocking_gives_up_and_replaces_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, hanging = BlockingThreads("test", 1), Hanging(monkeypatch)
     with pytest.raises(StuckThreadError, match="did not return within"):
-        await run_blocking(threads, 0.01, release.wait, 30)
+        await run_blocking(threads, 0, hanging)
     assert await run_blocking(threads, 30, lambda: "works again") == "works again"
-    release.set()
+    hanging.released.set()
     threads.shutdown(wait=False)
+
+
+async def test_a_call_that_no_thread_took_in_time_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, hanging = BlockingThreads("test", 1), Hanging(monkeypatch)
+    task = asyncio.create_task(run_blocking(threads, None, hanging))
+    await asyncio.sleep(0)
+    ran: list[str] = []
+    with pytest.raises(TimeoutError, match="could not start within"):
+        await run_blocking(threads, 0, ran.append, "late")
+    hanging.released.set()
+    await task
+    await run_blocking(threads, None, ran.append, "next")
+    assert ran == ["next"]
+    threads.shutdown(wait=False)
+
+
+async def test_abandoned_threads_are_waited_for_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, hanging = BlockingThreads("test", 1), Hanging(monkeypatch)
+    task = asyncio.create_task(run_blocking(threads, None, hanging))
+    await asyncio.sleep(0)
+    threads.abandon()
+    with pytest.raises(StuckThreadError, match="did not return in time"):
+        await task
+    with pytest.raises(TimeoutError, match="in time"):
+        await run_blocking(threads, None, hanging)
+    hanging.released.set()
+    threads.shutdown()
 
 
 async def test_run_blocking_runs_without_autograd(threads: BlockingThreads) -> None:
