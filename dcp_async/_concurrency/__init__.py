@@ -7,20 +7,19 @@ from .gc_pause import collection_paused
 from .loop_thread import Job, LoopThread
 from .signal_safe import SignalSafeFuture
 from .threads import BlockingThreads, StuckThreadError, on_work_thread, run_blocking, settle
-from .verbs import Ended, Inside, Persisting, Verb, Watched, drive, drive_blocking
+from .verbs import Inside, Verb, drive, drive_blocking
+from .waiting import Wait
 
 __all__ = [
     "BlockingThreads",
-    "Ended",
     "Inside",
     "Job",
     "LoopThread",
-    "Persisting",
     "Pipe",
     "SignalSafeFuture",
     "StuckThreadError",
     "Verb",
-    "Watched",
+    "Wait",
     "collection_paused",
     "drive",
     "drive_blocking",

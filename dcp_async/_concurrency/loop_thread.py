@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
-import anyio
-
 from ..errors import EngineStateError
 from .signal_safe import SignalSafeFuture
+from .waiting import Wait
 
 logger = logging.getLogger(__name__)
 
@@ -74,36 +72,9 @@ class Job(Generic[T]):
         except RuntimeError:  # the loop is closed: the coroutine has ended
             logger.debug("cancel() of a job whose loop is closed")
 
-    async def wait(self) -> T:
-        """The coroutine's result, from any loop. A cancelled waiter cancels the job and waits until it has
-        ended."""
-        waiter = asyncio.wrap_future(self.future)
-        try:
-            await asyncio.wait({waiter})
-        except asyncio.CancelledError:
-            self.cancel()
-            with anyio.CancelScope(shield=True):
-                while not waiter.done():
-                    # a native cancellation pierces the shield; what the job writes to must not be touched
-                    # before
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.wait({waiter})
-            waiter.exception()  # looked at: the cancellation is what the caller sees
-            raise
-        return waiter.result()
-
-    def result(self) -> T:
-        """The coroutine's result, for a thread without a loop. An interrupt, or what else a signal handler
-        raises, cancels the job and waits until it ended."""
-        try:
-            self.future.wait()
-        except BaseException:
-            self.cancel()
-            while not self.future.done():
-                with contextlib.suppress(KeyboardInterrupt):
-                    self.future.wait()
-            raise
-        return self.future.result()
+    def join(self) -> Wait[T]:
+        """Waits for the coroutine's result. A cancelled waiter cancels it, and waits until it has ended."""
+        return Wait(self.future, cancel=self.cancel)
 
 
 class LoopThread:

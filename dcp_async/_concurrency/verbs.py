@@ -8,74 +8,17 @@ first can do; two threads, or two tasks of one thread, may.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Generator
-from typing import Any, Protocol, TypeAlias, TypeVar
-
-import anyio
+from typing import Any, TypeAlias, TypeVar
 
 from ..errors import EngineStateError
-from .loop_thread import Job
-from .signal_safe import SignalSafeFuture
+from .waiting import Wait
 
 T = TypeVar("T")
 
 
-class Waitable(Protocol):
-    """Can be waited for in both worlds."""
-
-    async def wait(self) -> Any: ...
-
-    def result(self) -> Any: ...
-
-
-Verb: TypeAlias = Generator[Waitable, Any, T]
-
-
-class Ended:
-    """Waits until a future is done, whatever its outcome, ``timeout`` seconds at most; looks at nothing."""
-
-    def __init__(self, future: SignalSafeFuture[Any], timeout: float | None = None) -> None:
-        self._future, self._timeout = future, timeout
-
-    async def wait(self) -> None:
-        await asyncio.wait({asyncio.wrap_future(self._future)}, timeout=self._timeout)
-
-    def result(self) -> None:
-        self._future.wait(self._timeout)
-
-
-class Persisting:
-    """Waits for a job that goes on even if its waiter is cancelled; an anyio cancellation does not reach the
-    waiter at all."""
-
-    def __init__(self, job: Job[Any]) -> None:
-        self._job = job
-
-    async def wait(self) -> Any:
-        waiter = asyncio.wrap_future(self._job.future)
-        with anyio.CancelScope(shield=True):
-            await asyncio.wait({waiter})
-        return waiter.result()
-
-    def result(self) -> Any:
-        return self._job.future.result()
-
-
-class Watched:
-    """Waits for a job that goes on if its waiter is cancelled; the cancellation reaches the waiter."""
-
-    def __init__(self, job: Job[Any]) -> None:
-        self._job = job
-
-    async def wait(self) -> Any:
-        waiter = asyncio.wrap_future(self._job.future)
-        await asyncio.wait({waiter})
-        return waiter.result()
-
-    def result(self) -> Any:
-        return self._job.future.result()
+Verb: TypeAlias = Generator[Wait[Any], Any, T]
 
 
 class Inside:
@@ -117,14 +60,14 @@ async def drive(name: str, verb: Verb[T], inside: Inside) -> T:
     """Run ``verb`` from a coroutine. Raises EngineStateError if this thread is inside of one."""
     inside.check(name)
     try:
-        waitable = inside.run(name, next, verb)
+        wait = inside.run(name, next, verb)
         while True:
             try:
-                value = await waitable.wait()
+                value = await wait.wait()
             except BaseException as error:
-                waitable = inside.run(name, verb.throw, error)
+                wait = inside.run(name, verb.throw, error)
             else:
-                waitable = inside.run(name, verb.send, value)
+                wait = inside.run(name, verb.send, value)
     except StopIteration as end:
         result: T = end.value
         return result
@@ -139,14 +82,14 @@ def drive_blocking(name: str, verb: Verb[T], inside: Inside) -> T:
 
 def _drive_blocking(verb: Verb[T]) -> T:
     try:
-        waitable = next(verb)
+        wait = next(verb)
         while True:
             try:
-                value = waitable.result()
+                value = wait.result()
             except BaseException as error:
-                waitable = verb.throw(error)
+                wait = verb.throw(error)
             else:
-                waitable = verb.send(value)
+                wait = verb.send(value)
     except StopIteration as end:
         result: T = end.value
         return result

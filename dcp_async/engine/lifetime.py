@@ -22,13 +22,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import (
     BlockingThreads,
-    Ended,
     Inside,
     Job,
     LoopThread,
-    Persisting,
     Verb,
-    Watched,
+    Wait,
     on_work_thread,
 )
 from .._foreign import storage_errors
@@ -79,7 +77,7 @@ class Lifetime:
                 raise EngineStateError(f"this engine is {self.state}; make a new one to open it again")
             self.resources = self._make_resources()
             self.state = "open"
-        yield self.resources.loop.submit(self._open())
+        yield self.resources.loop.submit(self._open()).join()
 
     def _make_resources(self) -> Resources:
         setup, loop = self.setup, LoopThread("dcp_async-engine")
@@ -121,7 +119,9 @@ class Lifetime:
 
     async def metadata_of(self, name: str) -> Metadata:
         """Decodes the metadata of a checkpoint for its CheckpointInfo, which may outlive the engine."""
-        return await self.submit(self.resources.catalog.metadata(name)).wait()
+        metadata = await self.submit(self.resources.catalog.metadata(name)).join().wait()
+        assert metadata is not None  # it waits without a timeout
+        return metadata
 
     def leaving(self, exc_type: type[BaseException] | None) -> Verb[None]:
         """The end of the ``with`` block: an error drains too and is never masked, an interrupt has
@@ -138,7 +138,7 @@ class Lifetime:
 
     def waiting(self) -> Verb[None]:
         """Until no save is in flight. Raises what nobody has looked at."""
-        yield self.submit(self._drain(None))
+        yield self.submit(self._drain(None)).join()
         self._raise_unobserved()
 
     def closing(self) -> Verb[None]:
@@ -149,7 +149,7 @@ class Lifetime:
 
     def _draining(self) -> Verb[None]:
         try:
-            yield Watched(self._begin_end(None))
+            yield Wait(self._begin_end(None).future)
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             yield from self._ending(self.setup.timeouts.exit_grace)
             raise
@@ -163,10 +163,10 @@ class Lifetime:
     def _ending(self, patience: float | None) -> Verb[None]:
         """Drain for ``patience`` seconds, abort the rest, release; another interrupt aborts at once."""
         try:
-            yield Persisting(self._begin_end(patience))
+            yield Wait(self._begin_end(patience).future, shielded=True)
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             if not self._is_ended():
-                yield Persisting(self._begin_end(0.0))
+                yield Wait(self._begin_end(0.0).future, shielded=True)
             raise
         self.hooks.remove()
 
@@ -299,10 +299,10 @@ class Lifetime:
         if not (self._exiting or main_has_ended()):
             return
         response, upload = writer.response, writer.upload
-        yield Ended(upload.future, self.setup.timeouts.exit_grace)
+        yield Wait(upload.future, timeout=self.setup.timeouts.exit_grace)
         if not upload.future.done():
             response.cancel()
-            yield Ended(upload.future, _ABORT_SECONDS)
+            yield Wait(upload.future, timeout=_ABORT_SECONDS)
         if not upload.future.done():
             raise EngineStateError(
                 f"saving {response.checkpoint_id!r} was given up: the process ends, and the storage does not "

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 
 import torch
 
-from .._concurrency import Ended, Verb
+from .._concurrency import Verb, Wait
 from .._foreign import ENDINGS, is_foreign, words
 from ..catalog import Contents, UnfitMetadataError, reference
 from ..coordination import Coordinator, RemoteFailure
@@ -58,7 +58,7 @@ class Loads:
             raise ValueError(f"dtypes is 'exact' or 'convert', not {dtypes!r}")
         ref = reference(source)
         for writer in self._life.book.pending():  # what is being staged must not change under the copy
-            yield Ended(writer.staging.future)
+            yield Wait(writer.staging.future)
         yield from self._after_saves_of(ref)
         how = LoadOptions(strict=strict, atomic=atomic, dtypes=dtypes)
         started, agreement = time.monotonic(), self._agreement()
@@ -259,13 +259,13 @@ class Loads:
         them; one that fails is none. A cancelled wait leaves them alone."""
         for writer in self._life.book.pending():
             if source == "latest" or source in (writer.response.checkpoint_id, writer.response.step):
-                yield Ended(writer.upload.future)
+                yield Wait(writer.upload.future)
         self._life.check_open()
 
     def _ask(self, coro: Coroutine[Any, Any, T]) -> Verb[T]:
         """Run ``coro`` on the engine's loop."""
         with self._life.storage_errors("read"):
-            value: T = yield self._life.submit(coro)
+            value: T = yield self._life.submit(coro).join()
         return value
 
     def _agreement(self) -> Agreement:

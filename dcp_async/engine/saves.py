@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 import torch
 
-from .._concurrency import Ended, Verb, first_failure
+from .._concurrency import Verb, Wait, first_failure
 from .._foreign import ENDINGS
 from ..coordination import RemoteError, RemoteFailure
 from ..errors import EngineStateError, SaveCancelled, SaveError
@@ -88,9 +88,9 @@ class Saves:
         request: SaveRequest | None = None
         try:
             while asked.replace and asked.name and (earlier := book.in_flight(asked.name)) is not None:
-                yield Ended(earlier.upload.future)  # two of one name must land in order
+                yield Wait(earlier.upload.future)  # two of one name must land in order
             while (room := book.take_place(place)) is not None:
-                yield Ended(room)
+                yield Wait(room)
                 self._life.check_open()
             request = yield from self._captured(state, asked, place)
             yield from self._started(request)
@@ -125,9 +125,8 @@ class Saves:
         except BaseException as error:  # the trainer's own code, which may raise anything
             rank, verdict = self._life.resources.coordinator.rank, {}
             with contextlib.suppress(EngineStateError):  # closed meanwhile: the others are told by that
-                verdict = yield self._life.submit(
-                    runner.refuse(ordinal, writer.response.checkpoint_id, error)
-                )
+                refusing = self._life.submit(runner.refuse(ordinal, writer.response.checkpoint_id, error))
+                verdict = yield refusing.join()
             raise save_error(error, "capture", writer.response, rank=rank, verdict=verdict) from error
         requests.append(
             SaveRequest(
@@ -172,7 +171,8 @@ class Saves:
             self._runner.start(request)
         else:
             self._runner.start(request)
-            yield request.response.staging_completion
+            yield Wait(request.writer.staging.future)
+            request.response.staging_completion.result()  # raises its failure
             request.allow_commit()
 
 

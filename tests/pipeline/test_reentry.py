@@ -46,6 +46,7 @@ OURS = (
     "engine/loads",
     "engine/optimizer_hooks",
     "_concurrency/signal_safe",
+    "_concurrency/waiting",
 )
 HANG = 20.0
 

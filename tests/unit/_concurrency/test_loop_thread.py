@@ -26,12 +26,12 @@ def test_loop_thread_runs_jobs_and_cancels_them_to_their_end() -> None:
         finally:
             ended.set()
 
-    assert thread.submit(work()).result() == "test-loop"
+    assert thread.submit(work()).join().result() == "test-loop"
     job = thread.submit(hang())
     assert started.wait(30)
     job.cancel()
     with pytest.raises(EngineStateError):
-        asyncio.run(job.wait())
+        asyncio.run(job.join().wait())
     assert ended.is_set()
     thread.stop()
     thread.finished.result(30)
