@@ -66,7 +66,7 @@ _current: ContextVar[Activity | None] = ContextVar("dcp_async_activity", default
 
 
 class Activity:
-    """Of one engine; each thread that is in one of its verbs has its own entry."""
+    """Calls of the user's code that an engine's verbs are in, by thread."""
 
     def __init__(self) -> None:
         self._calls: dict[int, list[tuple[str, float]]] = {}
@@ -86,6 +86,7 @@ class Activity:
     def oldest(self) -> tuple[str, float] | None:
         """(what, seconds since it was called) of the innermost call of the thread that has been in one for
         the longest; callable from every thread."""
+        # copied first: threads enter and leave meanwhile, and the loop takes no lock that they hold
         calls = [call for stack in list(self._calls.values()) for call in stack[-1:]]
         if not calls:
             return None

@@ -74,7 +74,7 @@ class CheckpointHandle(Generic[T]):
         return outcome
 
     def _check_wait(self, *, blocking: bool) -> None:
-        if self.done():
+        if self.done():  # read anywhere: in a forked child, on the engine's thread
             return
         if os.getpid() != self._pid:
             raise EngineStateError(
@@ -104,7 +104,7 @@ class CheckpointHandle(Generic[T]):
         return self._open(self._future.result(timeout))
 
     async def wait(self) -> T:
-        """The same as awaiting the handle itself."""
+        """Await the handle as a coroutine, for what takes no other awaitable."""
         return await self
 
     def exception(self) -> BaseException | None:
@@ -135,6 +135,7 @@ class CheckpointHandle(Generic[T]):
 
     def __await__(self) -> Generator[object, None, T]:
         self._check_wait(blocking=False)
+        # wrapped anew for each: a cancelled waiter cancels its own future alone
         outcome = yield from asyncio.wrap_future(self._future).__await__()
         return self._open(outcome)
 
@@ -244,12 +245,14 @@ class ResponseWriter:
         self.staging.settle(None)
 
     def committed(self, info: CheckpointInfo) -> None:
-        """The checkpoint exists. What would cancel the save is let go, and with it what the save has kept."""
+        """The checkpoint exists."""
+        # a response that a trainer keeps must not keep what the save held
         self._cancel = _nothing
         self.upload.settle(info)
 
     def failed(self, error: SaveError) -> None:
-        """Nothing was committed; staging is settled first. Lets go as ``committed`` does."""
+        """Nothing was committed."""
+        # in this order: who has seen staging fail finds the upload pending or failed, never done
         self.staging.settle(error)
         self.upload.settle(error)
         self._cancel = _nothing

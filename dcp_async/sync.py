@@ -1,4 +1,4 @@
-"""The same engine for trainers without an event loop: the same verbs, blocking.
+"""CheckpointEngine for trainers without an event loop: the verbs of the async one, blocking.
 
 Enters and leaves: what dcp_async.engine takes and gives. Invariant: no logic of its own; each method waits,
 in the caller's thread, for the verb that its asynchronous twin awaits.

@@ -29,7 +29,7 @@ async def run_unless(failing: Callable[[], Coroutine[Any, Any, Never]], fn: Call
         async with anyio.create_task_group() as group:
             group.start_soon(failing)
             value = await fn()
-            group.cancel_scope.cancel()
+            group.cancel_scope.cancel()  # ``failing`` would wait for ever
     except BaseExceptionGroup as errors:
         failed = first_failure(errors)
     if failed is not None:  # here it is the context of nothing

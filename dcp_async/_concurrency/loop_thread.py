@@ -105,13 +105,14 @@ class LoopThread:
             with asyncio.Runner(loop_factory=self._factory) as runner:
                 runner.run(self._main())
         except BaseException as error:
-            if not self._ready.done():
+            if not self._ready.done():  # the loop could not be made: start() must not wait for it
                 self._ready.set_exception(error)
             raise
         finally:
             self.finished.set_result(None)
 
     async def _main(self) -> None:
+        # made here: it belongs to the loop
         self._stop = asyncio.Event()
         self._ready.set_result(asyncio.get_running_loop())
         await self._stop.wait()

@@ -53,6 +53,7 @@ class SignalSafeFuture(concurrent.futures.Future[T]):
     def wait(self, timeout: float | None = None) -> bool:
         """Until it is done, ``timeout`` seconds at most; whether it is."""
         if self._outcome is None:
+            # of this call alone: whatever interrupts it holds no lock that the loop needs
             bell = allocate_lock()
             bell.acquire()
             self.add_done_callback(lambda _: bell.release())
@@ -88,6 +89,7 @@ class SignalSafeFuture(concurrent.futures.Future[T]):
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[T]], object]) -> None:
         self._callbacks.append(fn)
+        # after it: whoever settled in between may have looked before the append
         if self._outcome is not None:
             self._call_back()
 

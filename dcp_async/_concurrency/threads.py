@@ -180,6 +180,7 @@ class BlockingThreads(concurrent.futures.Executor):
         with self._lock:
             self._abandoned = True
             waiters = list(self._waiters)
+        # each on its own loop: a stager is shared by engines, whose loops differ
         for waiter in waiters:
             waiter.get_loop().call_soon_threadsafe(waiter.cancel)
 
@@ -202,6 +203,7 @@ class BlockingThreads(concurrent.futures.Executor):
                 return
             self._closed = True
             stuck = bool(self._stuck)
+            # one for each that was ever started; what those that hang leave in the queue harms nobody
             for _ in self._threads:
                 self._calls.put(None)
         if wait and not stuck and not self._abandoned:

@@ -60,6 +60,7 @@ async def drive(name: str, verb: Verb[T], inside: Inside) -> T:
     """Run ``verb`` from a coroutine. Raises EngineStateError if this thread is inside of one."""
     inside.check(name)
     try:
+        # inside only while the verb itself runs: between two waits other tasks of this thread may call verbs
         wait = inside.run(name, next, verb)
         while True:
             try:

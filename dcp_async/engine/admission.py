@@ -202,6 +202,7 @@ class SaveBook:
         return None if self._try_place(place) else room
 
     def _try_place(self, place: Place) -> bool:
+        # entered first and looked at then: of two threads that come at once, the order of the list decides
         self._places.append(place)
         if self._places.index(place) < self._limit:
             return True
@@ -211,6 +212,7 @@ class SaveBook:
     def give_back(self, place: Place) -> None:
         """The place is not needed: the save did not start, or has ended. A second call changes nothing."""
         if _discard(self._places, place):
+            # all of them: one that was interrupted has stopped waiting, and would keep the word to itself
             while True:
                 try:
                     room = self._waiting.popleft()
@@ -234,6 +236,7 @@ class SaveBook:
 
     def _take_ordinal(self, name: str | None) -> int:
         self._ordinal += 1
+        # the others have given up on these numbers, unless it is the very save that they waited for
         while self._missed.pop(self._ordinal, name) != name:
             self._ordinal += 1
         return self._ordinal
@@ -256,6 +259,8 @@ class SaveBook:
     def ended(self, writer: ResponseWriter) -> None:
         """A save is not in flight any more. Called once it is settled, or just before."""
         _discard(self._pending, writer)
+        # looked through each time: handles do not tell when a failure is given to somebody, and what has been
+        # seen must not pile up
         for other in (*self._failed, writer):
             is_unseen = other.unobserved_failure() is not None
             if is_unseen and other is writer and other not in self._failed:
@@ -274,6 +279,7 @@ class SaveBook:
 
     def take_unobserved(self) -> list[SaveError]:
         """Failures that nobody was given yet; each is told once."""
+        # taken out before it is looked at: of two threads that ask at once only one is given it
         taken = [writer for writer in self._failed.copy() if _discard(self._failed, writer)]
         return [error for writer in taken if (error := writer.unobserved_failure()) is not None]
 

@@ -67,7 +67,7 @@ class ExitGuard:
     def dismiss(self) -> None:
         """The engine has ended."""
         self._dismissed.set()
-        if not self.lost:
+        if not self.lost:  # else it has to change the status of a process that ends later
             atexit.unregister(self._at_exit)
 
     def lose(self, what: str) -> None:
@@ -77,7 +77,7 @@ class ExitGuard:
             self._end(what)
 
     def _at_exit(self) -> None:
-        if os.getpid() != self._pid:
+        if os.getpid() != self._pid:  # a forked child inherits the callback, not the engine
             return
         if not self._dismissed.is_set() and not self._release(self._limit):
             self._end("a storage call hangs; the process ends without waiting for it")
@@ -90,7 +90,7 @@ class ExitGuard:
         logger.critical("the process ends with status 1: %s", why)
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
+            if stream is not None:  # pythonw has none
                 stream.flush()
         os._exit(1)
 

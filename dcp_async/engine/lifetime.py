@@ -60,6 +60,7 @@ class Lifetime:
         self.resources: Resources
         """From ``opening`` on."""
         self._pid = os.getpid()
+        # a __del__ that the collector runs may come in again, in the thread that holds it
         self._lock = threading.RLock()
         self._jobs: set[Job[Any]] = set()
         """Live jobs but for those that end the engine."""
@@ -77,6 +78,7 @@ class Lifetime:
                 raise EngineStateError(f"this engine is {self.state}; make a new one to open it again")
             self.resources = self._make_resources()
             self.state = "open"
+        # a cancelled caller waits until this has released everything again: it has nothing to close
         yield self.resources.loop.submit(self._open()).join()
 
     def _make_resources(self) -> Resources:
@@ -133,6 +135,7 @@ class Lifetime:
                 yield from self._draining()
             else:
                 yield from self._ending(self.setup.timeouts.exit_grace)
+            # raised, it would mask what has ended the block
             for error in self.book.take_unobserved():
                 logger.error("the block ended by %s; besides, %s", exc_type.__name__, error)
 
@@ -153,6 +156,7 @@ class Lifetime:
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             yield from self._ending(self.setup.timeouts.exit_grace)
             raise
+        # in the caller's thread, which runs no step now: within one torch iterates over its hooks
         self.hooks.remove()
 
     def aborting(self) -> Verb[None]:
@@ -172,6 +176,7 @@ class Lifetime:
 
     def _begin_end(self, patience: float | None) -> Job[None]:
         """From here on no job is taken but further ends."""
+        # first: an engine whose end could not be submitted has to stay open for another try
         job = self.submit(self._shut_down(patience), closing=True)
         with self._lock:
             if self.state == "open":
@@ -222,10 +227,11 @@ class Lifetime:
                 job = self.resources.loop.submit(coro)
                 if not closing:
                     self._jobs.add(job)
+            # outside of the lock: one that has ended already calls back at once
             job.future.add_done_callback(lambda _: self._jobs.discard(job))
             return job
         except BaseException as error:
-            coro.close()
+            coro.close()  # else asyncio complains that it was never awaited
             if isinstance(error, RuntimeError) and not isinstance(error, EngineStateError):
                 raise EngineStateError("the engine is closed; make a new one") from error
             raise
@@ -245,11 +251,13 @@ class Lifetime:
 
     async def _shut_down(self, patience: float | None) -> None:
         """Drain, abort what took longer than ``patience`` seconds, release."""
+        # the end of the process and a dropped engine come here without _begin_end
         with self._lock:
             if self.state == "open":
                 self.state = "closing"
         await self._drain_or_abort(patience)
         await self._end_jobs(patience)
+        # several ends may be under way: a close that was interrupted, and the abort after it
         async with self._release_lock:
             if self.state != "closed":
                 with anyio.CancelScope(shield=True):
@@ -261,11 +269,12 @@ class Lifetime:
         if late:
             self._exit_guard.lost = self._exit_guard.lost or self._exiting
             for response in [writer.response for writer in self.book.pending()]:
-                if patience:
+                if patience:  # abort() has none, and loses them on purpose
                     logger.critical(
                         "%r could not be saved within %g s and is aborted", response.checkpoint_id, patience
                     )
                 response.cancel()
+            # a cancelled save joins its calls, so this takes as long as the slowest of them
             if not await self._drain(_ABORT_SECONDS):
                 logger.critical("the storage does not answer; its calls are abandoned")
                 self._abandon()
@@ -290,6 +299,7 @@ class Lifetime:
         drained = await self._drain_or_abort(self.setup.timeouts.exit_grace)
         if self.book.has_unobserved():
             self._exit_guard.lost = True
+        # an engine that could not save what was in flight does not serve `atexit` callbacks either
         if release or not drained or self.state != "open":
             await self._shut_down(self.setup.timeouts.exit_grace)
 
@@ -359,6 +369,7 @@ class Lifetime:
         with self._lock:
             self.state = "closed"
         self.setup.stager.pool.forget(self.resources)
+        # before its threads end: other ranks wait for this one's goodbye
         await self.resources.coordinator.close()
         if self.setup.owns_stager:
             await self.setup.stager.close()
@@ -367,6 +378,7 @@ class Lifetime:
         self.resources.threads.shutdown()
         if self._is_unheard and self.book.has_unobserved():
             self._exit_guard.lost = True
+        # last but for the loop: until here the interpreter has to wait for this engine
         self._exit_guard.dismiss()
         self.resources.loop.stop()
 

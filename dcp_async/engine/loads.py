@@ -58,9 +58,10 @@ class Loads:
             raise ValueError(f"dtypes is 'exact' or 'convert', not {dtypes!r}")
         ref = reference(source)
         for writer in self._life.book.pending():  # what is being staged must not change under the copy
-            yield Wait(writer.staging.future)
+            yield Wait(writer.staging.future)  # its failure is told by its own handles
         yield from self._after_saves_of(ref)
         how = LoadOptions(strict=strict, atomic=atomic, dtypes=dtypes)
+        # numbered after the waits: a rank that waits for a save of its own has not begun the load
         started, agreement = time.monotonic(), self._agreement()
         ordinal = self._life.book.next_ordinal()
         try:
@@ -213,7 +214,7 @@ class Loads:
             except (CorruptCheckpointError, UnfitMetadataError) as error:
                 if not falls_back:
                     raise
-                first = first or error
+                first = first or error  # of all that are corrupt the newest is what the user asked for
                 touched = touched or _has_touched(error)
                 skipped.append(name)
                 logger.warning("%s; trying the next older one", error)
@@ -260,7 +261,7 @@ class Loads:
         for writer in self._life.book.pending():
             if source == "latest" or source in (writer.response.checkpoint_id, writer.response.step):
                 yield Wait(writer.upload.future)
-        self._life.check_open()
+        self._life.check_open()  # it may have been closed meanwhile
 
     def _ask(self, coro: Coroutine[Any, Any, T]) -> Verb[T]:
         """Run ``coro`` on the engine's loop."""

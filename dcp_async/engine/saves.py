@@ -108,6 +108,7 @@ class Saves:
         """Admission and capture, in the caller's thread and in one piece."""
         started = time.monotonic()
         ordinal, step = self._life.book.admit(asked.step, asked.checkpoint_id)
+        # the response comes first: what fails before there is a request names the save by it
         runner, requests = self._runner, list[SaveRequest]()
         writer = ResponseWriter(
             checkpoint_id=checkpoint_name(step, asked.checkpoint_id),
@@ -167,7 +168,7 @@ class Saves:
     def _started(self, request: SaveRequest) -> Verb[None]:
         """Until the state may be mutated, or its optimizers wait for that."""
         if self._life.setup.stager.options.overlap:
-            request.allow_commit()
+            request.allow_commit()  # save() returns as soon as it is started
             self._runner.start(request)
         else:
             self._runner.start(request)
@@ -188,6 +189,7 @@ class SaveRunner:
         ended."""
         writer = request.writer
         try:
+            # inside: interrupted between this and a try behind it, nobody would give the place back
             request.has_started = True
             self._life.book.started(writer)
             job = self._life.submit(self._run(request))
@@ -202,7 +204,7 @@ class SaveRunner:
     def cancel(self, request: SaveRequest) -> None:
         """Stop ``request`` unless its commit has begun; callable from every thread."""
 
-        def cancel() -> None:
+        def cancel() -> None:  # on the loop: it alone knows whether the commit has begun
             request.cancelled = True
             if request.scope is not None and not request.committing:
                 request.scope.cancel()
@@ -220,7 +222,7 @@ class SaveRunner:
                 if request.cancelled:
                     request.scope.cancel()
                 outcome = await SavePipeline(request, have, self.carryover).run()
-        except ENDINGS:
+        except ENDINGS:  # the loop ends; the job's future tells it to the handles, see _report_crash
             raise
         except BaseException as error:  # a planner, a storage or a tensor's class may raise anything
             error = first_failure(error) if not isinstance(error, Exception) else error
@@ -229,6 +231,7 @@ class SaveRunner:
             failure = save_error(error, "plan", response, rank=rank, verdict=request.verdict)
             self._fail(request.writer, failure)
         else:
+            # a cancellation that came after the commit had begun was not caught: the checkpoint exists
             if request.scope.cancelled_caught:
                 self._fail(request.writer, cancelled_error(response))
             else:
@@ -257,7 +260,7 @@ class SaveRunner:
         self._life.resources.loop.submit(tell())
 
     def refuse_at_once(self, ordinal: int, name: str, error: BaseException) -> None:
-        """As ``refuse``, for a thread that must go on; callable from every thread."""
+        """Tell as ``refuse`` does, for a thread that must go on; callable from every thread."""
         coordinator = self._life.resources.coordinator
 
         def tell() -> None:

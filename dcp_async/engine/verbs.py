@@ -77,7 +77,7 @@ class EngineVerbs:
             life.dropped(repr(self))
 
     def _opening(self) -> Verb[None]:
-        check_torch()
+        check_torch()  # before threads start: a torch that can't be read back opens nothing
         with self._life.storage_errors("open"):
             yield from self._life.opening()
 

@@ -63,7 +63,7 @@ class BlockingCalls:
     async def run_bulk(
         self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """The same for a call that moves many bytes."""
+        """Run a call that moves many bytes, in threads that such calls share."""
         return await self._run_in(self.bulk_threads, verb, path, fn, *args, **kwargs)
 
     async def _run_in(
@@ -77,7 +77,7 @@ class BlockingCalls:
     ) -> T:
         try:
             return await run_blocking(threads, self._timeout, fn, *args, **kwargs)
-        except (StorageError, FileExistsError):
+        except (StorageError, FileExistsError):  # the second is an answer: the name is taken
             raise
         except StuckThreadError as error:
             seconds = None if threads.is_abandoned else self._timeout
