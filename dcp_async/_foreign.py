@@ -104,13 +104,14 @@ class Activity:
 
 
 @contextlib.contextmanager
-def user_code(method: str, of: object, name: str) -> Iterator[None]:
-    """Around a call of ``method`` of an object that lies at ``name``."""
+def user_code(method: str, owner: object, name: str) -> Iterator[None]:
+    """Around a call of ``method`` of ``owner``, which lies at ``name`` in the state."""
+    # a context variable, not an argument: between the verb and this call lies the whole walk over the state
     activity = _current.get()
     if activity is None:
         yield
         return
-    activity._enter(f"{type(of).__name__}.{method}() of {name!r}")
+    activity._enter(f"{type(owner).__name__}.{method}() of {name!r}")
     try:
         yield
     finally:

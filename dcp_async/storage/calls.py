@@ -45,6 +45,7 @@ class BlockingCalls:
     def threads(self) -> BlockingThreads:
         """For small calls, which must not wait behind writes of other saves."""
         if self._small is None:
+            # two: one that hangs, say on a dead mount, must not stop the next look
             self._small = BlockingThreads("dcp_async-fs", 2)
         return self._small
 
@@ -82,7 +83,7 @@ class BlockingCalls:
         except StuckThreadError as error:
             seconds = None if threads.is_abandoned else self._timeout
             raise StuckCallError.after(verb, os.fspath(path), seconds) from error
-        except OSError as error:
+        except OSError as error:  # here, where verb and path are known: the system's message names neither
             raise StorageError.of(verb, os.fspath(path), error) from error
 
     async def close(self) -> None:

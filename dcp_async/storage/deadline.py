@@ -52,6 +52,7 @@ class Deadline:
         """
         loop = asyncio.get_running_loop()
         scope = anyio.CancelScope()
+        # a task of its own: a verb that ignores its cancellation must not keep whoever waits for it
         task = loop.create_task(_outcome(call, scope))
         given_up = self._abandonment()
         deadline = loop.time() + self.seconds + more
@@ -65,6 +66,7 @@ class Deadline:
                 cancelled = error
                 scope.cancel()  # what the verb shields goes on: `begin` must not lose what it has made
         if not task.done():
+            # natively: an anyio scope would be waited for
             task.cancel()
             if late is not None:
                 late.add(task)
@@ -165,7 +167,7 @@ class LimitedStorage:
 
         async def obtain() -> None:
             obtained.append(await call())
-            if has_left:
+            if has_left:  # nobody waits: what came late would stay open for ever
                 await release(obtained[0])
 
         has_left = False

@@ -251,7 +251,7 @@ async def test_a_rank_that_is_led_waits_on_when_the_leading_one_fails_right_then
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It must not blame itself for a directory that went away under it."""
-    real = LocalTransaction._begin.__func__  # type: ignore[attr-defined]
+    real = LocalTransaction.begin.__func__  # type: ignore[attr-defined]
     gone = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -264,7 +264,7 @@ async def test_a_rank_that_is_led_waits_on_when_the_leading_one_fails_right_then
     storage = LocalStorage(root)
     await storage.connect()
     failed = await storage.begin("x", {}, uid=UID, replace=False)
-    monkeypatch.setattr(LocalTransaction, "_begin", classmethod(begin))
+    monkeypatch.setattr(LocalTransaction, "begin", classmethod(begin))
     led = asyncio.create_task(storage.begin("x", {"a": 9}, uid=UID, replace=False, led_from="here"))
     await asyncio.wait_for(gone.wait(), 30)
     lead = await storage.begin("x", {}, uid=UID, replace=False)

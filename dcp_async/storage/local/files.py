@@ -118,6 +118,7 @@ class DataFile:
         self.path = path
         self.nbytes = nbytes
         self.closed = False
+        # O_EXCL: a file of this name would be another save's with the same uid
         self.fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         self.direct_fd: int | None = None
         if hasattr(os, "O_DIRECT"):
@@ -140,6 +141,7 @@ class DataFile:
                 # refused only now; the descriptor stays, since another thread may be writing through it
                 aligned = False
                 continue
+            # a short write leaves the rest unaligned, and direct I/O would refuse it
             aligned = aligned and done % _ALIGN == 0
             offset += done
             buffer = buffer[done:]
@@ -184,6 +186,8 @@ class ReadFile:
         done = 0
         while waiting:
             start = end = waiting[0][0]
+            # cached: small calls, verified while the processor's caches have the bytes; not cached:
+            # large ones, since each waits for the disk
             held = self._holds(start)
             most = _HELD_CALL_BYTES if held else sys.maxsize
             buffers: list[memoryview] = []
@@ -200,17 +204,18 @@ class ReadFile:
             if held and arrived is not None:
                 arrived(done)
 
-    def _holds(self, at: int) -> bool:
-        """Whether the page cache had what lies around the byte ``at`` when the file was opened, some of it at
+    def _holds(self, offset: int) -> bool:
+        """Whether the page cache had what lies around ``offset`` when the file was opened, some of it at
         least."""
         if self._absent is None:
             return False
-        index = bisect_right(self._absent, at, key=itemgetter(0)) - 1
-        return index < 0 or at >= sum(self._absent[index])
+        index = bisect_right(self._absent, offset, key=itemgetter(0)) - 1
+        return index < 0 or offset >= sum(self._absent[index])
 
     def _read_run(self, start: int, end: int, buffers: list[memoryview]) -> None:
         while buffers:
             done = os.preadv(self.fd, buffers, start)
+            # a file that was cut short reads as its end, not as an error
             if done == 0:
                 raise OSError(errno.EIO, f"it ends at byte {start}; {end - start} more were expected")
             start += done

@@ -182,6 +182,7 @@ def is_remote(directory: Path) -> bool:
         mounts = Path("/proc/self/mounts").read_text().splitlines()
     except OSError:
         return False  # not Linux: local file systems are what is supported there
+    # the longest mount point above it is the one that it lies on
     real = os.path.realpath(directory)
     best, kind = "", ""
     for line in mounts:
@@ -208,6 +209,7 @@ def _lock_if_free(directory: Path, uid: str, max_age: float) -> int | None:
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # a free lock says that its process is dead, but across hosts it may say nothing: there age decides
         if not is_remote(directory) or time.time() - os.fstat(fd).st_mtime > max_age:
             return fd
     except BlockingIOError:
@@ -241,6 +243,7 @@ def sweep_directory(directory: Path, named: NamesUids, *, max_age: float) -> boo
         and any(is_manifest(name) for name in next(iter(by_uid.values())))
     ):
         return True  # the usual case: one checkpoint and its manifest
+    # all locks before `.metadata` is read: a save that publishes in between holds its own, and is passed over
     locks: dict[str, int] = {}
     try:
         for uid in by_uid:

@@ -28,7 +28,7 @@ def list_checkpoints(root: Path) -> list[StoredCheckpoint]:
             listed = [entry for entry in entries if not entry.name.startswith(".")]
     except FileNotFoundError:
         return []
-    found: list[StoredCheckpoint] = []
+    checkpoints: list[StoredCheckpoint] = []
     for entry in listed:
         try:
             stored = _look_at(entry, root)
@@ -38,8 +38,8 @@ def list_checkpoints(root: Path) -> list[StoredCheckpoint]:
             logger.debug("%r can't be looked at: %s", entry.path, error)
             stored = StoredCheckpoint(name=entry.name, committed=True, modified=_changed(entry))
         if stored is not None:
-            found.append(stored)
-    return found
+            checkpoints.append(stored)
+    return checkpoints
 
 
 def _look_at(entry: os.DirEntry[str], root: Path) -> StoredCheckpoint | None:

@@ -49,23 +49,23 @@ def _absent(libc: ctypes.CDLL, fd: int, offset: int, nbytes: int) -> Iterator[tu
 def overlaps(absent: Sequence[tuple[int, int]], read: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """(offset, length) of what lies both in ``absent``, as ``absent_ranges`` gives it, and in ``read``, which
     holds (start, stop) in any order."""
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     index, done = 0, 0
     for start, stop in sorted(read):
         done = max(done, start)  # reads may overlap, blocks of checksums being read whole
         while index < len(absent) and done < stop:
             offset, length = absent[index]
             low, high = max(offset, done), min(offset + length, stop)
-            if low < high and found and sum(found[-1]) == low:
+            if low < high and ranges and sum(ranges[-1]) == low:
                 # as one: a folio that two ranges share would stay
-                found[-1] = (found[-1][0], high - found[-1][0])
+                ranges[-1] = (ranges[-1][0], high - ranges[-1][0])
             elif low < high:
-                found.append((low, high - low))
+                ranges.append((low, high - low))
             if offset + length > stop:
                 break
             index += 1
         done = max(done, stop)
-    return found
+    return ranges
 
 
 def give_back(fd: int, ranges: Iterable[tuple[int, int]]) -> None:

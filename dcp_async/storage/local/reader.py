@@ -83,20 +83,21 @@ class LocalReader:
         return {rank: await self._read_small(name) for rank, name in names.items()}
 
     async def manifest(self) -> Sequence[bytes]:
+        # all of them: which one counts is known by the digest of `.metadata`, which only its reader computes
         names = await self._run("list", self._path, manifest_files, self._opened.fd)
-        found: list[bytes] = []
+        manifests: list[bytes] = []
         unreadable: UnreadableError | None = None
         for name in names:
             try:
-                found.append(await self._read_small(name))
+                manifests.append(await self._read_small(name))
             except UnreadableError as error:  # if it is not the one that counts, it does no harm
                 unreadable = error
             except StorageError as error:
                 if error.errno != errno.ENOENT:  # removed by a replace since it was listed
                     raise
-        if unreadable is not None and not found:
+        if unreadable is not None and not manifests:
             raise unreadable
-        return found
+        return manifests
 
     def _open(self, file: str) -> ReadFile:
         if file not in self._files:
@@ -112,7 +113,7 @@ class LocalReader:
         pieces: Sequence[tuple[int, memoryview]],
         arrived: Callable[[int], None] | None = None,
     ) -> None:
-        if file not in self._files:
+        if file not in self._files:  # opened by a thread for small calls: opening may wait for a server
             await self.size(file)
         try:
             await self._calls.run_bulk("read", self._path / file, self._files[file].read, pieces, arrived)

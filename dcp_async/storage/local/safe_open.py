@@ -16,13 +16,14 @@ from pathlib import Path
 
 from ..base import LinkError, UnreadableError
 
+# O_NONBLOCK: opening a FIFO would wait for a writer, for ever
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 SMALL_FILE_BYTES = 2 << 30
 """More than any `.metadata` or manifest has: a million tensors come to some hundred MB."""
 _DENSE_BYTES = 1 << 20
-"""Of longer files the system is asked whether they have holes."""
+"""A file that is longer is asked for holes; asking costs more than reading a shorter one."""
 
 # What a second look can't mend: it says something of this entry, not of the medium.
 _UNFIT = frozenset(
@@ -102,6 +103,7 @@ def read_small(fd: int) -> bytes:
             raise OSError(errno.EFBIG, f"it is {size} bytes long, which no such file is")
         if (hole := _first_hole(fd, size)) < size:
             raise OSError(errno.EFBIG, f"it is {size} bytes long and has holes, from byte {hole} on")
+        # no more than it had: a file that grows while it is read would be read for as long as it does
         parts: list[bytes] = []
         while size and (part := file.read(size)):
             parts.append(part)
@@ -123,14 +125,16 @@ def _first_hole(fd: int, size: int) -> int:
 
 def open_beneath(directory_fd: int, parts: list[str], flags: int) -> int:
     """Opens ``parts`` one below the other, following no link anywhere."""
-    at = os.dup(directory_fd)
+    # step by step, each without following: realpath() was right a moment ago, and a directory on the way may
+    # have been exchanged for a link since
+    inner = os.dup(directory_fd)
     try:
         for part in parts[:-1]:
-            at, above = os.open(part, _DIRECTORY, dir_fd=at), at
-            os.close(above)
-        return os.open(parts[-1] if parts else ".", flags, dir_fd=at)
+            inner, outer = os.open(part, _DIRECTORY, dir_fd=inner), inner
+            os.close(outer)
+        return os.open(parts[-1] if parts else ".", flags, dir_fd=inner)
     finally:
-        os.close(at)
+        os.close(inner)
 
 
 class CheckpointDirectory:
@@ -200,6 +204,7 @@ class CheckpointDirectory:
                     errno=errno.ENOENT,
                 ) from None
             raise
+        # from the descriptor of what contains it, so that nobody can exchange what lies above meanwhile
         if not directory and is_beneath(real, self._real):
             fd = open_beneath(self.fd, os.path.relpath(real, self._real).split("/"), flags)
         elif is_beneath(real, self._root):
@@ -231,6 +236,7 @@ class CheckpointDirectory:
                 "links are not followed; if you made it, pass Trust(follow_links=True) to the engine "
                 "(to a storage of your own: LocalStorage(..., follow_links=True))"
             )
+        # in a root that others may write to, a link of theirs would read the owner's files for them
         for link in links:
             if os.lstat(link).st_uid != self._owner:
                 raise refused(
@@ -239,6 +245,7 @@ class CheckpointDirectory:
         kind = os.lstat(real)
         if not (stat.S_ISDIR(kind.st_mode) or stat.S_ISREG(kind.st_mode)):
             raise OSError(errno.ENXIO, "it leads to neither a directory nor a regular file")
+        # by descriptor: what lies there now is what is read
         fd = os.open(real, flags)
         if os.fstat(fd).st_uid != self._owner:
             os.close(fd)
@@ -255,9 +262,9 @@ def _is_a_name(name: str) -> bool:
 
 def _links_on(base: str, relative: str) -> list[str]:
     """The links that one passes on the way from ``base`` to ``relative``."""
-    found, at = [], base
+    links, path = [], base
     for part in relative.split("/"):
-        at = os.path.join(at, part)
-        if os.path.islink(at):
-            found.append(at)
-    return found
+        path = os.path.join(path, part)
+        if os.path.islink(path):
+            links.append(path)
+    return links

@@ -83,7 +83,7 @@ class LocalStorage(LeasingCalls):
         self.root = _absolute(root)
         self.lease_max_age = lease_max_age
         self.beat = Beat(lease_max_age / 5)
-        """Of the leases of its transactions."""
+        """Keeps the leases of its transactions young."""
         self._follow_links = follow_links
         self._clean: dict[str, int] = {}
         """Directories in which a sweep found nothing to do -> when they last changed, so that the next one is
@@ -116,16 +116,17 @@ class LocalStorage(LeasingCalls):
         directory = self.root / name
         since = time.monotonic()
         leads = led_from is None
-        begin = LocalTransaction._begin
+        begin = LocalTransaction.begin
         while True:
             seen = leads
-            # the leading rank has taken its lease already; should it fail and take it away again, a
-            # cancellation ends this wait
+            # by looking, not by a message: that a rank sees it proves that all have one root. The leading rank
+            # has taken its lease already; should it fail and take it away again, a cancellation ends this wait
             while not seen:
                 seen = await self.run("create", directory, sees_lease, directory, uid, since, led_from or "")
                 if not seen:
                     await anyio.sleep(_LOOK_SECONDS)
             try:
+                # a cancellation in between would lose the transaction, and with it files that nobody removes
                 with anyio.CancelScope(shield=True):
                     return await self.run(
                         "create", directory, begin, self, directory, files, uid, replace, leads

@@ -56,7 +56,7 @@ class LocalTransaction:
         return f"<LocalTransaction {self._directory.name} {self._uid} {state}>"
 
     @classmethod
-    def _begin(
+    def begin(
         cls,
         storage: LeasingCalls,
         directory: Path,
@@ -89,6 +89,7 @@ class LocalTransaction:
 
     async def _run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
+            # a small call must not wait behind gigabytes of another save
             run = self._storage.run_bulk if verb in ("write", "sync") else self._storage.run
             return await run(verb, path, fn, *args, **kwargs)
         except StuckThreadError:
@@ -106,6 +107,7 @@ class LocalTransaction:
             size = os.fstat(data.fd).st_size
             if data.nbytes is not None and size != data.nbytes:
                 raise OSError(errno.EIO, f"it has {size} bytes instead of {data.nbytes}")
+            # direct writes too: they reach the drive, but neither leave its cache nor make the length durable
             sync(data.fd)
             data.end_direct()
 
@@ -126,14 +128,14 @@ class LocalTransaction:
             raise OSError(errno.ESTALE, f"{self._lease.path.name} is gone: {why}")
         for name, nbytes in self._expected.items():
             try:
-                found = os.stat(self._directory / name, follow_symlinks=False)
+                status = os.stat(self._directory / name, follow_symlinks=False)
             except FileNotFoundError as error:
                 raise OSError(errno.ESTALE, f"{name} is gone: {why}") from error
             mine = self._sealed.get(name)
-            if mine is not None and not os.path.samestat(found, os.fstat(mine.fd)):
+            if mine is not None and not os.path.samestat(status, os.fstat(mine.fd)):
                 raise OSError(errno.ESTALE, f"{name} is another file than the one that was written: {why}")
-            if found.st_size != nbytes:
-                raise OSError(errno.ESTALE, f"{name} has {found.st_size} bytes instead of {nbytes}: {why}")
+            if status.st_size != nbytes:
+                raise OSError(errno.ESTALE, f"{name} has {status.st_size} bytes instead of {nbytes}: {why}")
 
     def hand_over(self) -> None:
         if self._lease is None:
@@ -147,11 +149,12 @@ class LocalTransaction:
         await self._write_small(self._directory / manifest_file(self._uid), manifest)
         await self._write_small(temporary, metadata)
 
-        def named(found: bytes, uids: Set[str]) -> Set[str] | None:
+        def named(published: bytes, uids: Set[str]) -> Set[str] | None:
             # another replace may have published since: what its `.metadata` names is for others to say
-            return uids & {self._uid} if found == metadata else None
+            return uids & {self._uid} if published == metadata else None
 
         def publish() -> None:
+            # the names of the data files, before `.metadata` names them
             sync_directory(self._directory)
             if self._stuck:  # a save that was given up meanwhile must not appear
                 raise OSError(errno.ETIMEDOUT, "the save was given up before this call returned")
@@ -187,6 +190,7 @@ class LocalTransaction:
 
     async def _write_small(self, path: Path, content: bytes) -> None:
         def write() -> None:
+            # "x": one that lies there is another save's, whose uid would be ours
             with open(path, "xb", buffering=0) as file:
                 left = memoryview(content)
                 while left:
@@ -201,10 +205,10 @@ class LocalTransaction:
     def _discard(self) -> None:
         if self._stuck and self._publishing:
             return  # a call that hangs may still publish: nothing is deleted, and the lease protects it
-        if (
-            not self._stuck
-        ):  # a thread that hangs in write() must never find its descriptor's number given to another file
+        if not self._stuck:
+            # a thread that hangs in write() must never find its descriptor's number given to another file
             self._close_files()
+        # what was published is the checkpoint's, and may be another rank's by now
         if not self._published and self._directory.exists():
             own = {path.name for path in self._paths}
             for name in os.listdir(self._directory):
