@@ -119,8 +119,8 @@ class LocalStorage(LeasingCalls):
         begin = LocalTransaction.begin
         while True:
             seen = leads
-            # by looking, not by a message: that a rank sees it proves that all have one root. The leading rank
-            # has taken its lease already; should it fail and take it away again, a cancellation ends this wait
+            # by looking, not by a message: that a rank sees it proves that all have one root. The leading one
+            # has its lease already; should it fail and take that away again, a cancellation ends this wait
             while not seen:
                 seen = await self.run("create", directory, sees_lease, directory, uid, since, led_from or "")
                 if not seen:
