@@ -18,7 +18,7 @@ import torch
 
 from ..errors import EngineStateError
 from ..formats import PLAIN_DTYPES, pad_item
-from ..planning import DefaultDraft, compile_plan, make_offer, prove_item
+from ..planning import DefaultDraft, compile_plan, make_local_plan, prove_item
 from ..state import capture
 from ..trust import Trust, load_item
 
@@ -82,10 +82,10 @@ def prove_small_state() -> None:
         "epoch": 3,
     }
     captured = capture(state, None)
-    draft = DefaultDraft(make_offer(captured, None))
+    draft = DefaultDraft(make_local_plan(captured, None))
     (answer,), plan = draft.merge([draft.message])
-    _, placement = compile_plan(captured.structure, draft.offer, draft.assigned(answer), _UID, plan)
-    plan.place(0, placement)
+    _, locations = compile_plan(captured.structure, draft.local_plan, draft.assigned(answer), _UID, plan)
+    plan.locate(0, locations)
     plan.publication()
     for dtype in PLAIN_DTYPES:
         prove_item(dtype, 2)

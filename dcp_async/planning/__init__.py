@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .assignment import ConflictError, ReplicaGroup, differing_leaves, two_meshes
-from .global_plan import GlobalPlan, Placement, Publication
+from .assignment import ReplicaGroup
+from .conflicts import ConflictError, differing_leaves, two_meshes
+from .global_plan import GlobalPlan, ItemLocations, Publication
 from .leaf_equality import (
     Description,
     Digest,
@@ -13,7 +14,7 @@ from .leaf_equality import (
     shared_hashes,
     value_digests,
 )
-from .local_plan import Mesh, group_hashes, make_offer
+from .local_plan import Mesh, group_hashes, make_local_plan
 from .planner import CompiledPlan, DefaultDraft, PlanningOptions, compile_plan, draft_plan
 from .replica_groups import pieces_of
 from .replica_turns import Rotation, Turn
@@ -26,8 +27,8 @@ __all__ = [
     "Description",
     "Digest",
     "GlobalPlan",
+    "ItemLocations",
     "Mesh",
-    "Placement",
     "PlanningOptions",
     "Publication",
     "ReplicaGroup",
@@ -40,7 +41,7 @@ __all__ = [
     "draft_plan",
     "explained",
     "group_hashes",
-    "make_offer",
+    "make_local_plan",
     "pieces_of",
     "prove_head",
     "prove_item",

@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 _PROTOCOL = 4
 _NOWHERE = sys.maxsize
 _X87_MANTISSA, _X87_BYTES = 63, 10
-"""Of a ``longdouble`` on x86: what is behind these bytes is padding."""
+"""A ``longdouble`` on x86: what is behind these bytes is padding."""
 _DEPTH = 400
 _IN_CIRCLES = 20_000
 """How many objects of circles are looked at, as often as each is reached; if more, each is once."""
@@ -46,7 +46,7 @@ class UndecidableError(ValueError):
 def digest(value: object) -> int:
     """A hash that equal values have in common. Raises UndecidableError."""
     try:
-        return xxhash.xxh3_64_intdigest(_encoded(lambda encoder: encoder.of(value)))
+        return xxhash.xxh3_64_intdigest(_encoded(lambda encoder: encoder.encode(value)))
     except RecursionError as error:
         raise UndecidableError("it goes too deep") from error
 
@@ -61,9 +61,9 @@ def places(value: object) -> Places:
     Raises UndecidableError."""
 
     def describe(encoder: _Encoder) -> Places:
-        found: Places = {}
-        _describe(value, "", found, encoder, 0)
-        return found
+        places: Places = {}
+        _describe(value, "", places, encoder, 0)
+        return places
 
     try:
         return _encoded(describe)
@@ -74,13 +74,13 @@ def places(value: object) -> Places:
 def first_difference(left: Places, right: Places) -> tuple[str, str, str]:
     """(path, words there, words here) of the innermost of the first places that differ. Both are ``places``
     of some value, a container before what lies in it."""
-    found = None
+    differing = None
     for path, (mine, _) in left.items():
         if right.get(path, (b"",))[0] != mine:
-            if found is not None and not path.startswith(found):
+            if differing is not None and not path.startswith(differing):
                 break
-            found = path
-    inside = found or ""
+            differing = path
+    inside = differing or ""
     if inside in left and inside in right:  # perhaps it only holds more there
         inside = next((path for path in right if path.startswith(inside) and path not in left), inside)
     return inside, left.get(inside, _NOTHING)[1], right.get(inside, _NOTHING)[1]
@@ -109,7 +109,7 @@ class _Encoder:
         """The highest of those that the one being encoded leads back to."""
         self._in_circles = in_circles
 
-    def of(self, value: object) -> bytes:
+    def encode(self, value: object) -> bytes:
         cls = type(value)
         encode = _ATOMS.get(cls)
         if encode is not None:
@@ -126,25 +126,25 @@ class _Encoder:
         around, self._reached = self._reached, _NOWHERE
         self._above[id(value)] = depth
         try:
-            found = self._container(value, cls)
+            encoded = self._container(value, cls)
         finally:
             del self._above[id(value)]
         if self._reached > depth or self._in_circles is None:
-            self._known[id(value)] = (value, found)  # kept, so that its id is not used again
+            self._known[id(value)] = (value, encoded)  # kept, so that its id is not used again
         else:
             self._in_circles -= 1
             if self._in_circles < 0:
                 raise _TangledError
         self._reached = min(around, self._reached if self._reached < depth else _NOWHERE)
-        return found
+        return encoded
 
     def _container(self, value: Any, cls: type) -> bytes:
         if cls is tuple or cls is list:
-            return _hash(cls.__name__.encode(), *map(self.of, value))
+            return _hash(cls.__name__.encode(), *map(self.encode, value))
         if cls is dict:
             return _hash(b"dict", *sorted(map(self._entry, value.items())))
         if cls is set or cls is frozenset:
-            return _hash(cls.__name__.encode(), *sorted(map(self.of, value)))
+            return _hash(cls.__name__.encode(), *sorted(map(self.encode, value)))
         if isinstance(value, (type, FunctionType, BuiltinFunctionType)):
             return _hash(b"global", _name(value))
         if isinstance(value, Enum):
@@ -157,7 +157,7 @@ class _Encoder:
         return self._object(value, cls)
 
     def _entry(self, entry: tuple[object, object]) -> bytes:
-        return self.of(entry[0]) + self.of(entry[1])
+        return self.encode(entry[0]) + self.encode(entry[1])
 
     def _object(self, value: Any, cls: type) -> bytes:
         """By what it would be pickled as."""
@@ -168,9 +168,9 @@ class _Encoder:
         made, args, state, items, pairs = parts_of[:5]
         if _is_unordered(value, cls) and made is cls and len(args) == 1:
             args = (frozenset(value),)  # it gives a list in the order of this process's hashes
-        parts = [b"object", _name(cls), self.of(made), self.of(args), self.of(state)]
+        parts = [b"object", _name(cls), self.encode(made), self.encode(args), self.encode(state)]
         if items is not None:
-            parts += [b"items", *map(self.of, items)]
+            parts += [b"items", *map(self.encode, items)]
         if pairs is not None:
             entries: Iterable[bytes] = map(self._entry, pairs)
             parts += [b"pairs", *(entries if isinstance(value, OrderedDict) else sorted(entries))]
@@ -206,7 +206,7 @@ class _Encoder:
         elif hasattr(tensor, "__tensor_flatten__"):
             names, context = tensor.__tensor_flatten__()
             parts = [getattr(tensor, name) for name in names]
-            head += self.of(context)
+            head += self.encode(context)
         else:
             raise UndecidableError(f"a {type(tensor).__name__} does not tell what it consists of")
         return _hash(b"tensor", head, *map(self._tensor, parts))
@@ -218,7 +218,7 @@ class _Encoder:
             return _hash(b"array", _name(cls), self._elements(value.view(numpy.ndarray), numpy))
         masked = sys.modules.get("numpy.ma")
         if masked is not None and _reduces_as(cls, masked.MaskedArray):
-            head = [b"masked", _name(cls), _name(value.baseclass), self.of(value._fill_value)]
+            head = [b"masked", _name(cls), _name(value.baseclass), self.encode(value._fill_value)]
             parts = [value.data.view(numpy.ndarray), masked.getmaskarray(value)]
             return _hash(*head, *(self._elements(part, numpy) for part in parts))
         return self._subclass(value, cls, numpy)
@@ -229,7 +229,7 @@ class _Encoder:
             head = [b"fields", str(dtype).encode(), shape]
             return _hash(*head, *(self._elements(array[name], numpy) for name in dtype.names))
         if dtype.hasobject:
-            return _hash(dtype.str.encode(), shape, *map(self.of, array.flatten().tolist()))
+            return _hash(dtype.str.encode(), shape, *map(self.encode, array.flatten().tolist()))
         raw = array.tobytes()  # row-major, whatever its order in memory
         if dtype.char in "gG" and numpy.finfo(numpy.longdouble).nmant == _X87_MANTISSA:
             size = numpy.dtype(numpy.longdouble).itemsize
@@ -237,7 +237,7 @@ class _Encoder:
         return _hash(dtype.str.encode(), shape, raw)
 
     def _subclass(self, value: Any, cls: type, numpy: Any) -> bytes:
-        """Of an array that says by itself what it consists of; most add something to what each array says."""
+        """What an array is that says so itself; most add something to what each array says."""
         reduced = _reduced(value, cls)
         state = reduced[2] if type(reduced) is tuple and len(reduced) > 2 else None
         if value.dtype.hasobject or not isinstance(state, tuple):
@@ -249,7 +249,9 @@ class _Encoder:
             state = (plain, *state[len(own) :])
         else:
             state = tuple(plain if type(part) is tuple and part == own else part for part in state)
-        return _hash(b"array", _name(cls), self.of(made), self.of(args), self.of(state), self.of(rest))
+        return _hash(
+            b"array", _name(cls), self.encode(made), self.encode(args), self.encode(state), self.encode(rest)
+        )
 
 
 def _reduced(value: Any, cls: type) -> Any:
@@ -305,13 +307,13 @@ _ATOMS: dict[type, Callable[[Any], bytes]] = {
 }
 
 
-def _describe(value: Any, path: str, found: Places, encoder: _Encoder, depth: int) -> None:
-    found[path] = (encoder.of(value), _words(value))
-    if depth > _DEPTH or len(found) > _PLACES:
+def _describe(value: Any, path: str, places: Places, encoder: _Encoder, depth: int) -> None:
+    places[path] = (encoder.encode(value), _words(value))
+    if depth > _DEPTH or len(places) > _PLACES:
         return
     for step, inner in _inside(value):
-        if path + step not in found:
-            _describe(inner, path + step, found, encoder, depth + 1)
+        if path + step not in places:
+            _describe(inner, path + step, places, encoder, depth + 1)
 
 
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
@@ -326,7 +328,7 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     elif hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, type, Enum)):
         yield from ((f".{name}", inner) for name, inner in vars(value).items())
     elif cls.__module__ != "builtins":
-        names = dict.fromkeys(name for each in cls.__mro__ for name in _slots(each) if hasattr(value, name))
+        names = dict.fromkeys(name for base in cls.__mro__ for name in _slots(base) if hasattr(value, name))
         yield from ((f".{name}", getattr(value, name)) for name in names)
 
 

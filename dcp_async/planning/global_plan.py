@@ -1,8 +1,8 @@
-"""What the coordinator publishes of a plan: the bytes of `.metadata` and the manifest's constant part.
+"""What the coordinator publishes of a plan: the bytes of `.metadata` and the manifest's constant cohort.
 
-Enters: every rank's offer, and from each rank where its items lie. Leaves: a Publication. Pure: no I/O.
+Enters: AllPlans, and from each rank where its items lie. Leaves: a Publication. Pure: no I/O.
 Invariant: nothing is published that some rank does not write. Tensors that lie alike on all ranks are
-described once; what is left to do per rank and tensor is to note a place and to print it (docs/scale.md).
+described once; what is left to do per rank and tensor is to note a location and to print it (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from torch.distributed.checkpoint.metadata import (
 
 from .._geometry import Offsets
 from ..formats import Group, MetadataTemplate, Place, dcp_paths, metadata_template, structure_json
-from .assignment import ConflictError, Offers, Signature, dtype_of
+from .all_plans import AllPlans, Signature, dtype_of
+from .conflicts import ConflictError
 from .local_plan import Kind
 from .self_proof import Promise, Promised, prove
 
 
-class Placement(TypedDict):
+class ItemLocations(TypedDict):
     """Where one rank's items lie in its file. Plain data: it travels."""
 
     tensors: bytes
-    """array("I"), by their place in the rank's Offer."""
+    """array("I"), by their index in the rank's LocalPlan."""
     leaves: bytes
     """array("I"), likewise; they follow the tensors."""
     offsets: bytes
@@ -56,29 +57,32 @@ class Publication:
 
 
 class GlobalPlan:
-    """What the coordinator knows of a plan. Holds the offers until the first publication, then only that."""
+    """What the coordinator knows of a plan. Holds what all ranks hold until the first publication,
+    then only that."""
 
-    def __init__(self, offers: Offers, metadata: Metadata | None = None) -> None:
-        """``metadata`` comes from a planner of the user's; without one it is made from the offers."""
-        self._offers: Offers | None = offers
+    def __init__(self, all_plans: AllPlans, metadata: Metadata | None = None) -> None:
+        """``metadata`` comes from a planner of the user's; without one it is made from ``all_plans``."""
+        self._all_plans: AllPlans | None = all_plans
         self._metadata = metadata
-        self._part_of = {rank: number for number, part in enumerate(offers.parts) for rank in part.ranks}
-        self._leaf_parts = {rank: leaves for leaves in offers.leaves for rank in leaves.ranks}
-        self._written: list[dict[int, list[Place]]] = [{} for _ in offers.parts]
-        """Per part, where the piece of each index lies, of each rank that writes it."""
+        self._tensor_cohort_of = {
+            rank: number for number, cohort in enumerate(all_plans.tensor_cohorts) for rank in cohort.ranks
+        }
+        self._leaf_cohort_of = {rank: leaves for leaves in all_plans.leaf_cohorts for rank in leaves.ranks}
+        self._written: list[dict[int, list[Place]]] = [{} for _ in all_plans.tensor_cohorts]
+        """Per cohort: index of a piece -> where it lies, one of each rank that writes it."""
         self._leaves: dict[str, Place] = {}
         self._publication: Publication | None = None
         self._lock = threading.Lock()
 
-    def place(self, rank: int, placement: Placement) -> None:
-        """Rank ``rank`` writes its items there."""
-        tensors, leaves = array("I", placement["tensors"]), array("I", placement["leaves"])
-        offsets, lengths = array("Q", placement["offsets"]), array("Q", placement["lengths"])
+    def locate(self, rank: int, locations: ItemLocations) -> None:
+        """Rank ``rank`` writes its items at ``locations``."""
+        tensors, leaves = array("I", locations["tensors"]), array("I", locations["leaves"])
+        offsets, lengths = array("Q", locations["offsets"]), array("Q", locations["lengths"])
         places = list(zip(repeat(rank), offsets, lengths))
-        written = self._written[self._part_of[rank]]
+        written = self._written[self._tensor_cohort_of[rank]]
         for index, place in zip(tensors, places, strict=False):
             written.setdefault(index, []).append(place)
-        names = self._leaf_parts[rank].names
+        names = self._leaf_cohort_of[rank].names
         self._leaves.update(zip((names[index] for index in leaves), places[len(tensors) :], strict=True))
 
     def publication(self) -> Publication:
@@ -90,43 +94,45 @@ class GlobalPlan:
         with self._lock:
             if self._publication is None:
                 self._publication = self._made()
-                self._offers, self._metadata, self._written, self._leaves = None, None, [], {}
-                self._part_of, self._leaf_parts = {}, {}
+                self._all_plans, self._metadata, self._written, self._leaves = None, None, [], {}
+                self._tensor_cohort_of, self._leaf_cohort_of = {}, {}
             return self._publication
 
     def _made(self) -> Publication:
-        assert self._offers is not None
-        offers, tree = self._offers, self._offers.tree()
-        groups = self._alike(offers) if self._metadata is None else self._planned(offers, self._metadata)
-        strides, exotic = _strides(offers), _exotic(offers)
+        assert self._all_plans is not None
+        all_plans, tree = self._all_plans, self._all_plans.tree()
+        groups = (
+            self._alike(all_plans) if self._metadata is None else self._planned(all_plans, self._metadata)
+        )
+        strides, exotic = _strides(all_plans), _exotic(all_plans)
         template = metadata_template(groups, dcp_paths(tree))
         constant = structure_json(tree, strides, exotic)
-        promised = Promised(self._promised(offers), tree, strides, exotic)
+        promised = Promised(self._promised(all_plans), tree, strides, exotic)
         return Publication(template, constant, prove(template, constant, promised))
 
-    def _alike(self, offers: Offers) -> list[Group]:
+    def _alike(self, all_plans: AllPlans) -> list[Group]:
         """What the default planner would say. Objects that are equal are shared, so each is stored once."""
         made = _Entries()
         groups = []
-        for signature, names in offers.signed.items():
-            kind, size = offers.kind(signature)
-            boxes = list(offers.pieces(signature))
-            rows = self._rows(offers, signature, names)
+        for signature, names in all_plans.held_by_signature.items():
+            kind, size = all_plans.kind(signature)
+            boxes = list(all_plans.pieces(signature))
+            rows = self._rows(all_plans, signature, names)
             whole = map(_whole, names, repeat([offsets for offsets, _ in boxes]), rows)
             groups.append(Group(made.tensor(kind, size, boxes), names, whole))
-        for name, stored in offers.pieces_by_name.items():
+        for name, stored in all_plans.pieces_by_name.items():
             kind, size = next(iter(stored.values()))[1:3]
             boxes = [(offsets, piece.shape) for offsets, piece in stored.items()]
             places = [self._leaf(piece.leaf) for piece in stored.values()]
             groups.append(Group(made.tensor(kind, size, boxes), [name], [places]))
-        known = set(offers.held) | offers.pieces_by_name.keys()
-        for part in offers.parts:
-            for name, kind, size in part.bare:
+        known = set(all_plans.held) | all_plans.pieces_by_name.keys()
+        for cohort in all_plans.tensor_cohorts:
+            for name, kind, size in cohort.bare:
                 if name not in known:
                     known.add(name)
                     groups.append(Group(made.tensor(kind, size, []), [name], [()]))
         opaque = BytesStorageMetadata()
-        for leaves in offers.leaves:
+        for leaves in all_plans.leaf_cohorts:
             for index, name in enumerate(leaves.names):
                 if name not in known and index not in leaves.pieces:
                     known.add(name)
@@ -137,20 +143,23 @@ class GlobalPlan:
                     groups.append(Group(entry, [name], [[self._leaf(name)]]))
         return groups
 
-    def _planned(self, offers: Offers, metadata: Metadata) -> list[Group]:
+    def _planned(self, all_plans: AllPlans, metadata: Metadata) -> list[Group]:
         """What a planner of the user's said."""
         groups = []
-        signature_of = {name: signature for signature, names in offers.signed.items() for name in names}
+        signature_of = {
+            name: signature for signature, names in all_plans.held_by_signature.items() for name in names
+        }
         for name, entry in metadata.state_dict_metadata.items():
             places: Sequence[Place]
             if name in signature_of and isinstance(entry, TensorStorageMetadata):
                 signature = signature_of[name]
-                row = next(self._rows(offers, signature, [name]))
-                found = {offsets: at for (offsets, _), at in zip(offers.pieces(signature), row, strict=True)}
+                row = next(self._rows(all_plans, signature, [name]))
+                boxes = all_plans.pieces(signature)
+                place_at = {offsets: place for (offsets, _), place in zip(boxes, row, strict=True)}
                 chunks = [tuple(chunk.offsets) for chunk in entry.chunks]
-                places = _whole(name, chunks, [found.get(offsets) for offsets in chunks])
-            elif isinstance(entry, TensorStorageMetadata) and name in offers.pieces_by_name:
-                stored = offers.pieces_by_name[name]
+                places = _whole(name, chunks, [place_at.get(offsets) for offsets in chunks])
+            elif isinstance(entry, TensorStorageMetadata) and name in all_plans.pieces_by_name:
+                stored = all_plans.pieces_by_name[name]
                 places = [self._leaf(stored[tuple(chunk.offsets)].leaf) for chunk in entry.chunks]
             elif isinstance(entry, TensorStorageMetadata) and not entry.chunks:
                 places = ()
@@ -160,10 +169,10 @@ class GlobalPlan:
         return groups
 
     def _rows(
-        self, offers: Offers, signature: Signature, names: Sequence[str]
+        self, all_plans: AllPlans, signature: Signature, names: Sequence[str]
     ) -> Iterator[list[Place | None]]:
         """Where each piece of each of ``names``, all of ``signature``, lies."""
-        pieces = offers.pieces(signature)
+        pieces = all_plans.pieces(signature)
         numbers: list[dict[int, int]] = [{} for _ in signature]
         for number, holders in enumerate(pieces.values()):
             for rank, entry in holders:
@@ -172,30 +181,30 @@ class GlobalPlan:
         entries = list(enumerate(numbers))[::-1]
         for name in names:
             row: list[Place | None] = [None] * len(pieces)
-            held = offers.held[name]
+            refs = all_plans.held[name]
             for entry, number_of in entries:
-                part, index = held[entry]
-                for place in self._written[part].get(index, ()):
+                cohort, index = refs[entry]
+                for place in self._written[cohort].get(index, ()):
                     row[number_of[place[0]]] = place
             yield row
 
-    def _promised(self, offers: Offers) -> Iterator[Promise]:
+    def _promised(self, all_plans: AllPlans) -> Iterator[Promise]:
         """What the ranks offered and where they write it, past what is encoded and past any planner."""
-        for signature, names in offers.signed.items():
-            kind, size = offers.kind(signature)
-            rows = self._rows(offers, signature, names)
-            yield Promise(names, size, dtype_of(kind), list(offers.pieces(signature)), rows)
-        for part in offers.parts:
-            for name, kind, size in part.bare:
-                if name not in offers.held and name not in offers.pieces_by_name:
+        for signature, names in all_plans.held_by_signature.items():
+            kind, size = all_plans.kind(signature)
+            rows = self._rows(all_plans, signature, names)
+            yield Promise(names, size, dtype_of(kind), list(all_plans.pieces(signature)), rows)
+        for cohort in all_plans.tensor_cohorts:
+            for name, kind, size in cohort.bare:
+                if name not in all_plans.held and name not in all_plans.pieces_by_name:
                     yield Promise([name], size, dtype_of(kind), [], [()])
-        for name, stored in offers.pieces_by_name.items():
+        for name, stored in all_plans.pieces_by_name.items():
             first = next(iter(stored.values()))
             boxes = [(offsets, piece.shape) for offsets, piece in stored.items()]
             row = [self._leaf(piece.leaf) for piece in stored.values()]
             yield Promise([name], first.size, dtype_of(first.kind), boxes, [row])
         known: set[str] = set()
-        for leaves in offers.leaves:
+        for leaves in all_plans.leaf_cohorts:
             for index, name in enumerate(leaves.names):
                 if name not in known and index not in leaves.pieces:
                     known.add(name)
@@ -220,17 +229,19 @@ def _whole(name: str, offsets: Sequence[Offsets], places: list[Place | None]) ->
     return cast(list[Place], places)
 
 
-def _strides(offers: Offers) -> dict[str, tuple[int, ...]]:
+def _strides(all_plans: AllPlans) -> dict[str, tuple[int, ...]]:
     return {
-        part.names[index]: tuple(stride) for part in offers.parts for index, stride in part.strides.items()
+        cohort.names[index]: tuple(stride)
+        for cohort in all_plans.tensor_cohorts
+        for index, stride in cohort.strides.items()
     }
 
 
-def _exotic(offers: Offers) -> tuple[str, ...]:
+def _exotic(all_plans: AllPlans) -> tuple[str, ...]:
     return tuple(
         dict.fromkeys(
             leaves.pieces[index][0] if index in leaves.pieces else leaves.names[index]
-            for leaves in offers.leaves
+            for leaves in all_plans.leaf_cohorts
             for index in leaves.exotic
         )
     )

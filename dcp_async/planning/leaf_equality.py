@@ -15,19 +15,19 @@ from typing import Any
 import torch
 
 from ..state import Captured
-from .assignment import ConflictError
 from .canonical import Places, UndecidableError, digest, first_difference, places
+from .conflicts import ConflictError
 from .local_plan import leaf_hashes
 
 Canonical = dict[int, tuple[int, int]]
 """Leaf -> (hash of its bytes, digest of its value) as they were last; a digest of the same bytes holds."""
 Digest = int | str
-"""Of a value, or why it has none."""
+"""A hash of a value, or why it has none."""
 Description = Places | str
 """What a value consists of, or why that can't be told."""
 
 _DESCRIBED = 3
-"""Of how many leaves an error says where they differ."""
+"""For how many leaves an error says where they differ."""
 
 
 def shared_hashes(captured: Captured, canonical: Canonical) -> list[int]:
@@ -64,25 +64,25 @@ def _items(captured: Captured, names: Sequence[str]) -> dict[str, bytes]:
 
 
 def value_digests(captured: Captured, names: Sequence[str]) -> dict[str, Digest]:
-    """Of those of ``names`` that this rank holds."""
-    found: dict[str, Digest] = {}
+    """Digests of those of ``names`` that this rank holds."""
+    digests: dict[str, Digest] = {}
     for name, item in _items(captured, names).items():
         try:
-            found[name] = digest(_decoded(item))
+            digests[name] = digest(_decoded(item))
         except UndecidableError as error:
-            found[name] = str(error)
-    return found
+            digests[name] = str(error)
+    return digests
 
 
 def descriptions(captured: Captured, names: Sequence[str]) -> dict[str, Description]:
-    """Of the first few of those of ``names`` that this rank holds."""
-    found: dict[str, Description] = {}
+    """Descriptions of the first few of those of ``names`` that this rank holds."""
+    described: dict[str, Description] = {}
     for name, item in _items(captured, names[:_DESCRIBED]).items():
         try:
-            found[name] = places(_decoded(item))
+            described[name] = places(_decoded(item))
         except UndecidableError as error:
-            found[name] = str(error)
-    return found
+            described[name] = str(error)
+    return described
 
 
 # The coordinator's part.
@@ -91,12 +91,12 @@ def descriptions(captured: Captured, names: Sequence[str]) -> dict[str, Descript
 def conflicts(told: Sequence[Mapping[str, Digest]]) -> list[str]:
     """Names of leaves that are not equal on all ranks that hold them, or not known to be."""
     known: dict[str, Digest] = {}
-    found: dict[str, None] = {}
+    unequal: dict[str, None] = {}
     for mine in told:
         for name, value in mine.items():
             if known.setdefault(name, value) != value or isinstance(value, str):
-                found[name] = None
-    return list(found)
+                unequal[name] = None
+    return list(unequal)
 
 
 def explained(told: Sequence[Mapping[str, Description]], names: Sequence[str]) -> ConflictError:
@@ -122,8 +122,8 @@ def _explained(told: Sequence[Mapping[str, Description]], name: str) -> str:
                 "__reduce__() that gives the same for equal objects"
             )
         if left[""][0] != right[""][0]:
-            path, there, here = first_difference(left, right)
-            at = f" at {path}" if path else ""
-            words = f": {there} and {here}" if there != here else ""
-            return f"{name} differs between rank {first} and rank {rank}{at}{words}"
+            path, theirs, ours = first_difference(left, right)
+            where = f" at {path}" if path else ""
+            words = f": {theirs} and {ours}" if theirs != ours else ""
+            return f"{name} differs between rank {first} and rank {rank}{where}{words}"
     return f"{name} differs between ranks"

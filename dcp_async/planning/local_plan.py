@@ -1,6 +1,6 @@
 """What one rank has to save, as plain data that travels to the coordinator: no tensor, no class of anybody's.
 
-Enters: a Captured whose structure is new. Leaves: an Offer. Invariant: what ranks of one layout have in
+Enters: a Captured whose structure is new. Leaves: a LocalPlan. Invariant: what ranks of one layout have in
 common is the same bytes on all of them, so the coordinator decodes it, and looks at it, once; what is a
 rank's own is a few numbers per distinct form of a tensor, not per tensor.
 """
@@ -30,7 +30,7 @@ Mesh = tuple[int, ...]
 """The job's ranks of a DTensor's device mesh, ascending."""
 
 _LEVEL = 1
-"""Of zlib: names repeat themselves, so its fastest makes them ten times shorter (docs/scale.md)."""
+"""zlib's: names repeat themselves, so its fastest makes them ten times shorter (docs/scale.md)."""
 
 
 class Tensors(TypedDict):
@@ -39,9 +39,9 @@ class Tensors(TypedDict):
     names: list[str]
     """In the order of ``Structure.tensor_names``."""
     form_of: bytes
-    """array("I"): per piece, its place in ``forms``."""
+    """array("I"): per piece, its index in ``forms``."""
     forms: list[tuple[Kind, Offsets]]
-    """(kind, global size); pieces of one form also lie at the same place of their tensors."""
+    """(kind, global size); pieces of one form also lie at the same offsets in their tensors."""
     strides: dict[int, tuple[int, ...]]
     """Piece -> strides, of whole tensors that are dense but not row-major."""
     ties: list[tuple[str, int]]
@@ -59,8 +59,8 @@ class Leaves(TypedDict):
     """Leaf -> (name, global size, offsets), of those that are pieces of distributed tensors."""
 
 
-class Offer(TypedDict):
-    """One rank's part."""
+class LocalPlan(TypedDict):
+    """What one rank has to save. Plain data: it travels."""
 
     tensors: bytes
     """A packed ``Tensors``."""
@@ -71,13 +71,13 @@ class Offer(TypedDict):
     leaves: bytes
     """A packed ``Leaves``."""
     hashes: bytes
-    """array("Q"), of each leaf's bytes."""
+    """array("Q"), a hash of each leaf's bytes."""
     tree: bytes
     """A packed tree, as ``tree_to_json`` encodes it."""
 
 
-def make_offer(captured: Captured, previous: Offer | None) -> Offer:
-    """What ``captured`` has to save. ``previous`` is the offer of its structure, if that is not new."""
+def make_local_plan(captured: Captured, previous: LocalPlan | None) -> LocalPlan:
+    """What ``captured`` has to save. ``previous`` is that of its structure, if that is not new."""
     structure = captured.structure
     hashes = array("Q", leaf_hashes(captured)).tobytes()
     if not captured.is_new:
@@ -93,7 +93,7 @@ def make_offer(captured: Captured, previous: Offer | None) -> Offer:
         size, offsets = (shard.size, shard.offsets) if shard else (local, (0,) * len(local))
         key = (tensor.dtype, tensor.layout, tensor.requires_grad)
         kind = kinds.get(key) or kinds.setdefault(key, _kind(tensor))
-        form = (kind, size, offsets, local, meshes.of(index))
+        form = (kind, size, offsets, local, meshes.mesh_of(index))
         form_of.append(forms.setdefault(form, len(forms)))
     tensors = Tensors(
         names=structure.tensor_names,
@@ -112,7 +112,7 @@ def make_offer(captured: Captured, previous: Offer | None) -> Offer:
         for index, name in enumerate(structure.leaf_names)
         if (piece := structure.pieces.get(name)) is not None
     }
-    return Offer(
+    return LocalPlan(
         tensors=_pack(tensors),
         boxes=[(offsets, shape) for _, _, offsets, shape, _ in forms],
         meshes=[mesh for *_, mesh in forms],
@@ -129,23 +129,23 @@ class _Meshes:
     def __init__(self, captured: Captured) -> None:
         self._names = captured.structure.tensor_names
         self._live = captured.live
-        self._found: dict[int, tuple[DeviceMesh, Mesh]] = {}
+        self._known: dict[int, tuple[DeviceMesh, Mesh]] = {}
         self._has_any = any(isinstance(value, DTensor) for value in captured.live.values())
 
-    def of(self, index: int) -> Mesh | None:
+    def mesh_of(self, index: int) -> Mesh | None:
         if not self._has_any:
             return None
         tensor = self._live.get(self._names[index])
         if not isinstance(tensor, DTensor):
             return None
         mesh = tensor.device_mesh
-        if id(mesh) not in self._found:  # kept beside, so that its id is not used again
-            self._found[id(mesh)] = (mesh, tuple(sorted(mesh.mesh.flatten().tolist())))
-        return self._found[id(mesh)][1]
+        if id(mesh) not in self._known:  # kept beside, so that its id is not used again
+            self._known[id(mesh)] = (mesh, tuple(sorted(mesh.mesh.flatten().tolist())))
+        return self._known[id(mesh)][1]
 
 
-def _pack(part: object) -> bytes:
-    return zlib.compress(dumps(part), _LEVEL)
+def _pack(lists: object) -> bytes:
+    return zlib.compress(dumps(lists), _LEVEL)
 
 
 def _unpack(raw: bytes) -> Any:
@@ -153,17 +153,17 @@ def _unpack(raw: bytes) -> Any:
 
 
 def unpack_tensors(raw: bytes) -> Tensors:
-    """What ``Offer.tensors`` holds."""
+    """What ``LocalPlan.tensors`` holds."""
     return cast(Tensors, _unpack(raw))
 
 
 def unpack_leaves(raw: bytes) -> Leaves:
-    """What ``Offer.leaves`` holds."""
+    """What ``LocalPlan.leaves`` holds."""
     return cast(Leaves, _unpack(raw))
 
 
 def unpack_tree(raw: bytes) -> JSON:
-    """What ``Offer.tree`` holds."""
+    """What ``LocalPlan.tree`` holds."""
     return cast(JSON, json.loads(_unpack(raw)))
 
 

@@ -22,10 +22,12 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from .._geometry import Offsets
 from ..formats import FileLayout, plan_file
 from ..state import Captured, CaptureError, Structure
-from .assignment import Assignment, ConflictError, Offers, ReplicaGroup, assign, shared_leaves
-from .global_plan import GlobalPlan, Placement
+from .all_plans import AllPlans
+from .assignment import Assignment, ReplicaGroup, assign, shared_leaves
+from .conflicts import ConflictError
+from .global_plan import GlobalPlan, ItemLocations
 from .leaf_equality import Canonical
-from .local_plan import Offer, make_offer
+from .local_plan import LocalPlan, make_local_plan
 from .replica_groups import shared_tensors
 from .replica_turns import Rotation
 
@@ -50,18 +52,18 @@ class PlanningOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledPlan:
-    """Everything about one rank's part of a save that does not change while the structure does not."""
+    """Everything about one rank's share of a save that does not change while the structure does not."""
 
     structure: Structure
-    """Of the whole captured state."""
-    offer: Offer
+    """The whole captured state's."""
+    local_plan: LocalPlan
     """What was told to the coordinator of it."""
     generation: str
     """The uid of the save that made it: all ranks' plans of one generation belong together."""
     layout: FileLayout
-    """Of this rank's file; item i is ``tensors[i]``, then come ``leaves``."""
+    """How this rank's file is laid out; item i is ``tensors[i]``, then come ``leaves``."""
     tensors: list[int]
-    """What this rank writes, by its place in the structure."""
+    """What this rank writes, by index in the structure."""
     leaves: list[int]
     groups: list[tuple[int, list[int]]]
     """(group, leaves) that this rank has in common with the other ranks of the group."""
@@ -77,27 +79,27 @@ class CompiledPlan:
 
     @property
     def names(self) -> list[str]:
-        """Of the tensors that this rank writes."""
+        """Names of the tensors that this rank writes."""
         return [self.structure.tensor_names[index] for index in self.tensors]
 
     @property
-    def slots(self) -> list[int]:
-        """Of the leaves that this rank writes."""
+    def reserved_bytes(self) -> list[int]:
+        """The room in the file of each leaf that this rank writes."""
         return [self.structure.slots[index] for index in self.leaves]
 
 
 class Draft(Protocol):
-    """One rank's part of a plan, before the ranks agree."""
+    """One rank's share of a plan, before the ranks agree."""
 
-    offer: Offer
+    local_plan: LocalPlan
     message: Any
     """What the coordinator needs of it; plain data."""
 
     def merge(
         self, messages: Sequence[Any], suspects: list[str] | None = None
     ) -> tuple[list[Any], GlobalPlan]:
-        """All ranks' messages -> each rank's answer, plain data, and what the coordinator keeps. Its part
-        alone. ``suspects`` as for ``Offers``. Raises ConflictError."""
+        """All ranks' messages -> each rank's answer, plain data, and what the coordinator keeps, which
+        alone calls it. ``suspects`` as for AllPlans. Raises ConflictError."""
 
     def assigned(self, answer: Any) -> Assignment:
         """What this rank writes."""
@@ -107,28 +109,28 @@ def draft_plan(
     captured: Captured, previous: CompiledPlan | None, options: PlanningOptions, *, is_coordinator: bool
 ) -> Draft:
     """Begin a plan. ``previous`` is the plan of the structure, if that is not new. Raises CaptureError."""
-    offer = make_offer(captured, previous.offer if previous else None)
+    local_plan = make_local_plan(captured, previous.local_plan if previous else None)
     if options.save is DefaultSavePlanner:
-        return DefaultDraft(offer)
-    return PlannerDraft(captured, offer, options.save(), is_coordinator)
+        return DefaultDraft(local_plan)
+    return PlannerDraft(captured, local_plan, options.save(), is_coordinator)
 
 
 class DefaultDraft:
     """What DCP's default planner would plan, without its objects per item: ten times faster for many
     tensors (docs/adr/0007)."""
 
-    def __init__(self, offer: Offer) -> None:
-        self.offer = offer
-        self.message = offer
+    def __init__(self, local_plan: LocalPlan) -> None:
+        self.local_plan = local_plan
+        self.message = local_plan
 
     def merge(
-        self, messages: Sequence[Offer], suspects: list[str] | None = None
+        self, messages: Sequence[LocalPlan], suspects: list[str] | None = None
     ) -> tuple[list[Assignment], GlobalPlan]:
-        offers = Offers(messages, suspects)
-        assignments = assign(offers)
-        for assignment, groups in zip(assignments, shared_tensors(offers), strict=True):
+        all_plans = AllPlans(messages, suspects)
+        assignments = assign(all_plans)
+        for assignment, groups in zip(assignments, shared_tensors(all_plans), strict=True):
             assignment["replicas"] = groups
-        return assignments, GlobalPlan(offers)
+        return assignments, GlobalPlan(all_plans)
 
     def assigned(self, answer: Assignment) -> Assignment:
         return answer
@@ -141,7 +143,9 @@ class PlannerDraft:
     code here.
     """
 
-    def __init__(self, captured: Captured, offer: Offer, planner: SavePlanner, is_coordinator: bool) -> None:
+    def __init__(
+        self, captured: Captured, local_plan: LocalPlan, planner: SavePlanner, is_coordinator: bool
+    ) -> None:
         for method in _RESOLVERS:
             if getattr(type(planner), method, None) is not getattr(DefaultSavePlanner, method):
                 raise CaptureError(
@@ -149,28 +153,28 @@ class PlannerDraft:
                     "this release copies tensors as they are. Transform the state before save(), "
                     "or use a planner that overrides the plan only"
                 )
-        self.offer = offer
+        self.local_plan = local_plan
         self._structure = captured.structure
         self._planner = planner
         # stock's own cache lives on the class and takes tensors of another dtype for the same; ours does not
         planner.__dict__["_enable_plan_caching"] = False
         # flattened already: planner_data comes from our own walk
         planner.set_up_planner(captured.flat(), None, is_coordinator)
-        self.message = (offer, pickle.dumps(planner.create_local_plan()))
+        self.message = (local_plan, pickle.dumps(planner.create_local_plan()))
 
     def merge(
-        self, messages: Sequence[tuple[Offer, bytes]], suspects: list[str] | None = None
+        self, messages: Sequence[tuple[LocalPlan, bytes]], suspects: list[str] | None = None
     ) -> tuple[list[Any], GlobalPlan]:
-        offers = Offers([offer for offer, _ in messages], suspects)
+        all_plans = AllPlans([local_plan for local_plan, _ in messages], suspects)
         plans, metadata = self._planner.create_global_plan([pickle.loads(plan) for _, plan in messages])
-        shared = shared_leaves(offers)
-        if lost := sorted(offers.names() - metadata.state_dict_metadata.keys()):
+        shared = shared_leaves(all_plans)
+        if lost := sorted(all_plans.names() - metadata.state_dict_metadata.keys()):
             raise ConflictError(f"the planner left out {lost[:3]}; this release writes what the state holds")
         answers = [
             (pickle.dumps(plan), groups, replicas)
-            for plan, groups, replicas in zip(plans, shared, shared_tensors(offers), strict=True)
+            for plan, groups, replicas in zip(plans, shared, shared_tensors(all_plans), strict=True)
         ]
-        return answers, GlobalPlan(offers, metadata)
+        return answers, GlobalPlan(all_plans, metadata)
 
     def assigned(self, answer: tuple[bytes, Any, Any]) -> Assignment:
         plan, (groups, replicas) = pickle.loads(answer[0]), answer[1:]
@@ -187,19 +191,19 @@ class PlannerDraft:
         mine = Assignment(tensors=[], leaves=[], groups=groups, replicas=replicas)
         for item in self._planner.finish_plan(plan).items:
             name, is_tensor = item.index.fqn, item.type is not WriteItemType.BYTE_IO
-            if (at := (name, tuple(item.index.offset or ()))) in wrapped:
-                found, target, fits = wrapped[at], mine["leaves"], is_tensor
+            key = name, tuple(item.index.offset or ())
+            if key in wrapped:
+                index, target, fits = wrapped[key], mine["leaves"], is_tensor
             elif name in leaves:
-                found, target = leaves[name], mine["leaves"]
+                index, target = leaves[name], mine["leaves"]
                 fits = is_tensor == (name in exotic)
             else:
-                found, target = pieces.get((name, tuple(item.index.offset or ())), -1), mine["tensors"]
-                fits = is_tensor
-            if found < 0:
+                index, target, fits = pieces.get(key, -1), mine["tensors"], is_tensor
+            if index < 0:
                 raise CaptureError(f"the planner added {item.index}, which the state does not hold")
             if not fits:
                 raise CaptureError(f"{name}: the planner and the state disagree on whether it is a tensor")
-            target.append(found)
+            target.append(index)
         for indices in (mine["tensors"], mine["leaves"]):
             indices[:] = sorted(set(indices))
         return mine
@@ -208,14 +212,14 @@ class PlannerDraft:
 def _tensor_keys(structure: Structure) -> list[tuple[str, Offsets]]:
     """(name, offsets) of each piece."""
     return [
-        (name, structure.shards[at].offsets if at in structure.shards else (0,) * len(shape))
-        for at, (name, shape) in enumerate(zip(structure.tensor_names, structure.shapes, strict=True))
+        (name, structure.shards[index].offsets if index in structure.shards else (0,) * len(shape))
+        for index, (name, shape) in enumerate(zip(structure.tensor_names, structure.shapes, strict=True))
     ]
 
 
 def compile_plan(
-    structure: Structure, offer: Offer, mine: Assignment, generation: str, shared: GlobalPlan | None
-) -> tuple[CompiledPlan, Placement]:
+    structure: Structure, local_plan: LocalPlan, mine: Assignment, generation: str, shared: GlobalPlan | None
+) -> tuple[CompiledPlan, ItemLocations]:
     """Lay out the file of what is assigned to this rank."""
     tensors, leaves = mine["tensors"], mine["leaves"]
     layout = plan_file(
@@ -224,7 +228,7 @@ def compile_plan(
     )
     plan = CompiledPlan(
         structure=structure,
-        offer=offer,
+        local_plan=local_plan,
         generation=generation,
         layout=layout,
         tensors=tensors,
@@ -233,10 +237,10 @@ def compile_plan(
         replicas=mine["replicas"],
         shared=shared,
     )
-    placement = Placement(
+    locations = ItemLocations(
         tensors=array("I", tensors).tobytes(),
         leaves=array("I", leaves).tobytes(),
         offsets=array("Q", layout.item_offsets).tobytes(),
         lengths=array("Q", layout.item_bytes).tobytes(),
     )
-    return plan, placement
+    return plan, locations

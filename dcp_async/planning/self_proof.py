@@ -138,8 +138,8 @@ def _prove_metadata(template: MetadataTemplate, promised: Promised) -> tuple[set
             for (offsets, _), place in zip(promise.boxes, row, strict=True):
                 assert place is not None  # or nothing would have been encoded
                 rank, offset, length = place
-                if (there := lies.get((name, offsets))) != (file_of(rank), offset, length):
-                    raise ProofError(f"{name} at {offsets} lies in {there}, not in {place}")
+                if (written := lies.get((name, offsets))) != (file_of(rank), offset, length):
+                    raise ProofError(f"{name} at {offsets} lies in {written}, not in {place}")
                 if ends.get(rank, 0) < offset + length:
                     ends[rank] = offset + length
     if seen != entries.keys():
@@ -155,7 +155,7 @@ def prove_item(dtype: torch.dtype, dims: int) -> None:
     ProofError."""
     shape = (2,) * dims if dims <= 4 else (1,) * dims
     nbytes = math.prod(shape) * dtype.itemsize
-    payload = bytes(nbytes) if dtype is torch.bool else bytes(at % 251 for at in range(nbytes))
+    payload = bytes(nbytes) if dtype is torch.bool else bytes(number % 251 for number in range(nbytes))
     head, tail = tensor_frame(dtype, shape)
     try:
         value = load_item(io.BytesIO(head + payload + tail), Trust())

@@ -54,7 +54,7 @@ from ..staging import Event as DeviceEvent
 from ..staging import Lease, StageJob, num_parts, parts_between
 from ..state import Captured
 from ..storage import Transaction
-from .plan_agreement import PlanExchange
+from .plan_agreement import PlanAgreement
 from .replica_check import Digest, Kind, differing
 from .replica_comparison import Comparison
 from .services import Carryover, SaveServices
@@ -223,7 +223,7 @@ class SavePipeline:
 
     async def _run(self) -> CommitOutcome:
         request, services = self._request, self._services
-        ranks = PlanExchange(
+        ranks = PlanAgreement(
             request.captured,
             request.plan,
             uid=request.uid,

@@ -18,7 +18,7 @@ from ..planning import (
     Description,
     Digest,
     GlobalPlan,
-    Placement,
+    ItemLocations,
     PlanningOptions,
     Turn,
     compile_plan,
@@ -58,8 +58,8 @@ def judge(plan: CompiledPlan | None, messages: Sequence[dict[str, Any]]) -> Verd
     return "reuse"
 
 
-class PlanExchange:
-    """One save's. ``captured`` must hold the whole state until the last call."""
+class PlanAgreement:
+    """One save's way to a plan. ``captured`` must hold the whole state until the last call."""
 
     def __init__(
         self,
@@ -114,8 +114,8 @@ class PlanExchange:
 
     def _learn(self, plan: CompiledPlan, names: Sequence[str]) -> None:
         """These leaves are equal, and pickled otherwise on each rank."""
-        places = {name: index for index, name in enumerate(plan.structure.leaf_names)}
-        plan.canonical.update({places[name]: (0, 0) for name in names if name in places})
+        index_of = {name: index for index, name in enumerate(plan.structure.leaf_names)}
+        plan.canonical.update({index_of[name]: (0, 0) for name in names if name in index_of})
 
     async def _compare_values(self, names: Sequence[str], agreed: CompiledPlan | None = None) -> None:
         """Whether leaves whose bytes differ are equal all the same. ``agreed`` is the plan to go on with if
@@ -170,21 +170,26 @@ class PlanExchange:
             answers, shared = await run(draft.merge, messages, suspects)
             return [(answer, suspects) for answer in answers]
 
-        async def place(placements: Sequence[Placement]) -> list[Turn]:
+        async def locate(by_rank: Sequence[ItemLocations]) -> list[Turn]:
             assert shared is not None
-            for rank, each in enumerate(placements):
-                await run(shared.place, rank, each)
+            for rank, theirs in enumerate(by_rank):
+                await run(shared.locate, rank, theirs)
             await self._go_ahead(plan)
-            return [self._comparison.deal(plan)] * len(placements)
+            return [self._comparison.deal(plan)] * len(by_rank)
 
         answer, suspects = await coordinator.exchange(self._uid, "plan", draft.message, merge)
         if suspects:
             await self._compare_values(suspects)
-        plan, placement = await run(
-            compile_plan, self._captured.structure, draft.offer, draft.assigned(answer), self._uid, shared
+        plan, locations = await run(
+            compile_plan,
+            self._captured.structure,
+            draft.local_plan,
+            draft.assigned(answer),
+            self._uid,
+            shared,
         )
         self._learn(plan, suspects)
-        self._comparison.begin(await coordinator.exchange(self._uid, "place", placement, place))
+        self._comparison.begin(await coordinator.exchange(self._uid, "place", locations, locate))
         return plan
 
 

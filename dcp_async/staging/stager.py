@@ -303,7 +303,7 @@ class Stager:
             arena.resident[here] = [None] * lease.count
             layout.fill_constants(memory, start)
         if not job.items:
-            job.items = list(padded_items(job.captured, job.plan.slots))
+            job.items = list(padded_items(job.captured, job.plan.reserved_bytes))
         for (offset, length), item in zip(layout.slots(), job.items, strict=True):
             low, high = max(offset, start), min(offset + length, stop)
             if low < high:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dcp_async import CheckpointEngine, SaveError, Trust
-from dcp_async.planning.local_plan import make_offer, unpack_tensors, unpack_tree
+from dcp_async.planning.local_plan import make_local_plan, unpack_tensors, unpack_tree
 from dcp_async.state.capture import capture
 from dcp_async.trust.plain_data import dumps, loads
 from tests.support.doubles import assert_same
@@ -143,9 +143,9 @@ async def test_a_key_of_a_class_that_cannot_be_pickled_is_kept_as_its_value(root
 def test_ranks_tell_each_other_of_such_keys(case: str) -> None:
     key, text = TOP[case]
     state = OrderedDict([(key, {key: torch.ones(1)}), ("leaf", {key: 1})])
-    offer = loads(dumps(make_offer(capture(state, None), None)))
-    assert unpack_tensors(offer["tensors"])["names"] == [f"{text}.{text}"]
-    assert unpack_tree(offer["tree"]) is not None
+    local_plan = loads(dumps(make_local_plan(capture(state, None), None)))
+    assert unpack_tensors(local_plan["tensors"])["names"] == [f"{text}.{text}"]
+    assert unpack_tree(local_plan["tree"]) is not None
 
 
 @pytest.mark.parametrize("case", TOP)

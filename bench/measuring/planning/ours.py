@@ -11,10 +11,17 @@ from collections.abc import Sequence
 import torch
 
 from dcp_async.formats import FileEntry, encode_manifest
-from dcp_async.planning import CompiledPlan, DefaultDraft, GlobalPlan, compile_plan, group_hashes, make_offer
+from dcp_async.planning import (
+    CompiledPlan,
+    DefaultDraft,
+    GlobalPlan,
+    compile_plan,
+    group_hashes,
+    make_local_plan,
+)
 
 # Steps that no other folder calls by itself, timed one by one here: from the modules that hold them.
-from dcp_async.planning.local_plan import Offer, leaf_hashes
+from dcp_async.planning.local_plan import LocalPlan, leaf_hashes
 from dcp_async.save.plan_agreement import judge
 from dcp_async.trust import dumps, loads
 
@@ -42,18 +49,18 @@ def _first_save(
     for rank in range(ranks.world_size):
         captured = ranks.capture_of(rank)
         with clock.rank(rank, "plan"):
-            offer = make_offer(captured, None)
+            local_plan = make_local_plan(captured, None)
         with clock.rank(rank, "dumps"):
-            sent.append(dumps(offer))
+            sent.append(dumps(local_plan))
     gc.collect()
     answers, shared = _merge(clock, sent)
-    plan, placements = _lay_out(ranks, clock, offer=loads(sent[0]), answers=answers, shared=shared)
+    plan, told = _lay_out(ranks, clock, local_plan=loads(sent[0]), answers=answers, shared=shared)
     gc.collect()
     with clock.span("loads places"):
-        placed = [loads(raw) for raw in placements]
+        placed = [loads(raw) for raw in told]
     with clock.span("place"):
-        for rank, placement in enumerate(placed):
-            shared.place(rank, placement)
+        for rank, locations in enumerate(placed):
+            shared.locate(rank, locations)
     with clock.span("commit: publication"):
         shared.publication()
     _commit(clock, shared, entries)
@@ -64,7 +71,7 @@ def _first_save(
         {
             "offers": sum(map(len, sent)),
             "answers": sum(map(len, answers)),
-            "placements": sum(map(len, placements)),
+            "placements": sum(map(len, told)),
             ".metadata": len(publication.metadata.render(UID)),
             "manifest": len(publication.manifest_json),
         },
@@ -73,30 +80,32 @@ def _first_save(
 
 def _merge(clock: Clock, sent: Sequence[bytes]) -> tuple[list[bytes], GlobalPlan]:
     with clock.span("loads"):
-        offers: list[Offer] = [loads(raw) for raw in sent]
+        local_plans: list[LocalPlan] = [loads(raw) for raw in sent]
     with clock.span("global plan"):
-        answers, shared = DefaultDraft(offers[0]).merge(offers)
+        answers, shared = DefaultDraft(local_plans[0]).merge(local_plans)
     with clock.span("dumps"):
         return [dumps(answer) for answer in answers], shared
 
 
 def _lay_out(
-    ranks: Ranks, clock: Clock, *, offer: Offer, answers: Sequence[bytes], shared: GlobalPlan
+    ranks: Ranks, clock: Clock, *, local_plan: LocalPlan, answers: Sequence[bytes], shared: GlobalPlan
 ) -> tuple[CompiledPlan, list[bytes]]:
-    # All ranks compile with rank 0's offer: it has what they need of it, and making each anew is not timed.
+    # All ranks compile with rank 0's local plan: it has what they need of it, and making each anew is not timed.
     plan: CompiledPlan | None = None
-    placements = []
+    told = []
     for rank, raw in enumerate(answers):
         structure = ranks.capture_of(rank).structure
         with clock.rank(rank, "loads"):
             answer = loads(raw)
         with clock.rank(rank, "layout"):
-            compiled, placement = compile_plan(structure, offer, answer, UID, shared if rank == 0 else None)
+            compiled, locations = compile_plan(
+                structure, local_plan, answer, UID, shared if rank == 0 else None
+            )
         with clock.rank(rank, "dumps place"):
-            placements.append(dumps(placement))
+            told.append(dumps(locations))
         plan = plan or compiled
     assert plan is not None
-    return plan, placements
+    return plan, told
 
 
 def _later_save(ranks: Ranks, clock: Clock, plan: CompiledPlan) -> dict[str, int]:

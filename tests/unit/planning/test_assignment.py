@@ -29,15 +29,11 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from dcp_async._names import data_file
 from dcp_async.formats import tree_to_json
 from dcp_async.formats.metadata_reader import decode_metadata
-from dcp_async.planning.assignment import (
-    Assignment,
-    ConflictError,
-    Offers,
-    assign,
-    check_leaves,
-)
-from dcp_async.planning.global_plan import GlobalPlan, Placement, Publication
-from dcp_async.planning.local_plan import Offer, make_offer, unpack_leaves, unpack_tensors
+from dcp_async.planning.all_plans import AllPlans
+from dcp_async.planning.assignment import Assignment, assign
+from dcp_async.planning.conflicts import ConflictError, check_leaves
+from dcp_async.planning.global_plan import GlobalPlan, ItemLocations, Publication
+from dcp_async.planning.local_plan import LocalPlan, make_local_plan, unpack_leaves, unpack_tensors
 from dcp_async.planning.planner import CompiledPlan, compile_plan
 from dcp_async.state.capture import Captured, capture
 from dcp_async.state.stateful import PerRank
@@ -93,7 +89,7 @@ class Planned:
     """A plan of all ranks, its messages having travelled."""
 
     captured: list[Captured]
-    offers: list[Offer]
+    all_plans: list[LocalPlan]
     assignments: list[Assignment]
     plans: list[CompiledPlan]
     publication: Publication
@@ -127,21 +123,23 @@ def travelled(message: Any) -> Any:
     return loads(dumps(message))
 
 
-def offers_of(states: Sequence[State]) -> list[Offer]:
-    return [travelled(make_offer(capture(state, None, rank=rank), None)) for rank, state in enumerate(states)]
+def local_plans_of(states: Sequence[State]) -> list[LocalPlan]:
+    return [
+        travelled(make_local_plan(capture(state, None, rank=rank), None)) for rank, state in enumerate(states)
+    ]
 
 
 def plan(states: Sequence[State]) -> Planned:
     """As the ranks and their coordinator do it."""
     captured = [capture(state, None, rank=rank) for rank, state in enumerate(states)]
-    drafts = [make_offer(each, None) for each in captured]
-    offers = Offers([travelled(draft) for draft in drafts])
-    assignments: list[Assignment] = [travelled(answer) for answer in assign(offers)]
-    shared = GlobalPlan(offers)
+    drafts = [make_local_plan(each, None) for each in captured]
+    all_plans = AllPlans([travelled(draft) for draft in drafts])
+    assignments: list[Assignment] = [travelled(answer) for answer in assign(all_plans)]
+    shared = GlobalPlan(all_plans)
     plans = []
     for rank, (each, draft, mine) in enumerate(zip(captured, drafts, assignments, strict=True)):
-        compiled, placement = compile_plan(each.structure, draft, mine, UID, shared if rank == 0 else None)
-        shared.place(rank, travelled(placement))
+        compiled, locations = compile_plan(each.structure, draft, mine, UID, shared if rank == 0 else None)
+        shared.locate(rank, travelled(locations))
         plans.append(compiled)
     return Planned(captured, drafts, assignments, plans, shared.publication())
 
@@ -278,10 +276,10 @@ def test_ranks_that_offer_equal_bytes_do_so_whatever_their_place() -> None:
     """What makes planning cost next to nothing per rank."""
     whole = torch.zeros(8, 2)
     states = [{"m": {"w": Pieces.of(whole, [((2 * rank, 0), (2, 2))])}, "n": 1} for rank in range(4)]
-    offers = offers_of(states)
+    all_plans = local_plans_of(states)
     part: Literal["tensors", "leaves", "tree", "hashes"]
     for part in ("tensors", "leaves", "tree", "hashes"):
-        assert len({offer[part] for offer in offers}) == 1
+        assert len({local_plan[part] for local_plan in all_plans}) == 1
 
 
 def test_bare_tensor_is_known_but_not_written() -> None:
@@ -296,7 +294,7 @@ def test_bare_tensor_is_known_but_not_written() -> None:
 def test_tensor_that_no_rank_holds_is_a_conflict() -> None:
     states = [{"w": Pieces.of(torch.zeros(4, 2), [])} for _ in range(2)]
     with pytest.raises(ConflictError, match="w: the ranks hold 0 of its 8 elements"):
-        Offers(offers_of(states))
+        AllPlans(local_plans_of(states))
 
 
 def test_ties_are_stored_once_and_found_under_both_names() -> None:
@@ -350,13 +348,13 @@ def test_leaves_are_grouped_by_who_holds_them() -> None:
 
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=5))
 def test_leaf_that_differs_is_named_with_the_first_two_ranks(values: list[int]) -> None:
-    offers = offers_of([{"o": {"same": 7, "x": value}} for value in values])
+    all_plans = local_plans_of([{"o": {"same": 7, "x": value}} for value in values])
     other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
     if other is None:
-        Offers(offers)
+        AllPlans(all_plans)
         return
     with pytest.raises(ConflictError, match=rf"o\.x differs between rank 0 and rank {other}\. .*PerRank"):
-        Offers(offers)
+        AllPlans(all_plans)
 
 
 def test_leaf_per_rank_may_differ() -> None:
@@ -368,7 +366,7 @@ def test_leaf_per_rank_may_differ() -> None:
 def test_hashes_are_compared_by_name() -> None:
     hashes: list[Mapping[str, int]] = [{"a": 1}, {"b": 2}, {"a": 1, "b": 3}]
     with pytest.raises(ConflictError, match="b differs between rank 1 and rank 2"):
-        check_leaves(hashes)
+        check_leaves(enumerate(hashes))
 
 
 # Conflicts.
@@ -387,7 +385,7 @@ def test_hashes_are_compared_by_name() -> None:
 )
 def test_conflict_names_tensor_and_ranks(one: Any, other: Any, message: str) -> None:
     with pytest.raises(ConflictError, match=message):
-        Offers(offers_of([{"w": one}, {"w": one}, {"w": other}]))
+        AllPlans(local_plans_of([{"w": one}, {"w": one}, {"w": other}]))
 
 
 @pytest.mark.parametrize(
@@ -401,21 +399,21 @@ def test_conflict_names_tensor_and_ranks(one: Any, other: Any, message: str) -> 
 )
 def test_pieces_that_do_not_make_up_the_tensor_are_a_conflict(boxes: list[Box], covered: int) -> None:
     whole = torch.zeros(4, 2)
-    offers = offers_of([{"w": Pieces.of(whole, [box])} for box in boxes])
+    all_plans = local_plans_of([{"w": Pieces.of(whole, [box])} for box in boxes])
     with pytest.raises(ConflictError, match=f"w: the ranks hold {covered} of its 8 elements"):
-        Offers(offers)
+        AllPlans(all_plans)
 
 
 def test_item_without_a_place_is_named() -> None:
-    offers = Offers(offers_of([{"a": torch.ones(1), "n": 1}]))
-    shared = GlobalPlan(offers)
-    placed = Placement(
+    all_plans = AllPlans(local_plans_of([{"a": torch.ones(1), "n": 1}]))
+    shared = GlobalPlan(all_plans)
+    placed = ItemLocations(
         tensors=b"",
         leaves=array("I", [0]).tobytes(),
         offsets=array("Q", [0]).tobytes(),
         lengths=array("Q", [512]).tobytes(),
     )
-    shared.place(0, placed)
+    shared.locate(0, placed)
     with pytest.raises(ConflictError, match=r"a: the planner made no rank write it at \(0,\)"):
         shared.publication()
 
@@ -485,16 +483,16 @@ def test_names_of_one_description_have_lists_of_their_own() -> None:
     assert one.chunks is not other.chunks
 
 
-def test_offer_of_a_known_structure_is_the_same_but_for_the_hashes() -> None:
+def test_local_plan_of_a_known_structure_is_the_same_but_for_the_hashes() -> None:
     first = capture({"w": torch.ones(2), "n": 1}, None)
-    offer = make_offer(first, None)
+    local_plan = make_local_plan(first, None)
     later = capture({"w": torch.ones(2), "n": 2}, first.structure)
-    again = make_offer(later, offer)
-    assert {key for key in offer if offer[key] != again[key]} == {"hashes"}  # type: ignore[literal-required]  # its keys
+    again = make_local_plan(later, local_plan)
+    assert {key for key in local_plan if local_plan[key] != again[key]} == {"hashes"}  # type: ignore[literal-required]  # its keys
 
 
-def test_offer_unpacks_to_what_was_captured() -> None:
+def test_local_plan_unpacks_to_what_was_captured() -> None:
     structure = capture({"w": torch.ones(2), "n": 1}, None).structure
-    offer = travelled(make_offer(capture({"w": torch.ones(2), "n": 1}, None), None))
-    assert unpack_tensors(offer["tensors"])["names"] == structure.tensor_names
-    assert unpack_leaves(offer["leaves"])["names"] == structure.leaf_names
+    local_plan = travelled(make_local_plan(capture({"w": torch.ones(2), "n": 1}, None), None))
+    assert unpack_tensors(local_plan["tensors"])["names"] == structure.tensor_names
+    assert unpack_leaves(local_plan["leaves"])["names"] == structure.leaf_names

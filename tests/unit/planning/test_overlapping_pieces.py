@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from dcp_async.planning.assignment import ConflictError, _check_covered
+from dcp_async.planning.conflicts import ConflictError, check_covered
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -23,7 +23,7 @@ OVERLAPS: dict[str, tuple[tuple[int, ...], list[Box]]] = {
 
 
 def check(size: tuple[int, ...], boxes: list[Box]) -> None:
-    _check_covered("w", size, {box: [(rank, 0)] for rank, box in enumerate(boxes)}, list)
+    check_covered("w", size, dict.fromkeys(boxes), list)
 
 
 @pytest.mark.parametrize(("size", "boxes"), OVERLAPS.values(), ids=OVERLAPS)

@@ -30,8 +30,8 @@ def _compile(state: dict[str, Any], planner: type[DefaultSavePlanner]) -> Compil
     draft = draft_plan(captured, None, PlanningOptions(save=planner), is_coordinator=True)
     (answer,), shared = draft.merge([draft.message])
     mine = draft.assigned(answer)
-    plan, placement = compile_plan(captured.structure, draft.offer, mine, "0" * 16, shared)
-    shared.place(0, placement)
+    plan, locations = compile_plan(captured.structure, draft.local_plan, mine, "0" * 16, shared)
+    shared.locate(0, locations)
     return plan
 
 
