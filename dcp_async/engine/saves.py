@@ -35,8 +35,8 @@ from ..save import (
     forget_locals,
     save_error,
 )
-from ..staging import Event as DeviceEvent
-from ..state import Captured, LeafRules, capture
+from ..staging import Prepared
+from ..state import LeafRules, capture
 from .admission import SaveArguments, brief, checkpoint_name
 from .lifetime import Lifetime
 
@@ -119,7 +119,7 @@ class Saves:
         )
         plan = runner.carryover.plan if self._life.setup.planning.cache else None
         try:
-            captured, events = self._capture(state, asked, writer, plan)
+            prepared = self._capture(state, asked, writer, plan)
         except ENDINGS as error:
             runner.refuse_at_once(ordinal, writer.response.checkpoint_id, error)
             raise
@@ -133,9 +133,8 @@ class Saves:
             SaveRequest(
                 writer=writer,
                 ordinal=ordinal,
-                captured=captured,
-                plan=None if captured.is_new else plan,
-                events=events,
+                prepared=prepared,
+                plan=None if prepared.captured.is_new else plan,
                 notes=asked.notes,
                 replace=asked.replace,
                 started=started,
@@ -149,8 +148,8 @@ class Saves:
         asked: SaveArguments,
         writer: ResponseWriter,
         plan: CompiledPlan | None,
-    ) -> tuple[Captured, dict[torch.device, DeviceEvent]]:
-        """The state as it is now, and what tells on each device that it is so there."""
+    ) -> Prepared:
+        """The state as it is now."""
         life, name = self._life, writer.response.checkpoint_id
         if not asked.replace and life.book.in_flight(name) is not None:
             raise FileExistsError(name)
@@ -160,10 +159,10 @@ class Saves:
             captured = capture(
                 state, previous, rank=ranks.rank, world_size=ranks.world_size, rules=self._leaf_rules
             )
-        events = stager.prepare(captured)
+        prepared = stager.prepare(captured)
         if stager.options.overlap:
-            life.hooks.watch(captured.optimizers, writer.staging.future, lambda: captured.tensors)
-        return captured, events
+            life.hooks.watch(captured.optimizers, writer.staging.future, lambda: prepared.captured.tensors)
+        return prepared
 
     def _started(self, request: SaveRequest) -> Verb[None]:
         """Until the state may be mutated, or its optimizers wait for that."""
@@ -215,7 +214,7 @@ class SaveRunner:
         response, have = request.response, self._life.resources
         request.uid = have.coordinator.uid(request.ordinal, response.checkpoint_id)
         if have.setup.observer is not None:  # adding up the bytes of many tensors takes milliseconds
-            nbytes = request.captured.nbytes
+            nbytes = request.prepared.captured.nbytes
             have.observe(SaveStarted(checkpoint_id=response.checkpoint_id, step=response.step, nbytes=nbytes))
         try:
             with anyio.CancelScope() as request.scope:

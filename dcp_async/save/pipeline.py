@@ -50,13 +50,11 @@ from ..formats import (
 from ..info import JSON
 from ..planning import CompiledPlan, GlobalPlan, Publication, prove_head
 from ..response import AsyncSaveResponse, ResponseWriter
-from ..staging import Event as DeviceEvent
-from ..staging import Lease, StageJob, num_parts, parts_between
-from ..state import Captured
+from ..staging import Lease, Prepared, StageJob, num_parts, parts_between
 from ..storage import Transaction
 from .plan_agreement import PlanAgreement
 from .replica_check import Digest, Kind, differing
-from .replica_comparison import Comparison
+from .replica_comparison import ReplicaComparison
 from .services import Carryover, SaveServices
 
 logger = logging.getLogger(__name__)
@@ -86,10 +84,10 @@ class SaveRequest:
     """Settles what the caller was given."""
     ordinal: int
     """Its number among the verbs that all ranks call."""
-    captured: Captured
+    prepared: Prepared
+    """The captured state, on its way to be staged."""
     plan: CompiledPlan | None
     """The compiled plan that the captured structure belongs to; None if it has to be made."""
-    events: dict[torch.device, DeviceEvent]
     notes: Mapping[str, JSON]
     replace: bool
     started: float
@@ -172,13 +170,13 @@ class SavePipeline:
         self._carryover = carryover
         self._transaction: Transaction | None = None
         self._plan: CompiledPlan
-        self._part: Captured | None = None
-        """What this rank writes of the captured state."""
+        self._share: Prepared | None = None
+        """What this rank writes of the state."""
         self._leases: list[Lease] = []
         self._begun = anyio.Event()
         self._calm = anyio.Event()
         self._written_bytes = 0
-        self._comparison = Comparison(
+        self._comparison = ReplicaComparison(
             carryover.replicas,
             uid=request.uid,
             stager=services.stager,
@@ -210,9 +208,9 @@ class SavePipeline:
 
     def _let_go(self) -> None:
         """Of the trainer's tensors."""
-        self._request.captured.release()
-        if self._part is not None:
-            self._part.release()
+        self._request.prepared.release()
+        if self._share is not None:
+            self._share.release()
 
     def _tell(self, error: BaseException) -> None:
         """Let the other ranks know, unless one of them said it first. Before anything is cleaned up: they
@@ -224,7 +222,7 @@ class SavePipeline:
     async def _run(self) -> CommitOutcome:
         request, services = self._request, self._services
         ranks = PlanAgreement(
-            request.captured,
+            request.prepared.captured,
             request.plan,
             uid=request.uid,
             coordinator=services.coordinator,
@@ -254,7 +252,7 @@ class SavePipeline:
         """Stage and write what ``plan`` says. False if ``is_agreed``, asked meanwhile, says that it does not
         hold: then what was staged is dropped, and the state still held."""
         self._plan = plan
-        self._part = self._request.captured.part(plan.tensors, plan.leaves)
+        self._share = self._request.prepared.share(plan.tensors, plan.leaves)
         pool = self._services.stager.pool
         self._num_parts = num_parts(plan.layout.image_bytes, pool.slot_bytes)
         pool.reserve(self._services, self._num_parts * self._services.pending_saves)
@@ -332,8 +330,8 @@ class SavePipeline:
         cores."""
         services = self._services
         pool = services.stager.pool
-        assert self._part is not None
-        job = StageJob(plan=self._plan, captured=self._part, events=self._request.events)
+        assert self._share is not None
+        job = StageJob(plan=self._plan, prepared=self._share)
         while batch := await parts.batch(_BATCH_PARTS):
             first, left = batch[0], len(batch)
             while left:
@@ -352,7 +350,7 @@ class SavePipeline:
                 first, left = first + lease.count, left - lease.count
         await staged.close()
         with in_phase("stage"):
-            await self._comparison.read(self._plan, self._request.captured, self._request.events)
+            await self._comparison.read(self._plan, self._request.prepared)
         self._calm.set()
         # that other ranks need a new plan, that a name is taken or a root can't be written, is the caller's
         # business: its state is held for the first, and it is told of the others before save() returns

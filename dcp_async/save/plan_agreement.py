@@ -32,7 +32,7 @@ from ..planning import (
     value_digests,
 )
 from ..state import Captured
-from .replica_comparison import Comparison
+from .replica_comparison import ReplicaComparison
 
 Verdict = Literal["reuse", "replan", "compare"]
 
@@ -71,7 +71,7 @@ class PlanAgreement:
         threads: BlockingThreads,
         options: PlanningOptions,
         lead: Callable[[CompiledPlan], Awaitable[None]],
-        comparison: Comparison,
+        comparison: ReplicaComparison,
     ) -> None:
         """``plan`` is what this rank has for the structure of ``captured``; ``lead``, called on the
         coordinator of several ranks, makes the directory ready for them to write; ``comparison`` is told its

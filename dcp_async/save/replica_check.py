@@ -1,6 +1,6 @@
 """Whether what several ranks hold alike is alike: one rank writes it, all have their bytes compared.
 
-Enters: a captured state, before anybody may change it, and the groups of a plan. Leaves: a Sample, whose
+Enters: a prepared state, before anybody may change it, and the groups of a plan. Leaves: a Sample, whose
 digests travel with the message that a save's commit sends anyway. Invariant: what is compared is what is
 saved, the elements in row-major order, so strides do not matter and the payload of a NaN does; and a plan's
 tensors cost no step of Python each, but for what ``whole`` reads once.
@@ -20,13 +20,11 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
-import torch
 import xxhash
 
 from ..coordination import name_ranks
 from ..planning import CompiledPlan, ConflictError, Mesh, ReplicaGroup, Turn, pieces_of, two_meshes
-from ..staging import Event, MutatedTensors, Piece, Places, SideBuffer, Stager, refuse_changed
-from ..state import Captured
+from ..staging import MutatedTensors, Piece, Prepared, Selection, SideBuffer, Stager
 
 Mode = Literal["check", "sample", "trust"]
 Kind = Literal["small", "blocks", "whole"]
@@ -54,7 +52,7 @@ class _Region:
 
 
 @dataclass(slots=True)
-class _Found:
+class _Read:
     """What was read of a region: its bytes, as pieces from ``first`` on of ``buffer``, or their digests."""
 
     region: _Region
@@ -63,14 +61,14 @@ class _Found:
     digests: array[int] = field(default_factory=lambda: array("Q"))
     digest: int = 0
 
-    def told(self) -> Digest:
+    def summary(self) -> Digest:
         region, buffer = self.region, self.buffer
         if buffer is not None:
             span = buffer.span(self.first, self.first + len(region.pieces))
             self.digest = xxhash.xxh3_64_intdigest(span)
         return region.group, region.kind, self.digest
 
-    def each(self) -> bytes:
+    def by_piece(self) -> bytes:
         """A digest per piece."""
         if self.buffer is None:
             return self.digests.tobytes()
@@ -82,13 +80,13 @@ class Sample:
     """What one save read of this rank's replicas. Holds memory until ``release``."""
 
     def __init__(
-        self, kept: _Kept, found: Sequence[_Found], small: SideBuffer | None, blocks: SideBuffer | None
+        self, kept: _Kept, regions: Sequence[_Read], small: SideBuffer | None, blocks: SideBuffer | None
     ) -> None:
-        self._kept, self._found, self._small, self._blocks = kept, found, small, blocks
+        self._kept, self._regions, self._small, self._blocks = kept, regions, small, blocks
 
     def digests(self) -> list[Digest]:
         """A digest per group and kind; takes CPU."""
-        return [each.told() for each in self._found]
+        return [read.summary() for read in self._regions]
 
     def details(self, wanted: Iterable[tuple[int, Kind]]) -> Details:
         """A digest per piece of these groups."""
@@ -97,14 +95,14 @@ class Sample:
         meshes = {group["number"]: group["meshes"] for group in plan.replicas}
         return [
             (
-                each.region.group,
-                each.region.kind,
-                [names[index] for index, *_ in each.region.pieces],
-                each.each(),
-                meshes[each.region.group],
+                read.region.group,
+                read.region.kind,
+                [names[index] for index, *_ in read.region.pieces],
+                read.by_piece(),
+                meshes[read.region.group],
             )
-            for each in self._found
-            if (each.region.group, each.region.kind) in chosen
+            for read in self._regions
+            if (read.region.group, read.region.kind) in chosen
         ]
 
     def release(self) -> None:
@@ -113,7 +111,7 @@ class Sample:
             self._kept.free.append(self._small)
         if self._blocks is not None:
             self._kept.memory.append(self._blocks.bytes)
-        self._small, self._blocks, self._found = None, None, []
+        self._small, self._blocks, self._regions = None, None, []
 
 
 class _Kept:
@@ -124,7 +122,7 @@ class _Kept:
         self.free: list[SideBuffer] = []
         """Side buffers that no save is using."""
         self.memory: list[bytearray] = []
-        """The same for blocks, which are others in each save."""
+        """Memory for blocks, which are others in each save."""
         self.small: list[_Region] = []
         self.whole: list[_Region] = []
         """Until the plan is proven."""
@@ -132,9 +130,7 @@ class _Kept:
         """What nothing but its bytes tells from another layer of the same name: equal at first, as zeros are,
         is not equal for good."""
         self._turning: list[tuple[ReplicaGroup, list[tuple[int, int]], list[int]]] = []
-        """(group, (place, bytes) of its larger pieces, how many blocks come before each)"""
-        self.places = Places([])
-        """Of ``small``."""
+        """(group, (index, bytes) of its larger pieces, how many blocks come before each)"""
         structure = plan.structure
         least = _SMALL_BYTES if mode == "check" else 0
         for group in plan.replicas:
@@ -155,7 +151,7 @@ class _Kept:
                 if mode == "check":
                     self.whole.append(whole)
 
-        self.places = Places([index for index, *_ in _all_pieces(self.small)])
+        self.small_tensors = Selection(index for index, *_ in _all_pieces(self.small))
 
     def blocks(self, turn: int) -> list[_Region]:
         """The blocks of larger tensors whose turn it is: spread evenly, and all of them once in a round."""
@@ -165,9 +161,9 @@ class _Kept:
             stride = -(-total // group["blocks"])
             pieces = []
             for block in range(turn % stride, total, stride):
-                at = bisect_right(before, block) - 1
-                index, nbytes = large[at]
-                low = (block - before[at]) * _BLOCK_BYTES
+                position = bisect_right(before, block) - 1
+                index, nbytes = large[position]
+                low = (block - before[position]) * _BLOCK_BYTES
                 pieces.append((index, low, min(_BLOCK_BYTES, nbytes - low)))
             regions.append(_Region(group["number"], "blocks", pieces))
         return regions
@@ -182,10 +178,8 @@ class ReplicaCheck:
         self._stager = stager
         self._kept: OrderedDict[int, _Kept] = OrderedDict()
 
-    def take(
-        self, plan: CompiledPlan, captured: Captured, events: dict[torch.device, Event], turn: Turn
-    ) -> Sample | None:
-        """Read the replicas in ``captured``, in the stager's thread; None if there is nothing to compare.
+    def take(self, plan: CompiledPlan, prepared: Prepared, turn: Turn) -> Sample | None:
+        """Read the replicas in ``prepared``, in the stager's thread; None if there is nothing to compare.
 
         ``turn`` must be alike on all ranks. Raises: MutatedTensors.
         """
@@ -196,38 +190,43 @@ class ReplicaCheck:
             kept = self._kept[id(plan)] = _Kept(plan, self._mode)
             if len(self._kept) > _KEPT_PLANS:
                 self._kept.popitem(last=False)
-        found: list[_Found] = []
+        reads: list[_Read] = []
         small: SideBuffer | None = None
         blocks: SideBuffer | None = None
         structure = plan.structure
-        reader = _Reader(captured, self._stager, events)
+        reader = _Reader(prepared, self._stager)
         is_proven = turn["is_proven"]
         regions = kept.blocks(turn["number"]) if is_proven or self._mode == "sample" else []
         if not self._stager.pool.has_budget:
             if kept.small:
                 small = kept.free.pop() if kept.free else SideBuffer(structure, _all_pieces(kept.small))
-                found += reader.filled(small, kept.small)
+                reads += reader.filled(small, kept.small)
             if regions:
                 memory = kept.memory.pop() if kept.memory else None
                 blocks = SideBuffer(structure, _all_pieces(regions), memory)
-                found += reader.filled(blocks, regions)
+                reads += reader.filled(blocks, regions)
         else:
-            found += map(reader.streamed, [*kept.small, *regions])
-        found += map(reader.streamed, kept.always if is_proven else [*kept.always, *kept.whole])
-        sample = Sample(kept, found, small, blocks)
-        # with overlap=True: what was changed meanwhile must not pass for a difference between ranks
-        changed: set[int] = set()
-        if captured.versions is not None:
-            large = _all_pieces([each.region for each in found if each.region.kind != "small"])
-            unseen = captured.watch.changed_unseen(captured.tensors, captured.versions)
-            for places in (kept.places, Places([index for index, *_ in large])):
-                changed |= places.changed(captured) | unseen.intersection(places.indices)
+            reads += map(reader.streamed, [*kept.small, *regions])
+        reads += map(reader.streamed, kept.always if is_proven else [*kept.always, *kept.whole])
+        sample = Sample(kept, reads, small, blocks)
         try:
-            refuse_changed(structure, changed)
+            _refuse_changed(prepared, kept, reads)
         except MutatedTensors:
             sample.release()
             raise
         return sample
+
+
+def _refuse_changed(prepared: Prepared, kept: _Kept, reads: Sequence[_Read]) -> None:
+    """What a trainer that goes on has changed must not pass for a difference between ranks."""
+    if prepared.watch is None:
+        return
+    large = _all_pieces([read.region for read in reads if read.region.kind != "small"])
+    unseen = prepared.changed_unseen()
+    changed: set[int] = set()
+    for selection in (kept.small_tensors, Selection(index for index, *_ in large)):
+        changed |= prepared.changed(selection) | unseen.intersection(selection.indices)
+    prepared.refuse(changed)
 
 
 def _all_pieces(regions: Iterable[_Region]) -> list[Piece]:
@@ -235,36 +234,36 @@ def _all_pieces(regions: Iterable[_Region]) -> list[Piece]:
 
 
 class _Reader:
-    """Reads pieces of one captured state."""
+    """Reads pieces of one prepared state."""
 
-    def __init__(self, captured: Captured, stager: Stager, events: dict[torch.device, Event]) -> None:
-        self._captured, self._stager, self._events = captured, stager, events
+    def __init__(self, prepared: Prepared, stager: Stager) -> None:
+        self._prepared, self._stager = prepared, stager
         self._scratch = bytearray(_CHUNK_BYTES)
 
-    def filled(self, buffer: SideBuffer, regions: Sequence[_Region]) -> Iterator[_Found]:
-        """Of all ``regions`` at once, to be hashed later."""
-        buffer.fill(self._captured, self._stager, self._events)
+    def filled(self, buffer: SideBuffer, regions: Sequence[_Region]) -> Iterator[_Read]:
+        """All ``regions`` at once, to be hashed later."""
+        buffer.fill(self._prepared, self._stager)
         first = 0
         for region in regions:
-            yield _Found(region, buffer, first)
+            yield _Read(region, buffer, first)
             first += len(region.pieces)
 
-    def streamed(self, region: _Region) -> _Found:
-        """Of one region, hashed chunk by chunk: its bytes are not kept."""
-        found = _Found(region)
+    def streamed(self, region: _Region) -> _Read:
+        """One region, hashed chunk by chunk: its bytes are not kept."""
+        read = _Read(region)
         whole = xxhash.xxh3_64()
         is_whole = region.kind == "whole"
         for piece in region.pieces:
             one = xxhash.xxh3_64()
             for chunk in _chunks(piece):
-                buffer = SideBuffer(self._captured.structure, [chunk], self._scratch)
-                buffer.fill(self._captured, self._stager, self._events)
+                buffer = SideBuffer(self._prepared.captured.structure, [chunk], self._scratch)
+                buffer.fill(self._prepared, self._stager)
                 one.update(buffer.piece(0))
                 if not is_whole:  # what ``filled`` would give
                     whole.update(buffer.span(0, 1))
-            found.digests.append(one.intdigest())
-        found.digest = xxhash.xxh3_64_intdigest(found.digests.tobytes()) if is_whole else whole.intdigest()
-        return found
+            read.digests.append(one.intdigest())
+        read.digest = xxhash.xxh3_64_intdigest(read.digests.tobytes()) if is_whole else whole.intdigest()
+        return read
 
 
 def _chunks(piece: Piece) -> Iterator[Piece]:
@@ -279,12 +278,12 @@ def _chunks(piece: Piece) -> Iterator[Piece]:
 def differing(told: Sequence[Sequence[Digest]]) -> list[tuple[int, Kind]]:
     """The groups in which ranks hold different bytes. ``told``: per rank, what its sample says."""
     known: dict[tuple[int, Kind], int] = {}
-    found: dict[tuple[int, Kind], None] = {}
-    for mine in told:
-        for group, kind, digest in mine:
+    differ: dict[tuple[int, Kind], None] = {}  # a dict for its order
+    for digests in told:
+        for group, kind, digest in digests:
             if known.setdefault((group, kind), digest) != digest:
-                found[group, kind] = None
-    return list(found)
+                differ[group, kind] = None
+    return list(differ)
 
 
 def explain(details: Sequence[Details]) -> ConflictError:
@@ -301,12 +300,12 @@ def explain(details: Sequence[Details]) -> ConflictError:
     differ: dict[str, str] = {}
     for key, by_rank in digests.items():
         ranks = list(by_rank)
-        for name, *each in zip(_own_names(names[key]), *by_rank.values(), strict=True):
-            if len(set(each)) > 1 and name not in differ:
+        for name, *held in zip(_own_names(names[key]), *by_rank.values(), strict=True):
+            if len(set(held)) > 1 and name not in differ:
                 differ[name] = (
                     two_meshes(name, meshes[key])
                     if meshes[key]
-                    else _told(name, dict(zip(ranks, each, strict=True)))
+                    else _description(name, dict(zip(ranks, held, strict=True)))
                 )
     first, *more = differ or {"a tensor": "a tensor differs between ranks"}
     text = differ.get(first, first)
@@ -318,24 +317,24 @@ def explain(details: Sequence[Details]) -> ConflictError:
 def _own_names(names: Sequence[Sequence[str]]) -> list[str]:
     """Per piece of a group its name, given each rank's: a rank where it is tied to another tensor calls it as
     it calls that."""
-    counts = [Counter(mine) for mine in names]
+    counts = [Counter(by_rank) for by_rank in names]
     return [
-        next((name for name, of in zip(each, counts, strict=True) if of[name] == 1), each[0])
-        for each in zip(*names, strict=True)
+        next((name for name, count in zip(aliases, counts, strict=True) if count[name] == 1), aliases[0])
+        for aliases in zip(*names, strict=True)
     ]
 
 
-def _told(name: str, digests: Mapping[int, int]) -> str:
+def _description(name: str, digests: Mapping[int, int]) -> str:
     holders: dict[int, list[int]] = {}
     for rank, digest in sorted(digests.items()):
         holders.setdefault(digest, []).append(rank)
     (first, *_), (other, *_), *_ = holders.values()
-    each = ""
+    groups = ""
     if len(digests) > 2:
-        told = [name_ranks(ranks) for ranks in holders.values()]
-        each = f" ({'; '.join(told[:4])}{'; ...' if len(told) > 4 else ''} hold the same each)"
+        alike = [name_ranks(ranks) for ranks in holders.values()]
+        groups = f" ({'; '.join(alike[:4])}{'; ...' if len(alike) > 4 else ''} hold the same each)"
     return (
-        f"{name} differs between rank {first} and rank {other}{each}. If it is meant to, put it into "
+        f"{name} differs between rank {first} and rank {other}{groups}. If it is meant to, put it into "
         "PerRank(...), which keeps one for each rank, or give it another name on each; if not, the ranks "
         "have drifted apart: broadcast it, or save what one rank holds with Coordination(replicas='trust')"
     )

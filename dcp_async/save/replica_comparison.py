@@ -1,7 +1,7 @@
 """One save's comparison of what its ranks hold alike, from the turn that it is dealt to what is said of a
 difference.
 
-Enters: the coordinator's turn, the captured state. Leaves: digests for the message of the commit, or the
+Enters: the coordinator's turn, the prepared state. Leaves: digests for the message of the commit, or the
 names of the tensors that differ. Invariant: nothing is read before the turn is known, which makes all ranks
 read the same; and a turn that no committed save has compared goes back to its rotation.
 """
@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import anyio
-import torch
 
 from .._concurrency import BlockingThreads
 from ..coordination import Coordinator
 from ..planning import CompiledPlan, Rotation, Turn
-from ..staging import Event, Stager
-from ..state import Captured
+from ..staging import Prepared, Stager
 from .replica_check import Details, Digest, Kind, ReplicaCheck, Sample, explain
 
 
-class Comparison:
-    """One save's. Holds a sample of the state from ``read`` to ``close``."""
+class ReplicaComparison:
+    """One save's comparison. Holds a sample of the state from ``read`` to ``close``."""
 
     def __init__(
         self,
@@ -55,17 +53,17 @@ class Comparison:
         return turn
 
     def begin(self, turn: Turn) -> None:
-        """That is the save's turn."""
+        """The coordinator has told this save's turn."""
         self._turn = turn
         self._is_known.set()
 
-    async def read(self, plan: CompiledPlan, captured: Captured, events: dict[torch.device, Event]) -> None:
+    async def read(self, plan: CompiledPlan, prepared: Prepared) -> None:
         """Read the replicas once the turn is known, while the state is held still. Raises: MutatedTensors."""
         self._drop()
         if plan.replicas:
             await self._is_known.wait()
             self._sample = await self._stager.run(
-                self._timeout, self._replicas.take, plan, captured, events, self._turn
+                self._timeout, self._replicas.take, plan, prepared, self._turn
             )
 
     async def digests(self) -> list[Digest]:

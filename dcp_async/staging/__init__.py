@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from .buffer_pool import Lease
 from .device import Event
-from .side_buffer import Piece, Places, SideBuffer, refuse_changed
-from .stager import MutatedTensors, StageJob, Stager, StagingOptions, num_parts, parts_between
+from .mutation_watch import MutatedTensors
+from .prepared import Prepared
+from .selection import Selection
+from .side_buffer import Piece, SideBuffer
+from .stager import StageJob, Stager, StagingOptions, num_parts, parts_between
 
 __all__ = [
     "Event",
     "Lease",
     "MutatedTensors",
     "Piece",
-    "Places",
+    "Prepared",
+    "Selection",
     "SideBuffer",
     "StageJob",
     "Stager",
     "StagingOptions",
     "num_parts",
     "parts_between",
-    "refuse_changed",
 ]

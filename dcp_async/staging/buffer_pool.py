@@ -72,16 +72,16 @@ class Arena:
     def free_run(self, wanted: int) -> tuple[int, int]:
         """(first slot, length) of the first run of ``wanted`` free slots, or of the longest there is."""
         best = (0, 0)
-        at = self.taken.find(0)
-        while at >= 0:
-            end = at
-            while end < len(self.taken) and not self.taken[end] and end - at < wanted:
+        first = self.taken.find(0)
+        while first >= 0:
+            end = first
+            while end < len(self.taken) and not self.taken[end] and end - first < wanted:
                 end += 1
-            if end - at > best[1]:
-                best = (at, end - at)
+            if end - first > best[1]:
+                best = (first, end - first)
             if best[1] == wanted:
                 break
-            at = self.taken.find(0, end)
+            first = self.taken.find(0, end)
         return best
 
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..state import Place
-from .vectored_copy import Gather, RefusedError
+from .vectored_copy import RefusedError, VectoredCopy
+
+Place = tuple[int, int, int]
+"""(index of a tensor, offset in its bytes, length) of a sampled block."""
 
 SAMPLE_BYTES = 64
 _TENSORS = 64
@@ -28,21 +30,21 @@ def places_to_sample(nbytes: Sequence[int], row_major: Sequence[bool], aside: Co
     """Where to look in tensors of these sizes, but for those that are copied ``aside``. Only row-major ones:
     between the elements of another may lie somebody else's."""
     skipped = set(aside)
-    able = [at for at, size in enumerate(nbytes) if size and row_major[at] and at not in skipped]
+    able = [index for index, size in enumerate(nbytes) if size and row_major[index] and index not in skipped]
     chosen = able
     if len(able) > _TENSORS:
         largest = set(heapq.nlargest(_TENSORS // 2, able, key=nbytes.__getitem__))
-        others = [at for at in able if at not in largest]
+        others = [index for index in able if index not in largest]
         count = _TENSORS - len(largest)
         even = [others[number * len(others) // count] for number in range(count)]
         chosen = sorted({*largest, *even})
-    found: list[Place] = []
-    for at in chosen:
-        length = min(SAMPLE_BYTES, nbytes[at])
-        room = nbytes[at] - length
+    places: list[Place] = []
+    for index in chosen:
+        length = min(SAMPLE_BYTES, nbytes[index])
+        room = nbytes[index] - length
         offsets = dict.fromkeys(room * number // (_BLOCKS - 1) for number in range(_BLOCKS))
-        found += [(at, offset, length) for offset in offsets]
-    return found
+        places += [(index, offset, length) for offset in offsets]
+    return places
 
 
 @dataclass(slots=True)
@@ -58,31 +60,40 @@ class ByteSample:
     def take(cls, places: list[Place], pointers: Sequence[int]) -> ByteSample:
         """The blocks at ``places`` now; ``pointers`` are the tensors'. Raises RefusedError where the kernel
         does not copy."""
-        own = [pointers[at] for at, *_ in places]
+        own = [pointers[index] for index, *_ in places]
         return cls(places, own, _read(places, own))
 
     def indices(self) -> list[int]:
         """The tensors that are sampled."""
-        return list(dict.fromkeys([at for at, *_ in self.places]))
+        return list(dict.fromkeys([index for index, *_ in self.places]))
 
     def differing(self, current: Mapping[int, int]) -> set[int]:
         """Which of the tensors in ``current``, which has their addresses, are not what they were. One that
         lies elsewhere by now is not judged."""
         pairs = enumerate(zip(self.places, self.pointers, strict=True))
-        chosen = [number for number, ((at, *_), pointer) in pairs if at in current and current[at] == pointer]
-        places, pointers = [self.places[at] for at in chosen], [self.pointers[at] for at in chosen]
+        chosen = [
+            number
+            for number, ((index, *_), pointer) in pairs
+            if index in current and current[index] == pointer
+        ]
+        places = [self.places[number] for number in chosen]
+        pointers = [self.pointers[number] for number in chosen]
         try:
             now = _read(places, pointers)
         except RefusedError:  # the memory is gone
             return set()
-        return {self.places[at][0] for at, block in zip(chosen, now, strict=True) if block != self.then[at]}
+        return {
+            index
+            for (index, *_), block, number in zip(places, now, chosen, strict=True)
+            if block != self.then[number]
+        }
 
-    def part(self, new: Mapping[int, int]) -> ByteSample:
-        """Of the tensors in ``new`` alone, which has their new indices."""
-        kept = [number for number, (at, *_) in enumerate(self.places) if at in new]
+    def share(self, new: Mapping[int, int]) -> ByteSample:
+        """The sample of the tensors in ``new`` alone, which has their new indices."""
+        kept = [number for number, (index, *_) in enumerate(self.places) if index in new]
         places = [self.places[number] for number in kept]
         return ByteSample(
-            [(new[at], offset, length) for at, offset, length in places],
+            [(new[index], offset, length) for index, offset, length in places],
             [self.pointers[number] for number in kept],
             [self.then[number] for number in kept],
         )
@@ -97,8 +108,8 @@ def _read(places: Sequence[Place], pointers: Sequence[int]) -> list[bytes]:
     ends = list(itertools.accumulate(lengths, initial=0))
     buffer = torch.empty(ends[-1], dtype=torch.uint8)
     base = buffer.data_ptr()
-    gather = Gather([base + start for start in ends[:-1]], lengths, [])
-    gather.aim([pointer + offset for pointer, (_, offset, _) in zip(pointers, places, strict=True)])
-    gather.copy(0, gather.num_calls)
+    copy = VectoredCopy([base + start for start in ends[:-1]], lengths, [])
+    copy.read_from([pointer + offset for pointer, (_, offset, _) in zip(pointers, places, strict=True)])
+    copy.copy(0, copy.num_calls)
     held = ctypes.string_at(base, ends[-1])
     return [held[start:stop] for start, stop in itertools.pairwise(ends)]

@@ -1,30 +1,30 @@
 """Pieces of a captured state's tensors, copied one behind the other while the state is held.
 
-Enters: which pieces, a captured state. Leaves: their bytes, elements in row-major order. Invariant: memory
+Enters: which pieces, a prepared state. Leaves: their bytes, elements in row-major order. Invariant: memory
 that was freed since capture is not read, and what is made once fits each state of the structure, so that
 later ones cost no step of Python per tensor that the kernel copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from operator import add, itemgetter
-from typing import Any
+from operator import add
 
 import torch
 
 from .._geometry import contiguous_strides, flat_slices
-from ..state import Captured, Structure, versions_of
-from .device import Event
-from .stager import MutatedTensors, Stager
-from .vectored_copy import Gather, RefusedError
+from ..state import Structure
+from .prepared import Prepared
+from .selection import Selection, picker
+from .stager import Stager
+from .vectored_copy import RefusedError, VectoredCopy
 
 _ALIGN = 16
-"""Of a piece in a buffer: the largest itemsize."""
+"""Where a piece in a buffer begins: the largest itemsize."""
 
 Piece = tuple[int, int, int]
-"""(place in the structure, first byte, number of bytes) of a run of a piece's elements."""
+"""(index in the structure, first byte, number of bytes) of a run of a piece's elements."""
 
 
 class SideBuffer:
@@ -45,105 +45,108 @@ class SideBuffer:
         self._structure = structure
         self._memory = torch.frombuffer(self.bytes, dtype=torch.uint8)
         self._flat: dict[torch.dtype, torch.Tensor] = {}
-        self._gathered: list[int] = []
+        self._small: list[int] = []
+        """Which of the pieces the kernel copies."""
         self._rest: list[int] | None = None
         """Which of the pieces torch copies; None before anything was read."""
-        self._gather: Gather | None = None
-        self._pick = _picker([])
+        self._vectored: VectoredCopy | None = None
+        self._pick: Callable[[Sequence[int]], tuple[int, ...]] = picker([])
         self._lows: list[int] | None = None
         self._pointers: list[int] | None = None
-        self._aimed: Sequence[int] = ()
-        """Where ``_gather`` reads, as picked from ``_pointers``."""
+        self._sources: Sequence[int] = ()
+        """Where ``_vectored`` reads, as picked from ``_pointers``."""
 
-    def fill(self, captured: Captured, stager: Stager, events: dict[torch.device, Event]) -> None:
+    def fill(self, prepared: Prepared, stager: Stager) -> None:
         """Read all pieces. Raises: MutatedTensors, for memory that is not there any more."""
-        gathers = stager.gathers and captured.pointers is not None and not events
-        if self._rest is None or (self._gather is not None and not gathers):
-            self._divide(gathers=gathers)
+        vectored = stager.has_vectored_copy and prepared.captured.pointers is not None and not prepared.events
+        if self._rest is None or (self._vectored is not None and not vectored):
+            self._divide(vectored=vectored)
         try:
-            self._copy_gathered(captured)
+            self._copy_small(prepared)
         except RefusedError as error:
-            gathered = Places([self.pieces[at][0] for at in self._gathered])
-            refuse_changed(self._structure, gathered.moved(captured))
-            stager.gather_no_more(error)
-            self._divide(gathers=False)
-        self._copy_rest(captured, stager, events)
+            small = Selection(self.pieces[number][0] for number in self._small)
+            prepared.refuse(prepared.displaced(small))
+            stager.give_up_vectored_copy(error)
+            self._divide(vectored=False)
+        self._copy_rest(prepared, stager)
 
-    def _divide(self, *, gathers: bool) -> None:
+    def _divide(self, *, vectored: bool) -> None:
         """Decide who copies what."""
         strides = self._structure.strides
-        self._gathered, self._rest, run_starts = [], [], []
-        for at, (index, *_) in enumerate(self.pieces):
-            if not gathers or strides[index] is not None:
-                self._rest.append(at)
+        self._small, self._rest, run_starts = [], [], []
+        for number, (index, *_) in enumerate(self.pieces):
+            if not vectored or strides[index] is not None:
+                self._rest.append(number)
                 continue
-            if not self._gathered or self._gathered[-1] != at - 1:
-                run_starts.append(len(self._gathered))
-            self._gathered.append(at)
-        self._gather, self._pointers, self._aimed = None, None, ()
-        if self._gathered:
-            self._pick = _picker([self.pieces[at][0] for at in self._gathered])
-            lows = [self.pieces[at][1] for at in self._gathered]
+            if not self._small or self._small[-1] != number - 1:
+                run_starts.append(len(self._small))
+            self._small.append(number)
+        self._vectored, self._pointers, self._sources = None, None, ()
+        if self._small:
+            self._pick = picker([self.pieces[number][0] for number in self._small])
+            lows = [self.pieces[number][1] for number in self._small]
             self._lows = lows if any(lows) else None
             base = self._memory.data_ptr()
-            targets = [base + self.starts[at] for at in self._gathered]
-            lengths = [self.pieces[at][2] for at in self._gathered]
-            self._gather = Gather(targets, lengths, run_starts)
+            targets = [base + self.starts[number] for number in self._small]
+            lengths = [self.pieces[number][2] for number in self._small]
+            self._vectored = VectoredCopy(targets, lengths, run_starts)
 
-    def _copy_gathered(self, captured: Captured) -> None:
-        if self._gather is None:
+    def _copy_small(self, prepared: Prepared) -> None:
+        if self._vectored is None:
             return
-        pointers = captured.pointers
+        pointers = prepared.captured.pointers
         assert pointers is not None
         if pointers is not self._pointers:  # with overlap=True a new list each time, mostly of the same
-            found = self._pick(pointers)
+            sources = self._pick(pointers)
             if self._lows is not None:
-                found = tuple(map(add, found, self._lows))
-            if found != self._aimed:
-                self._gather.aim(found)
-                self._aimed = found
+                sources = tuple(map(add, sources, self._lows))
+            if sources != self._sources:
+                self._vectored.read_from(sources)
+                self._sources = sources
             self._pointers = pointers
-        self._gather.copy(0, self._gather.num_calls)
+        self._vectored.copy(0, self._vectored.num_calls)
 
-    def _copy_rest(self, captured: Captured, stager: Stager, events: dict[torch.device, Event]) -> None:
+    def _copy_rest(self, prepared: Prepared, stager: Stager) -> None:
         if not self._rest:
             return
-        places = Places([self.pieces[at][0] for at in self._rest])
-        # of memory that was freed, only a crash would tell
-        refuse_changed(self._structure, places.moved(captured) | places.reshaped(captured))
+        rest = Selection(self.pieces[number][0] for number in self._rest)
+        if prepared.watch is not None:  # of memory that was freed, only a crash would tell
+            prepared.refuse(prepared.displaced(rest) | prepared.reshaped(rest))
         targets: list[torch.Tensor] = []
         sources: list[torch.Tensor] = []
         try:
-            for at in self._rest:
-                for target, source in self._boxes(captured, at):
+            for number in self._rest:
+                for target, source in self._boxes(prepared.captured.tensors, number):
                     targets.append(target)
                     sources.append(source)
-            stager.copy_tensors(events, targets, sources)
+            stager.copy_tensors(prepared.events, targets, sources)
         except (RuntimeError, IndexError):
-            refuse_changed(self._structure, places.changed(captured) | places.reshaped(captured))
+            prepared.refuse(prepared.changed(rest) | prepared.reshaped(rest))
             raise
 
-    def _boxes(self, captured: Captured, at: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _boxes(
+        self, tensors: Sequence[torch.Tensor], number: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(target, source) of a piece."""
-        index, low, nbytes = self.pieces[at]
+        index, low, nbytes = self.pieces[number]
         dtype, shape = self._structure.dtypes[index], self._structure.shapes[index]
         if dtype not in self._flat:
             self._flat[dtype] = self._memory.view(dtype)
         flat, size = self._flat[dtype], dtype.itemsize
-        base = self.starts[at] // size
-        source = captured.tensors[index].detach()
+        base = self.starts[number] // size
+        source = tensors[index].detach()
         if nbytes == shape.numel() * size:
             yield flat.as_strided(shape, contiguous_strides(shape), base), source
             return
         first = low // size
         for box, begin, end in flat_slices(shape, first, first + nbytes // size):
-            part = source[box]
-            yield flat[base + begin - first : base + end - first].view(part.shape), part
+            piece = source[box]
+            yield flat[base + begin - first : base + end - first].view(piece.shape), piece
 
-    def piece(self, at: int) -> memoryview:
+    def piece(self, number: int) -> memoryview:
         """The bytes of a piece."""
-        start = self.starts[at]
-        return memoryview(self.bytes)[start : start + self.pieces[at][2]]
+        start = self.starts[number]
+        return memoryview(self.bytes)[start : start + self.pieces[number][2]]
 
     def span(self, first: int, stop: int) -> memoryview:
         """The bytes of pieces [first, stop), and the zeros between them."""
@@ -152,60 +155,3 @@ class SideBuffer:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
-
-
-def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """Picks what stands at ``places``, in C."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    return lambda values: tuple([values[place] for place in places])
-
-
-class Places:
-    """Some tensors of a structure, which each save looks at."""
-
-    def __init__(self, indices: Iterable[int]) -> None:
-        self.indices = sorted(set(indices))
-        self._pick = _picker(self.indices)
-
-    def changed(self, captured: Captured) -> set[int]:
-        """Those that are not what was captured, or lie elsewhere; no step of Python per tensor if there is
-        none."""
-        if captured.versions is None:  # the trainer waits
-            return set()
-        tensors = self._pick(captured.tensors)
-        changed = self._differing(versions_of(tensors), self._pick(captured.versions))
-        return changed | captured.watch.moved(self.indices) | self.moved(captured)
-
-    def moved(self, captured: Captured) -> set[int]:
-        """Those that have other memory than was captured, or none."""
-        if captured.versions is None:
-            return set()
-        now = tuple(map(torch.Tensor.data_ptr, self._pick(captured.tensors)))
-        if captured.pointers is not None:
-            return self._differing(now, self._pick(captured.pointers))
-        shapes = self._pick(captured.structure.shapes)
-        return {
-            index
-            for index, address, shape in zip(self.indices, now, shapes, strict=True)
-            if not address and shape.numel()
-        }
-
-    def reshaped(self, captured: Captured) -> set[int]:
-        """Those that have another shape than was captured."""
-        if captured.versions is None:
-            return set()
-        now = [tensor.shape for tensor in self._pick(captured.tensors)]
-        return self._differing(now, self._pick(captured.structure.shapes))
-
-    def _differing(self, now: Sequence[object], then: Sequence[object]) -> set[int]:
-        now = tuple(now)
-        if now == then:  # compared in C, since it is so nearly always
-            return set()
-        return {index for index, *pair in zip(self.indices, now, then, strict=True) if pair[0] != pair[1]}
-
-
-def refuse_changed(structure: Structure, changed: Iterable[int]) -> None:
-    """Raises MutatedTensors if there are any."""
-    if names := [structure.tensor_names[index] for index in sorted(changed)]:
-        raise MutatedTensors(names)

@@ -1,18 +1,15 @@
 """Staging: from live tensors to parts of a file image, one batched copy per run of parts.
 
-Enters: a StageJob (plan, tensors, pickled leaves) and a range of parts. Leaves: leased slots that hold the
-image's bytes, constant bytes included. Invariant: once a job's last part is staged nothing refers to the
-trainer's tensors any more. Few, large calls: beside a busy Python thread each release of the GIL costs up to
-5 ms.
+Enters: a StageJob (plan, prepared state) and a range of parts. Leaves: leased slots that hold the image's
+bytes, constant bytes included. Invariant: once a job's last part is staged nothing refers to the trainer's
+tensors any more. Few, large calls: beside a busy Python thread each release of the GIL costs up to 5 ms.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
@@ -20,15 +17,17 @@ from typing import ParamSpec, Self, TypeVar
 import torch
 
 from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
-from .._geometry import contiguous_strides, flat_slices
+from .._geometry import flat_slices
 from ..errors import EngineStateError
 from ..formats import BLOCK_BYTES
 from ..planning import CompiledPlan
-from ..state import Captured, Watch, meta_error, padded_items, versions_of
+from ..state import Captured, meta_error, padded_items
 from .buffer_pool import Arena, BufferPool, Lease
-from .byte_sample import ByteSample, places_to_sample
 from .device import Backend, Event, TorchBackend
-from .vectored_copy import Gather, RefusedError
+from .mutation_watch import MutationWatch
+from .prepared import ASIDE_BYTES, Prepared, watched
+from .vectored_copy import RefusedError
+from .views import BatchViews, ViewCache
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +35,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MiB = 1 << 20
-_SMALL_BYTES = 64 * 1024
-"""Up to here a tensor is gathered."""
-_ASIDE_TENSOR_BYTES = 64 * 1024
-_ASIDE_BYTES = 8 * MiB
-_KEPT_PLANS = 4
-"""For how many plans views are kept: several engines may share a stager."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +58,7 @@ class StagingOptions:
             raise ValueError(
                 f"StagingOptions(part_bytes=...) is a multiple of {BLOCK_BYTES}, not {self.part_bytes}"
             )
-        least = self.part_bytes + (_ASIDE_BYTES if self.overlap else 0)
+        least = self.part_bytes + (ASIDE_BYTES if self.overlap else 0)
         if self.budget_bytes is not None and self.budget_bytes < least:
             raise ValueError(f"StagingOptions(budget_bytes=...) is at least {least}, not {self.budget_bytes}")
 
@@ -74,15 +67,7 @@ class StagingOptions:
         """What of the budget is for parts; the rest is for tensors copied aside."""
         if self.budget_bytes is None:
             return None
-        return self.budget_bytes - (_ASIDE_BYTES if self.overlap else 0)
-
-
-class MutatedTensors(Exception):
-    """Tensors whose version moved between capture and staging; ``names`` says which."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(", ".join(names))
-        self.names = tuple(names)
+        return self.budget_bytes - (ASIDE_BYTES if self.overlap else 0)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,111 +75,10 @@ class StageJob:
     """What one save stages."""
 
     plan: CompiledPlan
-    captured: Captured
-    events: dict[torch.device, Event]
-    """Per accelerator, the moment of capture."""
+    prepared: Prepared
+    """What this rank writes."""
     items: list[bytes] = field(default_factory=list)
-    """Padded items of the leaves."""
-
-
-@dataclass(slots=True)
-class _BatchViews:
-    """Where the tensors of a run of parts go; kept with the slots, since making views costs more than copying
-    small tensors."""
-
-    indices: list[int] = field(default_factory=list)
-    targets: list[torch.Tensor] = field(default_factory=list)
-    cut: list[int] = field(default_factory=list)
-    """Tensors that reach over the run's ends."""
-    small: list[int] = field(default_factory=list)
-    """Tensors that ``gather`` copies."""
-    gather: Gather | None = None
-
-    def gathers(self, pointers: list[int]) -> list[int]:
-        """Of these, the addresses of the small tensors; the same list if that is all of them."""
-        if len(self.small) == len(pointers):
-            return pointers
-        return [pointers[index] for index in self.small]
-
-
-@dataclass(slots=True)
-class _PlanViews:
-    """The views of one plan, by run and place; holding plan and arena keeps their ids from being used
-    again."""
-
-    plan: CompiledPlan
-    batches: dict[tuple[int, int, int, int, bool], tuple[Arena, _BatchViews]] = field(default_factory=dict)
-
-
-def _make_views(plan: CompiledPlan, start: int, stop: int, lease: Lease, small_bytes: int) -> _BatchViews:
-    """Where the tensors go that overlap the image's bytes [start, stop); those up to ``small_bytes`` are
-    gathered."""
-    layout, structure = plan.layout, plan.structure
-    views = _BatchViews()
-    base = lease.arena.tensor.data_ptr() + lease.offset - start
-    run_starts: list[int] = []
-    alone = True
-    for index in layout.tensors_between(start, stop):
-        low, nbytes = layout.payload_offsets[index], layout.payload_bytes[index]
-        if nbytes == 0:
-            continue
-        piece = plan.tensors[index]
-        if low < start or low + nbytes > stop:
-            views.cut.append(index)
-            alone = True
-        elif nbytes <= small_bytes and structure.strides[piece] is None:
-            if alone:
-                run_starts.append(len(views.small))
-            views.small.append(index)
-            alone = False
-        else:
-            dtype, shape = structure.dtypes[piece], structure.shapes[piece]
-            flat = lease.arena.typed(dtype)
-            at = (lease.offset + low - start) // dtype.itemsize
-            views.indices.append(index)
-            views.targets.append(flat.as_strided(shape, contiguous_strides(shape), at))
-            alone = True
-    if views.small:
-        targets = [base + layout.payload_offsets[index] for index in views.small]
-        views.gather = Gather(targets, [layout.payload_bytes[index] for index in views.small], run_starts)
-    return views
-
-
-def _differing(indices: list[int], now: Sequence[object], expected: Sequence[object]) -> set[int]:
-    """The indices at which two lists differ."""
-    if now == expected:  # compared in C, since it is so nearly always
-        return set()
-    return {index for index, *pair in zip(indices, now, expected, strict=True) if pair[0] != pair[1]}
-
-
-def copy_aside(captured: Captured) -> None:
-    """Replace small tensors by copies, smallest first: a forward changes those (BatchNorm's counters), and
-    they are cheap.
-
-    Records the version of every other tensor. Call before the events are recorded, so that copies on a device
-    come first.
-    """
-    tensors = captured.tensors
-    versions = versions_of(tensors)
-    smallest = captured.structure.cache.smallest(tensors, _ASIDE_TENSOR_BYTES, _ASIDE_BYTES)
-    with torch.no_grad():
-        copies = list(map(torch.Tensor.clone, [tensors[index] for index in smallest]))
-    for index, copy, version in zip(smallest, copies, versions_of(copies), strict=True):
-        tensors[index], versions[index] = copy, version
-    if captured.pointers is not None:
-        captured.pointers = captured.pointers.copy()
-        for index, pointer in zip(smallest, map(torch.Tensor.data_ptr, copies), strict=True):
-            captured.pointers[index] = pointer
-    captured.versions = versions
-    structure = captured.structure
-    captured.watch = Watch.of(captured.live, structure.tensor_names, smallest)
-    if captured.pointers is not None:
-        cache = structure.cache
-        if cache.places is None:
-            row_major = [strides is None for strides in structure.strides]
-            cache.places = places_to_sample([tensor.nbytes for tensor in tensors], row_major, smallest)
-        with contextlib.suppress(RefusedError):  # then there is no sample, and the counters alone tell
-            captured.watch.sample = ByteSample.take(cache.places, captured.pointers)
+    """Padded items of the leaves, made by the first copy: not in the trainer's time."""
 
 
 class Stager:
@@ -210,9 +94,9 @@ class Stager:
         self.pool = BufferPool(slot_bytes=options.part_bytes, budget_bytes=options.pool_bytes)
         self._threads: BlockingThreads | None = None
         self._helper: BlockingThreads | None = None
-        self.gathers = True
+        self.has_vectored_copy = True
         """Whether the kernel copies small tensors for us."""
-        self._views: OrderedDict[int, _PlanViews] = OrderedDict()
+        self._views = ViewCache(keeps=options.budget_bytes is None)
         self._pinned: Arena | None = None
 
     def __repr__(self) -> str:
@@ -255,7 +139,7 @@ class Stager:
     ) -> None:
         await self.close()
 
-    def prepare(self, captured: Captured) -> dict[torch.device, Event]:
+    def prepare(self, captured: Captured) -> Prepared:
         """In the caller's thread, right after capture: copies aside what overlap needs, marks the devices'
         queues."""
         cache = captured.structure.cache
@@ -265,9 +149,12 @@ class Stager:
         if any(device.type == "meta" for device in devices):
             names = captured.structure.tensor_names
             raise meta_error(next(n for n, t in zip(names, captured.tensors, strict=True) if t.is_meta))
+        watch: MutationWatch | None = None
         if self.options.overlap:
-            copy_aside(captured)
-        return {device: self.backend.record(device) for device in devices}
+            captured, watch = watched(captured)
+        # after the copies aside, which are queued on the devices as well
+        events = {device: self.backend.record(device) for device in devices}
+        return Prepared(captured=captured, events=events, watch=watch)
 
     async def stage(self, job: StageJob, first: int, count: int, *, patience: float) -> Lease:
         """Stage up to ``count`` parts from ``first`` on; the lease tells how many. ``patience`` in seconds.
@@ -295,81 +182,76 @@ class Stager:
         layout, arena = job.plan.layout, lease.arena
         start = first * lease.slot_bytes
         stop = min(start + lease.count * lease.slot_bytes, layout.image_bytes)
-        memory = lease.memory(0, stop - start)
         self._pin(arena)
-        marks = [(job.plan, first + index) for index in range(lease.count)]
-        here = slice(lease.first, lease.first + lease.count)
-        if arena.resident[here] != marks:
-            arena.resident[here] = [None] * lease.count
-            layout.fill_constants(memory, start)
-        if not job.items:
-            job.items = list(padded_items(job.captured, job.plan.reserved_bytes))
-        for (offset, length), item in zip(layout.slots(), job.items, strict=True):
-            low, high = max(offset, start), min(offset + length, stop)
-            if low < high:
-                memory[low - start : high - start] = item[low - offset : high - offset]
-        views = self._batch_views(job, first, start, stop, lease)
-        self._check_memory(job, views)
-        try:
-            self._gather(views, job.captured)
-        except RefusedError as error:
-            # the kernel refuses memory that is gone as well, which says nothing of the next save
-            self._check_freed(job, [views.small])
-            self.gather_no_more(error)
-            views = self._batch_views(job, first, start, stop, lease)
-            self._check_memory(job, views)
-        sources = [job.captured.tensors[index] for index in views.indices]
+        marks = [(job.plan, first + number) for number in range(lease.count)]
+        slots = slice(lease.first, lease.first + lease.count)
+        if arena.resident[slots] != marks:
+            arena.resident[slots] = [None] * lease.count  # until the slots are whole again
+            layout.fill_constants(lease.memory(0, stop - start), start)
+        self._copy_leaves(job, start, stop, lease)
+        views = self._copy_small(job, first, stop, lease)
+        tensors = job.prepared.captured.tensors
+        sources = list(views.whole.pick(tensors))
         targets = list(views.targets)
-        for index in views.cut:
+        for index in views.cut.indices:
             for source, target in self._cut(job, index, start, stop, lease):
                 sources.append(source)
                 targets.append(target)
-        self.copy_tensors(job.events, targets, sources)
-        self._check_versions(job, views, whole=stop == layout.image_bytes)
-        arena.resident[here] = marks
+        self.copy_tensors(job.prepared.events, targets, sources)
+        self._check_changed(job.prepared, views, is_last=stop == layout.image_bytes)
+        arena.resident[slots] = marks
 
-    def _batch_views(self, job: StageJob, first: int, start: int, stop: int, lease: Lease) -> _BatchViews:
-        plan = job.plan
-        kept = self._views.get(id(plan))
-        gathers = self.gathers and job.captured.pointers is not None and not job.events
-        key = (first, id(lease.arena), lease.first, lease.count, gathers)
-        if kept is not None and key in kept.batches:
-            self._views.move_to_end(id(plan))
-            return kept.batches[key][1]
-        views = _make_views(plan, start, stop, lease, _SMALL_BYTES if gathers else 0)
-        # a small budget deals slots out in ever new combinations; views of those would only pile up
-        if self.options.budget_bytes is None:
-            kept = self._views.setdefault(id(plan), _PlanViews(plan))
-            kept.batches[key] = (lease.arena, views)
-            if len(self._views) > _KEPT_PLANS:
-                self._views.popitem(last=False)
+    def _copy_leaves(self, job: StageJob, start: int, stop: int, lease: Lease) -> None:
+        """What of the leaves lies in the image's bytes [start, stop)."""
+        memory = lease.memory(0, stop - start)
+        if not job.items:
+            job.items = list(padded_items(job.prepared.captured, job.plan.reserved_bytes))
+        for (offset, length), item in zip(job.plan.layout.slots(), job.items, strict=True):
+            low, high = max(offset, start), min(offset + length, stop)
+            if low < high:
+                memory[low - start : high - start] = item[low - offset : high - offset]
+
+    def _copy_small(self, job: StageJob, first: int, stop: int, lease: Lease) -> BatchViews:
+        """Let the kernel copy the small tensors; the views say what is left to torch."""
+        prepared = job.prepared
+        vectored = self.has_vectored_copy and prepared.captured.pointers is not None and not prepared.events
+        views = self._views.views(job.plan, first, stop, lease, vectored=vectored)
+        self._check_memory(prepared, views)
+        try:
+            self._copy_vectored(views, prepared.captured)
+        except RefusedError as error:
+            # the kernel refuses memory that is gone as well, which says nothing of the next save
+            prepared.refuse(prepared.displaced(views.small))
+            self.give_up_vectored_copy(error)
+            views = self._views.views(job.plan, first, stop, lease, vectored=False)
+            self._check_memory(prepared, views)
         return views
 
-    def _gather(self, views: _BatchViews, captured: Captured) -> None:
+    def _copy_vectored(self, views: BatchViews, captured: Captured) -> None:
         """Copy the small tensors. Raises RefusedError."""
-        gather = views.gather
-        if gather is None:
+        vectored = views.vectored
+        if vectored is None:
             return
         assert captured.pointers is not None
-        gather.aim(views.gathers(captured.pointers))
+        vectored.read_from(views.small.pick(captured.pointers))
         # while the trainer waits its core is free; beside a running one a second thread costs more than it
         # gives
-        half = gather.num_calls // 2 if self._helper is not None else 0
+        half = vectored.num_calls // 2 if self._helper is not None else 0
         if not half or self._helper is None:
-            gather.copy(0, gather.num_calls)
+            vectored.copy(0, vectored.num_calls)
             return
-        rest = self._helper.submit(gather.copy, half, gather.num_calls)
+        rest = self._helper.submit(vectored.copy, half, vectored.num_calls)
         try:
-            gather.copy(0, half)
+            vectored.copy(0, half)
         finally:
-            concurrent.futures.wait([rest])
+            concurrent.futures.wait([rest])  # it writes into the slots, so they are not given up before
         rest.result()
 
     def _cut(
         self, job: StageJob, index: int, start: int, stop: int, lease: Lease
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(source, target) boxes of a tensor that reaches over the run's ends."""
-        layout, tensor = job.plan.layout, job.captured.tensors[index].detach()
+        layout, tensor = job.plan.layout, job.prepared.captured.tensors[index].detach()
         size = tensor.dtype.itemsize
         payload = layout.payload_offsets[index]
         low = max(start - payload, 0) // size
@@ -383,10 +265,10 @@ class Stager:
             source = tensor[box]
             yield source, flat[base + begin : base + end].view(source.shape)
 
-    def gather_no_more(self, error: RefusedError) -> None:
-        """The kernel does not copy for us."""
+    def give_up_vectored_copy(self, error: RefusedError) -> None:
+        """The kernel does not copy for us, here and in later saves."""
         logger.info("small tensors are copied one by one: %s", error)
-        self.gathers = False
+        self.has_vectored_copy = False
 
     async def run(self, patience: float, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``fn`` in the thread that copies, after what it is at. Cancellation: joins it. Raises
@@ -402,53 +284,30 @@ class Stager:
             pairs = list(zip(targets, sources, strict=True))
             away = [pair for pair in pairs if not self.backend.is_on_host(pair[1])]
             for device, event in events.items():
-                there = away if len(events) == 1 else [pair for pair in away if pair[1].device == device]
-                if there:
-                    self.backend.copy_to_host(device, event, *map(list, zip(*there, strict=True)))
+                on_device = away if len(events) == 1 else [pair for pair in away if pair[1].device == device]
+                if on_device:
+                    self.backend.copy_to_host(device, event, *map(list, zip(*on_device, strict=True)))
             pairs = [pair for pair in pairs if self.backend.is_on_host(pair[1])]
             targets, sources = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         if sources:
             torch._foreach_copy_(targets, sources)
 
-    def _check_memory(self, job: StageJob, views: _BatchViews) -> None:
-        """A storage may have been freed since capture; but for the small ones, only a crash would tell."""
-        if job.captured.versions is not None:  # else the trainer waits
-            self._check_freed(job, (views.indices, views.cut))
+    def _check_memory(self, prepared: Prepared, views: BatchViews) -> None:
+        """A storage may have been freed since capture. Of the small tensors the kernel tells; of the others
+        only a crash would."""
+        if prepared.watch is not None:  # else the trainer waits
+            prepared.refuse(prepared.displaced(views.whole) | prepared.displaced(views.cut))
 
-    def _check_freed(self, job: StageJob, groups: Sequence[list[int]]) -> None:
-        """Raises MutatedTensors for tensors that lie elsewhere than at capture, or nowhere."""
-        captured = job.captured
-        moved: set[int] = set()
-        for indices in groups:
-            now = list(map(torch.Tensor.data_ptr, [captured.tensors[index] for index in indices]))
-            if captured.pointers is not None:
-                moved |= _differing(indices, now, [captured.pointers[index] for index in indices])
-            elif not all(now):
-                moved |= {index for index, address in zip(indices, now, strict=True) if not address}
-        if moved:
-            raise MutatedTensors([job.plan.names[index] for index in sorted(moved)])
-
-    def _check_versions(self, job: StageJob, views: _BatchViews, *, whole: bool) -> None:
-        """``whole``: these are the last. Raises MutatedTensors."""
-        captured = job.captured
-        versions = captured.versions
-        if versions is None:
+    def _check_changed(self, prepared: Prepared, views: BatchViews, *, is_last: bool) -> None:
+        """Looked at after the copy: what was changed while it ran counts too. Raises MutatedTensors."""
+        if prepared.watch is None:
             return
-        moved: set[int] = set()
-        for indices in (views.indices, views.cut, views.small):
-            tensors = [captured.tensors[index] for index in indices]
-            expected = [versions[index] for index in indices]
-            moved |= _differing(indices, versions_of(tensors), expected) | captured.watch.moved(indices)
-            if captured.pointers is not None:  # other memory than was captured
-                now, known = list(map(torch.Tensor.data_ptr, tensors)), captured.pointers
-                small = indices is views.small
-                moved |= _differing(
-                    indices, now, views.gathers(known) if small else [known[index] for index in indices]
-                )
-        if whole:
-            moved |= captured.watch.changed_unseen(captured.tensors, versions)
-        if moved:
-            raise MutatedTensors([job.plan.names[index] for index in sorted(moved)])
+        changed: set[int] = set()
+        for selection in (views.whole, views.cut, views.small):
+            changed |= prepared.changed(selection)
+        if is_last:
+            changed |= prepared.changed_unseen()
+        prepared.refuse(changed)
 
     def _pin(self, arena: Arena) -> None:
         wanted = torch.accelerator.is_available() if self.options.pinned is None else self.options.pinned

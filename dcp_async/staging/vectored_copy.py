@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import cast
 
 _ENTRIES = 512
-"""Tensors per call: each takes two of the 1024 entries that the kernel takes at once (UIO_MAXIOV)."""
+"""How many tensors one call copies: each takes two of the 1024 entries that the kernel takes at once
+(UIO_MAXIOV)."""
 _WORD = array("Q").itemsize
 
 
-def _find() -> Callable[..., int] | None:
+def _process_vm_writev() -> Callable[..., int] | None:
     if sys.platform != "linux":
         return None
     function = ctypes.CDLL(None, use_errno=True).process_vm_writev
@@ -31,7 +32,7 @@ def _find() -> Callable[..., int] | None:
     return cast("Callable[..., int]", function)
 
 
-_copy = _find()
+_copy = _process_vm_writev()
 
 
 class RefusedError(Exception):
@@ -48,8 +49,8 @@ class _Call:
     nbytes: int
 
 
-class Gather:
-    """Where some tensors go: each next one behind the one before and the constant bytes between them.
+class VectoredCopy:
+    """A copy of some tensors to one place: each next one behind the one before and the bytes between them.
 
     A source list is made once and refilled with addresses; safe for one copy at a time.
     """
@@ -84,7 +85,7 @@ class Gather:
         """System calls that fill the buffer."""
         return len(self._calls)
 
-    def aim(self, pointers: Sequence[int]) -> None:
+    def read_from(self, pointers: Sequence[int]) -> None:
         """Say where the tensors lie. The same list as before is taken to be the same in all its parts."""
         if pointers is not self._pointers:
             self._sources[0::4] = array("Q", pointers)

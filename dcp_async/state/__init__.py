@@ -7,7 +7,7 @@ from .capture import Captured, Structure, capture, meta_error, padded_items
 from .checkpointable import empty_like, global_size
 from .containers import PLAIN_TENSORS, CaptureError
 from .leaves import LeafRules
-from .mutation import Place, Watch, layers_of, versions_of
+from .mutation import layers_of, version_of, versions_of, wrappers_in
 from .optimizers import AppState, check_before_touch
 from .restore import ReadBack, Restorer
 from .sharding import is_known_to_autograd
@@ -25,7 +25,6 @@ __all__ = [
     "LeafRules",
     "OptimizerState",
     "PerRank",
-    "Place",
     "RNGState",
     "ReadBack",
     "Region",
@@ -33,7 +32,6 @@ __all__ = [
     "Schema",
     "Structure",
     "Targets",
-    "Watch",
     "Whole",
     "capture",
     "capture_targets",
@@ -48,6 +46,8 @@ __all__ = [
     "padded_items",
     "pairs",
     "part_of",
+    "version_of",
     "versions_of",
     "wishes_of",
+    "wrappers_in",
 ]

@@ -25,7 +25,6 @@ from .containers import CaptureError
 from .flat_state import FlatState
 from .flatten import flatten
 from .leaves import LeafPickler, LeafRules
-from .mutation import Watch
 from .sharding import Piece, Shard
 
 
@@ -81,10 +80,6 @@ class Captured:
     """Name -> leaf and distributed tensor, for DCP's planner."""
     pointers: list[int] | None
     """Address of each tensor; None unless the bytes there are its elements and the CPU reads them."""
-    versions: list[int | None] | None = None
-    """Version counters at capture, with ``overlap=True``; None for a tensor that was copied aside."""
-    watch: Watch = field(default_factory=Watch)
-    """What else tells, with ``overlap=True``, that a tensor was changed."""
 
     @property
     def is_new(self) -> bool:
@@ -103,25 +98,22 @@ class Captured:
         pieces = structure.pieces  # the tensors that they are of are there
         return found | {name: value for name, value in self.live.items() if name not in pieces}
 
-    def part(self, tensors: Sequence[int], leaves: Sequence[int]) -> Captured:
-        """These alone, both ascending: other ranks write the rest."""
+    def share(self, tensors: Sequence[int], leaves: Sequence[int]) -> Captured:
+        """What one rank writes, both ascending; itself if that is everything."""
         if len(tensors) == len(self.tensors) and len(leaves) == len(self.leaf_items):
-            return self  # a rank alone writes everything
-        versions, pointers = self.versions, self.pointers
+            return self
+        pointers = self.pointers
         return replace(
             self,
             tensors=[self.tensors[index] for index in tensors],
             pointers=pointers and [pointers[index] for index in tensors],
             leaf_items=[self.leaf_items[index] for index in leaves],
-            versions=versions and [versions[index] for index in tensors],
-            watch=self.watch.part(tensors),
         )
 
     def release(self) -> None:
         """Drop every reference to the trainer's tensors."""
         self.tensors = []
         self.optimizers = []
-        self.watch = Watch()
         self.leaf_items = []
         self.live = {}
         self.tree = None

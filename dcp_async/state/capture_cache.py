@@ -22,7 +22,6 @@ from .asking import Given, snapshot
 from .checkpointable import any_checkpointable, is_checkpointable
 from .containers import PLAIN_TENSORS, Kind, is_plain, is_terminal, kind_of_value
 from .flat_state import FlatState
-from .mutation import Place
 from .optimizers import stepped_by
 from .stateful import is_stateful
 from .tensor_memory import SpotCheck, has_memory
@@ -222,7 +221,7 @@ class CaptureCache:
     def __init__(self) -> None:
         self.devices: set[torch.device] | None = None
         """The accelerators on which tensors lie that are built so; None before somebody has looked."""
-        self.places: list[Place] | None = None
+        self.places: list[tuple[int, int, int]] | None = None
         """Where tensors that are built so are sampled; None before somebody has looked."""
         self.in_bounds: list[int] | None = None
         """Addresses of the last tensors that were found to end within their memory."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, SaveError, StagingOptions, StateMutatedError
-from dcp_async.staging.vectored_copy import Gather, RefusedError
+from dcp_async.staging.vectored_copy import RefusedError, VectoredCopy
 from dcp_async.state.asking import Given
 from dcp_async.state.capture import capture
 from tests.support.doubles import ASIDE_BYTES, KIB, MIB, FaultyStorage, assert_same, frozen, random_tensor
@@ -326,8 +326,8 @@ async def test_memory_that_was_swapped_during_staging_fails_the_save(
 
 def test_gather_refuses_memory_that_is_not_there() -> None:
     buffer = torch.zeros(4 * MIB, dtype=torch.uint8)
-    gather = Gather([buffer.data_ptr()], [4096], [0])
-    gather.aim([4096])  # below what a process may map
+    gather = VectoredCopy([buffer.data_ptr()], [4096], [0])
+    gather.read_from([4096])  # below what a process may map
     with pytest.raises(RefusedError, match="Bad address"):
         gather.copy(0, gather.num_calls)
 
@@ -341,8 +341,8 @@ def test_gather_leaves_what_lies_between_alone() -> None:
         targets.append(buffer.data_ptr() + at)
         expected[at : at + len(source)] = source
         at += len(source) + 37
-    gather = Gather(targets, [len(source) for source in sources], [0, 5, 6, 1000])
-    gather.aim([source.data_ptr() for source in sources])
+    gather = VectoredCopy(targets, [len(source) for source in sources], [0, 5, 6, 1000])
+    gather.read_from([source.data_ptr() for source in sources])
     gather.copy(0, gather.num_calls)
     assert torch.equal(buffer, expected)
 

@@ -14,7 +14,8 @@ import torch
 from dcp_async.planning.planner import CompiledPlan
 from dcp_async.planning.replica_turns import Turn
 from dcp_async.save.replica_check import Mode, ReplicaCheck, Sample
-from dcp_async.staging.stager import MutatedTensors, Stager, StagingOptions
+from dcp_async.staging.mutation_watch import MutatedTensors
+from dcp_async.staging.stager import Stager, StagingOptions
 from dcp_async.state.capture import Captured, capture
 
 FIRST = Turn(number=0, is_proven=False)
@@ -73,38 +74,38 @@ CHANGES: list[Callable[[torch.Tensor], object]] = [
 ]
 
 
-@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("vectored", [True, False])
 @pytest.mark.parametrize("turn", [FIRST, PROVEN], ids=["first", "proven"])
 @pytest.mark.parametrize("name", ["large", "medium", "strided"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 async def test_what_was_changed_meanwhile_is_no_difference_between_ranks(
-    stager: Stager, change: Callable[[torch.Tensor], object], name: str, turn: Turn, gathers: bool
+    stager: Stager, change: Callable[[torch.Tensor], object], name: str, turn: Turn, vectored: bool
 ) -> None:
     state = some_state()
     if change is set_unseen and name == "strided":
         pytest.skip("bytes are sampled of what is row-major")
-    if change is cut and name != "strided" and gathers:
+    if change is cut and name != "strided" and vectored:
         pytest.skip("the memory that was captured is still there, and read")
     captured = capture(state, None)
-    stager.gathers = gathers and sys.platform == "linux"
-    events = stager.prepare(captured)
+    stager.has_vectored_copy = vectored and sys.platform == "linux"
+    prepared = stager.prepare(captured)
     change(state[name])
     # all blocks, so that the tensor is among what this turn reads
     with pytest.raises(MutatedTensors, match=name):
-        ReplicaCheck("check", stager).take(plan_of(captured, blocks=1000), captured, events, turn)
-    assert stager.gathers == (gathers and sys.platform == "linux")
+        ReplicaCheck("check", stager).take(plan_of(captured, blocks=1000), prepared, turn)
+    assert stager.has_vectored_copy == (vectored and sys.platform == "linux")
 
 
 async def test_what_was_copied_aside_may_change(stager: Stager) -> None:
     state = {f"small{at}": torch.ones(40) for at in range(5)}
     captured = capture(state, None)
-    events = stager.prepare(captured)
+    prepared = stager.prepare(captured)
     for tensor in state.values():
         set_data(tensor)
-    sample = ReplicaCheck("check", stager).take(plan_of(captured), captured, events, PROVEN)
+    sample = ReplicaCheck("check", stager).take(plan_of(captured), prepared, PROVEN)
     assert sample is not None
     other = capture({name: torch.ones(40) for name in state}, captured.structure)
-    again = ReplicaCheck("check", stager).take(plan_of(captured), other, stager.prepare(other), PROVEN)
+    again = ReplicaCheck("check", stager).take(plan_of(captured), stager.prepare(other), PROVEN)
     assert again is not None
     assert sample.digests() == again.digests()
 
@@ -129,12 +130,12 @@ async def test_ranks_read_what_the_turn_says_whatever_they_have_saved_before(
 ) -> None:
     """With several saves pending, one rank may have heard of a commit that another has not."""
     captured = capture(some_state(), None)
-    events = stager.prepare(captured)
+    prepared = stager.prepare(captured)
     plan = plan_of(captured)
     fresh, used = ReplicaCheck(mode, stager), ReplicaCheck(mode, stager)
     for before in (FIRST, PROVEN):
-        used.take(plan, captured, events, before)
-    there, here = fresh.take(plan, captured, events, turn), used.take(plan, captured, events, turn)
+        used.take(plan, prepared, before)
+    there, here = fresh.take(plan, prepared, turn), used.take(plan, prepared, turn)
     assert kinds_of(there) == kinds_of(here) == kinds
     assert there is not None
     assert here is not None
@@ -160,12 +161,12 @@ async def test_later_samples_of_many_tensors_take_no_step_of_python_each(overlap
                 captured = capture(state, previous)
                 previous = captured.structure
                 plan = plan or plan_of(captured)
-                events = made.prepare(captured)
+                prepared = made.prepare(captured)
                 instructions = 0
                 before = sys.gettrace()
                 sys.settrace(count)
                 try:
-                    sample = check.take(plan, captured, events, PROVEN)
+                    sample = check.take(plan, prepared, PROVEN)
                 finally:
                     sys.settrace(before)
                 assert sample is not None

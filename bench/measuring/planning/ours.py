@@ -90,7 +90,7 @@ def _merge(clock: Clock, sent: Sequence[bytes]) -> tuple[list[bytes], GlobalPlan
 def _lay_out(
     ranks: Ranks, clock: Clock, *, local_plan: LocalPlan, answers: Sequence[bytes], shared: GlobalPlan
 ) -> tuple[CompiledPlan, list[bytes]]:
-    # All ranks compile with rank 0's local plan: it has what they need of it, and making each anew is not timed.
+    # All ranks compile with rank 0's local plan: it has what they need, and making each anew is not timed.
     plan: CompiledPlan | None = None
     told = []
     for rank, raw in enumerate(answers):

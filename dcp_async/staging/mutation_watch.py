@@ -1,0 +1,104 @@
+"""What tells that a captured tensor was changed before it was staged: counters, wrappers, a sample of bytes.
+
+Enters: a captured state, in the trainer's thread and right after capture. Leaves: which of its tensors were
+changed since. Invariant: a difference of bytes is only held against a tensor whose counters stood still;
+where one moved, that is judged when the tensor is copied. Costs are per save and per wrapper, not per tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..state import Captured, layers_of, version_of, versions_of, wrappers_in
+from .byte_sample import ByteSample, Place
+from .vectored_copy import RefusedError
+
+
+class MutatedTensors(Exception):
+    """Tensors that were changed between capture and staging; ``names`` says which."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(", ".join(names))
+        self.names = tuple(names)
+
+
+@dataclass(slots=True)
+class MutationWatch:
+    """A state's counters as they were at capture. Refers to what wraps its tensors, not to them."""
+
+    versions: list[int | None]
+    """How often each tensor had been changed; None for an inference tensor, which autograd ignores."""
+    layers: dict[int, list[tuple[torch.Tensor, int | None]]]
+    """Index of a tensor -> what wraps it, and how often that had been changed."""
+    sample: ByteSample | None
+    """What notices changes that move no counter; None where the kernel reads no memory for us."""
+
+    @classmethod
+    def begin(cls, captured: Captured, aside: Collection[int], places: list[Place]) -> MutationWatch:
+        """Take note of ``captured`` as it is now.
+
+        Args:
+            aside: the tensors that were copied; the originals may change.
+            places: which bytes to sample.
+        """
+        sample: ByteSample | None = None
+        if captured.pointers is not None:
+            with contextlib.suppress(RefusedError):  # then there is no sample, and the counters alone tell
+                sample = ByteSample.take(places, captured.pointers)
+        return cls(versions_of(captured.tensors), _layers(captured, aside), sample)
+
+    def wrappers_changed(self, indices: Iterable[int]) -> set[int]:
+        """Those of ``indices`` whose wrappers were changed: an operation counts on what it was called with,
+        which may be a DTensor around the tensor that was captured."""
+        if not self.layers:
+            return set()
+        return {
+            index
+            for index in indices
+            if any(version_of(layer) != version for layer, version in self.layers.get(index, ()))
+        }
+
+    def changed_unseen(self, tensors: Sequence[torch.Tensor]) -> set[int]:
+        """Which sampled ones of ``tensors`` have other bytes although no counter of theirs moved. To be asked
+        once all of them are copied: what is changed after that is the trainer's."""
+        if self.sample is None:
+            return set()
+        indices = self.sample.indices()
+        sampled = [tensors[index] for index in indices]
+        wrapped = self.wrappers_changed(indices)
+        addresses = map(torch.Tensor.data_ptr, sampled)
+        current = {
+            index: address
+            for index, address, version in zip(indices, addresses, versions_of(sampled), strict=True)
+            if version == self.versions[index] and index not in wrapped
+        }
+        return self.sample.differing(current)
+
+    def share(self, indices: Sequence[int]) -> MutationWatch:
+        """The watch over these tensors alone, by their new indices."""
+        renumbered = {old: new for new, old in enumerate(indices)}
+        return MutationWatch(
+            [self.versions[index] for index in indices],
+            {renumbered[index]: layers for index, layers in self.layers.items() if index in renumbered},
+            self.sample.share(renumbered) if self.sample is not None else None,
+        )
+
+
+def _layers(captured: Captured, aside: Collection[int]) -> dict[int, list[tuple[torch.Tensor, int | None]]]:
+    wrappers = wrappers_in(captured.live)
+    if not wrappers:
+        return {}
+    counted = {
+        name: [(layer, version_of(layer)) for layer in layers_of(wrapper)]
+        for name, wrapper in wrappers.items()
+    }
+    skipped = set(aside)
+    return {
+        index: counted[name]
+        for index, name in enumerate(captured.structure.tensor_names)
+        if name in counted and index not in skipped
+    }

@@ -1,0 +1,124 @@
+"""A captured state on its way to be staged: what may change behind it was copied or is watched.
+
+Enters: a Captured, in the trainer's thread and in the same piece as its capture. Leaves: Prepared, from which
+the copying thread reads. Invariant: bytes that are not those of the capture are never staged in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..state import Captured, versions_of
+from .byte_sample import places_to_sample
+from .device import Event
+from .mutation_watch import MutatedTensors, MutationWatch
+from .selection import Selection
+
+ASIDE_BYTES = 8 << 20
+"""How much is copied aside at most."""
+_ASIDE_TENSOR_BYTES = 64 * 1024
+
+
+@dataclass(slots=True, kw_only=True)
+class Prepared:
+    """A state, or a rank's share of one, that is to be staged."""
+
+    captured: Captured
+    events: dict[torch.device, Event]
+    """Per accelerator, the moment of capture."""
+    watch: MutationWatch | None
+    """None while the trainer waits for staging: then nothing changes."""
+    indices: Sequence[int] | None = None
+    """Where the tensors of a share stand in the structure; None if they are all of it."""
+
+    def share(self, tensors: Sequence[int], leaves: Sequence[int]) -> Prepared:
+        """What this rank writes, both ascending: other ranks write the rest."""
+        captured = self.captured.share(tensors, leaves)
+        if captured is self.captured:
+            return self
+        watch = self.watch.share(tensors) if self.watch is not None else None
+        return Prepared(captured=captured, events=self.events, watch=watch, indices=tensors)
+
+    def release(self) -> None:
+        """Drop every reference to the trainer's tensors."""
+        self.captured.release()
+        self.watch = None
+
+    def displaced(self, selection: Selection) -> set[int]:
+        """Those that have other memory than was captured, or none."""
+        captured = self.captured
+        now = list(map(torch.Tensor.data_ptr, selection.pick(captured.tensors)))
+        if captured.pointers is not None:
+            return selection.differing(now, selection.pick(captured.pointers))
+        if all(now):
+            return set()
+        return {
+            index
+            for index, address in zip(selection.indices, now, strict=True)
+            if not address and self._shape(index).numel()
+        }
+
+    def changed(self, selection: Selection) -> set[int]:
+        """Those whose counters moved, or that lie elsewhere by now."""
+        if self.watch is None:
+            return set()
+        now = versions_of(selection.pick(self.captured.tensors))
+        moved = selection.differing(now, selection.pick(self.watch.versions))
+        return moved | self.watch.wrappers_changed(selection.indices) | self.displaced(selection)
+
+    def changed_unseen(self) -> set[int]:
+        """Those with other bytes although no counter of theirs moved."""
+        return self.watch.changed_unseen(self.captured.tensors) if self.watch is not None else set()
+
+    def reshaped(self, selection: Selection) -> set[int]:
+        """Those that have another shape than was captured."""
+        if self.watch is None:
+            return set()
+        now = [tensor.shape for tensor in selection.pick(self.captured.tensors)]
+        return selection.differing(now, [self._shape(index) for index in selection.indices])
+
+    def refuse(self, changed: Iterable[int]) -> None:
+        """Raises MutatedTensors if there are any."""
+        names = self.captured.structure.tensor_names
+        if indices := sorted(changed):
+            raise MutatedTensors([names[self._in_structure(index)] for index in indices])
+
+    def _in_structure(self, index: int) -> int:
+        return index if self.indices is None else self.indices[index]
+
+    def _shape(self, index: int) -> torch.Size:
+        return self.captured.structure.shapes[self._in_structure(index)]
+
+
+def copy_aside(captured: Captured) -> tuple[Captured, list[int]]:
+    """``captured`` with its small tensors replaced by copies, smallest first, and which these are.
+
+    A forward changes small ones (BatchNorm's counters), and they are cheap. To be called before the events
+    are recorded, so that copies on a device come first.
+    """
+    smallest = captured.structure.cache.smallest(captured.tensors, _ASIDE_TENSOR_BYTES, ASIDE_BYTES)
+    tensors = captured.tensors.copy()
+    with torch.no_grad():
+        copies = list(map(torch.Tensor.clone, [tensors[index] for index in smallest]))
+    for index, copy in zip(smallest, copies, strict=True):
+        tensors[index] = copy
+    pointers = captured.pointers
+    if pointers is not None:
+        pointers = pointers.copy()
+        for index, pointer in zip(smallest, map(torch.Tensor.data_ptr, copies), strict=True):
+            pointers[index] = pointer
+    return dataclasses.replace(captured, tensors=tensors, pointers=pointers), smallest
+
+
+def watched(captured: Captured) -> tuple[Captured, MutationWatch]:
+    """``captured`` as a trainer that goes on may leave it: small tensors are copied, the others watched."""
+    copied, aside = copy_aside(captured)
+    cache = captured.structure.cache
+    if cache.places is None:  # once, as all tensors of one structure have the same sizes
+        row_major = [strides is None for strides in captured.structure.strides]
+        cache.places = places_to_sample([tensor.nbytes for tensor in copied.tensors], row_major, aside)
+    return copied, MutationWatch.begin(copied, aside, cache.places)
