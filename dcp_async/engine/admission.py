@@ -269,6 +269,10 @@ class SaveBook:
                 _discard(self._failed, other)
         self.give_back(writer.place)
 
+    def holds(self, writer: ResponseWriter) -> bool:
+        """Whether this save is in flight."""
+        return writer in self._pending
+
     def pending(self) -> list[ResponseWriter]:
         """Saves in flight, oldest first."""
         return self._pending.copy()

@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import anyio
 import torch
 
 from .._concurrency import Verb, Wait, first_failure
@@ -26,6 +25,7 @@ from ..info import JSON, CheckpointInfo
 from ..planning import CompiledPlan
 from ..response import AsyncSaveResponse, Place, ResponseWriter
 from ..save import (
+    Cancellation,
     Carryover,
     CommitOutcome,
     ReplicaCheck,
@@ -96,8 +96,8 @@ class Saves:
             yield from self._started(request)
             yield from self._life.finishing(request.writer)
         except BaseException:
-            if request is None or not request.has_started:
-                book.give_back(place)
+            if request is None or not book.holds(request.writer):
+                book.give_back(place)  # it did not start, or has ended: then nobody minds
             else:
                 request.response.cancel()
                 request.writer.returned()
@@ -109,11 +109,11 @@ class Saves:
         started = time.monotonic()
         ordinal, step = self._life.book.admit(asked.step, asked.checkpoint_id)
         # the response comes first: what fails before there is a request names the save by it
-        runner, requests = self._runner, list[SaveRequest]()
+        runner, cancellation = self._runner, Cancellation()
         writer = ResponseWriter(
             checkpoint_id=checkpoint_name(step, asked.checkpoint_id),
             step=step,
-            cancel=lambda: runner.cancel(requests[0]),  # does not keep the engine
+            cancel=lambda: runner.cancel(cancellation),
             on_own_thread=self._life.on_own_thread,
             place=place,
         )
@@ -129,18 +129,16 @@ class Saves:
                 refusing = self._life.submit(runner.refuse(ordinal, writer.response.checkpoint_id, error))
                 verdict = yield refusing.join()
             raise save_error(error, "capture", writer.response, rank=rank, verdict=verdict) from error
-        requests.append(
-            SaveRequest(
-                writer=writer,
-                ordinal=ordinal,
-                prepared=prepared,
-                plan=None if prepared.captured.is_new else plan,
-                notes=asked.notes,
-                replace=asked.replace,
-                started=started,
-            )
+        return SaveRequest(
+            writer=writer,
+            ordinal=ordinal,
+            prepared=prepared,
+            plan=None if prepared.captured.is_new else plan,
+            notes=asked.notes,
+            replace=asked.replace,
+            started=started,
+            cancellation=cancellation,
         )
-        return requests[0]
 
     def _capture(
         self,
@@ -189,54 +187,47 @@ class SaveRunner:
         writer = request.writer
         try:
             # inside: interrupted between this and a try behind it, nobody would give the place back
-            request.has_started = True
             self._life.book.started(writer)
             job = self._life.submit(self._run(request))
         except BaseException as error:
-            request.cancelled = True  # an interrupt may come when it was submitted already
+            self.cancel(request.cancellation)  # an interrupt may come when it was submitted already
             writer.failed(save_error(error, "capture", writer.response))
             self._life.book.ended(writer)
             writer.upload.handle.observed = True  # the caller is told right here
             raise
         job.future.add_done_callback(lambda done: self._report_crash(writer, done))
 
-    def cancel(self, request: SaveRequest) -> None:
-        """Stop ``request`` unless its commit has begun; callable from every thread."""
-
-        def cancel() -> None:  # on the loop: it alone knows whether the commit has begun
-            request.cancelled = True
-            if request.scope is not None and not request.committing:
-                request.scope.cancel()
-
-        self._life.resources.loop.call_soon(cancel)
+    def cancel(self, cancellation: Cancellation) -> None:
+        """Stop a save unless its commit has begun; callable from every thread."""
+        # on the loop: it alone knows whether the commit has begun
+        self._life.resources.loop.call_soon(cancellation.request)
 
     async def _run(self, request: SaveRequest) -> None:
         response, have = request.response, self._life.resources
-        request.uid = have.coordinator.uid(request.ordinal, response.checkpoint_id)
+        uid = have.coordinator.uid(request.ordinal, response.checkpoint_id)
         if have.setup.observer is not None:  # adding up the bytes of many tensors takes milliseconds
             nbytes = request.prepared.captured.nbytes
             have.observe(SaveStarted(checkpoint_id=response.checkpoint_id, step=response.step, nbytes=nbytes))
+        pipeline = SavePipeline(request, have, self.carryover, uid=uid)
         try:
-            with anyio.CancelScope() as request.scope:
-                if request.cancelled:
-                    request.scope.cancel()
-                outcome = await SavePipeline(request, have, self.carryover).run()
+            with request.cancellation.scope() as scope:
+                outcome = await pipeline.run()
         except ENDINGS:  # the loop ends; the job's future tells it to the handles, see _report_crash
             raise
         except BaseException as error:  # a planner, a storage or a tensor's class may raise anything
             error = first_failure(error) if not isinstance(error, Exception) else error
             forget_locals(error)
             rank = have.coordinator.rank
-            failure = save_error(error, "plan", response, rank=rank, verdict=request.verdict)
+            failure = save_error(error, "plan", response, rank=rank, verdict=pipeline.verdict)
             self._fail(request.writer, failure)
         else:
             # a cancellation that came after the commit had begun was not caught: the checkpoint exists
-            if request.scope.cancelled_caught:
+            if scope.cancelled_caught:
                 self._fail(request.writer, cancelled_error(response))
             else:
-                self._succeed(request, outcome)
+                self._succeed(request, outcome, pipeline.staged_seconds)
         finally:
-            have.coordinator.forget(request.uid)
+            have.coordinator.forget(uid)
 
     def refuse_arguments(self, error: Exception) -> None:
         """A save was called with arguments that can't be; the other ranks, if theirs can, must not wait for
@@ -280,7 +271,7 @@ class SaveRunner:
             coordinator.forget(uid)
         return verdict
 
-    def _succeed(self, request: SaveRequest, outcome: CommitOutcome) -> None:
+    def _succeed(self, request: SaveRequest, outcome: CommitOutcome, staged_seconds: float) -> None:
         response, have = request.response, self._life.resources
         info = CheckpointInfo(
             checkpoint_id=response.checkpoint_id,
@@ -297,7 +288,7 @@ class SaveRunner:
         seconds = time.monotonic() - request.started
         logger.info(
             "saved %s: %d bytes, staged in %.3f s, durable in %.3f s (%.2f GB/s)",
-            *(info.checkpoint_id, info.nbytes, request.staged_seconds, seconds, info.nbytes / seconds / 1e9),
+            *(info.checkpoint_id, info.nbytes, staged_seconds, seconds, info.nbytes / seconds / 1e9),
         )
         # before its handles are settled: who waits for them may save again at once, and finds room
         self._life.book.ended(request.writer)

@@ -7,7 +7,6 @@ described once; what is left to do per rank and tensor is to note a location and
 
 from __future__ import annotations
 
-import threading
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +71,6 @@ class GlobalPlan:
         """Per cohort: index of a piece -> where it lies, one of each rank that writes it."""
         self._leaves: dict[str, Place] = {}
         self._publication: Publication | None = None
-        self._lock = threading.Lock()
 
     def locate(self, rank: int, locations: ItemLocations) -> None:
         """Rank ``rank`` writes its items at ``locations``."""
@@ -86,19 +84,18 @@ class GlobalPlan:
         self._leaves.update(zip((names[index] for index in leaves), places[len(tensors) :], strict=True))
 
     def publication(self) -> Publication:
-        """Made by the first of the saves that share the plan; others in flight wait for it.
+        """What is published, made once. For one thread at a time: it takes a while, and lets go of the rest.
 
         Raises: ConflictError if an item has no place; ProofError if what would be published does not read
         back as it was planned.
         """
-        with self._lock:
-            if self._publication is None:
-                self._publication = self._made()
-                self._all_plans, self._metadata, self._written, self._leaves = None, None, [], {}
-                self._tensor_cohort_of, self._leaf_cohort_of = {}, {}
-            return self._publication
+        if self._publication is None:
+            self._publication = self._publish()
+            self._all_plans, self._metadata, self._written, self._leaves = None, None, [], {}
+            self._tensor_cohort_of, self._leaf_cohort_of = {}, {}
+        return self._publication
 
-    def _made(self) -> Publication:
+    def _publish(self) -> Publication:
         assert self._all_plans is not None
         all_plans, tree = self._all_plans, self._all_plans.tree()
         groups = (

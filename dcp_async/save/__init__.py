@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from .commit import CommitOutcome
 from .failures import cancelled_error, forget_locals, save_error
-from .pipeline import CommitOutcome, SavePipeline, SaveRequest
+from .pipeline import SavePipeline
 from .replica_check import Mode, ReplicaCheck
+from .request import Cancellation, SaveRequest
 from .services import Carryover, SaveServices
 
 __all__ = [
+    "Cancellation",
     "Carryover",
     "CommitOutcome",
     "Mode",

@@ -6,7 +6,8 @@ Invariant: DCP's CheckpointException, which derives from BaseException, never le
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -14,6 +15,19 @@ from ..coordination import PhaseFailure, RemoteError, RemoteFailure
 from ..errors import CheckpointExistsError, Phase, SaveCancelled, SaveError, StateMutatedError, StorageError
 from ..response import AsyncSaveResponse
 from ..staging import MutatedTensors
+
+
+@contextmanager
+def in_phase(phase: Phase) -> Iterator[None]:
+    """Label whatever is raised inside."""
+    try:
+        yield
+    except PhaseFailure:
+        raise
+    except (Exception, CheckpointException, SystemExit, KeyboardInterrupt) as error:
+        # the last two, raised by a storage of the user's, would end the engine's loop with its saves on it
+        raise PhaseFailure(phase, error) from error
+
 
 _DOING: dict[Phase, str] = {
     "capture": "capturing the state",
@@ -43,9 +57,9 @@ def save_error(
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, RemoteFailure):
-        return _made(verdict or error.failures, phase, response, error)
+        return _common_error(verdict or error.failures, phase, response, error)
     if verdict:  # made without this rank's word, if that came too late: then it is the cause here alone
-        return _made(verdict, phase, response, error, own=rank if rank in verdict else None)
+        return _common_error(verdict, phase, response, error, own=rank if rank in verdict else None)
     reason = str(error) or type(error).__name__
     cls: type[SaveError] = SaveError
     if isinstance(error, MutatedTensors):
@@ -53,11 +67,11 @@ def save_error(
     elif isinstance(error, FileExistsError) and not isinstance(error, StorageError):
         cls = CheckpointExistsError
     message = _message(cls, phase, response, rank, reason, reason)
-    made = cls(
+    failure = cls(
         message, checkpoint_id=response.checkpoint_id, step=response.step, phase=phase, failures={rank: error}
     )
-    made.__cause__ = error
-    return made
+    failure.__cause__ = error
+    return failure
 
 
 _KINDS: dict[str, type[SaveError]] = {
@@ -67,10 +81,10 @@ _KINDS: dict[str, type[SaveError]] = {
 """What a rank calls it -> what it is to the user."""
 
 _PHASES: dict[str, Phase] = {"commit": "commit", "replicas": "commit"}
-"""Of exchanges between ranks; the others belong to planning."""
+"""Phases of exchanges between ranks; the others belong to planning."""
 
 
-def _made(
+def _common_error(
     failures: Mapping[int, RemoteError],
     phase: Phase,
     response: AsyncSaveResponse,
@@ -78,7 +92,7 @@ def _made(
     *,
     own: int | None = None,
 ) -> SaveError:
-    """The same error on every rank: it names each rank that failed, the phase and the cause there. ``own`` is
+    """One error for every rank: it names each rank that failed, the phase and the cause there. ``own`` is
     this rank, if ``cause`` is what it failed at."""
     real = {rank: failure for rank, failure in sorted(failures.items()) if not failure.cancelled}
     if not real:
@@ -92,12 +106,14 @@ def _made(
         if failure.message not in told:  # what concerns several ranks is said once
             told.add(failure.message)
             message += f"; and while {_DOING[_phase(failure)]} on rank {other}: {failure}"
-    each: dict[int, BaseException] = dict(failures)
+    by_rank: dict[int, BaseException] = dict(failures)
     if own is not None:
-        each[own] = cause
-    made = cls(message, checkpoint_id=response.checkpoint_id, step=response.step, phase=phase, failures=each)
-    made.__cause__ = cause
-    return made
+        by_rank[own] = cause
+    common = cls(
+        message, checkpoint_id=response.checkpoint_id, step=response.step, phase=phase, failures=by_rank
+    )
+    common.__cause__ = cause
+    return common
 
 
 def _phase(failure: RemoteError) -> Phase:

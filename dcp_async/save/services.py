@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import anyio
+
 from .._concurrency import BlockingThreads
 from ..coordination import Coordinator
 from ..events import Event
@@ -57,3 +59,5 @@ class Carryover:
     """The newest, for saves whose structure is the same."""
     unfinished: list[Transaction] = field(default_factory=list)
     """Transactions whose abort failed."""
+    publishing: anyio.Lock = field(default_factory=anyio.Lock)
+    """Held by the save that makes what all saves of a plan publish; others in flight wait for it."""

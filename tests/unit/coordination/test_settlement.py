@@ -8,8 +8,7 @@ from dcp_async.coordination.failures import PhaseFailure, RemoteError
 from dcp_async.coordination.messages import Send, Settled, Stopped
 from dcp_async.coordination.settlement import Settlement
 from dcp_async.response import AsyncSaveResponse, Place, ResponseWriter
-from dcp_async.save.failures import save_error
-from dcp_async.save.pipeline import in_phase
+from dcp_async.save.failures import in_phase, save_error
 
 
 def failure(message: str, phase: str = "write") -> RemoteError:

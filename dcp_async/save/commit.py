@@ -1,0 +1,177 @@
+"""The end of a save: each rank completes its file, then the coordinator publishes all of them at once.
+
+Enters: what was written under a plan, on every rank. Leaves: a CommitOutcome on each, or a failure on all.
+Invariant: the coordinator publishes only when it has heard of every rank's file, has found each of them as
+long as it must be, and no replica that differs; and no rank commits before its ``save()`` has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import anyio
+import torch
+
+from .._concurrency import collection_paused
+from ..formats import BLOCK_BYTES, FileEntry, Footer, ManifestHead, encode_manifest
+from ..planning import CompiledPlan, GlobalPlan, Publication, prove_head
+from .directory import SaveDirectory
+from .failures import in_phase
+from .replica_check import Digest, Kind, differing
+from .replica_comparison import ReplicaComparison
+from .request import SaveRequest
+from .services import Carryover, SaveServices
+
+File = tuple[str, int, str]
+"""(name, length, digest) of what a rank wrote."""
+
+
+class ShareOutcome(TypedDict):
+    """What a rank has written and compared. Plain data: it travels."""
+
+    file: File | None
+    replicas: list[Digest]
+
+
+class Conclusion(TypedDict):
+    """What the coordinator made of it. Plain data: it travels."""
+
+    published: tuple[float, int, int]
+    """(time, files, bytes), unless something differs."""
+    differing: list[tuple[int, Kind]]
+    """Groups of replicas that are not alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitOutcome:
+    """What was published."""
+
+    time: float
+    num_files: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What one rank wrote."""
+
+    plan: CompiledPlan
+    digests: Sequence[array[int]]
+    """Per part, those of its blocks."""
+    replicas: list[Digest]
+    """Of what this rank holds as others do."""
+
+
+class Commit:
+    """The end of one save."""
+
+    def __init__(
+        self,
+        request: SaveRequest,
+        services: SaveServices,
+        carryover: Carryover,
+        *,
+        uid: str,
+        directory: SaveDirectory,
+        comparison: ReplicaComparison,
+    ) -> None:
+        self._request = request
+        self._services = services
+        self._carryover = carryover
+        self._uid = uid
+        self._directory = directory
+        self._comparison = comparison
+
+    async def run(self, written: Written) -> CommitOutcome:
+        """Ranks: all must call it. Cancellation: until the commit has begun, then not any more. Raises
+        ConflictError, or RemoteFailure."""
+        coordinator, transaction = self._services.coordinator, self._directory.transaction
+        entry = await self._complete_file(written)
+        # not before the caller has its state back: a save() that raises must leave no checkpoint
+        await asyncio.shield(asyncio.wrap_future(self._request.has_returned))
+        if entry is not None and not coordinator.is_coordinator:  # it looks at all of them
+            await transaction.verify({entry[0]: entry[1]})
+        transaction.hand_over()
+        if not coordinator.is_coordinator:
+            # the coordinator may publish as soon as it hears from this rank
+            self._request.cancellation.close()
+        message = ShareOutcome(file=entry, replicas=written.replicas)
+
+        async def conclude(outcomes: Sequence[ShareOutcome]) -> list[Conclusion]:
+            return [await self._conclude(written.plan, outcomes)] * len(outcomes)
+
+        conclusion = await coordinator.exchange(self._uid, "commit", message, conclude)
+        if conclusion["differing"]:
+            await self._comparison.explain(conclusion["differing"])
+        self._comparison.matched()
+        return CommitOutcome(*conclusion["published"])
+
+    async def _complete_file(self, written: Written) -> File | None:
+        """Append the footer and sync; None if this rank has no file."""
+        layout, transaction = written.plan.layout, self._directory.transaction
+        if not layout.image_bytes:
+            return None
+        digests = array("Q")
+        for part in written.digests:
+            digests.extend(part)
+        assert len(digests) == -(-layout.image_bytes // BLOCK_BYTES)
+        footer = Footer(image_bytes=layout.image_bytes, digests=digests)
+        with in_phase("write"):
+            await transaction.put(self._directory.file, layout.image_bytes, memoryview(footer.encode()))
+            await transaction.seal(self._directory.file)
+        return self._directory.file, layout.file_bytes, footer.digest
+
+    # The coordinator's part.
+
+    async def _conclude(self, plan: CompiledPlan, outcomes: Sequence[ShareOutcome]) -> Conclusion:
+        """Publish, unless ranks hold other bytes under one name."""
+        unlike = differing([outcome["replicas"] for outcome in outcomes])
+        if unlike:
+            return Conclusion(published=(0.0, 0, 0), differing=unlike)
+        published = await self._publish(plan, [outcome["file"] for outcome in outcomes])
+        return Conclusion(published=published, differing=[])
+
+    async def _publish(self, plan: CompiledPlan, entries: Sequence[File | None]) -> tuple[float, int, int]:
+        assert plan.shared is not None
+        request, response = self._request, self._request.response
+        coordinator, transaction = self._services.coordinator, self._directory.transaction
+        publication = await self._publication(plan.shared)
+        metadata = publication.metadata.render(self._uid)
+        now = time.time()
+        ranks = [entry and FileEntry(name=entry[0], nbytes=entry[1], digest=entry[2]) for entry in entries]
+        files = tuple(entry for entry in ranks if entry is not None)
+        head = ManifestHead(
+            checkpoint_id=response.checkpoint_id,
+            uid=self._uid,
+            step=response.step,
+            time=now,
+            world_size=coordinator.world_size,
+            torch_version=torch.__version__,
+            files=files,
+            notes=request.notes,
+        )
+        prove_head(head, publication.ends, ranks)
+        manifest = encode_manifest(**head, metadata=metadata, constant=publication.manifest_json)
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        await transaction.verify({file.name: file.nbytes for file in files})
+        # a coordinator that stood still may have been given up: then the others have failed already
+        coordinator.check_steady("commit")
+        request.cancellation.close()
+        with anyio.CancelScope(shield=True):
+            await transaction.commit(metadata, manifest, replace=request.replace)
+        return now, len(files), sum(file.nbytes for file in files)
+
+    async def _publication(self, shared: GlobalPlan) -> Publication:
+        """Made by the first of the saves that share a plan; others in flight wait for it."""
+        async with self._carryover.publishing:
+            return await self._services.threads.run(_published, shared)
+
+
+def _published(shared: GlobalPlan) -> Publication:
+    with collection_paused():  # to prove it makes as many objects as it has tensors
+        return shared.publication()

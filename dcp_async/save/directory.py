@@ -1,0 +1,77 @@
+"""The directory of one save, from the transaction that leases it to its end.
+
+Enters: a request, the plan's layout of this rank's file. Leaves: a Transaction to write with. Invariant: it
+is opened once, by whoever needs it first, and aborted unless it was committed; what can't be aborted now is
+left to a later save.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from .._names import data_file
+from ..formats import FileLayout, uids_named_in
+from ..storage import Transaction
+from .request import SaveRequest
+from .services import Carryover, SaveServices
+
+logger = logging.getLogger(__name__)
+
+
+class SaveDirectory:
+    """Where one save writes. Owns its transaction."""
+
+    def __init__(
+        self, request: SaveRequest, services: SaveServices, carryover: Carryover, *, uid: str
+    ) -> None:
+        self._request = request
+        self._services = services
+        self._carryover = carryover
+        self._uid = uid
+        self._transaction: Transaction | None = None
+        self.file = data_file(services.coordinator.rank, 0, uid)
+        """The name of this rank's file."""
+
+    @property
+    def transaction(self) -> Transaction:
+        """From ``open`` on."""
+        assert self._transaction is not None
+        return self._transaction
+
+    async def open(self, layout: FileLayout) -> None:
+        """Lease the directory; a second call does nothing. The coordinator does before the others are told
+        to write, and again when it comes to write itself."""
+        coordinator = self._services.coordinator
+        if self._transaction is None:
+            self._transaction = await self._services.storage.begin(
+                self._request.response.checkpoint_id,
+                {self.file: layout.file_bytes} if layout.image_bytes else {},
+                uid=self._uid,
+                replace=self._request.replace,
+                led_from=None if coordinator.is_coordinator else coordinator.coordinator_host,
+            )
+
+    async def sweep(self) -> None:
+        """Remove what dead saves left, and finish what could not be undone before. Failing at it loses
+        nothing."""
+        try:
+            for transaction in list(self._carryover.unfinished):
+                await transaction.abort()
+                # another save may have been as fast
+                if transaction in self._carryover.unfinished:
+                    self._carryover.unfinished.remove(transaction)
+            if self._services.coordinator.is_coordinator:
+                await self._services.storage.sweep(named=uids_named_in)
+        except Exception as error:
+            logger.warning("could not sweep leftovers under %r: %s", self._services.storage, error)
+
+    async def close(self) -> None:
+        """Undo what was not committed."""
+        if self._transaction is None:
+            return
+        try:
+            await self._transaction.abort()  # of a committed one there is nothing left to undo
+        except Exception as error:
+            # the save has its own outcome; the next one tries again
+            self._carryover.unfinished.append(self._transaction)
+            logger.warning("could not clean up after %r: %s", self._request.response.checkpoint_id, error)
