@@ -7,6 +7,7 @@ thread between two bytecodes just as a handler does, where it can't.
 from __future__ import annotations
 
 import asyncio
+import linecache
 import signal
 import sys
 import threading
@@ -48,7 +49,8 @@ OURS = (
     "_concurrency/signal_safe",
     "_concurrency/waiting",
 )
-HANG = 20.0
+HANG = 60.0
+"""No deadline that a test has to meet: after that it hangs, also on a busy machine."""
 
 
 class Between:
@@ -208,7 +210,9 @@ def test_an_interrupt_at_any_line_of_a_save_costs_no_place(root: Path) -> None:
         def trace(self, frame: FrameType, event: str, arg: Any) -> Any:
             if frame.f_code.co_filename not in self._files:
                 return None
-            if event == "line":
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            # before the release of a lock the interpreter lets no handler run, only a trace function
+            if event == "line" and "with self._numbering" not in line:
                 self.seen += 1
                 if self.seen == self.at:
                     raise Interrupt
@@ -231,7 +235,7 @@ def test_an_interrupt_at_any_line_of_a_save_costs_no_place(root: Path) -> None:
         def all_lines() -> None:
             total = save_at(0)
             assert total > 50
-            for at in range(1, total + 1, 3):
+            for at in range(1, total + 1):
                 save_at(at)
                 engine.save(STATE).upload_completion.result(PATIENCE)
             engine.wait()
