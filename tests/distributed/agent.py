@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -16,9 +17,13 @@ import torch.distributed as dist
 import uvloop
 
 from dcp_async.coordination.failures import RemoteFailure
+from dcp_async.coordination.messages import Message
 from dcp_async.coordination.store_channel import StoreChannel
 from dcp_async.coordination.store_coordinator import StoreCoordinator
 from dcp_async.options import Timeouts
+
+STANDSTILL = 1000.0
+"""Seconds; longer than any timeout of these tests."""
 
 Fields = tuple[str, str, str, str, bool]
 """Of a RemoteError: phase, type name, message, traceback text, cancelled."""
@@ -35,6 +40,35 @@ class LocalError(Exception):
         raise TypeError("not to be pickled")
 
 
+class ShiftedLoop(asyncio.SelectorEventLoop):
+    """A loop whose clock tests move on, so that a deadline passes when all is in place for it, and not when a
+    busy machine has not come that far."""
+
+    shift = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.shift
+
+
+class ObservedCoordinator(StoreCoordinator):
+    """Counts what it hears, so that tests can wait for it."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.heard: Counter[str] = Counter()
+        self.news = asyncio.Event()
+
+    def _hear(self, message: Message) -> None:
+        super()._hear(message)
+        self.heard[type(message).__name__] += 1
+        self.news.set()
+
+    async def until_heard(self, kind: str, count: int) -> None:
+        while self.heard[kind] < count:
+            self.news.clear()
+            await self.news.wait()
+
+
 class Agent:
     """Runs verbs concurrently; each answers on the connection when it has ended."""
 
@@ -43,7 +77,7 @@ class Agent:
         self._rank, self._size = rank, size
         self._finished = asyncio.Event()
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._engines: dict[str, StoreCoordinator] = {}
+        self._engines: dict[str, ObservedCoordinator] = {}
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._gates: dict[str, asyncio.Event] = {}
         self._store: dist.Store | None = None
@@ -169,9 +203,28 @@ class Agent:
         timeouts = Timeouts(coordination=coordination, exit_grace=exit_grace)
         chosen = dist.group.WORLD if group == "world" else self._groups[group]
         assert chosen is not None
-        made = StoreCoordinator(chosen, coordinator_rank=coordinator_rank, timeouts=timeouts, digest=digest)
+        made = ObservedCoordinator(
+            chosen, coordinator_rank=coordinator_rank, timeouts=timeouts, digest=digest
+        )
         await made.open()
         self._engines[engine] = made
+
+    async def until_heard(self, kind: str, count: int) -> None:
+        """Until the engine has heard ``count`` messages of one type since it was opened."""
+        await self._engines["main"].until_heard(kind, count)
+
+    async def advance(self, seconds: float = 0.0) -> None:
+        """This rank's clock moves on, by an interval of its heartbeats unless told otherwise."""
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, ShiftedLoop), "uvloop's clock can't be moved"
+        loop.shift += seconds or self._engines["main"]._connection.heartbeat.interval
+
+    async def live(self) -> None:
+        """An interval passes, and this rank has beaten again in it."""
+        made = self._engines["main"]
+        ticks = made.heard["Tick"]
+        await self.advance()
+        await made.until_heard("Tick", ticks + 1)
 
     def _uid(self, engine: str, ordinal: int, name: str) -> str:
         return self._engines[engine].uid(ordinal, name)
@@ -265,6 +318,7 @@ class Agent:
 
     async def _stand_still(self, messages: Sequence[Any]) -> list[Any]:
         os.kill(os.getpid(), signal.SIGSTOP)
+        await self.advance(STANDSTILL)
         self._engines["main"].check_steady("commit")
         return await self._tell(messages)
 
@@ -336,7 +390,7 @@ def main(
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     # a store's client looks its address up; where nobody answers that takes 5 s, more than some deadlines
     os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
-    factory = uvloop.new_event_loop if loop == "uvloop" else asyncio.new_event_loop
+    factory = uvloop.new_event_loop if loop == "uvloop" else ShiftedLoop
 
     async def run() -> None:
         await kind(connection, rank, size).serve()

@@ -301,6 +301,18 @@ class EngineAgent(Agent):
         coordinator: Any = self._checkpoints[engine]._life.resources.coordinator
         return coordinator.sent, coordinator.received
 
+    async def until_store_gone(self) -> None:
+        """Until this rank knows that the group's store is gone."""
+        coordinator: Any = self._checkpoints["main"]._life.resources.coordinator
+        released = coordinator._connection.released
+        loop, known = asyncio.get_running_loop(), asyncio.Event()
+
+        def watch() -> None:  # on the engine's loop
+            released.add_done_callback(lambda _: loop.call_soon_threadsafe(known.set))
+
+        released.get_loop().call_soon_threadsafe(watch)
+        await known.wait()
+
     async def collectives(self) -> int:
         """How many the default group has run, by its own count."""
         group: Any = dist.group.WORLD

@@ -19,8 +19,11 @@ from typing import Any, Self
 
 from tests.distributed import agent
 
-PATIENCE = 30.0
-"""Seconds that any one answer may take; far above what a healthy process needs."""
+PATIENCE = 100.0
+"""Seconds that any one answer may take: not what an idle machine needs, but when a test is told what hangs,
+before pytest ends it."""
+NEVER = 10_000.0
+"""Seconds of a time limit that must not be what ends a wait: a test that runs into it fails by PATIENCE."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.distributed.agent", "tests.distributed.engine_agent"])
@@ -205,3 +208,9 @@ class World:
         said = [(repr(member), member.stderr()) for member in self.members]
         assert [member.process.exitcode for member in self.members] == [0] * len(self.members), said
         assert [text for _, text in said] == [""] * len(said), said
+
+
+def open_engines(world: World, root: Path, **options: Any) -> None:
+    """Replica agents open an engine each, on one root."""
+    opened = world.all("replica_engine", root=str(root), **options)
+    assert [outcome["kind"] for outcome in opened] == ["open"] * len(opened), opened

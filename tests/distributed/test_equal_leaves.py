@@ -3,19 +3,12 @@ refused, with the place that differs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.harness import World
-from tests.distributed.replica_agent import ReplicaAgent, leaves
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with World(2, tmp_path_factory.mktemp("pair"), kind=ReplicaAgent) as world:
-        yield world
+from tests.distributed.replica_agent import leaves
 
 
 @pytest.mark.parametrize("kind", leaves(0, ""))

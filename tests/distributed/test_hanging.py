@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.harness import World
-from tests.distributed.replica_agent import ReplicaAgent
 
 SHORT = 2.0
-LATEST = SHORT + 10.0
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with World(2, tmp_path_factory.mktemp("pair"), kind=ReplicaAgent) as world:
-        yield world
 
 
 @pytest.mark.parametrize(
@@ -44,13 +35,13 @@ def test_a_rank_that_hangs_in_a_method_is_named_with_it(
         assert {each["kind"] for each in pair.all("save", step=1)} == {"committed"}
     pair[hanging].do("hold_stuck", pipe=str(pipe), method=method)
     calls = pair.begin(verb, step=2) if verb == "save" else pair.begin(verb)
-    outcome = calls[1 - hanging].result(LATEST)
+    outcome = calls[1 - hanging].result()
     assert outcome["kind"] == ("SaveError" if verb == "save" else "LoadError")
     assert f"rank {hanging}" in outcome["text"]
     assert f"is in {kind}.{method}() of 'stuck' since " in outcome["text"]
     assert not calls[hanging].done()
     pipe.open("wb").close()  # lets it go on
-    assert calls[hanging].result(LATEST)["kind"] == outcome["kind"]
+    assert calls[hanging].result()["kind"] == outcome["kind"]
     pair.all("hold_stuck", pipe=str(pipe), method="")
     assert {each["kind"] for each in pair.all("save", step=3)} == {"committed"}
     pair.all("finish_engine")

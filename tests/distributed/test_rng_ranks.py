@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,25 +11,8 @@ import torch.distributed.checkpoint as dcp
 
 from dcp_async import RNGState
 from dcp_async.sync import CheckpointEngine
-from tests.distributed.harness import World
-from tests.distributed.replica_agent import Once, ReplicaAgent
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with World(2, tmp_path_factory.mktemp("pair"), kind=ReplicaAgent) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with World(4, tmp_path_factory.mktemp("four"), kind=ReplicaAgent) as world:
-        yield world
-
-
-def opened(world: World, root: Path, **options: Any) -> None:
-    found = world.all("replica_engine", root=str(root), **options)
-    assert [each["kind"] for each in found] == ["open"] * len(found), found
+from tests.distributed.harness import World, open_engines
+from tests.distributed.replica_agent import Once
 
 
 def seed(world: World, how: str, first: int) -> None:
@@ -41,7 +22,7 @@ def seed(world: World, how: str, first: int) -> None:
 
 def saved(world: World, root: Path, how: str) -> list[list[float]]:
     """What each rank draws next after a save."""
-    opened(world, root)
+    open_engines(world, root)
     seed(world, how, 10)
     outcomes = world.all("save", step=1)
     assert {each["kind"] for each in outcomes} == {"committed"}, outcomes
@@ -51,7 +32,7 @@ def saved(world: World, root: Path, how: str) -> list[list[float]]:
 
 
 def loaded(world: World, root: Path, how: str) -> list[list[float]]:
-    opened(world, root)
+    open_engines(world, root)
     seed(world, how, 90)
     world.all("warnings")
     outcomes = world.all("load")
