@@ -22,7 +22,7 @@ class CallOrder:
 
     def compare(self, sent: Contribution) -> tuple[list[str], dict[int, RemoteError]]:
         """The uids that can never meet, and what to say of the ranks; nothing where ranks agree so far."""
-        if sent.ordinal is None:
+        if sent.ordinal is None:  # a save of long ago, whose beginning was compared
             return [], {}
         calls = self._calls.setdefault(sent.ordinal, {})
         done = describe_call(sent.phase, sent.name)

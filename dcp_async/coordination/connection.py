@@ -99,7 +99,7 @@ class Connection:
         )
         is_coordinator = self.rank == self.coordinator_rank
         self._channel.read_from(self.sender.inbox if is_coordinator else self.sender.outbox(self.rank))
-        self._channel.sent = self._channel.received = 0
+        self._channel.sent = self._channel.received = 0  # what it took to meet is no cost of a save
         self._reading = self._channel.wait_with(self._read, hear)
         self._reading.add_done_callback(self.sender.watch)
         self._beating = self._loop.create_task(self._beat_on(hear, watched))
@@ -117,6 +117,7 @@ class Connection:
             ranks = watched()
             self.heartbeat.ask(self._loop.time())
             beats = self.sender.beat(ranks)
+            # counted in waits that this process lived through, not by the clock: see the module heartbeat
             waited = 0.0
             while not beats.done():
                 await asyncio.wait({beats}, timeout=self.heartbeat.interval)
@@ -182,6 +183,7 @@ class Connection:
             sender.send_in(Goodbye(rank=self.rank, unread=None))
             await asyncio.wait({self._alone}, timeout=grace)
         await channel.stop_taking(self._reading)
+        # the wake that ended the reading may have been put twice, see StoreChannel
         await sender.call(channel.delete, [f"{sender.outbox(self.rank)}/{channel.unread}"])
         if not self._is_host:
             # the last that this rank does with the store, and known to have arrived: its host may leave now

@@ -139,6 +139,7 @@ class LocalCoordinator:
     async def exchange(
         self, uid: str, phase: str, message: M, decide: Callable[[Sequence[M]], Awaitable[Sequence[A]]]
     ) -> A:
+        # nothing is sent, so nothing has to be plain data here
         (answer,) = await decide([message])
         return answer
 

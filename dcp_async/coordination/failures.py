@@ -57,7 +57,7 @@ class RemoteError(Exception):
         """``error`` in a form that travels. ``phase`` holds unless the error knows better."""
         if isinstance(error, PhaseFailure):
             phase, error = error.phase, error.cause
-        if isinstance(error, RemoteError):
+        if isinstance(error, RemoteError):  # another rank's or the coordination's own: it knows best
             return error
         try:
             message = str(error)
@@ -96,6 +96,7 @@ class RemoteError(Exception):
 
 def _cut(text: str, *, keep_end: bool = False) -> str:
     raw = text.encode(errors="backslashreplace")
+    # a message with text of any length would be cut into chunks that every rank has to fetch
     if len(raw) > _TEXT_BYTES:
         room = _TEXT_BYTES - len("... ")
         raw = b"... " + raw[-room:] if keep_end else raw[:room] + b" ..."

@@ -121,13 +121,16 @@ class Ledger:
         unmatched, failures = self._calls.compare(sent)
         if unmatched:
             return [effect for other in unmatched for effect in self._fail_all(other, failures, now)]
+        # not needed for the round: it says of a rank that dies how far it had come
         self._reached.setdefault(uid, {})[sent.rank] = phase
         gathered = self._rounds.add(sent)
         lacking = gathered.lacking(self._ranks)
         if not lacking:
+            # dropped before anybody decides: a failure from here on is one of a decision, not of a round
             self._rounds.drop(uid, phase)
             values = [gathered.values[rank] for rank in sorted(self._ranks)]
             return [Send(rank=self._rank, message=Gathered(uid=uid, phase=phase, values=values))]
+        # from the first to come; one more deadline for each that follows would keep them all waiting
         if phase in MEETINGS and len(gathered.values) == 1:
             gathered.deadline = now + self._timeout
         return self._fail_of_gone(gathered, now)
@@ -156,7 +159,7 @@ class Ledger:
             self._held[uid].reports.append(report)
             return []
         if uid in self._over:
-            return []
+            return []  # whoever asks of it is told by the answer to its contribution
         # a second failure changes nothing for who waits, but has its place in the verdict
         effects: list[Effect] = [*self._settlement.failed(uid, report.failures, now)]
         if uid in self._failed:
@@ -187,7 +190,7 @@ class Ledger:
         if error is not None:
             held.reports.insert(0, FailureReport(reporter=self._rank, uid=uid, failures={self._rank: error}))
         held.depth -= 1
-        if held.depth:
+        if held.depth:  # phases of one save may be decided side by side; the last to end tells
             return []
         del self._held[uid]
         return self._to_listeners([effect for report in held.reports for effect in self._fail(report, now)])
@@ -218,6 +221,7 @@ class Ledger:
         lacking = gathered.lacking(self._ranks)
         effects: list[Effect] = []
         if gathered.ordinal is not None:
+            # ordinals must stay in step: each learns which call of its own the others have given up
             missed = Missed(ordinal=gathered.ordinal, name=gathered.name)
             effects = [Send(rank=rank, message=missed) for rank in lacking]
         failures = {rank: late(rank, gathered.phase, self._not_done(rank, gathered, now)) for rank in lacking}
@@ -251,6 +255,7 @@ class Ledger:
         since it needs every rank."""
         lacking = {gathered.uid for gathered in self._rounds if gathered.lacking(message.ranks)}
         effects: list[Effect] = []
+        # in one order, so that what is sent does not depend on the hashes of this process
         for uid in sorted(lacking.union(waited_for)):
             reached, phase = self._reached.get(uid, {}), self._rounds.phase(uid) or "open"
             failures = {rank: silent(rank, message.why, reached.get(rank), phase) for rank in message.ranks}
@@ -265,6 +270,7 @@ class Ledger:
         return self._to_listeners(self._leave(self._rank, reason, now))
 
     def _leave(self, rank: int, reason: str, now: float) -> list[Effect]:
+        # a goodbye is the last of a rank's messages, so whatever it has contributed is here by now
         self._gone[rank] = reason
         effects: list[Effect] = [*self._settlement.gone(rank)]
         for gathered in self._rounds:
@@ -284,6 +290,7 @@ class Ledger:
         effects = self._fail_all(uid, {self._rank: unanswered(self._rank, phase)}, now) if phase else []
         self._reached.pop(uid, None)
         self._failed.pop(uid, None)
+        # last, since a uid that is over can't fail any more
         self._over[uid] = None
         return self._to_listeners(effects)
 

@@ -213,6 +213,7 @@ def to_plain(message: ToCoordinator | ToRank) -> tuple[Any, ...]:
     """``message`` as plain data."""
     values = [getattr(message, field.name) for field in fields(message)]
     if isinstance(message, FailureReport | Failed | Settled):
+        # alone among the fields they are objects; a contribution's value may be a mapping of the caller's
         values = [_plain_failures(value) if isinstance(value, Mapping) else value for value in values]
     return (_NAMES[type(message)], *values)
 
@@ -223,6 +224,7 @@ def from_plain(data: tuple[Any, ...]) -> ToCoordinator | ToRank:
     kind = _KINDS.get(name)
     if kind is None or len(values) != len(fields(kind)):
         raise ValueError(f"not a message between ranks: {name!r} with {len(values)} fields")
+    # by position on the wire, as short as a tuple: all ranks run one version
     by_name = dict(zip((field.name for field in fields(kind)), values, strict=True))
     if "failures" in by_name:
         by_name["failures"] = {

@@ -17,6 +17,7 @@ class Recent(OrderedDict[K, V]):
     """Holds the ``REMEMBERED`` entries that were added last."""
 
     def __setitem__(self, key: K, value: V) -> None:
+        # what is set again keeps its age: an id lives as long as its save, and no save as long as hundreds
         super().__setitem__(key, value)
         while len(self) > REMEMBERED:
             self.popitem(last=False)

@@ -59,6 +59,7 @@ class Rendezvous:
             await self._watch(call)
         finally:
             if not call.done():
+                # a thread that still took messages would take those of the next engine
                 with anyio.CancelScope(shield=True):
                     await self.channel.stop_taking(call)
         if not call.done():
@@ -68,6 +69,7 @@ class Rendezvous:
     async def _watch(self, call: concurrent.futures.Future[tuple[str, str]]) -> None:
         """Until ``call`` is done or its deadline is over."""
         waiter = asyncio.wrap_future(call)
+        # looked at by whoever made the call, or a rank that was cancelled would leave an unseen error
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
         unread = 0
         while not call.done() and (left := self.deadline - time.monotonic()) > 0:
@@ -87,6 +89,7 @@ class Rendezvous:
         return self.channel.post_with(fn, *args).result()
 
     def _visit(self) -> tuple[str, str]:
+        # a new one for each attempt, so that an answer to a former one goes to a box that nobody reads
         token = secrets.token_hex(8)
         self.channel.read_from(f"lobby/{token}")
         seen = False
@@ -103,6 +106,7 @@ class Rendezvous:
                 nonce, left = value
                 # a little longer than the host, which can say who is missing
                 self.deadline = time.monotonic() + left + self.timeout / 4 + 1
+                # before the rank says that it is there: whoever reads heartbeats reads keys that exist
                 self.post(self.channel.add, heartbeat_key(nonce, self.rank), 1)
                 self._tell("ack", token, nonce, None)
         except Woken:
@@ -139,6 +143,7 @@ class _Host:
         try:
             while self._present != others:
                 message = self._channel.take()
+                # counted in the store, where the next engine's host goes on, which may be another process
                 post(self._channel.add, _READ, 1)
                 self._hear(*message)
         except Woken:
@@ -147,19 +152,20 @@ class _Host:
                 f"within {meeting.timeout:g} s"
             ) from None
         self._compare()
-        found = self._nonce, self._hosts[meeting.coordinator_rank]
+        agreed = self._nonce, self._hosts[meeting.coordinator_rank]
         for rank in others:
-            self._answer(rank, "go", found)
-        return found
+            self._answer(rank, "go", agreed)
+        return agreed
 
     def _hear(self, kind: str, rank: int, token: str, value: Any, more: Any) -> None:
         if kind == "hello":
             self._tokens[rank] = token
             self._digests[rank], self._hosts[rank] = tuple(value), more
+            # said again after a restart or a cancellation: the old one's word no longer counts
             self._present.discard(rank)
             left = max(0.0, self._meeting.deadline - time.monotonic())
             self._answer(rank, "welcome", (self._nonce, left))
-        elif self._tokens.get(rank) == token:
+        elif self._tokens.get(rank) == token:  # words of a former attempt may arrive after the newest hello
             if kind == "ack" and value == self._nonce:
                 self._present.add(rank)
             elif kind == "withdrawn":

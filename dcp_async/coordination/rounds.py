@@ -45,6 +45,7 @@ class Rounds:
 
     def __iter__(self) -> Iterator[Round]:
         """Over those that are in flight now, whatever is dropped meanwhile."""
+        # a copy, since what is found out about a round may drop it, and others of its save
         return iter(list(self._rounds.values()))
 
     def find(self, uid: str, phase: str) -> Round | None:
@@ -67,7 +68,7 @@ class Rounds:
         return gathered
 
     def drop(self, uid: str, phase: str | None = None) -> None:
-        """Of ``uid`` nobody is waited for any more, in ``phase`` or in any."""
+        """Nobody is waited for with ``uid`` any more, in ``phase`` or in any."""
         for key in [key for key in self._rounds if key[0] == uid and phase in (None, key[1])]:
             del self._rounds[key]
 
@@ -79,6 +80,7 @@ class Rounds:
             if gathered.deadline is not None and gathered.deadline <= now
         ]
         for gathered in late:
+            # the round itself stays: who owns it may give it a moment more
             gathered.deadline = None
         return late
 

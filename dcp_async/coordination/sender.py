@@ -67,6 +67,7 @@ class Sender:
 
     def send_out(self, rank: int, message: ToRank) -> None:
         """To one rank, from the coordinator."""
+        # the box has one writer, which numbers it without asking the store: one trip per message
         call = self._channel.post_with(self._channel.send, self.outbox(rank), to_plain(message))
         call.add_done_callback(self.watch)
 
@@ -103,6 +104,7 @@ class Sender:
         waits: set[asyncio.Future[Any]] = {call, self._released}
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if not call.done():
+            # the thread hangs in the store; it is left behind by whoever closes the channel
             raise StoreGoneError("the process group's store does not answer")
         return call.result()
 

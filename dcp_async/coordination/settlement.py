@@ -45,6 +45,7 @@ class Settlement:
         if uid in self._made:
             return []
         case, told = self._begun(uid, now)
+        # the first word is the cause: what a rank says after others' failures follows from them
         for rank, error in failures.items():
             case.failures.setdefault(rank, error)
         return told + self._decide_if_known(uid, case)
@@ -81,11 +82,13 @@ class Settlement:
         case = self._open.get(uid)
         if case is None:
             case = self._open[uid] = _Open(deadline=now + self._patience)
+            # whoever never stops must not make this grow: the oldest is decided by what is known
             while len(self._open) > REMEMBERED:
                 told += self._decide(next(iter(self._open)))
         return case, told
 
     def _decide_if_known(self, uid: str, case: _Open) -> list[Send]:
+        # a rank that failed may say so again as one that stopped: it is waited for once
         heard = case.failures.keys() | case.stopped.keys() | self._gone
         return self._decide(uid) if len(heard) >= self._world_size else []
 

@@ -97,7 +97,7 @@ class StoreCoordinator:
         self._known: Recent[str, tuple[int, str]] = Recent()
         """What each uid of this rank's stands for: ordinal and name."""
         self._answered: dict[str, str] = {}
-        """Of uids that this rank waits for: the phase that the coordinator answered last."""
+        """By uid, the phase that the coordinator answered last."""
         self._ledger: Ledger | None = None
         """On the coordinator."""
         self._timer: asyncio.TimerHandle | None = None
@@ -231,7 +231,7 @@ class StoreCoordinator:
         failures = {self.rank: RemoteError.of(phase, error)}
         if not self.is_coordinator:
             if known is not None:
-                return
+                return  # the coordinator was told, or told this rank
             self._waiters.fail(uid, failures, common=False)
         self._tell_coordinator(FailureReport(reporter=self.rank, uid=uid, failures=failures))
 
@@ -249,6 +249,7 @@ class StoreCoordinator:
         """How ``uid`` ended, the same on every rank but for one that can't be heard, which goes by what it
         knows itself."""
         known = self._waiters.failure(uid)
+        # a rank that gave up on the coordinator has nobody to ask
         mine: Verdict = (dict(known.failures) if known else {}, flag)
         is_lost = known and not known.common and self.coordinator_rank in known.failures
         if self._state != "open" or (is_lost and not self.is_coordinator):

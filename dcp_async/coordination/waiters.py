@@ -40,7 +40,7 @@ class Waiters:
 
     @property
     def uids(self) -> list[str]:
-        """Of those that somebody waits for."""
+        """The uids that somebody waits for."""
         return list(self._waiting)
 
     @property
@@ -58,6 +58,7 @@ class Waiters:
         returns or raises. Raises at once what is known already."""
         self.check(uid)
         mine = self._waiting.setdefault(uid, {})
+        # any number may wait for a failure alone, one for an answer: two would be two messages of one rank
         key = object() if phase is None else phase
         if key in mine:
             raise ValueError(f"an exchange of {uid} in phase {phase!r} is under way on this rank")
@@ -66,6 +67,8 @@ class Waiters:
         try:
             yield answer
         finally:
+            # also when cancelled: an answer that comes now must find nobody, so that the coordinator is asked
+            # to fail what it can't hand over
             del mine[key]
             if not mine:
                 self._waiting.pop(uid, None)
@@ -80,6 +83,7 @@ class Waiters:
     def answer(self, uid: str, phase: str, call: Callable[[], Any]) -> bool:
         """Wake who waits for ``phase``, if anybody does; a call of ``call`` gives the answer or raises."""
         waiter = self._waiting.get(uid, {}).get(phase)
+        # one that was woken by a failure a moment ago stays failed, whatever it is sent now
         if waiter is None or waiter.done():
             return False
         waiter.set_result(call)
@@ -97,6 +101,8 @@ class Waiters:
         if uid in self._over:
             return
         known = self._failed.get(uid)
+        # what this rank was told first stays its reason; that all ranks know of a failure is news of its own,
+        # since then nobody has to be told of it any more
         if known is None or (common and not known.common):
             self._failed[uid] = KnownFailure(known.failures if known else failures, common)
         if known is None:
