@@ -160,6 +160,7 @@ class PlannerDraft:
         planner.__dict__["_enable_plan_caching"] = False
         # flattened already: planner_data comes from our own walk
         planner.set_up_planner(captured.flat(), None, is_coordinator)
+        # a planner's plan may hold any class, so plain data will not do
         self.message = (local_plan, pickle.dumps(planner.create_local_plan()))
 
     def merge(

@@ -96,6 +96,7 @@ class Commit:
         await asyncio.shield(asyncio.wrap_future(self._request.has_returned))
         if entry is not None and not coordinator.is_coordinator:  # it looks at all of them
             await transaction.verify({entry[0]: entry[1]})
+        # the files are the coordinator's now: if this process dies they may be published all the same
         transaction.hand_over()
         if not coordinator.is_coordinator:
             # the coordinator may publish as soon as it hears from this rank
@@ -106,7 +107,7 @@ class Commit:
             return [await self._conclude(written.plan, outcomes)] * len(outcomes)
 
         conclusion = await coordinator.exchange(self._uid, "commit", message, conclude)
-        if conclusion["differing"]:
+        if conclusion["differing"]:  # a second exchange, since names of tensors travel only where they differ
             await self._comparison.explain(conclusion["differing"])
         self._comparison.matched()
         return CommitOutcome(*conclusion["published"])
@@ -155,8 +156,10 @@ class Commit:
             files=files,
             notes=request.notes,
         )
+        # what is read back wrongly fails the save now, not the resume in a week
         prove_head(head, publication.ends, ranks)
         manifest = encode_manifest(**head, metadata=metadata, constant=publication.manifest_json)
+        # the last moment at which a cancellation undoes everything
         await anyio.lowlevel.checkpoint_if_cancelled()
         await transaction.verify({file.name: file.nbytes for file in files})
         # a coordinator that stood still may have been given up: then the others have failed already
@@ -168,6 +171,7 @@ class Commit:
 
     async def _publication(self, shared: GlobalPlan) -> Publication:
         """Made by the first of the saves that share a plan; others in flight wait for it."""
+        # in a thread: tens of thousands of tensors take a second, and the loop serves other saves
         async with self._carryover.publishing:
             return await self._services.threads.run(_published, shared)
 

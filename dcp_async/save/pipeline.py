@@ -87,17 +87,20 @@ class SavePipeline:
 
         Raises: PhaseFailure. Cancellation: everything is undone, unless the commit has begun.
         """
+        # beside the work: or a rank would notice the failure of another only where it waits for it
         failed = functools.partial(self._services.coordinator.failed, self._uid)
         try:
             return await run_unless(failed, self._run)
         except BaseException as error:
             self._tell(error)
+            # all ranks raise one error, so each waits to hear what the others failed at; a cancelled one
+            # raises none
             if not isinstance(error, asyncio.CancelledError):
                 self.verdict, _ = await self._services.coordinator.settle(self._uid)
             raise
         finally:
             self._let_go()
-            with anyio.CancelScope(shield=True):
+            with anyio.CancelScope(shield=True):  # a second cancellation must not leave files behind
                 await self._clean_up()
 
     def _tell(self, error: BaseException) -> None:
@@ -144,7 +147,7 @@ class SavePipeline:
         if written is None:
             with in_phase("plan"):
                 plan = await ranks.compile()
-            self._carryover.plan = plan
+            self._carryover.plan = plan  # for the saves to come, whatever becomes of this one
             written = await self._write_under(plan, None)
             assert written is not None
         commit = Commit(
@@ -234,8 +237,9 @@ class _Flow:
             group.start_soon(self._begin, is_agreed, group.cancel_scope)
             group.start_soon(self._emit, parts)
             group.start_soon(self._stage, parts, staged)
-            for _ in range(writers):
+            for _ in range(writers):  # one writer waits for the disk while another hands over
                 group.start_soon(self._write, staged, written)
+            # one: it hashes faster than disks write, and a second would take a core from the trainer
             group.start_soon(self._digest, written)
         if not self._begun.is_set():
             self.drop_staged()
@@ -254,6 +258,7 @@ class _Flow:
         directory."""
         with in_phase("plan"):
             if is_agreed is not None and not await is_agreed():
+                # writers wait for ``_begun``, so nothing has left the pool
                 staging.cancel()
                 return
         with in_phase("write"):
@@ -274,6 +279,7 @@ class _Flow:
         while batch := await parts.batch(_BATCH_PARTS):
             await self._stage_run(job, batch[0], len(batch), staged)
         await staged.close()
+        # replicas are read last: the share that is written goes to the disk meanwhile
         with in_phase("stage"):
             await self._comparison.read(self._plan, self._request.prepared)
         self._calm.set()
@@ -281,6 +287,7 @@ class _Flow:
         # business: its state is held for the first, and it is told of the others before save() returns
         await self._begun.wait()
         self._on_staged(self._plan.layout.image_bytes)
+        # hashed when the caller has its state back: what was read lies in buffers of the check's own
         self._replicas = await self._comparison.digests()
 
     async def _stage_run(self, job: StageJob, first: int, count: int, staged: Pipe[StagedPart]) -> None:
@@ -320,6 +327,8 @@ class _Flow:
     async def _digest(self, written: Pipe[StagedPart]) -> None:
         """Checksum parts and free their slots. Takes CPU, so it waits until no caller waits for staging."""
         services, response = self._services, self._request.response
+        # behind the write, not before it: the bytes lie in the slot until they are hashed, so what is checked
+        # is what the storage was given, and no write waits for a hash
         await self._calm.wait()
         async for part in written:
             with in_phase("write"):

@@ -48,6 +48,7 @@ class Ruling(TypedDict):
 def judge(plan: CompiledPlan | None, messages: Sequence[dict[str, Any]]) -> Verdict:
     """The coordinator's verdict, given its own plan and all ranks' messages: whether they can go on, or have
     to plan anew, or to look for the shared leaf that differs."""
+    # together or not at all: where one rank's items lie stands in the .metadata that all ranks share
     if plan is None or any(message["generation"] != plan.generation for message in messages):
         return "replan"
     seen: dict[int, str] = {}
@@ -92,7 +93,7 @@ class PlanAgreement:
         hashes: list[int] = []
         message: dict[str, Any] = {"generation": None, "groups": [], "shared": []}
         if plan is not None:
-            if plan.groups:
+            if plan.groups:  # in a thread, since leaves may be large
                 hashes = await self._threads.run(shared_hashes, self._captured, plan.canonical)
             message = {
                 "generation": plan.generation,
@@ -101,6 +102,7 @@ class PlanAgreement:
             }
         ruling = await self._coordinator.exchange(self._uid, "verdict", message, self._judge)
         if ruling["verdict"] == "compare" and plan is not None:
+            # bytes differ where values need not: sets and dicts pickle in an order of each process's own
             named = dict(zip(plan.structure.leaf_names, hashes, strict=True))
             shared = {plan.structure.leaf_names[index] for _, leaves in plan.groups for index in leaves}
             mine = {name: value for name, value in named.items() if name in shared}
@@ -114,6 +116,7 @@ class PlanAgreement:
 
     def _learn(self, plan: CompiledPlan, names: Sequence[str]) -> None:
         """These leaves are equal, and pickled otherwise on each rank."""
+        # from now on their values are hashed, so that the next save takes one exchange again
         index_of = {name: index for index, name in enumerate(plan.structure.leaf_names)}
         plan.canonical.update({index_of[name]: (0, 0) for name in names if name in index_of})
 
@@ -125,6 +128,7 @@ class PlanAgreement:
 
         async def compare(digests: Sequence[dict[str, Digest]]) -> list[list[str]]:
             unequal = conflicts(digests)
+            # no rank may write before the directory is leased, and this answer lets them
             if not unequal and agreed is not None and self._plan is not None:
                 await self._go_ahead(self._plan)
             return [unequal] * len(digests)
@@ -148,7 +152,7 @@ class PlanAgreement:
         return [Ruling(verdict=verdict, turn=self._comparison.deal(plan))] * len(messages)
 
     async def _go_ahead(self, plan: CompiledPlan) -> None:
-        if self._coordinator.world_size > 1:
+        if self._coordinator.world_size > 1:  # alone, it opens the directory beside staging
             await self._lead(plan)
 
     async def compile(self) -> CompiledPlan:
@@ -172,7 +176,7 @@ class PlanAgreement:
 
         async def locate(by_rank: Sequence[ItemLocations]) -> list[Turn]:
             assert shared is not None
-            for rank, theirs in enumerate(by_rank):
+            for rank, theirs in enumerate(by_rank):  # a hop for each: a cancellation may come between two
                 await run(shared.locate, rank, theirs)
             await self._go_ahead(plan)
             return [self._comparison.deal(plan)] * len(by_rank)

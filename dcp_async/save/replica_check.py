@@ -185,7 +185,7 @@ class ReplicaCheck:
         """
         if not plan.replicas:
             return None
-        kept = self._kept.get(id(plan))
+        kept = self._kept.get(id(plan))  # an id that is not used again: what is kept holds its plan
         if kept is None:
             kept = self._kept[id(plan)] = _Kept(plan, self._mode)
             if len(self._kept) > _KEPT_PLANS:
@@ -197,6 +197,8 @@ class ReplicaCheck:
         reader = _Reader(prepared, self._stager)
         is_proven = turn["is_proven"]
         regions = kept.blocks(turn["number"]) if is_proven or self._mode == "sample" else []
+        # with side buffers a later save costs no step of Python per tensor; under a budget there is no memory
+        # for them, so bytes are hashed as they are read
         if not self._stager.pool.has_budget:
             if kept.small:
                 small = kept.free.pop() if kept.free else SideBuffer(structure, _all_pieces(kept.small))
@@ -207,6 +209,7 @@ class ReplicaCheck:
                 reads += reader.filled(blocks, regions)
         else:
             reads += map(reader.streamed, [*kept.small, *regions])
+        # large ones that are read once, or whatever it costs, are not worth a buffer
         reads += map(reader.streamed, kept.always if is_proven else [*kept.always, *kept.whole])
         sample = Sample(kept, reads, small, blocks)
         try:

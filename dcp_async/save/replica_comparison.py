@@ -59,9 +59,10 @@ class ReplicaComparison:
 
     async def read(self, plan: CompiledPlan, prepared: Prepared) -> None:
         """Read the replicas once the turn is known, while the state is held still. Raises: MutatedTensors."""
-        self._drop()
+        self._drop()  # of a plan that did not hold
         if plan.replicas:
             await self._is_known.wait()
+            # the stager's thread: no second one competes with the trainer for cores
             self._sample = await self._stager.run(
                 self._timeout, self._replicas.take, plan, prepared, self._turn
             )
@@ -98,6 +99,7 @@ class ReplicaComparison:
         """However the save ended."""
         self._drop()
         if self._dealt is not None:
+            # what it read was compared by nobody, so a later save has to
             rotation, turn = self._dealt
             rotation.missed(turn)
             self._dealt = None

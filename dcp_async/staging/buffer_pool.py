@@ -115,7 +115,7 @@ class BufferPool:
         self._budget = budget_bytes
         self._arenas: list[Arena] = []
         self._reserved: dict[object, int] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # engines on several loops may share a stager; never held across a wait
         self._waiters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
 
     def __repr__(self) -> str:
@@ -178,7 +178,7 @@ class BufferPool:
                 return
             growth += self._total()
             self._arenas.clear()  # the old memory goes before the new comes
-        if growth:
+        if growth:  # while slots are out their arena can't be replaced, so another comes beside it
             self._arenas.append(Arena(growth, self.slot_bytes))
 
     def _try_lease(self, wanted: int) -> Lease | None:
@@ -191,6 +191,7 @@ class BufferPool:
                     verb="stage",
                     path="",
                 )
+            # a shorter run now is better than a longer one later: the disk works meanwhile
             runs = [(arena, *arena.free_run(wanted)) for arena in self._arenas]
             arena, first, count = max(runs, key=lambda run: run[2])
             if count == 0:

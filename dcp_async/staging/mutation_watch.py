@@ -69,6 +69,7 @@ class MutationWatch:
             return set()
         indices = self.sample.indices()
         sampled = [tensors[index] for index in indices]
+        # a counter that moved was judged when its tensor was copied: after that the trainer may change it
         wrapped = self.wrappers_changed(indices)
         addresses = map(torch.Tensor.data_ptr, sampled)
         current = {

@@ -102,7 +102,7 @@ def copy_aside(captured: Captured) -> tuple[Captured, list[int]]:
     """
     smallest = captured.structure.cache.smallest(captured.tensors, _ASIDE_TENSOR_BYTES, ASIDE_BYTES)
     tensors = captured.tensors.copy()
-    with torch.no_grad():
+    with torch.no_grad():  # a copy of a Parameter would record autograd
         copies = list(map(torch.Tensor.clone, [tensors[index] for index in smallest]))
     for index, copy in zip(smallest, copies, strict=True):
         tensors[index] = copy

@@ -105,6 +105,7 @@ class Stager:
     async def open(self) -> Self:
         """Start the copying thread; a second call does nothing."""
         if self._threads is None:
+            # one: a copy of two threads costs the trainer's own more than twice what one of one does
             self._threads = BlockingThreads("dcp_async-stage", 1)
             if not self.options.overlap:
                 self._helper = BlockingThreads("dcp_async-stage-helper", 1)
@@ -170,6 +171,7 @@ class Stager:
         try:
             await run_blocking(self._threads, patience, self._copy, job, first, lease)
         except StuckThreadError:
+            # the thread that hangs may still write into them
             for index in range(lease.count):
                 self.pool.release(lease, index, lost=True)
             raise
@@ -197,9 +199,10 @@ class Stager:
             for source, target in self._cut(job, index, start, stop, lease):
                 sources.append(source)
                 targets.append(target)
+        # all at once: beside a busy trainer each call waits for the GIL, 5 ms
         self.copy_tensors(job.prepared.events, targets, sources)
         self._check_changed(job.prepared, views, is_last=stop == layout.image_bytes)
-        arena.resident[slots] = marks
+        arena.resident[slots] = marks  # the next save of this plan finds the constant bytes there
 
     def _copy_leaves(self, job: StageJob, start: int, stop: int, lease: Lease) -> None:
         """What of the leaves lies in the image's bytes [start, stop)."""

@@ -96,6 +96,7 @@ class VectoredCopy:
         if _copy is None:
             raise RefusedError("this system has no process_vm_writev")
         address, _ = self._sources.buffer_info()
+        # writev of the own process: the kernel checks each address, where memcpy of a freed one would crash
         target = (ctypes.c_uint64 * 2)()
         for call in self._calls[first:stop]:
             target[0], target[1] = call.target, call.nbytes

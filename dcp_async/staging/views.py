@@ -108,6 +108,7 @@ def _make_views(plan: CompiledPlan, start: int, stop: int, lease: Lease, vectore
             flat = lease.arena.typed(dtype)
             offset = (lease.offset + low - start) // dtype.itemsize
             whole.append(index)
+            # one call instead of slice, view and view: a quarter of the time
             targets.append(flat.as_strided(shape, contiguous_strides(shape), offset))
             follows_small = False
     vectored = None
