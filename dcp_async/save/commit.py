@@ -64,7 +64,7 @@ class Written:
     digests: Sequence[array[int]]
     """Per part, those of its blocks."""
     replicas: list[Digest]
-    """Of what this rank holds as others do."""
+    """Digests of what this rank holds as others do."""
 
 
 class Commit:
