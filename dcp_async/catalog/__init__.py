@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .catalog import Catalog
 from .contents import Contents
-from .opening import UnfitMetadataError
+from .decoding import UnfitMetadataError
 from .reference import reference
 
 __all__ = [

@@ -25,7 +25,8 @@ from ..formats import Manifest
 from ..info import CheckpointInfo, CheckpointRef
 from ..storage import LinkError, Storage, StoredCheckpoint
 from .contents import Contents
-from .opening import Opener, UnfitMetadataError, last_number, refused_link
+from .decoding import UnfitMetadataError
+from .opening import Opener, last_number, refused_link
 from .reference import reference
 
 logger = logging.getLogger(__name__)
@@ -188,9 +189,9 @@ class Catalog:
             chosen = [name] if name in names else []
         if not chosen:
             what = "no checkpoint" if wanted == "latest" else f"no checkpoint {wanted!r}"
-            there = f"there are {', '.join(map(_shown, names[-5:]))}" if names else "there is none yet"
+            others = f"there are {', '.join(map(_shown, names[-5:]))}" if names else "there is none yet"
             why = await self._why_none(wanted)
-            raise CheckpointNotFoundError(f"{what} is committed in {self._storage!r}{why}; {there}")
+            raise CheckpointNotFoundError(f"{what} is committed in {self._storage!r}{why}; {others}")
         return chosen
 
     async def _meant_by(self, name: str) -> str:

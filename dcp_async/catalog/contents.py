@@ -1,6 +1,6 @@
 """An opened checkpoint: what its metadata and its manifest say it holds, and where.
 
-Enters: decoded Metadata and manifest. Leaves: names, places and the saved tree. Invariant: whoever has
+Enters: decoded Metadata and manifest. Leaves: names, locations and the saved tree. Invariant: whoever has
 Contents has its reader too, and closes both.
 """
 
@@ -35,38 +35,43 @@ class Contents:
     """Of the bytes of `.metadata`: tells whether two ranks see the same checkpoint."""
     manifest: Manifest | None
     """None if stock wrote it."""
-    places: dict[MetadataIndex, tuple[str, int, int]]
+    locations: Mapping[MetadataIndex, tuple[str, int, int]]
     """Item -> (file, offset, length)."""
-    transforms: dict[MetadataIndex, tuple[str, ...]]
+    transforms: Mapping[MetadataIndex, tuple[str, ...]]
     """Item -> descriptors of torch's stream extensions that wrote it; most have none."""
     exotic: frozenset[str]
     """Tensors that were stored by ``torch.save``; stock's, where there is no manifest, are not told apart."""
     strides: Mapping[str, tuple[int, ...]]
     """Of tensors that were not row-major; of stock's none are known."""
-    parts: dict[str, dict[str, InnerValue]] = field(default_factory=dict)
-    """Leaf -> name -> what was found inside of it, for a state that has a container there."""
-    digests: dict[str, array[int]] = field(default_factory=dict)
-    image_bytes: dict[str, int] = field(default_factory=dict)
+    digests: Mapping[str, array[int]]
+    """Checksums of the blocks of each file that has any."""
+    image_bytes: Mapping[str, int]
     """Length of each file without its footer."""
+    unfolded: Mapping[str, Mapping[str, InnerValue]] = field(default_factory=dict)
+    """Leaf -> name -> what lay inside of it, for a state that has a container there."""
     _tree: Tree = field(default=None, init=False, repr=False)
     """What ``structure`` has decoded, if it was asked: nothing may change it."""
 
     @property
     def names(self) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
-        """Every name that was saved, in the order in which it was; those of parts in place of their leaf."""
-        if not self.parts:
+        """Every name that was saved, in the order in which it was; those inside of an unfolded leaf in place
+        of it."""
+        if not self.unfolded:
             return self.metadata.state_dict_metadata
         names: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for name, meta in self.metadata.state_dict_metadata.items():
-            if name in self.parts:
-                names |= {inner: part.meta for inner, part in self.parts[name].items()}
+            if name in self.unfolded:
+                names |= {inner: leaf.meta for inner, leaf in self.unfolded[name].items()}
             else:
                 names[name] = meta
         return names
 
-    def part(self, name: str) -> InnerValue | None:
+    def unfolded_leaf(self, name: str) -> InnerValue | None:
         """What lay inside of a leaf under ``name``."""
-        return next((inner[name] for inner in self.parts.values() if name in inner), None)
+        for leaves in self.unfolded.values():
+            if name in leaves:
+                return leaves[name]
+        return None
 
     @property
     def structure(self) -> Tree:
@@ -89,7 +94,7 @@ class Contents:
                     f"checkpoint {name!r}: its manifest has a tree that makes no sense: {error}",
                     checkpoint_id=name,
                 ) from error
-        inside = {name: part.path for parts in self.parts.values() for name, part in parts.items()}
+        inside = {name: leaf.path for leaves in self.unfolded.values() for name, leaf in leaves.items()}
         return tree_from_paths({**usable_paths(self.metadata), **inside}, list(self.names))
 
     @property

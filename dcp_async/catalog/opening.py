@@ -1,7 +1,7 @@
 """Opens one checkpoint by name, and checks everything but the payload.
 
-Enters: a Storage and a name. Leaves: Contents, or what the checkpoint is. Invariant: a checkpoint of ours
-without the manifest of its `.metadata` is corrupt, never taken for one of stock's.
+Enters: a Storage and a name. Leaves: Contents, or what the checkpoint is. Invariant: what is told of a
+checkpoint is told of one state of it, however often saves replace it meanwhile.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 import anyio
-import xxhash
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from .._concurrency import BlockingThreads, collection_paused
-from .._names import names_data_file
 from ..errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -26,42 +24,16 @@ from ..errors import (
     StorageError,
     UntrustedCheckpointError,
 )
-from ..formats import (
-    SECTOR_BYTES,
-    Footer,
-    FooterError,
-    Manifest,
-    ManifestError,
-    NewerVersionError,
-    decode_manifest,
-    decode_metadata,
-    footer_span,
-    merge_ranks,
-    places_of,
-    read_trailer,
-    transforms_of,
-)
+from ..formats import Manifest, ManifestError, places_of, transforms_of
 from ..info import CheckpointInfo
 from ..storage import LinkError, Reader, Storage, UnreadableError
-from ..trust import UntrustedGlobal
 from .contents import Contents
+from .decoding import RawMetadata, decoded, digest_of, manifest_of, parsed_manifest, read_raw
+from .file_checks import check_files, open_files
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_LONG_FOOTER_BYTES = 1 << 20
-"""Of files from 8 GiB on."""
-
-_RawMetadata = Mapping[int | None, bytes]
-"""What makes a checkpoint one: `.metadata` under None, or else, under its number, that of each of stock's
-ranks."""
-
-
-class UnfitMetadataError(UntrustedCheckpointError):
-    """`.metadata` names what no checkpoint needs, so it is none that any release wrote: whoever looks for the
-    newest passes over it, with a warning, as over one that is damaged. An untrusted leaf or link is the
-    user's decision, and no older checkpoint is given in its place."""
 
 
 def last_number(name: str) -> int | None:
@@ -139,7 +111,7 @@ class Opener:
     async def metadata(self, name: str) -> Metadata:
         """DCP's Metadata of ``name``. Raises: as ``open``."""
         try:
-            return await self._look(name, lambda name, _, raw: self._decode(name, raw))
+            return await self._look(name, lambda name, _, raw: decoded(name, raw, self._threads))
         except LinkError as error:
             raise refused_link(name, error) from error
 
@@ -164,12 +136,12 @@ class Opener:
         if len(found := await self._manifests(name)) == 1:
             return found[0]
         # by none or several a replace shows, under way or killed: the one that belongs to .metadata counts
-        return await self._look(name, self._manifest_of)
+        return await self._look(name, manifest_of)
 
     async def _manifests(self, name: str) -> list[Manifest]:
         reader = await self._enter(name)
         try:
-            return [_manifest(raw) for raw in await reader.manifest()]
+            return [parsed_manifest(raw) for raw in await reader.manifest()]
         except ManifestError:
             return []
         except StorageError as error:
@@ -178,20 +150,20 @@ class Opener:
             await reader.close()
 
     async def _look(
-        self, name: str, look: Callable[[str, Reader, _RawMetadata], Awaitable[T]], *, keep: bool = False
+        self, name: str, look: Callable[[str, Reader, RawMetadata], Awaitable[T]], *, keep: bool = False
     ) -> T:
         """What ``look`` finds in one state of ``name``, from `.metadata` to the files. ``keep``: the reader
         stays open if it succeeds."""
         deadline = anyio.current_time() + self._timeout
         while True:
-            seen: _RawMetadata | None = None
+            seen: RawMetadata | None = None
             reader = await self._enter(name)
             try:
-                seen = await self._raw(reader)
+                seen = await read_raw(reader)
                 value = await look(name, reader, seen)
             except (CorruptCheckpointError, StorageError) as error:
                 await reader.close()
-                known = None if seen is None else _digest(seen)
+                known = None if seen is None else digest_of(seen)
                 if not _may_be_replaced(error) or not await self._was_replaced(name, known):
                     raise _verdict(name, error) from error
                 logger.debug("checkpoint %r was replaced while it was opened: %s", name, error)
@@ -227,7 +199,7 @@ class Opener:
         except FileNotFoundError:
             return True
         try:
-            return _digest(await self._raw(reader)) != digest
+            return digest_of(await read_raw(reader)) != digest
         except StorageError as error:
             if _may_be_replaced(error):  # gone for the second time: that is how it is
                 return digest is not None
@@ -235,107 +207,40 @@ class Opener:
         finally:
             await reader.close()
 
-    @staticmethod
-    async def _raw(reader: Reader) -> _RawMetadata:
-        try:
-            return {None: await reader.metadata()}
-        except StorageError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            by_rank = await reader.rank_metadata()
-            if not by_rank:
-                raise
-            return dict(by_rank.items())
-
-    async def _describe(self, name: str, reader: Reader, raw: _RawMetadata) -> CheckpointInfo:
-        manifest = await self._manifest_of(name, reader, raw)
+    async def _describe(self, name: str, reader: Reader, raw: RawMetadata) -> CheckpointInfo:
+        manifest = await manifest_of(name, reader, raw)
         if manifest is None:
-            return await self._stock_info(name, reader, raw, await self._decode(name, raw))
-        await self._open_files(name, reader, manifest)
+            locations = places_of(name, await decoded(name, raw, self._threads))
+            return await self._stock_info(name, reader, raw, locations)
+        await open_files(name, reader, manifest)
         return self._info(name, manifest)
 
-    async def _contents(self, name: str, reader: Reader, raw: _RawMetadata) -> Contents:
-        manifest = await self._manifest_of(name, reader, raw)
+    async def _contents(self, name: str, reader: Reader, raw: RawMetadata) -> Contents:
+        manifest = await manifest_of(name, reader, raw)
         # what is open can't be taken away any more; decoding may take a second
-        sizes = await self._open_files(name, reader, manifest) if manifest is not None else {}
-        metadata = await self._decode(name, raw)
-        info = (
-            self._info(name, manifest)
-            if manifest is not None
-            else await self._stock_info(name, reader, raw, metadata)
-        )
+        sizes = await open_files(name, reader, manifest) if manifest is not None else {}
+        metadata = await decoded(name, raw, self._threads)
         with collection_paused():
-            contents = Contents(
-                info=info,
-                reader=reader,
-                metadata=metadata,
-                digest=_digest(raw),
-                manifest=manifest,
-                places=places_of(name, metadata),
-                transforms=transforms_of(name, metadata),
-                exotic=frozenset(manifest.exotic if manifest else ()),
-                strides=manifest.strides if manifest else {},
-            )
-        await self._check_files(contents, sizes)
-        return contents
-
-    async def _open_files(self, name: str, reader: Reader, manifest: Manifest) -> dict[str, int]:
-        """File -> length, of all that the manifest names, open from here on. Raises CorruptCheckpointError
-        for one that has another length."""
-        sizes: dict[str, int] = {}
-        for entry in manifest.files:
-            nbytes = sizes[entry.name] = await reader.size(entry.name)
-            if nbytes != entry.nbytes:
-                raise CorruptCheckpointError(
-                    f"checkpoint {name!r}: {entry.name} has {nbytes} bytes instead of {entry.nbytes}; it was "
-                    "cut off. Load an older checkpoint",
-                    checkpoint_id=name,
-                )
-        return sizes
-
-    async def _manifest_of(self, name: str, reader: Reader, seen: _RawMetadata) -> Manifest | None:
-        """The manifest that belongs to `.metadata`; None if stock wrote it."""
-        if None not in seen:
-            return None
-        raw = seen[None]
-        digest = xxhash.xxh3_64_hexdigest(raw)
-        problems: list[str] = []
-        for content in await reader.manifest():
-            try:
-                manifest = _manifest(content)
-            except NewerVersionError as error:
-                raise LoadError(
-                    f"checkpoint {name!r} was written by a newer dcp_async: {error}; update to load it",
-                    checkpoint_id=name,
-                ) from error
-            except ManifestError as error:
-                problems.append(f"a manifest is damaged: {error}")
-                continue
-            if manifest.metadata_digest == digest:
-                return manifest
-            problems.append("the manifest belongs to another .metadata")
-        if names_data_file(raw):
-            raise CorruptCheckpointError(
-                f"checkpoint {name!r}: .metadata and manifest do not belong together "
-                f"({'; '.join(problems) or 'there is no manifest'}); load an older checkpoint",
-                checkpoint_id=name,
-            )
-        return None
-
-    async def _decode(self, name: str, raw: _RawMetadata) -> Metadata:
-        try:
-            return await self._threads.run(_decode_raw, raw)
-        except UntrustedGlobal as error:
-            raise UnfitMetadataError(
-                f"checkpoint {name!r}: .metadata names {error.name}, which no checkpoint needs; nothing "
-                "of it was run. If you trust its writer, load it with stock torch and save it again",
-                checkpoint_id=name,
-            ) from error
-        except ValueError as error:
-            raise CorruptCheckpointError(
-                f"checkpoint {name!r}: .metadata is damaged ({error}); load an older checkpoint",
-                checkpoint_id=name,
-            ) from error
+            locations = places_of(name, metadata)
+            transforms = transforms_of(name, metadata)
+        if manifest is not None:
+            info = self._info(name, manifest)
+        else:
+            info = await self._stock_info(name, reader, raw, locations)
+        digests, image_bytes = await check_files(name, reader, manifest, locations.values(), sizes)
+        return Contents(
+            info=info,
+            reader=reader,
+            metadata=metadata,
+            digest=digest_of(raw),
+            manifest=manifest,
+            locations=locations,
+            transforms=transforms,
+            exotic=frozenset(manifest.exotic if manifest else ()),
+            strides=manifest.strides if manifest else {},
+            digests=digests,
+            image_bytes=image_bytes,
+        )
 
     def _info(self, name: str, manifest: Manifest) -> CheckpointInfo:
         return CheckpointInfo(
@@ -352,10 +257,14 @@ class Opener:
         )
 
     async def _stock_info(
-        self, name: str, reader: Reader, raw: _RawMetadata, metadata: Metadata
+        self,
+        name: str,
+        reader: Reader,
+        raw: RawMetadata,
+        locations: Mapping[MetadataIndex, tuple[str, int, int]],
     ) -> CheckpointInfo:
-        """Of stock's: what its metadata and its files tell; without the latter it is not whole."""
-        files = {place[0] for place in places_of(name, metadata).values()}
+        """What stock's metadata and its files tell; without the latter it is not whole."""
+        files = {file for file, _, _ in locations.values()}
         modified = {stored.name: stored.modified for stored in await self._storage.list()}
         sizes = [await reader.size(file) for file in files]
         return CheckpointInfo(
@@ -368,74 +277,4 @@ class Opener:
             torch_version=None,
             producer="stock",
             _metadata=self._metadata_of,
-        )
-
-    async def _check_files(self, contents: Contents, sizes: Mapping[str, int]) -> None:
-        """Open every file that is not yet (``sizes``), check its size, and fetch the block checksums of
-        ours."""
-        name = contents.info.checkpoint_id
-        ends: dict[str, int] = {}
-        for file, offset, length in contents.places.values():
-            ends[file] = max(ends.get(file, 0), offset + length)
-        entries = {entry.name: entry for entry in contents.manifest.files} if contents.manifest else {}
-        for file, end in ends.items():
-            nbytes = sizes[file] if file in sizes else await contents.reader.size(file)
-            entry = entries.get(file)
-            if nbytes < end:
-                raise CorruptCheckpointError(
-                    f"checkpoint {name!r}: {file} has {nbytes} bytes instead of {end}; it was cut off. "
-                    "Load an older checkpoint",
-                    checkpoint_id=name,
-                )
-            contents.image_bytes[file] = nbytes
-            if entry is None and contents.manifest is not None and "/" not in file:
-                raise CorruptCheckpointError(
-                    f"checkpoint {name!r}: .metadata names {file}, the manifest does not; "
-                    "load an older checkpoint",
-                    checkpoint_id=name,
-                )
-            if entry is None:
-                continue
-            try:
-                footer = await _read_footer(contents.reader, file, nbytes)
-                if footer.digest != entry.digest:
-                    raise FooterError("the footer's table is not the one that the manifest names")
-            except FooterError as error:
-                raise CorruptCheckpointError(
-                    f"checkpoint {name!r}: {file}: {error}; load an older checkpoint", checkpoint_id=name
-                ) from error
-            contents.digests[file] = footer.digests
-            contents.image_bytes[file] = footer.image_bytes
-
-
-async def _read_footer(reader: Reader, file: str, nbytes: int) -> Footer:
-    """Raises FooterError."""
-    span = footer_span(nbytes)
-    if span > _LONG_FOOTER_BYTES:  # a file may only pretend to be so long
-        last = bytearray(SECTOR_BYTES)
-        await reader.read_into(file, [(nbytes - len(last), memoryview(last))])
-        read_trailer(bytes(last), nbytes)
-    try:
-        raw = bytearray(span)
-    except (MemoryError, OverflowError) as error:
-        raise FooterError(f"its footer would take {span} bytes") from error
-    await reader.read_into(file, [(nbytes - len(raw), memoryview(raw))])
-    return Footer.decode(bytes(raw), nbytes)
-
-
-def _digest(raw: _RawMetadata) -> str:
-    return xxhash.xxh3_64_hexdigest(b"".join(raw.values()))
-
-
-def _manifest(raw: bytes) -> Manifest:
-    with collection_paused():  # that of many tensors is as many objects
-        return decode_manifest(raw)
-
-
-def _decode_raw(raw: _RawMetadata) -> Metadata:
-    with collection_paused():
-        if None in raw:
-            return decode_metadata(raw[None])
-        return merge_ranks(
-            {rank: decode_metadata(content) for rank, content in raw.items() if rank is not None}
         )

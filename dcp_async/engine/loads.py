@@ -79,9 +79,9 @@ class Loads:
         return LoadReport(
             checkpoint_id=info.checkpoint_id,
             step=info.step,
-            missing=(*loaded.match.missing, *loaded.match.kept),
-            unexpected=tuple(loaded.match.unexpected),
-            mismatched=tuple(loaded.match.mismatched),
+            missing=loaded.missing,
+            unexpected=loaded.unexpected,
+            mismatched=loaded.mismatched,
             skipped=skipped,
             nbytes=loaded.nbytes,
             seconds=time.monotonic() - started,

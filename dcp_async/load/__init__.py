@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .pipeline import Loaded, LoadOptions, LoadServices, load_into, read_fresh
+from .operations import Loaded, LoadOptions, load_into, read_fresh
+from .pipeline import LoadServices
 from .rank_agreement import Agreement, Attempt, Together
 
 __all__ = [

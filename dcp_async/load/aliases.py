@@ -16,28 +16,32 @@ from ..state import PLAIN_TENSORS, Region
 _ALIGNMENT = 16
 """No element of a plain dtype is longer."""
 
-Place = tuple[str, Region]
+NamedRegion = tuple[str, Region]
+"""What lies in memory, under its name."""
 
 
-def groups_in_memory(regions: Mapping[str, Iterable[Region]], gappy: Collection[str]) -> list[list[Place]]:
+def groups_in_memory(
+    regions: Mapping[str, Iterable[Region]], gappy: Collection[str]
+) -> list[list[NamedRegion]]:
     """Those that may have bytes in common, together. ``gappy``: names of tensors that are not contiguous."""
-    places = [
+    plain = [
         (name, region)
         for name, some in regions.items()
         for region in some
         if type(region.tensor) in PLAIN_TENSORS and region.tensor.layout is torch.strided
     ]
-    tensors = [region.tensor for _, region in places]
+    tensors = [region.tensor for _, region in plain]
     starts = list(map(torch.Tensor.data_ptr, tensors))
     ends = list(map(add, starts, map(attrgetter("nbytes"), tensors)))
     if gappy:
-        for at, (name, region) in enumerate(places):
+        for index, (name, region) in enumerate(plain):
             if name in gappy:
-                ends[at] = starts[at] + _extent(region.tensor)
+                ends[index] = starts[index] + _extent(region.tensor)
+    # sorted apart, starts and ends interleave strictly unless two regions overlap: no Python step for each
     first, last = sorted(starts), sorted(ends)
     if not any(map(gt, last, first[1:])):
         return []
-    return _grouped(places, starts, ends)
+    return _grouped(plain, starts, ends)
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -48,26 +52,28 @@ def _extent(tensor: torch.Tensor) -> int:
     return (steps + 1) * tensor.itemsize
 
 
-def _grouped(places: Sequence[Place], starts: Sequence[int], ends: Sequence[int]) -> list[list[Place]]:
-    spans = [
-        (str(region.tensor.device), starts[at], ends[at], at)
-        for at, (_, region) in enumerate(places)
-        if starts[at] < ends[at]
+def _grouped(
+    regions: Sequence[NamedRegion], starts: Sequence[int], ends: Sequence[int]
+) -> list[list[NamedRegion]]:
+    extents = [
+        (str(region.tensor.device), starts[index], ends[index], index)
+        for index, (_, region) in enumerate(regions)
+        if starts[index] < ends[index]
     ]
     groups: list[list[int]] = []
-    device, end = "", 0
-    for where, low, high, at in sorted(spans):
-        if where == device and low < end:
-            groups[-1].append(at)
+    last_device, end = "", 0
+    for device, low, high, index in sorted(extents):
+        if device == last_device and low < end:
+            groups[-1].append(index)
             end = max(end, high)
         else:
-            groups.append([at])
-            device, end = where, high
-    return [[places[at] for at in sorted(group)] for group in groups if len(group) > 1]
+            groups.append([index])
+            last_device, end = device, high
+    return [[regions[index] for index in sorted(group)] for group in groups if len(group) > 1]
 
 
-def are_one_view(group: Sequence[Place]) -> bool:
-    """Whether all of ``group`` are the same part of the same memory."""
+def are_one_view(group: Sequence[NamedRegion]) -> bool:
+    """Whether all of ``group`` are one view of one memory."""
     kinds = {
         (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), region.offsets)
         for _, region in group
@@ -76,7 +82,7 @@ def are_one_view(group: Sequence[Place]) -> bool:
     return len(kinds) == 1
 
 
-def conflict(group: Sequence[Place], values: Sequence[torch.Tensor]) -> tuple[str, str] | None:
+def conflict(group: Sequence[NamedRegion], values: Sequence[torch.Tensor]) -> tuple[str, str] | None:
     """Names of two of ``group`` whose ``values`` can't both be in the memory that they share."""
     tensors = [region.tensor for _, region in group]
     low = min(tensor.data_ptr() for tensor in tensors)
@@ -89,11 +95,11 @@ def conflict(group: Sequence[Place], values: Sequence[torch.Tensor]) -> tuple[st
         )
         for tensor in tensors
     ]
-    for at, (view, value) in enumerate(zip(views, values, strict=True)):
+    for index, (view, value) in enumerate(zip(views, values, strict=True)):
         view.copy_(value)
-        for earlier in range(at):
+        for earlier in range(index):
             if not _same_bytes(views[earlier], values[earlier]):
-                return group[earlier][0], group[at][0]
+                return group[earlier][0], group[index][0]
     return None
 
 

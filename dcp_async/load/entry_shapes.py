@@ -27,15 +27,15 @@ def misfit(
     targets: Targets,
     names: Mapping[str, TensorStorageMetadata | BytesStorageMetadata],
     key: Any,
-    there: Iterable[str],
+    leaves: Iterable[str],
 ) -> str | None:
-    """Why the entry that was saved as ``key``, with the leaves ``there``, is of another parameter than the
-    state has."""
+    """Why the entry that was saved as ``key``, with ``leaves`` of these names, is of another parameter than
+    the state has."""
     if mapping.model is not None:
         return _misfit_of_named(f"{mapping.model}.", targets, names, text_of(key))
     if (size := mapping.sizes.get(text_of(key))) is None:
         return None
-    for name in there:
+    for name in leaves:
         meta = names[name]
         if name.rpartition(".")[2] not in _LIKE_PARAMETERS or not isinstance(meta, TensorStorageMetadata):
             continue
@@ -63,5 +63,5 @@ def _misfit_of_named(
     return None if size == meta.size else _reason(size, meta.size)
 
 
-def _reason(here: Iterable[int], there: Iterable[int]) -> str:
-    return f"is of a parameter that is {tuple(here)} in the state, {tuple(there)} in the checkpoint"
+def _reason(present: Iterable[int], saved: Iterable[int]) -> str:
+    return f"is of a parameter that is {tuple(present)} in the state, {tuple(saved)} in the checkpoint"

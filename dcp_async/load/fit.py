@@ -6,7 +6,7 @@ names what does not fit. Pure: no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..catalog import Contents
 from ..errors import IncompatibleStateError
 from ..formats import children_of, subtree, text_of
 from ..state import AppState, Targets, check_before_touch
-from .matching import Match
+from .match import Match
 
 
 def check_groups(targets: Targets, values: Mapping[str, Any], checkpoint_id: str) -> None:
@@ -75,24 +75,23 @@ def kept_options(targets: Targets, contents: Contents, values: Mapping[str, Any]
     return kept
 
 
-def check_fit(match: Match, checkpoint_id: str, *, unexpected: bool) -> None:
-    """Raises IncompatibleStateError unless everything fits; ``unexpected`` says whether what is only in the
-    checkpoint counts."""
-    parts = []
-    surplus = match.unexpected if unexpected else []
-    for what, names in (("missing in the checkpoint", match.missing), ("not in the state", surplus)):
+def check_fit(match: Match, checkpoint_id: str, *, unexpected: Sequence[str]) -> None:
+    """Raises IncompatibleStateError unless everything fits; ``unexpected``: what is only in the checkpoint
+    and counts."""
+    problems = []
+    for what, names in (("missing in the checkpoint", match.missing), ("not in the state", unexpected)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            parts.append(f"{what}: {', '.join(names[:5])}{more}")
+            problems.append(f"{what}: {', '.join(names[:5])}{more}")
     if match.mismatched:
         more = f" and {len(match.reasons) - 5} more" if len(match.reasons) > 5 else ""
-        parts.append("; ".join(match.reasons[:5]) + more)
-    if parts:
+        problems.append("; ".join(match.reasons[:5]) + more)
+    if problems:
         convert = (
             "pass dtypes='convert' to convert where only the dtype differs, " if match.convertible else ""
         )
         raise IncompatibleStateError(
-            f"checkpoint {checkpoint_id!r} does not fit the state ({'; '.join(parts)}); nothing was loaded. "
-            f"Fix the state, {convert}or pass strict=False to load what fits",
+            f"checkpoint {checkpoint_id!r} does not fit the state ({'; '.join(problems)}); nothing was "
+            f"loaded. Fix the state, {convert}or pass strict=False to load what fits",
             checkpoint_id=checkpoint_id,
         )

@@ -13,7 +13,7 @@ import anyio
 
 from ..catalog import Catalog, Contents
 from ..coordination import Coordinator
-from ..errors import CheckpointNotFoundError, CorruptCheckpointError, LoadError, StorageError
+from ..errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, LoadError, StorageError
 
 _RETRY_SECONDS = 0.2
 
@@ -41,12 +41,7 @@ async def open_same(
     async def decide(reports: Sequence[tuple[str, str]]) -> list[bool]:
         different = [rank for rank, (digest, _) in enumerate(reports) if digest != reports[0][0]]
         if different and anyio.current_time() > deadline:
-            problem = reports[different[0]][1] or "it is not the one that the coordinator sees"
-            raise LoadError(
-                f"checkpoint {name!r} can't be opened on rank(s) {', '.join(map(str, different))}: "
-                f"{problem}; are all ranks given the same root?",
-                checkpoint_id=name,
-            )
+            raise _differs(name, different, reports[different[0]][1])
         return [not different] * len(reports)
 
     try:
@@ -59,8 +54,7 @@ async def open_same(
                 if mine is None:
                     mine = await catalog.open(name)
             except (CheckpointNotFoundError, CorruptCheckpointError, StorageError) as error:
-                lags = not isinstance(error, StorageError) or error.errno == errno.ESTALE
-                if coordinator.is_coordinator or not lags:
+                if coordinator.is_coordinator or not _lags(error):
                     raise
                 problem = str(error)
             report = (mine.digest if mine is not None else "", problem)
@@ -74,3 +68,17 @@ async def open_same(
         if mine is not None:
             await mine.close()
         raise
+
+
+def _lags(error: CheckpointError) -> bool:
+    """Whether a file system that still shows an older state looks like this."""
+    return not isinstance(error, StorageError) or error.errno == errno.ESTALE
+
+
+def _differs(name: str, ranks: Sequence[int], problem: str) -> LoadError:
+    what = problem or "it is not the one that the coordinator sees"
+    return LoadError(
+        f"checkpoint {name!r} can't be opened on rank(s) {', '.join(map(str, ranks))}: {what}; "
+        "are all ranks given the same root?",
+        checkpoint_id=name,
+    )

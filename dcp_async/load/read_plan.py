@@ -1,5 +1,4 @@
-"""What a load reads: from DCP's Metadata and the wanted names to byte ranges of files, each with its
-destination.
+"""ReadPlan: from DCP's Metadata and the wanted names to byte ranges of files, each with its destination.
 
 Enters: a checkpoint's contents and the targets. Leaves: Pieces, file by file. Pure: no I/O. Invariant: every
 byte of every target is covered before a target is touched.
@@ -7,14 +6,13 @@ byte of every target is covered before a target is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from .._foreign import ENDINGS, FillError, words
 from .._geometry import (
     Box,
     CoverageError,
@@ -22,23 +20,22 @@ from .._geometry import (
     check_coverage,
     common,
     contiguous_run,
-    contiguous_strides,
     cut_box,
     extents,
     relative,
     shifted,
     slices,
 )
+from ..catalog import Contents
 from ..formats import BLOCK_BYTES, PLAIN_DTYPES, StoredItem, UnsupportedError, inflated_bound, tensor_frame
 from ..state import PLAIN_TENSORS, Region, joined, pairs, part_of
-from ..trust import Trust, UntrustedGlobal
-from .fetch import DamagedError, Fill, Piece, host_memory
+from ..trust import Trust
+from .failures import DamagedError
+from .place import copy_exotic, item_finisher, rows_finisher
+from .spans import Fill, Piece, host_memory
 
 _READ_BYTES = 32 << 20
 """The most that is read at once for what can't go straight into its target."""
-
-
-_COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,7 +43,7 @@ class Source:
     """Where a checkpoint's items lie and how to read them."""
 
     tensors: Mapping[str, TensorStorageMetadata]
-    places: Mapping[MetadataIndex, tuple[str, int, int]]
+    locations: Mapping[MetadataIndex, tuple[str, int, int]]
     """Index -> (file, offset, length)."""
     raw_files: frozenset[str]
     """Files whose plain tensor items are laid out by our format: payload at a known place."""
@@ -55,6 +52,77 @@ class Source:
     """Index -> descriptors of torch's stream extensions, of the items that they wrote."""
     trust: Trust
 
+    @classmethod
+    def of(cls, contents: Contents, trust: Trust) -> Source:
+        """What an opened checkpoint tells of its items."""
+        return cls(
+            tensors={
+                name: meta for name, meta in contents.names.items() if isinstance(meta, TensorStorageMetadata)
+            },
+            locations=contents.locations,
+            raw_files=frozenset(contents.digests),
+            exotic=contents.exotic,
+            transforms=contents.transforms,
+            trust=trust,
+        )
+
+    def is_raw(self, name: str, file: str, dtype: torch.dtype) -> bool:
+        """Whether the item is laid out by our format, its payload at a known place."""
+        return file in self.raw_files and name not in self.exotic and dtype in PLAIN_DTYPES
+
+    def is_plain_of_stock(self, name: str, file: str, index: MetadataIndex) -> bool:
+        """Whether the item is a plain tensor that stock wrote without a stream extension."""
+        properties = self.tensors[name].properties
+        return (
+            file not in self.raw_files
+            and index not in self.transforms
+            and properties.dtype in PLAIN_DTYPES
+            and properties.layout is torch.strided
+        )
+
+    def location(self, name: str, index: MetadataIndex) -> tuple[str, int, int]:
+        """(file, offset, length) of an item. Raises DamagedError."""
+        try:
+            return self.locations[index]
+        except KeyError:
+            raise DamagedError(
+                f"{name}: .metadata does not say where its item {index} lies", [name]
+            ) from None
+
+    def chunk_boxes(self, name: str) -> list[Box]:
+        """Where the chunks of a tensor lie in it. Raises DamagedError if they can't lie so."""
+        meta = self.tensors[name]
+        boxes = [box_at(chunk.offsets, chunk.sizes) for chunk in meta.chunks]
+        if not all(_is_inside(box, meta.size) for box in boxes):
+            raise DamagedError(f"{name}: a chunk lies outside of the tensor", [name])
+        if sum(chunk.sizes.numel() for chunk in meta.chunks) > meta.size.numel():
+            raise DamagedError(f"{name}: its chunks overlap", [name])
+        return boxes
+
+    def overlaps(
+        self, name: str, boxes: Iterable[Box], region: Region
+    ) -> list[tuple[ChunkStorageMetadata, Box, Box]]:
+        """Chunks that hold some of ``region``, each with (what of the chunk, where in the region). Raises
+        CoverageError unless they hold all of it once."""
+        shape = region.tensor.shape
+        wanted = box_at(region.offsets, shape)
+        met = [
+            (chunk, relative(box, chunk.offsets), relative(box, region.offsets))
+            for chunk, chunk_box in zip(self.tensors[name].chunks, boxes, strict=True)
+            if (box := common(chunk_box, wanted)) is not None
+        ]
+        try:
+            check_coverage(shape, [in_region for _, _, in_region in met])
+        except CoverageError as error:
+            raise CoverageError(f"{name}: {error}") from None
+        return met
+
+    def check_item(self, name: str, value: Any, shape: tuple[int, ...]) -> None:
+        """Raises DamagedError unless a decoded ``value`` is a chunk as `.metadata` names it."""
+        dtype = self.tensors[name].properties.dtype
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
+            raise DamagedError(f"{name}: its item is not the tensor of {shape} that .metadata names", [name])
+
 
 def _is_inside(box: Box, shape: Sequence[int]) -> bool:
     return len(box) == len(shape) and all(
@@ -62,8 +130,8 @@ def _is_inside(box: Box, shape: Sequence[int]) -> bool:
     )
 
 
-class Collector:
-    """Gathers the pieces of one load, file by file."""
+class ReadPlan:
+    """The pieces that one pass over the files reads, file by file."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -72,24 +140,17 @@ class Collector:
         self.items: list[StoredItem] = []
         """What ``torch.load`` will decode, among it."""
         self._keep: list[torch.Tensor] = []
+        """Tensors whose memory pieces point into: a detached one may be nobody else's."""
 
     def _add(self, file: str, piece: Piece) -> None:
         self.pieces.setdefault(file, []).append(piece)
         self.nbytes += piece.nbytes
 
-    def _place(self, name: str, index: MetadataIndex) -> tuple[str, int, int]:
-        try:
-            return self._source.places[index]
-        except KeyError:
-            raise DamagedError(
-                f"{name}: .metadata does not say where its item {index} lies", [name]
-            ) from None
-
     def _want_item(
         self, name: str, index: MetadataIndex, sizes: Sequence[int], receive: Callable[[Any], None]
     ) -> None:
         """Read an item whole, decode it and hand its value over. Raises DamagedError, UnsupportedError."""
-        file, offset, length = self._place(name, index)
+        file, offset, length = self._source.location(name, index)
         if length == 0:
             raise DamagedError(f"{name}: its item in {file} is empty", [name])
         item = StoredItem(
@@ -104,19 +165,22 @@ class Collector:
         )
         item.check_readable()
         self.items.append(item)
-        self._add(file, Piece(offset, length, Fill(length, _item_finisher(item, receive)), 0, name))
+        self._add(file, Piece(offset, length, Fill(length, item_finisher(item, receive)), 0, name))
 
-    def want_head(self, item: StoredItem, doubtful: Collector) -> None:
-        """Judge ``item`` by its first bytes; where they do not suffice, ``doubtful`` gets all of it, to be
-        decoded and thrown away."""
+    def want_head(self, item: StoredItem, doubt: Callable[[StoredItem], None]) -> None:
+        """Judge ``item`` by its first bytes; ``doubt`` gets it where they do not suffice."""
 
         def finish(head: bytearray) -> None:
             if not item.judge(head):
-                whole = Fill(item.length, _item_finisher(item, lambda value: None))
-                doubtful._add(item.file, Piece(item.offset, item.length, whole, 0, item.name))
+                doubt(item)
 
         nbytes = item.head_bytes
         self._add(item.file, Piece(item.offset, nbytes, Fill(nbytes, finish), 0, item.name))
+
+    def want_trial(self, item: StoredItem) -> None:
+        """Decode the whole of ``item`` and throw it away: it raises what it would raise later."""
+        whole = Fill(item.length, item_finisher(item, lambda value: None))
+        self._add(item.file, Piece(item.offset, item.length, whole, 0, item.name))
 
     def want_leaf(self, name: str, receive: Callable[[str, Any], None]) -> None:
         """Read the item ``name``, a pickled leaf or a whole tensor stored as one, and hand its value over."""
@@ -132,31 +196,34 @@ class Collector:
 
         Raises: CoverageError, DamagedError, UnsupportedError.
         """
-        meta = self._source.tensors[name]
-        found: dict[int, torch.Tensor] = {}
-        boxes = self._chunk_boxes(name, meta)
-        met = [(chunk, part) for chunk, box in zip(meta.chunks, boxes, strict=True)
-               if (part := common(box, wanted)) is not None]  # fmt: skip
-        sides = {tuple(part[1:]) for _, part in met}
+        source = self._source
+        met = [
+            (chunk, box)
+            for chunk, chunk_box in zip(source.tensors[name].chunks, source.chunk_boxes(name), strict=True)
+            if (box := common(chunk_box, wanted)) is not None
+        ]
+        # inner tensors are joined along the first dimension only, so all others must be whole
+        sides = {tuple(box[1:]) for _, box in met}
         if not met or sides != {tuple(wanted[1:])}:
             raise CoverageError(f"{name}: its chunks can't be put side by side")
-        check_coverage(extents(wanted), [relative(part, [low for low, _ in wanted]) for _, part in met])
+        check_coverage(extents(wanted), [relative(box, [low for low, _ in wanted]) for _, box in met])
+        by_row: dict[int, torch.Tensor] = {}
 
-        def collect(chunk: ChunkStorageMetadata, part: Box) -> Callable[[Any], None]:
-            def take(value: Any) -> None:
-                self._check_item(name, value, tuple(chunk.sizes))
+        def collector(chunk: ChunkStorageMetadata, box: Box) -> Callable[[Any], None]:
+            def collect(value: Any) -> None:
+                source.check_item(name, value, tuple(chunk.sizes))
                 try:
-                    found[part[0][0]] = part_of(value, relative(part, chunk.offsets))
-                    if len(found) == len(met):
-                        receive(name, joined([found[at] for at in sorted(found)]))
+                    by_row[box[0][0]] = part_of(value, relative(box, chunk.offsets))
+                    if len(by_row) == len(met):
+                        receive(name, joined([by_row[row] for row in sorted(by_row)]))
                 except ValueError as error:
                     raise CoverageError(f"{name}: {error}") from error
 
-            return take
+            return collect
 
-        for chunk, part in met:
+        for chunk, box in met:
             index = MetadataIndex(name, chunk.offsets)
-            self._want_item(name, index, chunk.sizes, collect(chunk, part))
+            self._want_item(name, index, chunk.sizes, collector(chunk, box))
 
     def want_pairs(
         self, name: str, regions: Iterable[Region], hold: Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -166,43 +233,33 @@ class Collector:
 
         Raises: CoverageError, DamagedError, UnsupportedError.
         """
-        meta = self._source.tensors[name]
-        boxes = self._chunk_boxes(name, meta)
+        source = self._source
+        boxes = source.chunk_boxes(name)
 
         def receiver(
-            target: torch.Tensor, at: Box, chunk: ChunkStorageMetadata, part: Box
+            target: torch.Tensor, in_region: Box, chunk: ChunkStorageMetadata, in_chunk: Box
         ) -> Callable[[Any], None]:
-            def take(value: Any) -> None:
-                self._check_item(name, value, tuple(chunk.sizes))
+            def receive(value: Any) -> None:
+                source.check_item(name, value, tuple(chunk.sizes))
                 try:
-                    found = pairs(target, at, value, part)
+                    inner_tensors = pairs(target, in_region, value, in_chunk)
                 except ValueError as error:
                     raise CoverageError(f"{name}: {error}") from error
-                for inner, source in found:
-                    hold(name, inner, source)
+                for inner, value_of_inner in inner_tensors:
+                    hold(name, inner, value_of_inner)
 
-            return take
+            return receive
 
         for region in regions:
-            wanted = box_at(region.offsets, region.tensor.shape)
-            met = [(chunk, common(box, wanted)) for chunk, box in zip(meta.chunks, boxes, strict=True)]
-            here = [relative(box, region.offsets) for _, box in met if box is not None]
+            met = source.overlaps(name, boxes, region)
             try:
-                check_coverage(region.tensor.shape, here)
-                for at in here:
-                    part_of(region.tensor, at)
+                for _, _, in_region in met:
+                    part_of(region.tensor, in_region)  # not every wrapper can be cut there
             except ValueError as error:
                 raise CoverageError(f"{name}: {error}") from error
-            for chunk, box in met:
-                if box is not None:
-                    at, part = relative(box, region.offsets), relative(box, chunk.offsets)
-                    index = MetadataIndex(name, chunk.offsets)
-                    self._want_item(name, index, chunk.sizes, receiver(region.tensor, at, chunk, part))
-
-    def _check_item(self, name: str, value: Any, shape: tuple[int, ...]) -> None:
-        dtype = self._source.tensors[name].properties.dtype
-        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
-            raise DamagedError(f"{name}: its item is not the tensor of {shape} that .metadata names", [name])
+            for chunk, in_chunk, in_region in met:
+                index = MetadataIndex(name, chunk.offsets)
+                self._want_item(name, index, chunk.sizes, receiver(region.tensor, in_region, chunk, in_chunk))
 
     def want_tensor(self, name: str, regions: Iterable[Region]) -> None:
         """Fill ``regions`` of a tensor.
@@ -215,27 +272,9 @@ class Collector:
             tensor = region.tensor
             if len(meta.chunks) == 1 and self._want_whole(name, meta.size, meta.chunks[0], tensor):
                 continue
-            boxes = boxes or self._chunk_boxes(name, meta)
-            wanted = box_at(region.offsets, tensor.shape)
-            met = [(chunk, common(box, wanted)) for chunk, box in zip(meta.chunks, boxes, strict=True)]
-            here = [relative(box, region.offsets) for _, box in met if box is not None]
-            try:
-                check_coverage(tensor.shape, here)
-            except CoverageError as error:
-                raise CoverageError(f"{name}: {error}") from None
-            for chunk, box in met:
-                if box is not None:
-                    at = relative(box, region.offsets)
-                    self._want_part(name, chunk, relative(box, chunk.offsets), tensor, at)
-
-    @staticmethod
-    def _chunk_boxes(name: str, meta: TensorStorageMetadata) -> list[Box]:
-        boxes = [box_at(chunk.offsets, chunk.sizes) for chunk in meta.chunks]
-        if not all(_is_inside(box, meta.size) for box in boxes):
-            raise DamagedError(f"{name}: a chunk lies outside of the tensor", [name])
-        if sum(chunk.sizes.numel() for chunk in meta.chunks) > meta.size.numel():
-            raise DamagedError(f"{name}: its chunks overlap", [name])
-        return boxes
+            boxes = boxes or self._source.chunk_boxes(name)
+            for chunk, in_chunk, in_region in self._source.overlaps(name, boxes, region):
+                self._want_box(name, chunk, in_chunk, tensor, in_region)
 
     def _want_whole(
         self, name: str, size: torch.Size, chunk: ChunkStorageMetadata, target: torch.Tensor
@@ -246,16 +285,12 @@ class Collector:
             return False
         dtype = self._source.tensors[name].properties.dtype
         memory = self._memory(target, dtype)
-        file, offset, length = self._place(name, MetadataIndex(name, chunk.offsets))
-        if memory is None or not self._is_raw(name, file, dtype):
+        file, offset, length = self._source.location(name, MetadataIndex(name, chunk.offsets))
+        if memory is None or not self._source.is_raw(name, file, dtype):
             return False
         payload = self._payload(name, offset, length, dtype, tuple(size))
         self._add(file, Piece(payload, len(memory), memory, 0, name))
         return True
-
-    def _is_raw(self, name: str, file: str, dtype: torch.dtype) -> bool:
-        """Whether the item is laid out by our format, its payload at a known place."""
-        return file in self._source.raw_files and name not in self._source.exotic and dtype in PLAIN_DTYPES
 
     @staticmethod
     def _payload(name: str, offset: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -279,100 +314,65 @@ class Collector:
         self._keep.append(target)
         return host_memory(target.detach())
 
-    def _want_part(
-        self, name: str, chunk: ChunkStorageMetadata, part: Box, target: torch.Tensor, at: Box
+    def _want_box(
+        self, name: str, chunk: ChunkStorageMetadata, in_chunk: Box, target: torch.Tensor, in_target: Box
     ) -> None:
-        """Copy ``part`` of a stored chunk to ``at`` of ``target``."""
+        """Copy box ``in_chunk`` of a stored chunk to box ``in_target`` of ``target``."""
         index = MetadataIndex(name, chunk.offsets)
-        file, offset, length = self._place(name, index)
+        file, offset, length = self._source.location(name, index)
         shape = tuple(chunk.sizes)
         dtype = self._source.tensors[name].properties.dtype
-        if not self._is_raw(name, file, dtype):
-            if length == dtype.itemsize * chunk.sizes.numel() and self._is_stocks_plain(name, file, index):
-                # no item of torch.save's is as short as its elements
-                raise UnsupportedError(
-                    f"{name} was written with SerializationFormat.SAFETENSORS, which stock DCP itself can't "
-                    f"load again; read {file} with the safetensors package, or save in the usual format"
-                )
-            # a whole tensor is not indexed: sparse ones can't be
-            place = target if extents(at) == tuple(target.shape) else target[slices(at)]
-            self._want_item(name, index, shape, self._tensor_receiver(name, place, shape, part))
+        if self._source.is_raw(name, file, dtype):
+            payload = self._payload(name, offset, length, dtype, shape)
+            for piece in self._row_pieces(name, payload, shape, dtype, in_chunk, target, in_target):
+                self._add(file, piece)
             return
-        memory, step = self._memory(target, dtype), dtype.itemsize
-        payload = self._payload(name, offset, length, dtype, shape)
-        cuts: Iterable[tuple[Box, int, int]]
-        whole = contiguous_run(part, shape) if memory is not None else None
-        if whole is not None and contiguous_run(at, target.shape) is not None:
-            cuts = [(part, whole[0] * step, whole[1] * step)]
-        else:
-            cuts = cut_box(part, shape, step, gap_bytes=BLOCK_BYTES, limit_bytes=_READ_BYTES)
-        for cut, first, count in cuts:
-            there = shifted(cut, part, at)
-            fits = memory is not None and contiguous_run(cut, shape) is not None
-            run = contiguous_run(there, target.shape) if fits else None
-            if memory is not None and run is not None:
-                piece = Piece(payload + first, count, memory, run[0] * step, name)
-            else:
-                finish = _part_finisher(name, target.detach()[slices(there)], cut, shape, dtype)
-                piece = Piece(payload + first, count, Fill(count, finish), 0, name)
-            self._add(file, piece)
+        if length == dtype.itemsize * chunk.sizes.numel() and self._source.is_plain_of_stock(
+            name, file, index
+        ):
+            # no item of torch.save's is as short as its elements
+            raise UnsupportedError(
+                f"{name} was written with SerializationFormat.SAFETENSORS, which stock DCP itself can't "
+                f"load again; read {file} with the safetensors package, or save in the usual format"
+            )
+        # a whole tensor is not indexed: sparse ones can't be
+        place = target if extents(in_target) == tuple(target.shape) else target[slices(in_target)]
+        self._want_item(name, index, shape, self._tensor_receiver(name, place, shape, in_chunk))
 
-    def _is_stocks_plain(self, name: str, file: str, index: MetadataIndex) -> bool:
-        properties = self._source.tensors[name].properties
-        return (
-            file not in self._source.raw_files
-            and index not in self._source.transforms
-            and properties.dtype in PLAIN_DTYPES
-            and properties.layout is torch.strided
-        )
+    def _row_pieces(
+        self,
+        name: str,
+        payload: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        in_chunk: Box,
+        target: torch.Tensor,
+        in_target: Box,
+    ) -> Iterator[Piece]:
+        """What to read of a chunk of ``shape`` whose elements begin at byte ``payload`` of its file."""
+        memory, step = self._memory(target, dtype), dtype.itemsize
+        cuts: Iterable[tuple[Box, int, int]]
+        run = contiguous_run(in_chunk, shape) if memory is not None else None
+        if run is not None and contiguous_run(in_target, target.shape) is not None:
+            cuts = [(in_chunk, run[0] * step, run[1] * step)]
+        else:
+            cuts = cut_box(in_chunk, shape, step, gap_bytes=BLOCK_BYTES, limit_bytes=_READ_BYTES)
+        for cut, first, nbytes in cuts:
+            destination = shifted(cut, in_chunk, in_target)
+            fits = memory is not None and contiguous_run(cut, shape) is not None
+            run = contiguous_run(destination, target.shape) if fits else None
+            if memory is not None and run is not None:
+                yield Piece(payload + first, nbytes, memory, run[0] * step, name)
+            else:
+                finish = rows_finisher(name, target.detach()[slices(destination)], cut, shape, dtype)
+                yield Piece(payload + first, nbytes, Fill(nbytes, finish), 0, name)
 
     def _tensor_receiver(
-        self, name: str, target: torch.Tensor, shape: tuple[int, ...], part: Box
+        self, name: str, target: torch.Tensor, shape: tuple[int, ...], in_chunk: Box
     ) -> Callable[[Any], None]:
         def receive(value: Any) -> None:
-            self._check_item(name, value, shape)
+            self._source.check_item(name, value, shape)
             # not the target's detach(): that of a sparse tensor is a copy
-            copy_exotic(name, target, value if extents(part) == shape else value[slices(part)])
+            copy_exotic(name, target, value if extents(in_chunk) == shape else value[slices(in_chunk)])
 
         return receive
-
-
-def copy_exotic(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
-    """``target.copy_(value)``, where a sparse target may hold another number of elements. Raises FillError:
-    a subclass runs its own code."""
-    try:
-        if target.layout in _COMPRESSED:
-            target.resize_as_sparse_(value)
-        target.copy_(value)
-    except ENDINGS:
-        raise
-    except BaseException as error:
-        what = f"the {type(target).__name__} in the state would not take its value"
-        raise FillError(f"{name}: {what} ({words(error)})", (name,)) from error
-
-
-def _item_finisher(item: StoredItem, receive: Callable[[Any], None]) -> Callable[[bytearray], None]:
-    def finish(stored: bytearray) -> None:
-        try:
-            value = item.decode(stored)
-        except ValueError as error:
-            raise DamagedError(f"{item.name} in {item.file}: {error}", [item.name]) from error
-        except (UnsupportedError, UntrustedGlobal, *ENDINGS):
-            raise
-        except BaseException as error:  # making an object runs code of its class
-            raise FillError(f"{item.name}: its value can't be made ({words(error)})", (item.name,)) from error
-        receive(value)
-
-    return finish
-
-
-def _part_finisher(
-    name: str, place: torch.Tensor, part: Box, shape: Sequence[int], dtype: torch.dtype
-) -> Callable[[bytearray], None]:
-    """Copies what was read of a chunk of ``shape``, from the first element of ``part`` to its last."""
-
-    def finish(buffer: bytearray) -> None:
-        read = torch.frombuffer(buffer, dtype=dtype)
-        copy_exotic(name, place, read.as_strided(extents(part), contiguous_strides(shape)))
-
-    return finish

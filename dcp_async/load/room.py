@@ -17,15 +17,15 @@ from ..errors import CorruptCheckpointError
 def check_room(name: str, meta: TensorStorageMetadata, contents: Contents) -> None:
     """Raises CorruptCheckpointError if the items of ``name`` are shorter than its elements, or if its strides
     are not those of a tensor without gaps."""
-    if contents.part(name) is not None:  # it lay inside of a leaf, which was read whole
+    if contents.unfolded_leaf(name) is not None:  # it lay inside of a leaf, which was read whole
         return
     wanted, held = meta.size.numel() * meta.properties.dtype.itemsize, 0
     for chunk in meta.chunks:
         index = MetadataIndex(name, chunk.offsets)
         if index in contents.transforms or meta.properties.layout is not torch.strided:
             held = wanted  # compressed: its bound is known when it is inflated
-        elif (place := contents.places.get(index)) is not None:
-            held += place[2]
+        elif (location := contents.locations.get(index)) is not None:
+            held += location[2]
     strides = contents.strides.get(name)
     if held < wanted or (
         strides is not None and (len(strides) != len(meta.size) or not is_dense(meta.size, strides))

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from .._geometry import box_at
 from ..state import Region
-from .read_plan import Collector
+from .read_plan import ReadPlan
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class Wrapped:
         self.sources.append(source)
 
 
-def want_distributed(collector: Collector, name: str, like: DTensor, values: dict[str, Any]) -> None:
+def want_distributed(plan: ReadPlan, name: str, like: DTensor, values: dict[str, Any]) -> None:
     """Have ``name`` read as a distributed tensor that lies as ``like`` does."""
 
     def wrap(name: str, local: torch.Tensor) -> None:
@@ -53,6 +53,6 @@ def want_distributed(collector: Collector, name: str, like: DTensor, values: dic
 
     regions = Region.all_of(name, like)
     for region in regions:
-        collector.want_joined(name, box_at(region.offsets, region.tensor.shape), wrap)
+        plan.want_joined(name, box_at(region.offsets, region.tensor.shape), wrap)
     if not regions:
         values[name] = torch.zeros_like(like)  # nothing of it lies here

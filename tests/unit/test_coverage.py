@@ -86,3 +86,29 @@ def test_the_first_fault_is_the_one_that_a_grid_shows(shape: list[int], data: st
     else:
         at = tuple(wrong[0].tolist())
         assert fault == (at, int(counts[at]))
+
+
+@st.composite
+def boxes_in(draw: st.DrawFn) -> tuple[list[int], Box]:
+    shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    box = []
+    for extent in shape:
+        low = draw(st.integers(0, extent - 1))
+        box.append((low, draw(st.integers(low + 1, extent))))
+    return shape, tuple(box)
+
+
+@given(boxes_in(), st.data())
+def test_check_coverage_finds_every_hole(case: tuple[list[int], Box], data: st.DataObject) -> None:
+    shape, hole = case
+    whole = tuple((0, extent) for extent in shape)
+    check_coverage(shape, [whole])
+    # everything but the hole: the slabs beside it, dimension by dimension
+    slabs: list[Box] = []
+    for dim, (low, high) in enumerate(hole):
+        before = hole[:dim]
+        rest = whole[dim + 1 :]
+        slabs += [(*before, edge, *rest) for edge in ((0, low), (high, shape[dim])) if edge[0] < edge[1]]
+    check_coverage(shape, [*slabs, hole])
+    with pytest.raises(CoverageError, match="no chunk covers"):
+        check_coverage(shape, slabs)

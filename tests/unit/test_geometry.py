@@ -8,7 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_async._geometry import Box, box_at, common, cut_box, extents, relative, slices
+from dcp_async._geometry import (
+    Box,
+    box_at,
+    common,
+    contiguous_run,
+    cut_box,
+    extents,
+    flat_slices,
+    relative,
+    slices,
+)
 
 
 @st.composite
@@ -60,3 +70,30 @@ def test_common_is_what_lies_in_both(shape_and_box: tuple[list[int], Box], data:
         both[slices(met)] = 1
         assert torch.equal(marks[slices(other)][slices(relative(met, lows))], torch.full(extents(met), 2.0))
     assert torch.equal(marks == 2, both == 1)
+
+
+@given(shapes_and_boxes())
+def test_contiguous_run_says_where_a_box_lies(case: tuple[list[int], Box]) -> None:
+    shape, box = case
+    numbers = torch.arange(torch.Size(shape).numel()).view(shape)
+    inside = numbers[tuple(slice(low, high) for low, high in box)].reshape(-1)
+    run = contiguous_run(box, shape)
+    is_run = bool((inside.diff() == 1).all())
+    assert (run is not None) == is_run
+    if run is not None:
+        assert inside.tolist() == list(range(run[0], run[0] + run[1]))
+
+
+@given(st.lists(st.integers(1, 6), max_size=4), st.data())
+def test_flat_slices_tile_the_range(shape: list[int], data: st.DataObject) -> None:
+    numel = torch.Size(shape).numel()
+    start = data.draw(st.integers(0, numel))
+    stop = data.draw(st.integers(start, numel))
+    numbers = torch.arange(numel).view(shape)
+    seen: list[int] = []
+    pieces = list(flat_slices(shape, start, stop))
+    for box, low, high in pieces:
+        assert numbers[box].reshape(-1).tolist() == list(range(low, high))
+        seen += range(low, high)
+    assert seen == list(range(start, stop))
+    assert len(pieces) <= 2 * max(len(shape), 1) + 1

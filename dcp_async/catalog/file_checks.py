@@ -1,0 +1,101 @@
+"""Whether the data files of a checkpoint are all there, as long as they were, and with whose footers.
+
+Enters: a reader, and what manifest and `.metadata` promise. Leaves: lengths and block checksums, or
+CorruptCheckpointError. Invariant: what was checked is open, so that nothing takes it away any more.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping
+
+from ..errors import CorruptCheckpointError
+from ..formats import SECTOR_BYTES, Footer, FooterError, Manifest, footer_span, read_trailer
+from ..storage import Reader
+
+_LONG_FOOTER_BYTES = 1 << 20
+"""Of files from 8 GiB on."""
+
+
+async def open_files(name: str, reader: Reader, manifest: Manifest) -> dict[str, int]:
+    """File -> length, of all that the manifest names, open from here on.
+
+    Raises: CorruptCheckpointError for one that has another length.
+    """
+    sizes: dict[str, int] = {}
+    for entry in manifest.files:
+        nbytes = sizes[entry.name] = await reader.size(entry.name)
+        if nbytes != entry.nbytes:
+            raise _cut_off(name, entry.name, nbytes, entry.nbytes)
+    return sizes
+
+
+def _cut_off(name: str, file: str, nbytes: int, promised: int) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"checkpoint {name!r}: {file} has {nbytes} bytes instead of {promised}; it was cut off. "
+        "Load an older checkpoint",
+        checkpoint_id=name,
+    )
+
+
+async def check_files(
+    name: str,
+    reader: Reader,
+    manifest: Manifest | None,
+    locations: Iterable[tuple[str, int, int]],
+    sizes: Mapping[str, int],
+) -> tuple[dict[str, array[int]], dict[str, int]]:
+    """Open every file that is not yet (``sizes``), check its size, and fetch the block checksums of ours.
+
+    Gives (file -> checksums of its blocks, file -> length without its footer). Raises CorruptCheckpointError.
+    """
+    ends: dict[str, int] = {}
+    for file, offset, length in locations:
+        ends[file] = max(ends.get(file, 0), offset + length)
+    entries = {entry.name: entry for entry in manifest.files} if manifest else {}
+    digests: dict[str, array[int]] = {}
+    image_bytes: dict[str, int] = {}
+    for file, end in ends.items():
+        nbytes = sizes[file] if file in sizes else await reader.size(file)
+        if nbytes < end:
+            raise _cut_off(name, file, nbytes, end)
+        image_bytes[file] = nbytes
+        entry = entries.get(file)
+        if entry is not None:
+            footer = await _footer_of(name, reader, file, nbytes, entry.digest)
+            digests[file] = footer.digests
+            image_bytes[file] = footer.image_bytes
+        elif manifest is not None and "/" not in file:
+            raise CorruptCheckpointError(
+                f"checkpoint {name!r}: .metadata names {file}, the manifest does not; "
+                "load an older checkpoint",
+                checkpoint_id=name,
+            )
+    return digests, image_bytes
+
+
+async def _footer_of(name: str, reader: Reader, file: str, nbytes: int, digest: str) -> Footer:
+    try:
+        footer = await _read_footer(reader, file, nbytes)
+        if footer.digest != digest:
+            raise FooterError("the footer's table is not the one that the manifest names")
+    except FooterError as error:
+        raise CorruptCheckpointError(
+            f"checkpoint {name!r}: {file}: {error}; load an older checkpoint", checkpoint_id=name
+        ) from error
+    return footer
+
+
+async def _read_footer(reader: Reader, file: str, nbytes: int) -> Footer:
+    """Raises FooterError."""
+    span = footer_span(nbytes)
+    if span > _LONG_FOOTER_BYTES:  # a file may only pretend to be so long
+        last = bytearray(SECTOR_BYTES)
+        await reader.read_into(file, [(nbytes - len(last), memoryview(last))])
+        read_trailer(bytes(last), nbytes)
+    try:
+        raw = bytearray(span)
+    except (MemoryError, OverflowError) as error:
+        raise FooterError(f"its footer would take {span} bytes") from error
+    await reader.read_into(file, [(nbytes - len(raw), memoryview(raw))])
+    return Footer.decode(bytes(raw), nbytes)

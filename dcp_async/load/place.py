@@ -1,0 +1,101 @@
+"""What arrived and was verified goes where it belongs: rows into targets, items through ``torch.load``.
+
+Enters: filled buffers. Leaves: written targets, values handed to who wants them, or DamagedError, FillError,
+UntrustedGlobal. Invariant: no target is written to but from verified bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .._foreign import ENDINGS, FillError, words
+from .._geometry import Box, CoverageError, contiguous_strides, extents
+from ..formats import StoredItem, UnsupportedError
+from ..state import PLAIN_TENSORS
+from ..trust import UntrustedGlobal
+from .failures import DamagedError
+from .fetch import FetchBuffers
+
+_COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+
+
+def copy_exotic(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
+    """``target.copy_(value)``, where a sparse target may hold another number of elements. Raises FillError:
+    a subclass runs its own code."""
+    try:
+        if target.layout in _COMPRESSED:
+            target.resize_as_sparse_(value)
+        target.copy_(value)
+    except ENDINGS:
+        raise
+    except BaseException as error:
+        what = f"the {type(target).__name__} in the state would not take its value"
+        raise FillError(f"{name}: {what} ({words(error)})", (name,)) from error
+
+
+def copy_all(names: Iterable[str], targets: Iterable[torch.Tensor], sources: Iterable[torch.Tensor]) -> None:
+    """Copy each of ``sources`` into its target. Raises FillError."""
+    plain_targets: list[torch.Tensor] = []
+    plain_sources: list[torch.Tensor] = []
+    with torch.inference_mode():  # else tensors that were made in it could not be written to
+        for name, target, source in zip(names, targets, sources, strict=True):
+            strided = target.layout is torch.strided and not target.is_quantized
+            if strided and type(target) in PLAIN_TENSORS and not target.is_conj() and not target.is_neg():
+                plain_targets.append(target)
+                plain_sources.append(source)
+            else:
+                copy_exotic(name, target, source)
+        if plain_targets:
+            torch._foreach_copy_(plain_targets, plain_sources)
+
+
+def item_finisher(item: StoredItem, receive: Callable[[Any], None]) -> Callable[[bytearray], None]:
+    """Decodes the whole of ``item`` and hands its value over."""
+
+    def finish(stored: bytearray) -> None:
+        try:
+            value = item.decode(stored)
+        except ValueError as error:
+            raise DamagedError(f"{item.name} in {item.file}: {error}", [item.name]) from error
+        except (UnsupportedError, UntrustedGlobal, *ENDINGS):
+            raise
+        except BaseException as error:  # making an object runs code of its class
+            raise FillError(f"{item.name}: its value can't be made ({words(error)})", (item.name,)) from error
+        receive(value)
+
+    return finish
+
+
+def rows_finisher(
+    name: str, target: torch.Tensor, box: Box, shape: Sequence[int], dtype: torch.dtype
+) -> Callable[[bytearray], None]:
+    """Copies what was read of a chunk of ``shape``, from the first element of ``box`` to its last."""
+
+    def finish(buffer: bytearray) -> None:
+        read = torch.frombuffer(buffer, dtype=dtype)
+        copy_exotic(name, target, read.as_strided(extents(box), contiguous_strides(shape)))
+
+    return finish
+
+
+def scatter(batch: Iterable[FetchBuffers]) -> None:
+    """Bring the bytes of a batch, all verified, to where they belong.
+
+    Raises: DamagedError, CoverageError, FillError, UnsupportedError, UntrustedGlobal.
+    """
+    for buffers in batch:
+        try:
+            buffers.scatter()
+        except (DamagedError, CoverageError):
+            raise
+        except (ValueError, RuntimeError, TypeError) as error:
+            # torch refuses bytes that are no tensor of the shape and dtype that `.metadata` promised
+            raise DamagedError(str(error), [piece.name for piece in buffers.span.pieces]) from error
+        except (FillError, UnsupportedError, UntrustedGlobal, *ENDINGS):
+            raise
+        except BaseException as error:
+            names = tuple(dict.fromkeys(piece.name for piece in buffers.span.pieces))
+            raise FillError(f"{', '.join(names[:5])}: {words(error)}", names) from error

@@ -1,0 +1,154 @@
+"""TensorMatcher: whether what was saved under a name can be read into the state's tensor of that name.
+
+Enters: tensors of a state, and what `.metadata` says. Leaves: entries of a Match: tensors to fill, fresh
+ones, mismatches. Pure: no I/O, and nothing of the state is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeGuard
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from ..catalog import Contents
+from ..formats import PLAIN_DTYPES
+from ..options import Dtypes
+from ..state import Region, Targets, empty_like, global_size
+from .match import Match
+from .room import check_room
+
+
+def fresh_tensor(
+    meta: TensorStorageMetadata,
+    strides: tuple[int, ...] | None,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """An empty tensor for what ``meta`` describes."""
+    dtype = dtype or meta.properties.dtype
+    if strides is None:
+        return torch.empty(meta.size, dtype=dtype, device=device)
+    return torch.empty_strided(tuple(meta.size), strides, dtype=dtype, device=device)
+
+
+def is_raw(
+    meta: TensorStorageMetadata | BytesStorageMetadata, name: str, contents: Contents
+) -> TypeGuard[TensorStorageMetadata]:
+    """Whether ``name`` is a tensor for which an empty one can be made and filled."""
+    return (
+        isinstance(meta, TensorStorageMetadata)
+        and meta.properties.dtype in PLAIN_DTYPES
+        and meta.properties.layout is torch.strided
+        and name not in contents.exotic
+    )
+
+
+def _is_gappy(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_contiguous()
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    return any(step == 0 and extent > 1 for step, extent in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+class TensorMatcher:
+    """Compares tensors by name; writes what becomes of them into ``match``."""
+
+    def __init__(self, targets: Targets, contents: Contents, dtypes: Dtypes) -> None:
+        self._targets = targets
+        self._contents = contents
+        self._dtypes = dtypes
+        self._names = contents.names
+        self.match = Match()
+
+    def match_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Note whether ``tensor`` is filled in place, replaced by a fresh one, or does not fit."""
+        match, meta = self.match, self._names.get(name)
+        if meta is None:
+            match.missing.append(name)
+            return
+        regions = self._regions(name, tensor)
+        if (reason := self._misfit(name, tensor, regions)) is not None:
+            match.mismatch(name, reason)
+            if isinstance(meta, TensorStorageMetadata) and meta.size == global_size(tensor):
+                saved = meta.properties.dtype
+                castable = saved != tensor.dtype and _can_cast(saved, tensor.dtype)
+                match.convertible = match.convertible or castable
+            return
+        assert isinstance(meta, TensorStorageMetadata)
+        if not any(region.tensor.is_meta for region in regions):
+            match.tensors[name] = regions
+        elif name in self._targets.local:
+            match.mismatch(
+                name, "is distributed and on the meta device; materialise it first, with to_empty()"
+            )
+        elif is_raw(meta, name, self._contents):
+            check_room(name, meta, self._contents)
+            match.fresh[name] = fresh_tensor(meta, None, self._targets.device, tensor.dtype)
+        else:
+            match.leaves.append(name)
+
+    def can_hold(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether what was saved as ``name`` can be read into ``tensor``."""
+        return not tensor.is_meta and self._misfit(name, tensor, self._regions(name, tensor)) is None
+
+    def is_of_one_kind(self, name: str) -> bool:
+        """Whether ``name`` is a tensor both in the state and in the checkpoint, or in neither."""
+        return (name in self._targets.tensors) == isinstance(self._names[name], TensorStorageMetadata)
+
+    def take(self, wanted: Iterable[str]) -> None:
+        """Have all of ``wanted`` read, into tensors of our own; an optimizer's entries are cut as their
+        parameters are."""
+        match, contents = self.match, self._contents
+        for name in wanted:
+            meta = self._names[name]
+            parameter = self._targets.entries.get(name.rpartition(".")[0])
+            if is_raw(meta, name, contents):
+                check_room(name, meta, contents)
+                if parameter is not None and global_size(parameter) == meta.size:
+                    match.fresh[name] = empty_like(parameter, meta.properties.dtype)
+                else:
+                    match.fresh[name] = fresh_tensor(meta, contents.strides.get(name), "cpu")
+            else:
+                if (
+                    isinstance(parameter, DTensor)
+                    and isinstance(meta, TensorStorageMetadata)
+                    and parameter.shape == meta.size
+                ):
+                    match.like[name] = parameter
+                match.leaves.append(name)
+
+    def _misfit(self, name: str, tensor: torch.Tensor, regions: Iterable[Region]) -> str | None:
+        """Why what was saved as ``name`` can't be read into ``tensor``, of which ``regions`` lie here."""
+        meta = self._names[name]
+        if not isinstance(meta, TensorStorageMetadata):
+            return "is a tensor in the state, but not in the checkpoint"
+        saved = meta.properties.dtype
+        size = global_size(tensor)
+        if meta.size != size or (saved != tensor.dtype and self._dtypes == "exact"):
+            return f"is {_shown(tensor)} in the state, {tuple(meta.size)} {saved} in the checkpoint"
+        if saved != tensor.dtype and not _can_cast(saved, tensor.dtype):
+            return f"is {_shown(tensor)} in the state; {saved}, as in the checkpoint, can't become that"
+        for region in regions:
+            if _is_gappy(region.tensor):
+                self.match.gappy.add(name)
+                if _is_expanded(region.tensor):
+                    return "is expanded: its elements share one place; clone() it first"
+        return None
+
+    def _regions(self, name: str, tensor: torch.Tensor) -> list[Region]:
+        # what lies here is asked, not the tensor itself: a ShardedTensor has few answers
+        local = self._targets.local
+        return local[name] if name in local else [Region.whole(tensor)]
+
+
+def _shown(tensor: torch.Tensor) -> str:
+    return f"{tuple(global_size(tensor))} {tensor.dtype}"
+
+
+def _can_cast(saved: object, dtype: torch.dtype) -> bool:
+    """Whether ``saved``, which a newer torch may have and this one not, can become ``dtype``."""
+    return isinstance(saved, torch.dtype) and torch.can_cast(saved, dtype)
