@@ -21,7 +21,6 @@ from ..errors import (
     LoadError,
     StorageError,
 )
-from ..formats import Manifest
 from ..info import CheckpointInfo, CheckpointRef
 from ..storage import LinkError, Storage, StoredCheckpoint
 from .contents import Contents
@@ -86,21 +85,20 @@ class Catalog:
 
     async def _key(self, stored: StoredCheckpoint) -> tuple[bool, int | None, float]:
         """(has a step, step, time): what "latest" orders by."""
+        step = None
         if stored.committed:
-            manifest = await self._manifest(stored.name)
-            if manifest is not None:
-                return manifest.step is not None, manifest.step, stored.modified
-        # a foreign directory with digits in its name is no step: only ours count before they are committed
-        step = last_number(stored.name) if stored.committed or is_step_directory(stored.name) else None
+            step = await self._step(stored.name)
+        elif is_step_directory(stored.name):  # digits in the name of a foreign directory are no step
+            step = last_number(stored.name)
         return step is not None, step, stored.modified
 
-    async def _manifest(self, name: str) -> Manifest | None:
-        """The manifest of ``name``; None if there is none or it can't be read, which is no reason to know
-        nothing of the others: whoever opens this one is told why not."""
+    async def _step(self, name: str) -> int | None:
+        """The step of ``name``; what its name tells if it can't be read, which is no reason to know nothing
+        of the others: whoever opens this one is told why not."""
         try:
-            return await self._opener.manifest(name)
+            return await self._opener.step(name)
         except CheckpointNotFoundError:
-            return None  # removed meanwhile
+            pass  # removed meanwhile
         except (LoadError, StorageError) as error:
             problem = refused_link(name, error) if isinstance(error, LinkError) else error
             is_medium = isinstance(problem, StorageError) and not isinstance(error, LinkError)
@@ -108,7 +106,7 @@ class Catalog:
                 self._tell(name, problem, "is put in order by its name and time")
             else:
                 logger.debug("%r has no manifest to order it by: %s", name, problem)
-            return None
+        return last_number(name)
 
     async def _ordered(self) -> dict[str, int | None]:
         """Name -> step of committed checkpoints, ascending: by step, those without one first, by time."""

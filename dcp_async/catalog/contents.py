@@ -13,13 +13,21 @@ from dataclasses import dataclass, field
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
-    MetadataIndex,
     TensorStorageMetadata,
 )
 
 from .._concurrency import collection_paused
 from ..errors import CorruptCheckpointError
-from ..formats import InnerValue, Manifest, Tree, leaf_names, tree_from_json, tree_from_paths, usable_paths
+from ..formats import (
+    InnerValue,
+    ItemKey,
+    Manifest,
+    Tree,
+    leaf_names,
+    tree_from_json,
+    tree_from_paths,
+    usable_paths,
+)
 from ..info import CheckpointInfo
 from ..storage import Reader
 
@@ -35,9 +43,9 @@ class Contents:
     """Of the bytes of `.metadata`: tells whether two ranks see the same checkpoint."""
     manifest: Manifest | None
     """None if stock wrote it."""
-    locations: Mapping[MetadataIndex, tuple[str, int, int]]
+    locations: Mapping[ItemKey, tuple[str, int, int]]
     """Item -> (file, offset, length)."""
-    transforms: Mapping[MetadataIndex, tuple[str, ...]]
+    transforms: Mapping[ItemKey, tuple[str, ...]]
     """Item -> descriptors of torch's stream extensions that wrote it; most have none."""
     exotic: frozenset[str]
     """Tensors that were stored by ``torch.save``; stock's, where there is no manifest, are not told apart."""

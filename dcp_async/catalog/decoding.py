@@ -65,7 +65,7 @@ async def manifest_of(name: str, reader: Reader, seen: RawMetadata) -> Manifest 
     problems: list[str] = []
     for content in await reader.manifest():
         try:
-            manifest = parsed_manifest(content)
+            manifest = _decoded_manifest(content)
         except NewerVersionError as error:
             raise LoadError(
                 f"checkpoint {name!r} was written by a newer dcp_async: {error}; update to load it",
@@ -103,8 +103,7 @@ async def decoded(name: str, raw: RawMetadata, threads: BlockingThreads) -> Meta
         ) from error
 
 
-def parsed_manifest(raw: bytes) -> Manifest:
-    """Raises ManifestError."""
+def _decoded_manifest(raw: bytes) -> Manifest:
     with collection_paused():  # that of many tensors is as many objects
         return decode_manifest(raw)
 

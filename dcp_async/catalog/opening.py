@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 import anyio
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import BlockingThreads, collection_paused
 from ..errors import (
@@ -24,11 +24,11 @@ from ..errors import (
     StorageError,
     UntrustedCheckpointError,
 )
-from ..formats import Manifest, ManifestError, places_of, transforms_of
+from ..formats import ItemKey, Manifest, ManifestError, decode_step, locations_of, transforms_of
 from ..info import CheckpointInfo
 from ..storage import LinkError, Reader, Storage, UnreadableError
 from .contents import Contents
-from .decoding import RawMetadata, decoded, digest_of, manifest_of, parsed_manifest, read_raw
+from .decoding import RawMetadata, decoded, digest_of, manifest_of, read_raw
 from .file_checks import check_files, open_files
 
 logger = logging.getLogger(__name__)
@@ -130,18 +130,23 @@ class Opener:
         except LinkError as error:
             raise refused_link(name, error) from error
 
-    async def manifest(self, name: str) -> Manifest | None:
-        """The manifest of ``name``, to put it in order; None if stock wrote it. Raises: as ``describe``;
-        StorageError."""
-        if len(found := await self._manifests(name)) == 1:
-            return found[0]
-        # by none or several a replace shows, under way or killed: the one that belongs to .metadata counts
-        return await self._look(name, manifest_of)
+    async def step(self, name: str) -> int | None:
+        """The step of ``name``, to put it in order: that in its manifest, or in the name of stock's.
 
-    async def _manifests(self, name: str) -> list[Manifest]:
+        Raises: as ``describe``; StorageError.
+        """
+        steps = await self._steps(name)
+        if len(steps) == 1:
+            return steps[0]
+        # by none or several a replace shows, under way or killed: the one that belongs to .metadata counts
+        manifest = await self._look(name, manifest_of)
+        return last_number(name) if manifest is None else manifest.step
+
+    async def _steps(self, name: str) -> list[int | None]:
+        """What the manifests say that lie there, if all of them are whole."""
         reader = await self._enter(name)
         try:
-            return [parsed_manifest(raw) for raw in await reader.manifest()]
+            return [decode_step(raw) for raw in await reader.manifest()]
         except ManifestError:
             return []
         except StorageError as error:
@@ -210,7 +215,7 @@ class Opener:
     async def _describe(self, name: str, reader: Reader, raw: RawMetadata) -> CheckpointInfo:
         manifest = await manifest_of(name, reader, raw)
         if manifest is None:
-            locations = places_of(name, await decoded(name, raw, self._threads))
+            locations = locations_of(name, await decoded(name, raw, self._threads))
             return await self._stock_info(name, reader, raw, locations)
         await open_files(name, reader, manifest)
         return self._info(name, manifest)
@@ -221,7 +226,7 @@ class Opener:
         sizes = await open_files(name, reader, manifest) if manifest is not None else {}
         metadata = await decoded(name, raw, self._threads)
         with collection_paused():
-            locations = places_of(name, metadata)
+            locations = locations_of(name, metadata)
             transforms = transforms_of(name, metadata)
         if manifest is not None:
             info = self._info(name, manifest)
@@ -261,7 +266,7 @@ class Opener:
         name: str,
         reader: Reader,
         raw: RawMetadata,
-        locations: Mapping[MetadataIndex, tuple[str, int, int]],
+        locations: Mapping[ItemKey, tuple[str, int, int]],
     ) -> CheckpointInfo:
         """What stock's metadata and its files tell; without the latter it is not whole."""
         files = {file for file, _, _ in locations.values()}

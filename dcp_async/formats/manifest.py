@@ -7,9 +7,10 @@ checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
 
@@ -103,32 +104,59 @@ _TAIL = len(b',"digest":"') + 16 + len(b'"}')
 
 def decode_manifest(raw: bytes) -> Manifest:
     """Raises: ManifestError, NewerVersionError."""
+    _check_digest(raw)
+    with _manifest_errors():
+        fields = _Fields(_parsed(raw))
+        _check_version(fields)
+        return Manifest(
+            checkpoint_id=fields.text("checkpoint_id"),
+            uid=fields.text("uid", _HEX),
+            step=fields.step(),
+            time=fields.seconds("time"),
+            world_size=fields.integer("world_size", 1),
+            torch_version=fields.text("torch_version"),
+            metadata_digest=fields.text("metadata_digest", _HEX),
+            files=_files(fields.values["files"]),
+            structure=fields.values["structure"],
+            strides=_strides(fields.values["strides"]),
+            exotic=_texts(fields.values["exotic"], "exotic"),
+            notes=_Fields(fields.values["notes"]).values,
+        )
+
+
+def decode_step(raw: bytes) -> int | None:
+    """The step alone, for whoever puts checkpoints in order: the tree of many tensors, which stands behind
+    it, is not decoded.
+
+    Raises: ManifestError, NewerVersionError.
+    """
+    _check_digest(raw)
+    with _manifest_errors():
+        fields = _Fields(_leading_fields(raw.decode(), frozenset({"format", "version", "step"})))
+        _check_version(fields)
+        return fields.step()
+
+
+def _check_digest(raw: bytes) -> None:
     body, tail = raw[:-_TAIL], raw[-_TAIL:]
     if tail != b',"digest":"' + xxhash.xxh3_64_hexdigest(body).encode() + b'"}':
         raise ManifestError("it does not match its own checksum")
-    try:
-        parts = _Fields(_parsed(raw))
-        if (kind := parts.text("format")) != "dcp_async":
-            raise ManifestError(f"its format is {kind[:40]!r}, not 'dcp_async'")
-        version = parts.integer("version", 1)
-        if version > MANIFEST_VERSION:
-            raise NewerVersionError(
-                f"it has format version {version}; this release reads up to {MANIFEST_VERSION}"
-            )
-        return Manifest(
-            checkpoint_id=parts.text("checkpoint_id"),
-            uid=parts.text("uid", _HEX),
-            step=None if parts.found["step"] is None else parts.integer("step"),
-            time=parts.seconds("time"),
-            world_size=parts.integer("world_size", 1),
-            torch_version=parts.text("torch_version"),
-            metadata_digest=parts.text("metadata_digest", _HEX),
-            files=_files(parts.found["files"]),
-            structure=parts.found["structure"],
-            strides=_strides(parts.found["strides"]),
-            exotic=_texts(parts.found["exotic"], "exotic"),
-            notes=_Fields(parts.found["notes"]).found,
+
+
+def _check_version(fields: _Fields) -> None:
+    if (kind := fields.text("format")) != "dcp_async":
+        raise ManifestError(f"its format is {kind[:40]!r}, not 'dcp_async'")
+    version = fields.integer("version", 1)
+    if version > MANIFEST_VERSION:
+        raise NewerVersionError(
+            f"it has format version {version}; this release reads up to {MANIFEST_VERSION}"
         )
+
+
+@contextlib.contextmanager
+def _manifest_errors() -> Iterator[None]:
+    try:
+        yield
     except ManifestError:
         raise
     except KeyError as error:
@@ -140,15 +168,45 @@ def decode_manifest(raw: bytes) -> Manifest:
 _HEX = re.compile("[0-9a-f]{16}")
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 """What no file name and no text file may hold."""
+_BLANKS = (" ", "\t", "\n", "\r")
 _MAX_INT = (1 << 63) - 1
 _MAX_DIMS = 64
 
 
 def _unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         raise ManifestError("it says something twice")
-    return found
+    return fields
+
+
+def _leading_fields(text: str, wanted: Set[str]) -> dict[str, JSON]:
+    """The fields of an object, up to the last of those that are wanted. Raises ValueError."""
+    scan = json.JSONDecoder(object_pairs_hook=_unique).raw_decode
+    fields: list[tuple[str, JSON]] = []
+    position = _behind(("{",), text, 0)
+    missing = set(wanted)
+    while missing:
+        name, position = scan(text, position)
+        if type(name) is not str:
+            raise ValueError("a field of it has no name")
+        value, position = scan(text, _behind((":",), text, position))
+        position = _behind((",", "}"), text, position)
+        fields.append((name, value))
+        missing.discard(name)
+    return _unique(fields)
+
+
+def _behind(marks: tuple[str, ...], text: str, position: int) -> int:
+    """Where the next token begins, after one of ``marks``; blanks around it are skipped."""
+    while text[position : position + 1] in _BLANKS:
+        position += 1
+    if not text.startswith(marks, position):
+        raise ValueError(f"it has no {' or '.join(marks)} at character {position}")
+    position += 1
+    while text[position : position + 1] in _BLANKS:
+        position += 1
+    return position
 
 
 def _parsed(raw: bytes) -> object:
@@ -172,26 +230,29 @@ class _Fields:
     def __init__(self, value: object) -> None:
         if type(value) is not dict:
             raise ManifestError(f"a {type(value).__name__} stands for an object")
-        self.found: dict[str, Any] = value
+        self.values: dict[str, Any] = value
 
     def _wrong(self, name: str) -> ManifestError:
-        return ManifestError(f"its {name} is {_shown(self.found[name])}")
+        return ManifestError(f"its {name} is {_shown(self.values[name])}")
 
     def text(self, name: str, form: re.Pattern[str] | None = None) -> str:
-        value = self.found[name]
+        value = self.values[name]
         if type(value) is not str or _UNWRITABLE.search(value) or (form and not form.fullmatch(value)):
             raise self._wrong(name)
         return value
 
     def integer(self, name: str, least: int | None = None) -> int:
         """Any at all without a ``least``: earlier releases saved steps that this one refuses."""
-        value = self.found[name]
+        value = self.values[name]
         if type(value) is not int or (least is not None and not least <= value <= _MAX_INT):
             raise self._wrong(name)
         return value
 
+    def step(self) -> int | None:
+        return None if self.values["step"] is None else self.integer("step")
+
     def seconds(self, name: str) -> float:
-        value = self.found[name]
+        value = self.values[name]
         if type(value) not in (int, float) or not -_MAX_INT <= value <= _MAX_INT:
             raise self._wrong(name)
         return float(value)
@@ -225,7 +286,7 @@ def _files(value: object) -> tuple[FileEntry, ...]:
 
 def _strides(value: object) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
-    for name, steps in _Fields(value).found.items():
+    for name, steps in _Fields(value).values.items():
         if (
             type(steps) is not list
             or len(steps) > _MAX_DIMS

@@ -40,6 +40,9 @@ _MAX_TEXT = 256 << 20
 _MIN_TEXT = 256
 """Bounds what is taken apart by the length of its names, and by what each of them costs besides."""
 
+ItemKey = tuple[str, torch.Size | None]
+"""Name and offsets, what a MetadataIndex compares: that one's own hash is a step in Python for each look."""
+
 
 def merge_ranks(by_rank: Mapping[int, Metadata]) -> Metadata:
     """What ranks that saved without collectives wrote, each for itself, as if they had spoken to each other.
@@ -139,9 +142,9 @@ def usable_paths(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:
     }
 
 
-def transforms_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, ...]]:
+def transforms_of(name: str, metadata: Metadata) -> dict[ItemKey, tuple[str, ...]]:
     """Item -> descriptors of the stream extensions that wrote it. Raises CorruptCheckpointError."""
-    transforms: dict[MetadataIndex, tuple[str, ...]] = {}
+    transforms: dict[ItemKey, tuple[str, ...]] = {}
     for index, place in metadata.storage_data.items():
         descriptors = getattr(place, "transform_descriptors", None)  # torch before 2.6 knew none
         if descriptors:
@@ -150,28 +153,28 @@ def transforms_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[st
                     f"checkpoint {name!r}: .metadata does not say properly how {index!r} was written",
                     checkpoint_id=name,
                 )
-            transforms[index] = tuple(descriptors)
+            transforms[index.fqn, index.offset] = tuple(descriptors)
     return transforms
 
 
-def places_of(name: str, metadata: Metadata) -> dict[MetadataIndex, tuple[str, int, int]]:
+def locations_of(name: str, metadata: Metadata) -> dict[ItemKey, tuple[str, int, int]]:
     """Item -> (file, offset, length). Raises CorruptCheckpointError."""
     storage_data = metadata.storage_data
     if not isinstance(storage_data, dict):
         raise CorruptCheckpointError(
             f"checkpoint {name!r}: .metadata does not say where its items lie", checkpoint_id=name
         )
-    places: dict[MetadataIndex, tuple[str, int, int]] = {}
-    for index, place in storage_data.items():
-        path, offset, length = (getattr(place, part, None) for part in ("relative_path", "offset", "length"))
+    locations: dict[ItemKey, tuple[str, int, int]] = {}
+    for index, info in storage_data.items():
+        path, offset, length = (getattr(info, field, None) for field in ("relative_path", "offset", "length"))
         numbers = isinstance(offset, int) and isinstance(length, int) and offset >= 0 and length >= 0
         if not isinstance(index, MetadataIndex) or not isinstance(path, str) or "\0" in path or not numbers:
             raise CorruptCheckpointError(
                 f"checkpoint {name!r}: .metadata does not say properly where {index!r} lies",
                 checkpoint_id=name,
             )
-        places[index] = (path, cast(int, offset), cast(int, length))
-    return places
+        locations[index.fqn, index.offset] = (path, cast(int, offset), cast(int, length))
+    return locations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,7 +111,7 @@ class LoadFailures:
     def _names_in(self, file: str, ranges: Iterable[tuple[int, int]]) -> list[str]:
         """Whose items overlap these bytes, wanted or not: a block is damaged for all that lies in it."""
         return [
-            index.fqn
-            for index, (stored_in, offset, length) in self._contents.locations.items()
+            name
+            for (name, _), (stored_in, offset, length) in self._contents.locations.items()
             if stored_in == file and any(offset < high and low < offset + length for low, high in ranges)
         ]

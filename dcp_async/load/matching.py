@@ -6,7 +6,7 @@ is touched.
 
 from __future__ import annotations
 
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from ..catalog import Contents
 from ..options import Dtypes
@@ -76,5 +76,5 @@ def _locations(name: str, contents: Contents) -> tuple[object, ...]:
     """Where the bytes of a tensor lie; names that were saved as one tensor have the same."""
     meta = contents.names[name]
     chunks = meta.chunks if isinstance(meta, TensorStorageMetadata) else ()
-    locations = tuple(contents.locations.get(MetadataIndex(name, chunk.offsets)) for chunk in chunks)
+    locations = tuple(contents.locations.get((name, chunk.offsets)) for chunk in chunks)
     return locations if locations and None not in locations else (name,)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from .._concurrency import collection_paused
 from .._foreign import FillError
@@ -31,7 +31,7 @@ from ..formats import (
     usable_paths,
 )
 from ..options import Dtypes
-from ..state import ReadBack, Region, Targets, is_known_to_autograd, is_wrapper
+from ..state import PLAIN_TENSORS, ReadBack, Region, Targets, is_known_to_autograd, is_wrapper
 from .aliases import NamedRegion, conflict
 from .failures import DamagedError, LoadFailures
 from .fit import check_app_states, check_fit, check_groups, kept_options
@@ -121,11 +121,7 @@ class _LoadInto:
     async def run(self, match: Match, unexpected: Sequence[str], ranks: Together) -> Loaded:
         """Read what ``match`` says, and put it where it belongs."""
         wrapped = Wrapped(
-            regions={
-                name: regions
-                for name, regions in match.tensors.items()
-                if any(is_wrapper(region.tensor) for region in regions)
-            },
+            regions={name: regions for name, regions in match.tensors.items() if _has_wrapper(regions)},
             like=match.like,
         )
         plain = {name: regions for name, regions in match.tensors.items() if name not in wrapped.regions}
@@ -229,6 +225,17 @@ class _LoadInto:
         }
 
 
+def _has_wrapper(regions: Iterable[Region]) -> bool:
+    # by type first, for most tensors are plain; no generator, which would cost more than that look
+    return bool(
+        [
+            region
+            for region in regions
+            if type(region.tensor) not in PLAIN_TENSORS and is_wrapper(region.tensor)
+        ]
+    )
+
+
 def _copies(regions: _Regions) -> dict[str, list[Region]]:
     """Memory of our own beside each of ``regions``."""
     return {
@@ -282,8 +289,8 @@ async def read_fresh(
             leaves.append(name)
             continue
         # names that share their bytes come back as one tensor
-        index = MetadataIndex(name, meta.chunks[0].offsets) if len(meta.chunks) == 1 else None
-        location = contents.locations.get(index) if index is not None else None
+        is_one = len(meta.chunks) == 1
+        location = contents.locations.get((name, meta.chunks[0].offsets)) if is_one else None
         if location is not None and stored.setdefault(location, name) != name:
             tied[name] = stored[location]
         else:

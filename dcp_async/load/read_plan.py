@@ -6,12 +6,13 @@ byte of every target is covered before a target is touched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
 from .._geometry import (
     Box,
@@ -27,7 +28,15 @@ from .._geometry import (
     slices,
 )
 from ..catalog import Contents
-from ..formats import BLOCK_BYTES, PLAIN_DTYPES, StoredItem, UnsupportedError, inflated_bound, tensor_frame
+from ..formats import (
+    BLOCK_BYTES,
+    PLAIN_DTYPES,
+    ItemKey,
+    StoredItem,
+    UnsupportedError,
+    inflated_bound,
+    tensor_frame,
+)
 from ..state import PLAIN_TENSORS, Region, joined, pairs, part_of
 from ..trust import Trust
 from .failures import DamagedError
@@ -43,13 +52,13 @@ class Source:
     """Where a checkpoint's items lie and how to read them."""
 
     tensors: Mapping[str, TensorStorageMetadata]
-    locations: Mapping[MetadataIndex, tuple[str, int, int]]
-    """Index -> (file, offset, length)."""
+    locations: Mapping[ItemKey, tuple[str, int, int]]
+    """Item -> (file, offset, length)."""
     raw_files: frozenset[str]
     """Files whose plain tensor items are laid out by our format: payload at a known place."""
     exotic: frozenset[str]
-    transforms: Mapping[MetadataIndex, tuple[str, ...]]
-    """Index -> descriptors of torch's stream extensions, of the items that they wrote."""
+    transforms: Mapping[ItemKey, tuple[str, ...]]
+    """Item -> descriptors of torch's stream extensions, of the items that they wrote."""
     trust: Trust
 
     @classmethod
@@ -70,24 +79,24 @@ class Source:
         """Whether the item is laid out by our format, its payload at a known place."""
         return file in self.raw_files and name not in self.exotic and dtype in PLAIN_DTYPES
 
-    def is_plain_of_stock(self, name: str, file: str, index: MetadataIndex) -> bool:
+    def is_plain_of_stock(self, file: str, key: ItemKey) -> bool:
         """Whether the item is a plain tensor that stock wrote without a stream extension."""
-        properties = self.tensors[name].properties
+        properties = self.tensors[key[0]].properties
         return (
             file not in self.raw_files
-            and index not in self.transforms
+            and key not in self.transforms
             and properties.dtype in PLAIN_DTYPES
             and properties.layout is torch.strided
         )
 
-    def location(self, name: str, index: MetadataIndex) -> tuple[str, int, int]:
+    def location(self, key: ItemKey) -> tuple[str, int, int]:
         """(file, offset, length) of an item. Raises DamagedError."""
         try:
-            return self.locations[index]
+            return self.locations[key]
         except KeyError:
-            raise DamagedError(
-                f"{name}: .metadata does not say where its item {index} lies", [name]
-            ) from None
+            name, offsets = key
+            item = "" if offsets is None else f" at {list(offsets)}"
+            raise DamagedError(f"{name}: .metadata does not say where its item{item} lies", [name]) from None
 
     def chunk_boxes(self, name: str) -> list[Box]:
         """Where the chunks of a tensor lie in it. Raises DamagedError if they can't lie so."""
@@ -140,17 +149,18 @@ class ReadPlan:
         self.items: list[StoredItem] = []
         """What ``torch.load`` will decode, among it."""
         self._keep: list[torch.Tensor] = []
-        """Tensors whose memory pieces point into: a detached one may be nobody else's."""
+        """Tensors whose memory pieces point into."""
+        self._frames: dict[tuple[torch.dtype, torch.Size], tuple[int, int]] = {}
+        """Of raw items that are alike: (bytes before the payload, bytes in all)."""
 
     def _add(self, file: str, piece: Piece) -> None:
         self.pieces.setdefault(file, []).append(piece)
         self.nbytes += piece.nbytes
 
-    def _want_item(
-        self, name: str, index: MetadataIndex, sizes: Sequence[int], receive: Callable[[Any], None]
-    ) -> None:
+    def _want_item(self, key: ItemKey, sizes: Sequence[int], receive: Callable[[Any], None]) -> None:
         """Read an item whole, decode it and hand its value over. Raises DamagedError, UnsupportedError."""
-        file, offset, length = self._source.location(name, index)
+        name, _ = key
+        file, offset, length = self._source.location(key)
         if length == 0:
             raise DamagedError(f"{name}: its item in {file} is empty", [name])
         item = StoredItem(
@@ -158,7 +168,7 @@ class ReadPlan:
             file=file,
             offset=offset,
             length=length,
-            descriptors=self._source.transforms.get(index, ()),
+            descriptors=self._source.transforms.get(key, ()),
             max_bytes=inflated_bound(self._source.tensors.get(name), sizes, length),
             has_digests=file in self._source.raw_files,
             trust=self._source.trust,
@@ -189,7 +199,7 @@ class ReadPlan:
             self.want_joined(name, box_at((0,) * len(meta.size), meta.size), receive)
             return
         offsets, sizes = (meta.chunks[0].offsets, meta.chunks[0].sizes) if meta else (None, ())
-        self._want_item(name, MetadataIndex(name, offsets), sizes, lambda value: receive(name, value))
+        self._want_item((name, offsets), sizes, lambda value: receive(name, value))
 
     def want_joined(self, name: str, wanted: Box, receive: Callable[[str, Any], None]) -> None:
         """Hand over a tensor made of what ``wanted`` meets of the chunks of one that is more than bytes.
@@ -222,8 +232,7 @@ class ReadPlan:
             return collect
 
         for chunk, box in met:
-            index = MetadataIndex(name, chunk.offsets)
-            self._want_item(name, index, chunk.sizes, collector(chunk, box))
+            self._want_item((name, chunk.offsets), chunk.sizes, collector(chunk, box))
 
     def want_pairs(
         self, name: str, regions: Iterable[Region], hold: Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -258,8 +267,8 @@ class ReadPlan:
             except ValueError as error:
                 raise CoverageError(f"{name}: {error}") from error
             for chunk, in_chunk, in_region in met:
-                index = MetadataIndex(name, chunk.offsets)
-                self._want_item(name, index, chunk.sizes, receiver(region.tensor, in_region, chunk, in_chunk))
+                key = (name, chunk.offsets)
+                self._want_item(key, chunk.sizes, receiver(region.tensor, in_region, chunk, in_chunk))
 
     def want_tensor(self, name: str, regions: Iterable[Region]) -> None:
         """Fill ``regions`` of a tensor.
@@ -270,66 +279,69 @@ class ReadPlan:
         boxes: list[Box] = []
         for region in regions:
             tensor = region.tensor
-            if len(meta.chunks) == 1 and self._want_whole(name, meta.size, meta.chunks[0], tensor):
+            if len(meta.chunks) == 1 and self._want_whole(name, meta, tensor):
                 continue
             boxes = boxes or self._source.chunk_boxes(name)
             for chunk, in_chunk, in_region in self._source.overlaps(name, boxes, region):
                 self._want_box(name, chunk, in_chunk, tensor, in_region)
 
-    def _want_whole(
-        self, name: str, size: torch.Size, chunk: ChunkStorageMetadata, target: torch.Tensor
-    ) -> bool:
-        """Read a chunk that is all of ``target`` straight into it, if that is possible: most tensors by
-        far."""
+    def _want_whole(self, name: str, meta: TensorStorageMetadata, target: torch.Tensor) -> bool:
+        """Read a tensor of one chunk straight into all of ``target``, if that is possible: most tensors by
+        far, so each step counts."""
+        chunk, size, dtype = meta.chunks[0], meta.size, meta.properties.dtype
         if chunk.sizes != size or size != target.shape or any(chunk.offsets) or not target.numel():
             return False
-        dtype = self._source.tensors[name].properties.dtype
         memory = self._memory(target, dtype)
-        file, offset, length = self._source.location(name, MetadataIndex(name, chunk.offsets))
+        file, offset, length = self._source.location((name, chunk.offsets))
         if memory is None or not self._source.is_raw(name, file, dtype):
             return False
-        payload = self._payload(name, offset, length, dtype, tuple(size))
+        payload = offset + self._head_bytes(name, length, dtype, size)
         self._add(file, Piece(payload, len(memory), memory, 0, name))
         return True
 
-    @staticmethod
-    def _payload(name: str, offset: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-        """Where the payload of a raw item begins. Raises DamagedError if the item has another length."""
-        head, tail = tensor_frame(dtype, shape)
-        nbytes = dtype.itemsize
-        for extent in shape:
-            nbytes *= extent
-        if length != len(head) + nbytes + len(tail):
+    def _head_bytes(self, name: str, length: int, dtype: torch.dtype, size: torch.Size) -> int:
+        """How far into a raw item its payload begins. Raises DamagedError if the item has another length."""
+        frame = self._frames.get((dtype, size))
+        if frame is None:
+            head, tail = tensor_frame(dtype, tuple(size))
+            nbytes = dtype.itemsize * math.prod(size)
+            frame = self._frames[dtype, size] = (len(head), len(head) + nbytes + len(tail))
+        head_bytes, item_bytes = frame
+        if length != item_bytes:
             raise DamagedError(
-                f"{name}: its item has {length} bytes, a chunk of {shape} {dtype} has others", [name]
+                f"{name}: its item has {length} bytes, a chunk of {tuple(size)} {dtype} has others", [name]
             )
-        return offset + len(head)
+        return head_bytes
 
     def _memory(self, target: torch.Tensor, dtype: torch.dtype) -> memoryview | None:
         """The bytes of ``target``, if elements of ``dtype`` can be read straight into them."""
-        plain = type(target) in PLAIN_TENSORS and target.dtype == dtype and target.is_cpu
-        plain = plain and target.layout is torch.strided
-        if not plain or target.is_conj() or target.is_neg() or not target.is_contiguous():
+        if (
+            type(target) not in PLAIN_TENSORS
+            or target.dtype != dtype
+            or not target.is_cpu
+            or target.layout is not torch.strided
+            or target.is_conj()
+            or target.is_neg()
+            or not target.is_contiguous()
+        ):
             return None
         self._keep.append(target)
-        return host_memory(target.detach())
+        return host_memory(target)
 
     def _want_box(
         self, name: str, chunk: ChunkStorageMetadata, in_chunk: Box, target: torch.Tensor, in_target: Box
     ) -> None:
         """Copy box ``in_chunk`` of a stored chunk to box ``in_target`` of ``target``."""
-        index = MetadataIndex(name, chunk.offsets)
-        file, offset, length = self._source.location(name, index)
+        key = (name, chunk.offsets)
+        file, offset, length = self._source.location(key)
         shape = tuple(chunk.sizes)
         dtype = self._source.tensors[name].properties.dtype
         if self._source.is_raw(name, file, dtype):
-            payload = self._payload(name, offset, length, dtype, shape)
+            payload = offset + self._head_bytes(name, length, dtype, chunk.sizes)
             for piece in self._row_pieces(name, payload, shape, dtype, in_chunk, target, in_target):
                 self._add(file, piece)
             return
-        if length == dtype.itemsize * chunk.sizes.numel() and self._source.is_plain_of_stock(
-            name, file, index
-        ):
+        if length == dtype.itemsize * chunk.sizes.numel() and self._source.is_plain_of_stock(file, key):
             # no item of torch.save's is as short as its elements
             raise UnsupportedError(
                 f"{name} was written with SerializationFormat.SAFETENSORS, which stock DCP itself can't "
@@ -337,7 +349,7 @@ class ReadPlan:
             )
         # a whole tensor is not indexed: sparse ones can't be
         place = target if extents(in_target) == tuple(target.shape) else target[slices(in_target)]
-        self._want_item(name, index, shape, self._tensor_receiver(name, place, shape, in_chunk))
+        self._want_item(key, shape, self._tensor_receiver(name, place, shape, in_chunk))
 
     def _row_pieces(
         self,

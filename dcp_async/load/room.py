@@ -7,7 +7,7 @@ CorruptCheckpointError. Invariant: no memory is asked for on the word of `.metad
 from __future__ import annotations
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from .._geometry import is_dense
 from ..catalog import Contents
@@ -21,10 +21,10 @@ def check_room(name: str, meta: TensorStorageMetadata, contents: Contents) -> No
         return
     wanted, held = meta.size.numel() * meta.properties.dtype.itemsize, 0
     for chunk in meta.chunks:
-        index = MetadataIndex(name, chunk.offsets)
-        if index in contents.transforms or meta.properties.layout is not torch.strided:
+        key = (name, chunk.offsets)
+        if key in contents.transforms or meta.properties.layout is not torch.strided:
             held = wanted  # compressed: its bound is known when it is inflated
-        elif (location := contents.locations.get(index)) is not None:
+        elif (location := contents.locations.get(key)) is not None:
             held += location[2]
     strides = contents.strides.get(name)
     if held < wanted or (

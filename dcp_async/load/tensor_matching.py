@@ -79,7 +79,7 @@ class TensorMatcher:
                 match.convertible = match.convertible or castable
             return
         assert isinstance(meta, TensorStorageMetadata)
-        if not any(region.tensor.is_meta for region in regions):
+        if not [region for region in regions if region.tensor.is_meta]:
             match.tensors[name] = regions
         elif name in self._targets.local:
             match.mismatch(

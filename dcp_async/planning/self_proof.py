@@ -32,7 +32,7 @@ from ..formats import (
     decode_metadata,
     encode_manifest,
     leaf_names,
-    places_of,
+    locations_of,
     tensor_frame,
     transforms_of,
     tree_from_json,
@@ -110,18 +110,15 @@ def prove(template: MetadataTemplate, manifest_json: str, promised: Promised) ->
 def _prove_metadata(template: MetadataTemplate, promised: Promised) -> tuple[set[str], dict[int, int]]:
     try:
         metadata = decode_metadata(template.render(_UID))
-        places = places_of(_NAME, metadata)
+        locations: Mapping[tuple[str, Any], tuple[str, int, int]] = locations_of(_NAME, metadata)
         transforms = transforms_of(_NAME, metadata)
     except UntrustedGlobal as error:
         raise ProofError(f".metadata names {error.name}") from error
     except (ValueError, LoadError) as error:
         raise ProofError(f".metadata can't be read ({error})") from error
     if transforms:
-        raise ProofError(f"{next(iter(transforms)).fqn} would be read as compressed")
+        raise ProofError(f"{next(iter(transforms))[0]} would be read as compressed")
     entries = metadata.state_dict_metadata
-    lies: dict[Any, tuple[str, int, int]] = {
-        (index.fqn, index.offset): place for index, place in places.items()
-    }
     seen: set[str] = set()
     num_places = 0
     ends: dict[int, int] = {}
@@ -138,14 +135,14 @@ def _prove_metadata(template: MetadataTemplate, promised: Promised) -> tuple[set
             for (offsets, _), place in zip(promise.boxes, row, strict=True):
                 assert place is not None  # or nothing would have been encoded
                 rank, offset, length = place
-                if (written := lies.get((name, offsets))) != (file_of(rank), offset, length):
-                    raise ProofError(f"{name} at {offsets} lies in {written}, not in {place}")
+                if (location := locations.get((name, offsets))) != (file_of(rank), offset, length):
+                    raise ProofError(f"{name} at {offsets} lies in {location}, not in {place}")
                 if ends.get(rank, 0) < offset + length:
                     ends[rank] = offset + length
     if seen != entries.keys():
         raise ProofError(f".metadata has other names: {_told(sorted(seen ^ entries.keys()))}")
-    if num_places != len(places):
-        raise ProofError(f".metadata has {len(places)} places for {num_places} items")
+    if num_places != len(locations):
+        raise ProofError(f".metadata has {len(locations)} places for {num_places} items")
     return seen, ends
 
 

@@ -13,6 +13,7 @@ from dcp_async.formats.manifest import (
     FileEntry,
     ManifestError,
     decode_manifest,
+    decode_step,
     encode_manifest,
     structure_json,
 )
@@ -43,6 +44,41 @@ def test_a_sound_manifest_is_read() -> None:
     assert (found.step, found.time, found.strides, found.exotic) == (1, 1.5, {"w": (1, 2)}, ("e",))
     assert found.files == (FileEntry(name="f", nbytes=5, digest=_HEX),)
     assert decode_manifest(signed(json.dumps({**_sound(), "step": None, "time": 7}))).step is None
+
+
+def test_the_step_is_read_without_the_tree_behind_it() -> None:
+    sound = _sound()
+    assert decode_step(signed(json.dumps(sound))) == 1
+    assert decode_step(signed(json.dumps(sound, separators=(",", ":")))) == 1
+    assert decode_step(signed(json.dumps(sound, indent=2))) == 1
+    assert decode_step(signed(json.dumps({**sound, "step": None}))) is None
+    no_tree = json.dumps(sound).replace('"structure": ', '"structure": no JSON')
+    assert decode_step(signed(no_tree)) == 1
+    with pytest.raises(ManifestError):
+        decode_manifest(signed(no_tree))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda text: text.replace('"step"', '"stop"'), "no JSON"),
+        (lambda text: text.replace('"step": 1', '"step": "1"'), "step is"),
+        (lambda text: text.replace('"step": 1', '"uid": 1, "step": 1'), "twice"),
+        (lambda text: text.replace('"step": 1', '"step" 1'), "no :"),
+        (lambda text: text.replace('"step": 1', '7: 8, "step": 1'), "no name"),
+        (lambda text: text.replace('"version": 1', '"version": 2'), "version 2"),
+        (lambda text: text.replace("dcp_async", "another"), "format"),
+    ],
+)
+def test_a_step_is_not_read_of_a_damaged_manifest(change: Callable[[str], str], why: str) -> None:
+    with pytest.raises(ManifestError, match=why):
+        decode_step(signed(change(json.dumps(_sound()))))
+
+
+def test_a_step_is_not_read_of_a_manifest_with_another_checksum() -> None:
+    raw = signed(json.dumps(_sound()))
+    with pytest.raises(ManifestError, match="checksum"):
+        decode_step(raw.replace(b'"step": 1', b'"step": 2'))
 
 
 WRONG: tuple[Any, ...] = (
