@@ -1,4 +1,4 @@
-"""Boxes of a tensor: where two of them meet, and which bytes of a row-major one hold a part of it.
+"""Boxes of a tensor: where two of them meet, and which bytes of a row-major tensor hold one.
 
 Enters: boxes, as [start, stop) per dimension, and shapes. Leaves: boxes and byte ranges. Pure.
 """
@@ -27,14 +27,14 @@ def common(one: Box, other: Box) -> Box | None:
 
 def relative(box: Box, origin: Sequence[int]) -> Box:
     """``box`` as seen from ``origin``."""
-    return tuple((low - at, high - at) for (low, high), at in zip(box, origin, strict=True))
+    return tuple((low - start, high - start) for (low, high), start in zip(box, origin, strict=True))
 
 
 def shifted(box: Box, origin: Box, to: Box) -> Box:
     """``box``, which lies in ``origin``, as it lies in ``to``, which is as large."""
     return tuple(
-        (low + there - here, high + there - here)
-        for (low, high), (here, _), (there, _) in zip(box, origin, to, strict=True)
+        (low + new - old, high + new - old)
+        for (low, high), (old, _), (new, _) in zip(box, origin, to, strict=True)
     )
 
 
@@ -66,22 +66,24 @@ def first_fault(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[tuple[int, 
     if len(cut) > MAX_CUT_DIMS:
         raise ValueError(f"it is cut in {len(cut)} dimensions, more than {MAX_CUT_DIMS}")
     changes: Counter[tuple[int, ...]] = Counter()
+    # the whole counts -1, so that exact cover leaves no change anywhere
     for box, sign in ((whole, -1), *((box, 1) for box in boxes)):
         corners: list[tuple[tuple[int, ...], int]] = [((), sign)]
         for dim in cut:
             low, high = box[dim]
             corners = [
-                (at, each * side)
-                for here, each in corners
-                for at, side in (((*here, low), 1), ((*here, high), -1))
+                (corner, change * side)
+                for start, change in corners
+                for corner, side in (((*start, low), 1), ((*start, high), -1))
             ]
-        for at, each in corners:
-            changes[at] += each
-    wrong = min((at for at, change in changes.items() if change), default=None)
+        for corner, change in corners:
+            changes[corner] += change
+    # of all corners with a change the first has nothing before it that could make up for it
+    wrong = min((corner for corner, change in changes.items() if change), default=None)
     if wrong is None:
         return None
-    found = dict(zip(cut, wrong, strict=True))
-    return tuple(found.get(dim, 0) for dim in range(len(shape))), 1 + changes[wrong]
+    position = dict(zip(cut, wrong, strict=True))
+    return tuple(position.get(dim, 0) for dim in range(len(shape))), 1 + changes[wrong]
 
 
 def _reach(box: Box, strides: Sequence[int]) -> tuple[int, int]:
@@ -94,6 +96,7 @@ def _reach(box: Box, strides: Sequence[int]) -> tuple[int, int]:
 def contiguous_run(box: Box, shape: Sequence[int]) -> tuple[int, int] | None:
     """(first element, number) if ``box`` is one run of a row-major ``shape``, else None."""
     start, numel, partial = 0, 1, False
+    # from the last dimension: once one is not whole, those before it may hold one index only
     for (low, high), extent in zip(reversed(box), reversed(shape), strict=True):
         if partial and high - low != 1:
             return None
@@ -109,14 +112,15 @@ def contiguous_run(box: Box, shape: Sequence[int]) -> tuple[int, int] | None:
 def cut_box(
     box: Box, shape: Sequence[int], itemsize: int, *, gap_bytes: int, limit_bytes: int
 ) -> Iterator[tuple[Box, int, int]]:
-    """Cut ``box`` of a row-major ``shape`` into parts that are each read by one contiguous range.
+    """Cut ``box`` of a row-major ``shape`` into boxes that are each read by one contiguous range.
 
     Ranges are at most ``limit_bytes`` long where rows are, and skip what lies between two rows if that is at
-    least ``gap_bytes``. Yields (part, first byte, number of bytes).
+    least ``gap_bytes``. Yields (box, first byte, number of bytes).
     """
     strides = contiguous_strides(shape)
     first, stop = _reach(box, strides)
     span = (stop - first) * itemsize
+    # dimensions of one index are no cut: the first that has more is where rows follow each other
     dim = next((dim for dim, (low, high) in enumerate(box) if high - low > 1), None)
     if dim is None:
         yield box, first * itemsize, span
@@ -133,8 +137,8 @@ def cut_box(
     else:
         rows = max(limit_bytes // step, 1)
     for start in range(low, high, rows):
-        part = (*box[:dim], (start, min(start + rows, high)), *box[dim + 1 :])
-        yield from cut_box(part, shape, itemsize, gap_bytes=gap_bytes, limit_bytes=limit_bytes)
+        some = (*box[:dim], (start, min(start + rows, high)), *box[dim + 1 :])
+        yield from cut_box(some, shape, itemsize, gap_bytes=gap_bytes, limit_bytes=limit_bytes)
 
 
 class CoverageError(ValueError):
@@ -145,6 +149,7 @@ def check_coverage(shape: Sequence[int], boxes: Sequence[Box]) -> None:
     """Raises CoverageError unless ``boxes`` cover every element of ``shape`` exactly once: never zeros where
     a chunk is missing, never one of two values where chunks contradict each other."""
     if 0 in shape or not shape:
+        # nothing to cover, or a scalar, whose box has no sides: any chunk holds it
         if not shape and not boxes:
             raise CoverageError("no chunk holds its value")
         return
@@ -153,9 +158,9 @@ def check_coverage(shape: Sequence[int], boxes: Sequence[Box]) -> None:
     except ValueError as error:
         raise CoverageError(str(error)) from None
     if fault is not None:
-        at, times = fault
+        start, times = fault
         how = "no chunk covers" if times == 0 else f"{times} chunks cover"
-        raise CoverageError(f"{how} the region that starts at {list(at)}")
+        raise CoverageError(f"{how} the region that starts at {list(start)}")
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

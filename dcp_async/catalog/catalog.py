@@ -115,6 +115,7 @@ class Catalog:
             for stored in await self._storage.list()
             if stored.committed
         ]
+        # False sorts first, so whatever has a step counts as newer than what has none
         keyed.sort(key=lambda entry: (entry[0][0], entry[0][1] or 0, entry[0][2]))
         return {name: key[1] for key, name in keyed}
 
@@ -167,6 +168,7 @@ class Catalog:
             except CheckpointNotFoundError:
                 continue  # removed meanwhile
             except LinkError as error:
+                # what lies behind it may be the newest: an older one in its place would be a silent loss
                 raise refused_link(name, error) from error
             except (CorruptCheckpointError, UnfitMetadataError) as error:
                 self._pass_over(name, error)

@@ -40,7 +40,7 @@ class Contents:
     reader: Reader
     metadata: Metadata
     digest: str
-    """Of the bytes of `.metadata`: tells whether two ranks see the same checkpoint."""
+    """Checksum of the bytes of `.metadata`: tells whether two ranks see one state of the checkpoint."""
     manifest: Manifest | None
     """None if stock wrote it."""
     locations: Mapping[ItemKey, tuple[str, int, int]]
@@ -50,7 +50,7 @@ class Contents:
     exotic: frozenset[str]
     """Tensors that were stored by ``torch.save``; stock's, where there is no manifest, are not told apart."""
     strides: Mapping[str, tuple[int, ...]]
-    """Of tensors that were not row-major; of stock's none are known."""
+    """Strides of tensors that were not row-major; of stock's none are known."""
     digests: Mapping[str, array[int]]
     """Checksums of the blocks of each file that has any."""
     image_bytes: Mapping[str, int]
@@ -86,7 +86,7 @@ class Contents:
         """The tree that was saved; of stock's checkpoints, as far as ``planner_data`` tells (its keys are all
         str, and nothing tells the strides that a tensor had: they come back row-major, as stock gives
         them)."""
-        if self._tree is not None:
+        if self._tree is not None:  # asked for at least twice by each load of Statefuls
             return self._tree
         if self.manifest is not None:
             try:

@@ -77,6 +77,7 @@ async def manifest_of(name: str, reader: Reader, seen: RawMetadata) -> Manifest 
         if manifest.metadata_digest == digest:
             return manifest
         problems.append("the manifest belongs to another .metadata")
+    # taken for one of stock's, it would be read without a checksum
     if names_data_file(raw):
         raise CorruptCheckpointError(
             f"checkpoint {name!r}: .metadata and manifest do not belong together "
@@ -89,6 +90,7 @@ async def manifest_of(name: str, reader: Reader, seen: RawMetadata) -> Manifest 
 async def decoded(name: str, raw: RawMetadata, threads: BlockingThreads) -> Metadata:
     """DCP's Metadata. Raises UnfitMetadataError, CorruptCheckpointError."""
     try:
+        # not on the loop: that of many tensors takes a second, for which no other verb could go on
         return await threads.run(_decode_raw, raw)
     except UntrustedGlobal as error:
         raise UnfitMetadataError(

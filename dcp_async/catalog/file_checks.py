@@ -14,7 +14,7 @@ from ..formats import SECTOR_BYTES, Footer, FooterError, Manifest, footer_span, 
 from ..storage import Reader
 
 _LONG_FOOTER_BYTES = 1 << 20
-"""Of files from 8 GiB on."""
+"""Only files from 8 GiB on have longer ones."""
 
 
 async def open_files(name: str, reader: Reader, manifest: Manifest) -> dict[str, int]:
@@ -56,6 +56,7 @@ async def check_files(
     digests: dict[str, array[int]] = {}
     image_bytes: dict[str, int] = {}
     for file, end in ends.items():
+        # files of stock's, and those in other directories, are named by .metadata alone
         nbytes = sizes[file] if file in sizes else await reader.size(file)
         if nbytes < end:
             raise _cut_off(name, file, nbytes, end)

@@ -38,13 +38,13 @@ T = TypeVar("T")
 
 def last_number(name: str) -> int | None:
     """The step that a name tells: its last digits."""
-    found = re.findall(r"\d+", name)
-    return int(found[-1]) if found else None
+    numbers = re.findall(r"\d+", name)
+    return int(numbers[-1]) if numbers else None
 
 
 def refused_link(name: str, error: LinkError) -> CheckpointError:
     """What to tell whoever needs a checkpoint behind a link that is not followed."""
-    if error.errno == errno.ENOENT:
+    if error.errno == errno.ENOENT:  # it leads nowhere, as to a disk that is not mounted: no matter of trust
         return StorageError(
             f"checkpoint {name!r} can't be read: {error}", verb=error.verb, path=error.path, errno=error.errno
         )
@@ -202,7 +202,7 @@ class Opener:
         try:
             reader = await self._storage.open(name)
         except FileNotFoundError:
-            return True
+            return True  # removed: for whoever looks again, as good as replaced
         try:
             return digest_of(await read_raw(reader)) != digest
         except StorageError as error:

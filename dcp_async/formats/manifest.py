@@ -116,11 +116,11 @@ def decode_manifest(raw: bytes) -> Manifest:
             world_size=fields.integer("world_size", 1),
             torch_version=fields.text("torch_version"),
             metadata_digest=fields.text("metadata_digest", _HEX),
-            files=_files(fields.values["files"]),
-            structure=fields.values["structure"],
-            strides=_strides(fields.values["strides"]),
-            exotic=_texts(fields.values["exotic"], "exotic"),
-            notes=_Fields(fields.values["notes"]).values,
+            files=_files(fields.found["files"]),
+            structure=fields.found["structure"],
+            strides=_strides(fields.found["strides"]),
+            exotic=_texts(fields.found["exotic"], "exotic"),
+            notes=_Fields(fields.found["notes"]).found,
         )
 
 
@@ -230,29 +230,29 @@ class _Fields:
     def __init__(self, value: object) -> None:
         if type(value) is not dict:
             raise ManifestError(f"a {type(value).__name__} stands for an object")
-        self.values: dict[str, Any] = value
+        self.found: dict[str, Any] = value
 
     def _wrong(self, name: str) -> ManifestError:
-        return ManifestError(f"its {name} is {_shown(self.values[name])}")
+        return ManifestError(f"its {name} is {_shown(self.found[name])}")
 
     def text(self, name: str, form: re.Pattern[str] | None = None) -> str:
-        value = self.values[name]
+        value = self.found[name]
         if type(value) is not str or _UNWRITABLE.search(value) or (form and not form.fullmatch(value)):
             raise self._wrong(name)
         return value
 
     def integer(self, name: str, least: int | None = None) -> int:
         """Any at all without a ``least``: earlier releases saved steps that this one refuses."""
-        value = self.values[name]
+        value = self.found[name]
         if type(value) is not int or (least is not None and not least <= value <= _MAX_INT):
             raise self._wrong(name)
         return value
 
     def step(self) -> int | None:
-        return None if self.values["step"] is None else self.integer("step")
+        return None if self.found["step"] is None else self.integer("step")
 
     def seconds(self, name: str) -> float:
-        value = self.values[name]
+        value = self.found[name]
         if type(value) not in (int, float) or not -_MAX_INT <= value <= _MAX_INT:
             raise self._wrong(name)
         return float(value)
@@ -286,7 +286,7 @@ def _files(value: object) -> tuple[FileEntry, ...]:
 
 def _strides(value: object) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
-    for name, steps in _Fields(value).values.items():
+    for name, steps in _Fields(value).found.items():
         if (
             type(steps) is not list
             or len(steps) > _MAX_DIMS

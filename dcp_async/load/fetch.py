@@ -35,6 +35,7 @@ class FetchBuffers:
         """Where the next block begins: its byte in the file, and the first segment that may hold it."""
         self._bad: list[tuple[int, int]] = []
         direct = [piece for piece in span.pieces if piece.nbytes >= _SMALL_BYTES]
+        # one allocation for all that is not read directly: small pieces, gaps, and edges of blocks
         scratch = memoryview(bytearray(span.stop - span.start - sum(piece.nbytes for piece in direct)))
         used = 0
         end = span.start
@@ -71,6 +72,7 @@ class FetchBuffers:
             while index + 1 < len(self.segments) and self.segments[index + 1][0] <= low:
                 index += 1
             start, memory = self.segments[index]
+            # a block seldom crosses segments, and hashing it in one call is faster than in a stream
             if start + len(memory) >= high:
                 value = one_shot(memory[low - start : high - start])
             else:
@@ -79,6 +81,7 @@ class FetchBuffers:
                 self._bad.append((low, low + BLOCK_BYTES))
             low = high
         self._verified, self._segment = low, index
+        # not at the first: the error names all tensors that are concerned
         if self._bad and low == span.stop:
             raise self._damage(self._bad)
 
@@ -114,6 +117,7 @@ class FetchBuffers:
         """Copy the small pieces out of scratch, then finish what became whole."""
         for piece, memory in self._scattered:
             piece.memory()[:] = memory
+        # afterwards: the last piece of a Fill may be a small one
         for piece in self.span.pieces:
             if isinstance(piece.target, Fill):
                 piece.target.filled(piece.nbytes)

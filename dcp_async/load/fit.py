@@ -70,6 +70,7 @@ def kept_options(targets: Targets, contents: Contents, values: Mapping[str, Any]
         }
         for number, group in enumerate(groups):
             params = group.get("params") if isinstance(group, Mapping) else None
+            # groups are found by their parameters: numbers change when groups do
             if isinstance(params, list) and (options := saved.get(frozenset(params))) is not None:
                 kept += [f"{prefix}.{number}.{text_of(key)}" for key in group if key not in options]
     return kept

@@ -54,6 +54,7 @@ async def open_same(
                 if mine is None:
                     mine = await catalog.open(name)
             except (CheckpointNotFoundError, CorruptCheckpointError, StorageError) as error:
+                # the coordinator's file system decides what exists: others may wait for theirs
                 if coordinator.is_coordinator or not _lags(error):
                     raise
                 problem = str(error)

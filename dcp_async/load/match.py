@@ -22,9 +22,9 @@ class Match:
     tensors: dict[str, list[Region]] = field(default_factory=dict)
     """To be filled in place."""
     gappy: set[str] = field(default_factory=set)
-    """Of these, what may not be contiguous."""
+    """Those of ``tensors`` that may not be contiguous."""
     offered: set[str] = field(default_factory=set)
-    """Of these, what need not be filled: a new tensor does as well."""
+    """Those of ``tensors`` that need not be filled: a new tensor does as well."""
     resized: set[str] = field(default_factory=set)
     """What is PerRank and was saved by another number of ranks: taken from all of them."""
     leaves: list[str] = field(default_factory=list)

@@ -114,6 +114,7 @@ class _LoadInto:
         with collection_paused():
             match = match_state(self._targets, self._contents, dtypes=self._how.dtypes)
         unexpected = await ranks.unexpected(match.unexpected, self._targets.prefixes)
+        # bytes of a corrupt checkpoint must not stay in what is not filled now
         if self._how.strict or refill:
             check_fit(match, self._name, unexpected=unexpected if self._how.strict else ())
         return match, unexpected
@@ -136,7 +137,7 @@ class _LoadInto:
         if self._how.atomic:
             await self._copy(plain, into)
         await self._copy_wrapped(wrapped)
-        values |= match.fresh
+        values |= match.fresh  # filled by now
         return Loaded(
             read=ReadBack(
                 values=values,
@@ -180,7 +181,7 @@ class _LoadInto:
                 check_app_states(targets, self._contents, plan.values)
             kept = kept_options(targets, self._contents, plan.values)
             if not atomic:
-                await ranks.ready()
+                await ranks.ready()  # no rank writes before every rank has finished its checks
             await self._pipeline.fill(plan, fresh=atomic)
         if atomic:  # only now has every rank verified what it will copy
             await ranks.ready()
@@ -256,6 +257,7 @@ async def _unfolded(
         return contents
     leaves = (name for name, meta in contents.names.items() if isinstance(meta, BytesStorageMetadata))
     values = await LoadPipeline(contents, services, failures).read({}, folded(leaves, wanted))
+    # as planner_data names what is inside of them, not as their names are cut at dots
     paths = usable_paths(contents.metadata)
     unfolded: dict[str, dict[str, InnerValue]] = {}
     for leaf, value in values.items():

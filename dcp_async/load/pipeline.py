@@ -148,6 +148,7 @@ class LoadPipeline:
         readers = self._services.io_concurrency
         batches: Pipe[list[Span]] = Pipe(_QUEUE_BATCHES)
         fetched: Pipe[list[FetchBuffers]] = Pipe(_QUEUE_BATCHES, producers=readers)
+        # a failure in one stage cancels the others, which join the reads that they wait for
         async with anyio.create_task_group() as group:
             group.start_soon(self._batch, plan, batches)
             for _ in range(readers):
@@ -173,6 +174,7 @@ class LoadPipeline:
             except (DamagedError, BaseExceptionGroup):  # found by ``check``, in the storage's own call
                 raise
             except BaseException as error:
+                # whatever a storage raises is its failure, with the file that it concerns
                 with storage_errors("read", f"{batch[0].file} of {self._contents.info.checkpoint_id!r}"):
                     raise error from error.__cause__
             if not check.done:  # a storage need not say what has arrived

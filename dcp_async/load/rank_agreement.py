@@ -70,13 +70,13 @@ class Agreement:
 
         uid = self._coordinator.uid(ordinal, "latest")
         try:
-            found = await self._told(uid, "latest", find)
+            plain = await self._told(uid, "latest", find)
         except BaseException as error:
             self._coordinator.fail(uid, "latest", error)
             raise
         finally:
             self._coordinator.forget(uid)
-        return found and self._catalog.info_from(found)
+        return plain and self._catalog.info_from(plain)
 
     async def resolve(self, ordinal: int, ref: CheckpointRef) -> list[str]:
         """The names to try, best first. Ranks: all must call it, and ``restored`` or ``leave`` in the end.
@@ -125,6 +125,7 @@ class Agreement:
             coordinator.fail(uid, phase, error)
         if isinstance(error, EngineStateError):  # it takes no part any more
             raise error
+        # one rank whose targets were touched makes the load half done for all
         flag = flag or (isinstance(error, CorruptCheckpointError) and error.partially_loaded)
         verdict, touched = await coordinator.settle(uid, flag=flag)
         failures = dict(verdict) or (error.failures if isinstance(error, RemoteFailure) else {})
@@ -150,13 +151,14 @@ class Agreement:
 
 
 def _unexpected_of_all(reports: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[str]:
-    """Of the names that are unexpected on some rank, those that no rank has.
+    """Names that are unexpected on some rank and that no rank has.
 
     Args: ``reports``: per rank, what is unexpected there and the top-level names of its state.
     """
     lists = [set(names) for names, _ in reports]
     # a rank that names the subtree and does not report the name has it
     owners = [tuple(f"{prefix}." for prefix in prefixes) for _, prefixes in reports]
+    # by a dict, not a set: every rank reports them in one order
     return [
         name
         for name in dict.fromkeys(name for names, _ in reports for name in names)
@@ -234,6 +236,7 @@ class Attempt:
         self._coordinator.forget(self._uid)
         contents, self._contents = self._contents, None
         if contents is not None:
+            # a cancelled load must not leave files open either
             with anyio.CancelScope(shield=True):
                 await contents.close()
 
@@ -258,8 +261,7 @@ class Together:
         return await self._coordinator.exchange(self._uid, phase, list(names), decide)
 
     async def unexpected(self, names: Sequence[str], prefixes: Collection[str]) -> list[str]:
-        """Of the ``names`` that this rank does not expect, those that no other expects, and theirs. Ranks:
-        all must call it."""
+        """Names that no rank expects; this one does not expect ``names``. Ranks: all must call it."""
 
         async def decide(reports: Sequence[tuple[list[str], list[str]]]) -> list[list[str]]:
             return [_unexpected_of_all(reports)] * len(reports)

@@ -104,6 +104,7 @@ class Source:
         boxes = [box_at(chunk.offsets, chunk.sizes) for chunk in meta.chunks]
         if not all(_is_inside(box, meta.size) for box in boxes):
             raise DamagedError(f"{name}: a chunk lies outside of the tensor", [name])
+        # cheap, and before anybody looks at all pairs: a hostile list of chunks may be long
         if sum(chunk.sizes.numel() for chunk in meta.chunks) > meta.size.numel():
             raise DamagedError(f"{name}: its chunks overlap", [name])
         return boxes
@@ -151,7 +152,7 @@ class ReadPlan:
         self._keep: list[torch.Tensor] = []
         """Tensors whose memory pieces point into."""
         self._frames: dict[tuple[torch.dtype, torch.Size], tuple[int, int]] = {}
-        """Of raw items that are alike: (bytes before the payload, bytes in all)."""
+        """(bytes before the payload, bytes in all) of raw items that are alike."""
 
     def _add(self, file: str, piece: Piece) -> None:
         self.pieces.setdefault(file, []).append(piece)
@@ -173,7 +174,7 @@ class ReadPlan:
             has_digests=file in self._source.raw_files,
             trust=self._source.trust,
         )
-        item.check_readable()
+        item.check_readable()  # before anything is read: what lacks an extension can't be helped
         self.items.append(item)
         self._add(file, Piece(offset, length, Fill(length, item_finisher(item, receive)), 0, name))
 
@@ -198,6 +199,7 @@ class ReadPlan:
         if meta is not None and len(meta.chunks) != 1:
             self.want_joined(name, box_at((0,) * len(meta.size), meta.size), receive)
             return
+        # leaves have no offsets, and .metadata does not say how long they are
         offsets, sizes = (meta.chunks[0].offsets, meta.chunks[0].sizes) if meta else (None, ())
         self._want_item((name, offsets), sizes, lambda value: receive(name, value))
 
@@ -364,6 +366,7 @@ class ReadPlan:
         """What to read of a chunk of ``shape`` whose elements begin at byte ``payload`` of its file."""
         memory, step = self._memory(target, dtype), dtype.itemsize
         cuts: Iterable[tuple[Box, int, int]]
+        # one run in the file and one in memory need no cut, however long: the spans are cut anyway
         run = contiguous_run(in_chunk, shape) if memory is not None else None
         if run is not None and contiguous_run(in_target, target.shape) is not None:
             cuts = [(in_chunk, run[0] * step, run[1] * step)]

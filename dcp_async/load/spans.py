@@ -15,6 +15,7 @@ import torch
 
 from ..formats import BLOCK_BYTES
 
+# torch gives no writable buffer of a tensor without numpy, which not every installation has
 _memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
     ("PyMemoryView_FromMemory", ctypes.pythonapi)
 )
@@ -103,7 +104,7 @@ def make_spans(
         table = digests.get(file)
         align = BLOCK_BYTES if table is not None else 1
         queue = sorted((piece for piece in unsorted if piece.nbytes), key=lambda piece: piece.offset)
-        queue.reverse()
+        queue.reverse()  # taken from the end, and put back there
         while queue:
             start = queue[-1].offset // align * align
             limit = start + part_bytes
@@ -120,6 +121,7 @@ def make_spans(
                     queue.append(rest)
                 taken.append(piece)
                 end = piece.offset + piece.nbytes
+            # the last block of a file ends with its image: what follows is the footer
             stop = -(-end // align) * align
             yield Span(file, start, min(stop, image_bytes[file]) if table is not None else stop, taken, table)
 

@@ -79,6 +79,7 @@ class TensorMatcher:
                 match.convertible = match.convertible or castable
             return
         assert isinstance(meta, TensorStorageMetadata)
+        # a list, no generator: this runs once for every tensor
         if not [region for region in regions if region.tensor.is_meta]:
             match.tensors[name] = regions
         elif name in self._targets.local:
@@ -111,6 +112,7 @@ class TensorMatcher:
                 if parameter is not None and global_size(parameter) == meta.size:
                     match.fresh[name] = empty_like(parameter, meta.properties.dtype)
                 else:
+                    # whoever takes it brings it to its own device
                     match.fresh[name] = fresh_tensor(meta, contents.strides.get(name), "cpu")
             else:
                 if (

@@ -64,6 +64,7 @@ class TreeMatcher:
             if saved in (0, targets.world_size):
                 continue
             self.settled.update(_at_or_below(prefix, self._known))
+            # whole subtrees inside go with it, whatever rank they were saved by
             others = (*targets.wholes, *targets.named_groups)
             self.settled.update(name for name in others if f"{name}.".startswith(f"{prefix}."))
             if value.on_resize is None:
@@ -104,6 +105,7 @@ class TreeMatcher:
             self._match_unsaved(prefix, whole, mine)
             return
         node = cut(node, objects, prefix)
+        # stock does not tell kinds of mappings and of keys: what is present does
         if self._contents.manifest is None and whole.present is not UNASKED:
             node = like(node, whole.present)
         match.nodes[prefix] = node

@@ -51,6 +51,7 @@ def want_distributed(plan: ReadPlan, name: str, like: DTensor, values: dict[str,
             stride=like.stride(),
         )
 
+    # each region as a tensor of its own: the wrapper around it is made once it has arrived
     regions = Region.all_of(name, like)
     for region in regions:
         plan.want_joined(name, box_at(region.offsets, region.tensor.shape), wrap)
