@@ -53,7 +53,7 @@ def storage_errors(verb: str, path: str, *, passing: tuple[type[BaseException], 
     try:
         yield
     except OSError as error:
-        if not is_foreign(error):
+        if not is_foreign(error):  # a StorageError is an OSError as well
             raise
         raise StorageError.of(verb, path, error) from error
     except BaseException as error:

@@ -230,7 +230,7 @@ class ResponseWriter:
             step=step,
             staging_completion=self.staging.handle,
             upload_completion=self.upload.handle,
-            cancel=lambda: self._cancel(),
+            cancel=lambda: self._cancel(),  # looked up when it is called: what has ended let go of it
         )
 
     def __repr__(self) -> str:

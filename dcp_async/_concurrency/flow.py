@@ -61,7 +61,7 @@ class Pipe(Generic[T]):
     async def close(self) -> None:
         """This producer is done; the last one ends the pipe for all its consumers."""
         self._producers -= 1
-        if self._producers == 0:
+        if self._producers == 0:  # behind the last item of the slowest producer
             await self._queue.put(_CLOSED)
 
     def _take(self, item: T | _Closed) -> T | None:

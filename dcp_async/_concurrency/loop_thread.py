@@ -48,6 +48,7 @@ class Job(Generic[T]):
         self.future: SignalSafeFuture[T] = SignalSafeFuture()
         self._loop = loop
         self._task: asyncio.Task[T] | None = None
+        # made a task on the loop: one that another thread makes would not wake it
         loop.call_soon_threadsafe(self._start, coro)
 
     def _start(self, coro: Coroutine[Any, Any, T]) -> None:

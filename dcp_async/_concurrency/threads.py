@@ -143,6 +143,7 @@ class BlockingThreads(concurrent.futures.Executor):
                     if me in self._stuck:  # it came back after all
                         self._stuck.discard(me)
                         return
+                # while it waits for the next call it must keep nothing of this one, an arena least of all
                 del call, future, fn
 
     def submit(
@@ -161,6 +162,7 @@ class BlockingThreads(concurrent.futures.Executor):
         one that hangs in it, which ends itself should it come back. Gives what to raise."""
         if call.withdraw():
             return NotStartedError(f"{name} could not start {limit}: the calls before it hang")
+        # under the lock, as the thread's own look: it either goes on to the next call or is replaced
         with self._lock:
             if not call.has_ended:
                 self._stuck.add(call.thread)
@@ -189,6 +191,7 @@ class BlockingThreads(concurrent.futures.Executor):
         """``waiter`` is cancelled if ``abandon`` is called within the block, or was before."""
         with self._lock:
             self._waiters.add(waiter)
+            # abandon() has either set this before, or finds the waiter after
             if self._abandoned:
                 waiter.cancel()
         try:
@@ -206,6 +209,7 @@ class BlockingThreads(concurrent.futures.Executor):
             # one for each that was ever started; what those that hang leave in the queue harms nobody
             for _ in self._threads:
                 self._calls.put(None)
+        # a daemon that hangs ends with the process; joined, it would take the engine's end with it
         if wait and not stuck and not self._abandoned:
             for thread in self._threads:
                 thread.join()

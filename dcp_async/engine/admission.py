@@ -61,7 +61,7 @@ def normal_name(name: object) -> str:
     if not isinstance(name, str):
         hint = "; a step is passed as step=" if isinstance(name, int) else ""
         raise TypeError(f"checkpoint_id={brief(name)} must be a str, not {type(name).__name__}{hint}")
-    return str.__str__(name)
+    return str.__str__(name)  # of a subclass the text alone: it is compared, sorted and sent to other ranks
 
 
 def checkpoint_name(step: int | None, checkpoint_id: str | None) -> str:
@@ -125,7 +125,7 @@ def _plain_json(value: object, where: str, depth: int) -> JSON:
         raise ValueError(
             f"notes must be JSON: they are nested more than {_NOTES_DEPTH} deep (or hold themselves)"
         )
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, bool):  # before int, which bool is one of
         return value
     if isinstance(value, str):
         return str.__str__(value)
@@ -245,7 +245,7 @@ class SaveBook:
         """The other ranks gave up waiting for this one to save ``name`` (or to call another verb) as number
         ``ordinal``. If it comes late, it is told; what it calls instead has the number after it, as on the
         other ranks."""
-        if ordinal > self._ordinal:
+        if ordinal > self._ordinal:  # else the call was made while the word was on its way
             self._missed[ordinal] = name
 
     def in_flight(self, name: str) -> ResponseWriter | None:

@@ -56,6 +56,7 @@ class ExitGuard:
             _GuardThread(target=self._watch, name="dcp_async-exit", daemon=False).start()
 
     def _watch(self) -> None:
+        # polled: nothing tells that a thread has begun or ended, and each of them may save
         while not self._dismissed.wait(_POLL_SECONDS):
             if not any(map(_is_trainers, threading.enumerate())):
                 if not self._drain(self._limit):

@@ -111,6 +111,7 @@ class Lifetime:
             self._drain_at_exit, self._release_at_exit, self.setup.timeouts.exit_grace + 4 * _ABORT_SECONDS
         )
         try:
+            # first: ranks that do not fit together find out before anything is asked of the root
             await self.resources.coordinator.open()
             await self.setup.storage.connect()
             await self.setup.stager.open()
@@ -141,6 +142,7 @@ class Lifetime:
 
     def waiting(self) -> Verb[None]:
         """Until no save is in flight. Raises what nobody has looked at."""
+        # cancelled, the drain ends and the saves go on
         yield self.submit(self._drain(None)).join()
         self._raise_unobserved()
 

@@ -64,11 +64,11 @@ def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[int]:
 
 def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     """Its parameters and its state, down to the tensors that have the bytes."""
-    found = chain(
+    values = chain(
         (weight for group in optimizer.param_groups for weight in group["params"]),
         (value for entry in list(optimizer.state.values()) for value in list(entry.values())),
     )
-    for tensor in found:
+    for tensor in values:
         if isinstance(tensor, torch.Tensor):
             for layer in layers_of(tensor):
                 if not hasattr(type(layer), "__tensor_flatten__"):
@@ -124,6 +124,7 @@ class OptimizerHooks:
 
     def wait_for_others(self, optimizer: Optimizer) -> None:
         """Before a step of any optimizer of the process; those that are watched wait by themselves."""
+        # without the lock: every step of every optimizer of the process comes through here
         if not self._saves or os.getpid() != self._pid:
             return
         while waiting := self._concerned(optimizer):

@@ -43,8 +43,8 @@ def check_torch() -> None:
 def _is_newer(version: str) -> bool:
     """Whether the release is, whatever is built of it: nightlies and local builds count as what they are to
     become."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return found is None or (int(found[1]), int(found[2])) > NEWEST
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is None or (int(numbers[1]), int(numbers[2])) > NEWEST
 
 
 @lru_cache(maxsize=1)

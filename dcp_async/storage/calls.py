@@ -81,6 +81,7 @@ class BlockingCalls:
         except (StorageError, FileExistsError):  # the second is an answer: the name is taken
             raise
         except StuckThreadError as error:
+            # abandoned, it was not the deadline that ended the wait
             seconds = None if threads.is_abandoned else self._timeout
             raise StuckCallError.after(verb, os.fspath(path), seconds) from error
         except OSError as error:  # here, where verb and path are known: the system's message names neither
