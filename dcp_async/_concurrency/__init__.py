@@ -8,7 +8,7 @@ from .loop_thread import Job, LoopThread
 from .signal_safe import SignalSafeFuture
 from .threads import BlockingThreads, StuckThreadError, on_work_thread, run_blocking, settle
 from .verbs import Inside, Verb, drive, drive_blocking
-from .waiting import Wait
+from .waiting import Wait, cancellation_point
 
 __all__ = [
     "BlockingThreads",
@@ -20,6 +20,7 @@ __all__ = [
     "StuckThreadError",
     "Verb",
     "Wait",
+    "cancellation_point",
     "collection_paused",
     "drive",
     "drive_blocking",

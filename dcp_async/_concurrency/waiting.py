@@ -78,3 +78,10 @@ class Wait(Generic[T]):
                         self._future.wait()
             raise
         return self._future.result() if self._future.done() else None
+
+
+def cancellation_point() -> Wait[None]:
+    """Waits for nothing: raises a cancellation that the waiting task has been told of already."""
+    future: SignalSafeFuture[None] = SignalSafeFuture()
+    future.set_result(None)
+    return Wait(future)

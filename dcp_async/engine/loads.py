@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 
 import torch
 
-from .._concurrency import Verb, Wait
+from .._concurrency import Verb, Wait, cancellation_point
 from .._foreign import ENDINGS, is_foreign, words
 from ..catalog import Contents, UnfitMetadataError, reference
 from ..coordination import Coordinator, RemoteFailure
@@ -107,6 +107,9 @@ class Loads:
         )
         self._restore(state, targets, loaded, info, how)
         if self._life.resources.coordinator.world_size > 1:
+            # handing back ran the trainer's code, which may have cancelled this task: once this rank has said
+            # that it has its state, the others go on
+            yield cancellation_point()
             yield from self._ask(agreement.restored(ordinal, info.checkpoint_id))
         return info, loaded, skipped
 

@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
-from dcp_async._concurrency import SignalSafeFuture, Wait
+from dcp_async._concurrency import SignalSafeFuture, Wait, cancellation_point
 
 
 async def begun(wait: Wait[Any]) -> asyncio.Task[Any]:
@@ -87,3 +87,25 @@ def test_an_interrupted_thread_waits_on_only_if_it_cancels(cancels: bool) -> Non
     with pytest.raises(KeyboardInterrupt):
         Wait(future, cancel=(lambda: asked.append("cancel")) if cancels else None).result()
     assert (asked, future.done()) == ((["cancel"], True) if cancels else ([], False))
+
+
+async def test_a_cancellation_point_raises_what_the_task_was_told_and_else_nothing() -> None:
+    passed: list[str] = []
+
+    async def told_while_it_ran() -> None:
+        await cancellation_point().wait()
+        passed.append("nobody had cancelled")
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await cancellation_point().wait()
+        passed.append("cancelled")
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(told_while_it_ran())
+    assert passed == ["nobody had cancelled"]
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await cancellation_point().wait()
+    assert scope.cancelled_caught
+    assert cancellation_point().result() is None, "a thread without a loop has no cancellations"
