@@ -257,6 +257,10 @@ class ResponseWriter:
         self.upload.settle(error)
         self._cancel = _nothing
 
+    def is_raised_by_save(self) -> bool:
+        """Whether a failure now is what ``save()`` raises: it has not returned, and waits for the staging."""
+        return self._saver is not None and not self.staging.future.done()
+
     def unobserved_failure(self) -> SaveError | None:
         """Its failure, unless somebody was given it; a cancelled save is none."""
         failure = self.upload.failure()

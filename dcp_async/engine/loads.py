@@ -211,7 +211,11 @@ class Loads:
         gone: CheckpointNotFoundError | None = None
         touched = False
         skipped: list[str] = []
+        passed_over = ""
         for name in names:
+            if passed_over:  # said of one that is followed by another: what is raised need not be
+                logger.warning("%s; trying the next older one", passed_over)
+                passed_over = ""
             try:
                 value = yield from trial(name, touched)
             except (CorruptCheckpointError, UnfitMetadataError) as error:
@@ -220,7 +224,7 @@ class Loads:
                 first = first or error  # of all that are corrupt the newest is what the user asked for
                 touched = touched or _has_touched(error)
                 skipped.append(name)
-                logger.warning("%s; trying the next older one", error)
+                passed_over = str(error)
             except CheckpointNotFoundError as error:  # removed since it was chosen, as old ones are
                 if not falls_back:
                     raise

@@ -299,7 +299,11 @@ class SaveRunner:
 
     def _fail(self, writer: ResponseWriter, error: SaveError) -> None:
         response = writer.response
-        logger.log(logging.INFO if isinstance(error, SaveCancelled) else logging.ERROR, "%s", error)
+        if writer.is_raised_by_save():
+            level = logging.DEBUG  # the caller is told right here
+        else:
+            level = logging.INFO if isinstance(error, SaveCancelled) else logging.ERROR
+        logger.log(level, "%s", error)
         # settled first: the book has to know of a failure that nobody looks at
         writer.failed(error)
         self._life.book.ended(writer)
