@@ -31,8 +31,8 @@ from .errors import (
     UntrustedCheckpointError,
 )
 from .events import Event, Observer, SaveCommitted, SaveFailed, SaveProgress, SaveStaged, SaveStarted
-from .info import CheckpointInfo, CheckpointRef, LoadReport
-from .options import Limits, Timeouts
+from .info import JSON, CheckpointInfo, CheckpointRef, LoadReport
+from .options import Dtypes, Limits, Timeouts
 from .planning import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointHandle
 from .staging import Stager, StagingOptions
@@ -42,6 +42,7 @@ from .trust import Trust
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "JSON",
     "AppState",
     "AsyncSaveResponse",
     "CheckpointEngine",
@@ -53,6 +54,7 @@ __all__ = [
     "CheckpointRef",
     "Coordination",
     "CorruptCheckpointError",
+    "Dtypes",
     "EngineStateError",
     "Event",
     "IncompatibleStateError",

@@ -18,6 +18,8 @@ from .info import JSON, CheckpointInfo, CheckpointRef, LoadReport
 from .options import Dtypes
 from .response import AsyncSaveResponse
 
+__all__ = ["CheckpointEngine"]
+
 T = TypeVar("T")
 
 
