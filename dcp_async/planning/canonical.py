@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copyreg
 import ctypes
+import pathlib
 import struct
 import sys
 from collections import OrderedDict
@@ -26,6 +27,7 @@ import xxhash
 from ..state import PLAIN_TENSORS
 
 _T = TypeVar("_T")
+_PATHS = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.WindowsPath, pathlib.PureWindowsPath)
 _PROTOCOL = 4
 _NOWHERE = sys.maxsize
 _X87_MANTISSA, _X87_BYTES = 63, 10
@@ -304,6 +306,8 @@ _ATOMS: dict[type, Callable[[Any], bytes]] = {
     bytearray: bytes,
     type(Ellipsis): lambda value: b"",
     type(NotImplemented): lambda value: b"",
+    # from CPython 3.13 on a path is pickled as it was put together
+    **{cls: lambda value: str(value).encode("utf-8", "surrogatepass") for cls in _PATHS},
 }
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from ..checkpointable import is_checkpointable
 from .optimizer_load import few, same_value
 
 _PARAMS = "params"
@@ -295,11 +296,16 @@ def _options(live: Mapping[str, Any], saved: Mapping[str, Any], names: list[str]
 
 
 def parameter_sizes(optimizer: Optimizer) -> dict[str, torch.Size]:
-    """Number -> size of each parameter of one of torch.optim's own classes; nothing of another."""
+    """Number -> size of each parameter of one of torch.optim's own classes; nothing of another, nor
+    of one that is a part of a larger tensor: what is kept for that may be a part as well or not."""
     if not type(optimizer).__module__.startswith("torch.optim."):
         return {}
     owned = [parameter for group in optimizer.param_groups for parameter in group[_PARAMS]]
-    return {str(number): parameter.shape for number, parameter in enumerate(owned) if not is_lazy(parameter)}
+    return {
+        str(number): parameter.shape
+        for number, parameter in enumerate(owned)
+        if not is_lazy(parameter) and not is_checkpointable(parameter)
+    }
 
 
 # -- flat
