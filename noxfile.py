@@ -100,6 +100,8 @@ LINT = ENVIRONMENTS / "lint"
 LINT_INPUTS = (PROJECT["dependency-groups"]["lint"],)
 WEIGHTS = ENVIRONMENTS / "examples"
 WEIGHTS_INPUTS = (PROJECT["dependency-groups"]["weights"],)
+PACKAGE = ENVIRONMENTS / "package"
+PACKAGE_INPUTS = (PROJECT["build-system"], PROJECT["project"])
 PEERS = ENVIRONMENTS / "bench"
 PEERS_INPUTS = (PROJECT["dependency-groups"]["peers"],)
 ECOSYSTEM = ENVIRONMENTS / "ecosystem"
@@ -109,9 +111,18 @@ ECOSYSTEM_INPUTS = (
     *(PROJECT["dependency-groups"]["test"], ECOSYSTEM_PINS.read_text()),
 )
 TORCH = "torch==2.13.0"
-# What `compat` runs on: the pinned torch, which is the floor in pyproject.toml too, the first with
-# CheckpointableTensor, and whatever a user gets today. dcp_async/release.py names the range.
-COMPAT = {"2.13": TORCH, "2.14": "torch==2.14.1", "newest": "torch<3"}
+# What `compat` runs on, (torch, CPython): the floor in pyproject.toml, the versions that changed something
+# for us, whatever a user gets today, and other CPythons with the pinned torch and the newest. No CPython:
+# the one that runs this. dcp_async/engine/release.py names the range, docs/reference/compatibility.md has
+# the results.
+COMPAT = {
+    "oldest": ("torch==2.11.0", None),
+    "2.13": (TORCH, None),
+    "2.14": ("torch==2.14.1", None),
+    "newest": ("torch<3", None),
+    **{f"2.13-py3{minor}": (TORCH, f"3.{minor}") for minor in (12, 13)},
+    **{f"newest-py3{minor}": ("torch<3", f"3.{minor}") for minor in (12, 13)},
+}
 COMPAT_INTEROP = (
     "tests/interop/test_we_read_stock.py",
     "tests/interop/test_stock_reads_ours.py",
@@ -119,14 +130,8 @@ COMPAT_INTEROP = (
     "tests/distributed/test_checkpointable.py",
 )
 COMPAT_TESTS = (
-    "tests/unit",
-    "tests/pipeline/test_roundtrip.py",
-    "tests/pipeline/test_load.py",
-    "tests/pipeline/test_checkpointable_tensors.py",
-    "tests/pipeline/test_self_proof.py",
-    "tests/distributed/test_matrix.py",
-    "tests/distributed/test_checkpointable.py",
-    "tests/interop",
+    *("tests/unit", "tests/pipeline", "tests/interop"),
+    *("tests/distributed/test_matrix.py", "tests/distributed/test_checkpointable.py"),
 )
 # What of tests/distributed `tests` leaves to `ranks`: minutes of processes that wait for each other.
 RANKS_APART = tuple(
@@ -187,28 +192,64 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(reuse_venv=True, default=False)
-@nox.parametrize("torch", [nox.param(torch, id=name) for name, torch in COMPAT.items()])
+@nox.parametrize("torch, python", [nox.param(*cell, id=name) for name, cell in COMPAT.items()])
 def compat(session: nox.Session, torch: str) -> None:
-    """Run what depends on torch on each torch of the range; "compat(newest)" is one, `interop` a part of it.
+    """Run what depends on torch and CPython on each cell: "compat(newest)" is one, `interop` a part of it.
 
-    Each has an environment of its own. The newest is what the package index has when that is built.
+    Paths given as arguments take the place of all tests. Each cell has an environment of its own, 1 to 6 GB,
+    that is kept. The newest torch is what the package index has when that is built. A CPython that is not
+    found is passed over; pyenv finds those in PYENV_VERSION=3.11:3.12:3.13.
     """
     environment = Path(session.virtualenv.location)
     requirements = (torch, *PROJECT["project"]["dependencies"], *group("test"))
-    if not is_current(environment, *requirements):
+    if not is_current(environment, *requirements, session.python):
         pins = Path(session.create_tmp()) / "constraints.txt"
         # the pins of torch and of what comes with it are those of another torch
+        of_torch = ("torch==", "setuptools==", "sympy==")
         lines = CONSTRAINTS.read_text().splitlines()
-        pins.write_text("\n".join(line for line in lines if not line.startswith(("torch==", "setuptools=="))))
+        pins.write_text("\n".join(line for line in lines if not line.startswith(of_torch)))
         # a pip configuration of the machine may hold torch back
-        apart = {"PIP_CONFIG_FILE": os.devnull} if torch == COMPAT["newest"] else {}
+        apart = {"PIP_CONFIG_FILE": os.devnull} if torch == COMPAT["newest"][0] else {}
         command = ("--disable-pip-version-check", "--upgrade", "-c", str(pins), *requirements)
         session.install(*command, env=apart)
-        stamp(session, *requirements)
-    chosen = [argument for argument in session.posargs if argument != "interop"]
-    tests = COMPAT_INTEROP if len(chosen) < len(session.posargs) else COMPAT_TESTS
+        stamp(session, *requirements, session.python)
+    arguments = list(session.posargs)
+    tests = COMPAT_TESTS
+    if arguments[:1] == ["interop"]:
+        tests, arguments = COMPAT_INTEROP, arguments[1:]
+    elif any((ROOT / argument.partition("::")[0]).exists() for argument in arguments):
+        tests = ()
     # The package is not installed here: an editable one would name one torch among its requirements for all.
-    session.run("python", "-m", "pytest", *tests, *chosen, env={"PYTHONPATH": str(ROOT)})
+    session.run("python", "-m", "pytest", *tests, *arguments, env={"PYTHONPATH": str(ROOT)})
+
+
+# Its own environment holds the wheel and what the wheel asks for; what builds and checks is .nox/dev.
+@nox.session(reuse_venv=is_current(PACKAGE, *PACKAGE_INPUTS), requires=["dev"], default=False)
+def package(session: nox.Session) -> None:
+    """Build sdist and wheel into build/dist, install the wheel alone and use it as somebody else would."""
+    dist, inside = ROOT / "build" / "dist", ROOT / "tests" / "package"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run(DEV_PYTHON, "-m", "hatchling", "build", "-t", "sdist", "-d", str(dist), external=True)
+    (sdist,) = dist.glob("*.tar.gz")
+    # Out of the sdist, so that what that lacks is noticed; by the pinned build backend.
+    build = ("wheel", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "-w", str(dist))
+    session.run(DEV_PYTHON, "-m", "pip", *build, str(sdist), external=True)
+    (wheel,) = dist.glob("*.whl")
+    session.run(DEV_PYTHON, str(inside / "contents.py"), str(sdist), str(wheel), external=True)
+    if is_current(PACKAGE, *PACKAGE_INPUTS):
+        install(session, "--no-deps", "--force-reinstall", str(wheel))
+    else:
+        install(session, str(wheel))
+        stamp(session, *PACKAGE_INPUTS)
+    session.run("python", "-m", "pip", "check")
+    with tempfile.TemporaryDirectory(dir=session.create_tmp()) as scratch:
+        user = shutil.copy(inside / "user.py", scratch)
+        python = shutil.which("python", path=session.bin)
+        with session.chdir(scratch):
+            session.run("python", "-I", str(inside / "use.py"), str(ROOT / "README.md"))
+            # an empty configuration: none of this project's settings is the user's
+            strict = ("--strict", "--config-file=", f"--python-executable={python}")
+            session.run(DEV_PYTHON, "-m", "mypy", *strict, user, external=True)
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)

@@ -24,7 +24,7 @@ from ..trust import Trust, load_item
 
 logger = logging.getLogger(__name__)
 
-OLDEST = (2, 13)
+OLDEST = (2, 11)
 """The floor in pyproject.toml."""
 NEWEST = (2, 15)
 """The newest one that `nox -s compat` has passed with."""
@@ -32,7 +32,7 @@ _UID = "0" * 16
 
 
 def check_torch() -> None:
-    """On a torch that is newer than the tested ones: say so once, and see that a small state reads back.
+    """On a torch that is newer than the tested ones: see that a small state reads back, and say so once.
 
     Raises: EngineStateError.
     """
@@ -50,12 +50,6 @@ def _is_newer(version: str) -> bool:
 @lru_cache(maxsize=1)
 def _check_newer(version: str) -> None:
     tested = f"torch {_text(OLDEST)} to {_text(NEWEST)}"
-    logger.warning(
-        "this release of dcp_async was tested with %s, and this is torch %s: every save still proves that it "
-        "can be read before it is published; look for a newer dcp_async",
-        tested,
-        version,
-    )
     try:
         prove_small_state()
     except Exception as error:
@@ -64,6 +58,13 @@ def _check_newer(version: str) -> None:
             f"that was saved in memory does not read back ({type(error).__name__}: {error}). "
             f"Nothing was written. Install torch<{NEWEST[0]}.{NEWEST[1] + 1}, or a newer dcp_async"
         ) from error
+    # only where it works: a refusal says the same, and is raised
+    logger.warning(
+        "this release of dcp_async was tested with %s, and this is torch %s: every save still proves that it "
+        "can be read before it is published; look for a newer dcp_async",
+        tested,
+        version,
+    )
 
 
 def _text(version: tuple[int, int]) -> str:

@@ -11,11 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    _get_fsdp_process_group,
-    _verify_options,
-)
+from torch.distributed.checkpoint import state_dict as _stock
+from torch.distributed.checkpoint.state_dict import StateDictOptions, _verify_options
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import _get_param_to_fqns
 from torch.optim import Optimizer
@@ -48,6 +45,12 @@ def _options_for(model: torch.nn.Module, optimizers: Sequence[Optimizer], option
     return _verify_options(model, tuple(optimizers), optim_only=True, options=options)
 
 
+def _process_group(model: torch.nn.Module, info: Any) -> Any:
+    """What stock of this torch passes for ``group``: that of 2.11 passes none."""
+    find = getattr(_stock, "_get_fsdp_process_group", None)
+    return None if find is None else find(model, info)
+
+
 def optimizer_state(
     model: torch.nn.Module, optimizers: Sequence[Optimizer], options: StateDictOptions
 ) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def optimizer_state(
     for optimizer in optimizers:
         with info.fsdp_context():
             own = FullyShardedDataParallel.optim_state_dict(
-                model, optimizer, optimizer.state_dict(), group=_get_fsdp_process_group(model, info)
+                model, optimizer, optimizer.state_dict(), group=_process_group(model, info)
             )
         if own:  # empty on the ranks that a full state does not go to
             found["state"] |= {_canonical(str(name)): entry for name, entry in own["state"].items()}
@@ -83,5 +86,5 @@ def to_load(
     info = _options_for(model, (optimizer,), options)
     with info.fsdp_context():
         return FullyShardedDataParallel.optim_state_dict_to_load(
-            model, optimizer, given, group=_get_fsdp_process_group(model, info)
+            model, optimizer, given, group=_process_group(model, info)
         )
