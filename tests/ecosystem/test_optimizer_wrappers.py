@@ -15,10 +15,8 @@ from torch import nn
 
 from dcp_async import AppState, CheckpointEngine, StagingOptions
 from dcp_async.storage.local.storage import LocalStorage
-from tests.support.doubles import ASIDE_BYTES, KIB, FaultyStorage
-
-PART = 64 * KIB
-HELD = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)
+from tests.support.doubles import FaultyStorage
+from tests.support.saves import HELD
 
 
 def accelerate(model: nn.Module, optim: Any) -> tuple[Any, Any]:

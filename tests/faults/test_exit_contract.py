@@ -159,12 +159,17 @@ def test_block_left_by_sys_exit_drains_and_keeps_the_status(nursery: Nursery, ro
     assert committed(nursery, root) == {1}
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_block_left_by_one_interrupt_drains(nursery: Nursery, root: Path, loop: str) -> None:
-    child = nursery.start("leave_block", root=root, way="interrupted", loop=loop)
+def interrupt_while_saving(child: Child) -> None:
+    """Interrupts the block's save, which is held; the task of the block has been cancelled then."""
     expect_all(child, "held", "saving")
     interrupt(child)
     child.expect("cancelled")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_block_left_by_one_interrupt_drains(nursery: Nursery, root: Path, loop: str) -> None:
+    child = nursery.start("leave_block", root=root, way="interrupted", loop=loop)
+    interrupt_while_saving(child)
     child.open_gate()
     child.rest(patience=HANG)
     assert child.wait(patience=HANG) in (-signal.SIGINT, 130)
@@ -198,9 +203,7 @@ def test_block_left_by_two_interrupts_aborts_long_before_the_grace(
     # Storage makes progress, one write for each token, so only the abort can end the save early. The grace is
     # no help either: it outlasts the test.
     child = nursery.start("leave_block", root=root, way="interrupted", loop=loop, exit_grace=600.0)
-    expect_all(child, "held", "saving")
-    interrupt(child)
-    child.expect("cancelled")
+    interrupt_while_saving(child)
     interrupt(child)
     child.expect("all cancelled")
     for _ in range(3):
@@ -216,9 +219,7 @@ def test_block_left_by_two_interrupts_aborts_long_before_the_grace(
 
 def test_block_left_by_two_interrupts_ends_although_storage_is_stuck(nursery: Nursery, root: Path) -> None:
     child = nursery.start("leave_block", root=root, way="interrupted", exit_grace=1.0)
-    expect_all(child, "held", "saving")
-    interrupt(child)
-    child.expect("cancelled")
+    interrupt_while_saving(child)
     interrupt(child)
     child.rest(patience=HANG)
     assert child.wait(patience=HANG) != 0

@@ -19,12 +19,12 @@ from torch.distributed.checkpoint._extension import ZStandard
 from dcp_async import (
     CheckpointEngine,
     CorruptCheckpointError,
-    StagingOptions,
     Trust,
     UntrustedCheckpointError,
 )
 from tests.interop.stock_states import as_stock_returns, nested_state
-from tests.support.doubles import KIB, assert_same, blank, flip, random_tensor, raw_bytes
+from tests.support.doubles import assert_same, blank, flip, random_tensor, raw_bytes
+from tests.support.saves import SMALL
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -33,8 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
 ]
-
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
 
 
 def stock_save(path: Path, state: Any, **options: Any) -> None:

@@ -14,9 +14,10 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from dcp_async import CheckpointEngine, StagingOptions
+from dcp_async import CheckpointEngine
 from tests.interop.stock_states import as_stock_returns, leaf_state, nested_state, ramp, strided_state
-from tests.support.doubles import KIB, assert_same, blank, frozen, random_tensor
+from tests.support.doubles import assert_same, blank, frozen, random_tensor
+from tests.support.saves import SMALL
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -25,7 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
 ]
 
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
 BASE = random_tensor(torch.float32, (60, 70), 1)
 
 STATES: dict[str, Callable[[], dict[str, Any]]] = {

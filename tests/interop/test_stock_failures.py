@@ -70,10 +70,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from tests.support.doubles import PATIENCE, assert_same, data_files, flip
+from tests.support.stock import CachingPlanner, no_cached_plans
 
 
 def stock_save(path: Path, state: Any, *, planner: Any = None, **options: Any) -> Metadata:
@@ -171,32 +172,24 @@ def test_stock_loses_the_first_of_two_saves_that_share_a_writer(root: Path) -> N
     assert [path.parent.name for path in root.glob("*/.metadata")] == ["2"]
 
 
-class StockCaching(DefaultSavePlanner):
-    """The plan cache of stock lives in the class, under the class's name."""
-
-    def __init__(self) -> None:
-        super().__init__(enable_plan_caching=True)
-
-
 @pytest.fixture
 def _no_cached_plans() -> Iterator[None]:
-    yield
-    for name in ("save_plan", "final_save_plan", "all_plans", "global_plan", "metadata"):
-        getattr(SavePlanner, f"_cached_{name}").pop("StockCaching", None)
+    with no_cached_plans():
+        yield
 
 
 @pytest.mark.usefixtures("_no_cached_plans")
 def test_stock_describes_another_dtype_after_a_cached_plan(root: Path) -> None:
-    stock_save(root / "1", {"w": torch.ones(8)}, planner=StockCaching())
-    stock_save(root / "2", {"w": torch.ones(8, dtype=torch.bfloat16)}, planner=StockCaching())
+    stock_save(root / "1", {"w": torch.ones(8)}, planner=CachingPlanner())
+    stock_save(root / "2", {"w": torch.ones(8, dtype=torch.bfloat16)}, planner=CachingPlanner())
     metadata = pickle.loads((root / "2" / ".metadata").read_bytes())
     assert metadata.state_dict_metadata["w"].properties.dtype is torch.float32
 
 
 @pytest.mark.usefixtures("_no_cached_plans")
 def test_stock_returns_one_metadata_for_two_checkpoints(root: Path) -> None:
-    first = stock_save(root / "1", {"w": torch.ones(8)}, planner=StockCaching())
-    second = stock_save(root / "2", {"w": torch.ones(8)}, planner=StockCaching())
+    first = stock_save(root / "1", {"w": torch.ones(8)}, planner=CachingPlanner())
+    second = stock_save(root / "2", {"w": torch.ones(8)}, planner=CachingPlanner())
     assert first is second
 
 

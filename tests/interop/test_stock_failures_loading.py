@@ -30,12 +30,10 @@ from torch.utils.serialization import config
 from dcp_async import (
     AppState,
     CheckpointEngine,
-    CheckpointInfo,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     IncompatibleStateError,
     LoadError,
-    StagingOptions,
     Trust,
     UntrustedCheckpointError,
 )
@@ -49,15 +47,11 @@ from tests.support.doubles import (
     frozen,
     random_tensor,
 )
+from tests.support.saves import SMALL, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected an existing checkpoint:UserWarning")
 
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
 W = random_tensor(torch.int32, (30, 40), 1)
-
-
-async def saved(engine: CheckpointEngine, state: Any, **options: Any) -> CheckpointInfo:
-    return await (await engine.save(state, **options)).upload_completion
 
 
 def stock_save(path: Path, state: Any) -> None:

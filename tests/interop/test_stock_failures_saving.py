@@ -26,7 +26,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner, _version
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlanner
 
 import dcp_async
 from dcp_async import (
@@ -54,15 +53,11 @@ from tests.support.doubles import (
     mapped_arena_bytes,
     random_tensor,
 )
+from tests.support.saves import PART, SMALL, saved
+from tests.support.stock import CachingPlanner, no_cached_plans
 
-PART = 64 * KIB
-SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)
 SMALL_OVERLAP = StagingOptions(part_bytes=PART, budget_bytes=10 * MIB, overlap=True)
 STATE: dict[str, Any] = {"m": {"w": random_tensor(torch.float32, (30, 40), 1), "n": 1}}
-
-
-async def saved(engine: CheckpointEngine, state: Any, **options: Any) -> CheckpointInfo:
-    return await (await engine.save(state, **options)).upload_completion
 
 
 # --- writers --------------------------------------------------------------------------------------
@@ -89,22 +84,14 @@ async def test_a_write_error_is_raised_although_all_other_writes_succeed(
 # --- plans that outlive their state ---------------------------------------------------------------
 
 
-class Caching(DefaultSavePlanner):
-    """The plan cache of stock lives in the class, under the class's name."""
-
-    def __init__(self) -> None:
-        super().__init__(enable_plan_caching=True)
-
-
 @pytest.fixture
 def _no_cached_plans() -> Iterator[None]:
-    yield
-    for name in ("save_plan", "final_save_plan", "all_plans", "global_plan", "metadata"):
-        getattr(SavePlanner, f"_cached_{name}").pop("Caching", None)
+    with no_cached_plans():
+        yield
 
 
 @pytest.mark.usefixtures("_no_cached_plans")
-@pytest.mark.parametrize("planner", [DefaultSavePlanner, Caching])
+@pytest.mark.parametrize("planner", [DefaultSavePlanner, CachingPlanner])
 async def test_two_models_share_a_planner_class(
     tmp_path: Path, planner: Callable[[], DefaultSavePlanner]
 ) -> None:

@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
+from tests.support.saves import SMALL
+
 try:
     from torch.distributed.checkpoint.fsspec_filesystem import (  # type: ignore[import-not-found, unused-ignore]
         FsspecWriter,
@@ -38,12 +40,11 @@ from dcp_async import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     LoadError,
-    StagingOptions,
     Trust,
     UntrustedCheckpointError,
 )
 from tests.interop.stock_states import as_stock_returns, leaf_state, nested_state, strided_state
-from tests.support.doubles import DTYPES, KIB, SHAPES, TrainingRun, assert_same, blank, flip, random_tensor
+from tests.support.doubles import DTYPES, SHAPES, TrainingRun, assert_same, blank, flip, random_tensor
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -54,7 +55,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected an existing checkpoint:UserWarning"),
 ]
 
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
 
 Writer = Callable[[Path], StorageWriter]
 WRITERS: dict[str, Writer] = {

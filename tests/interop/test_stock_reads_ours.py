@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dcp_async import CheckpointEngine, RNGState, StagingOptions
-from tests.support.doubles import DTYPES, KIB, SHAPES, TrainingRun, assert_same, frozen, random_tensor
+from tests.support.doubles import DTYPES, SHAPES, TrainingRun, assert_same, frozen, random_tensor
+from tests.support.saves import SMALL
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -25,8 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
 ]
-
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
 
 
 async def write(root: Path, state: Any, staging: StagingOptions = SMALL) -> Path:

@@ -21,11 +21,9 @@ from dcp_async import (
     CheckpointError,
     CorruptCheckpointError,
     IncompatibleStateError,
-    StagingOptions,
 )
 from tests.support.doubles import (
     DTYPES,
-    KIB,
     SHAPES,
     TrainingRun,
     assert_holds_only,
@@ -33,6 +31,7 @@ from tests.support.doubles import (
     frozen,
     random_tensor,
 )
+from tests.support.saves import SMALL
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -41,8 +40,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
 ]
-
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
 
 
 WRITERS: dict[str, Callable[[Path], FileSystemWriter]] = {

@@ -21,7 +21,6 @@ from dcp_async import (
 )
 from tests.support.doubles import (
     ASIDE_BYTES,
-    KIB,
     EventLog,
     FaultyStorage,
     assert_holds_only,
@@ -32,10 +31,7 @@ from tests.support.doubles import (
     mapped_arena_bytes,
     random_tensor,
 )
-
-PART = 64 * KIB
-SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)
-STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
+from tests.support.saves import PART, SMALL, STATE
 
 
 async def saved(engine: CheckpointEngine, **options: Any) -> CheckpointInfo:

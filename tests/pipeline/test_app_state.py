@@ -17,15 +17,11 @@ import dcp_async
 from dcp_async import (
     AppState,
     CheckpointEngine,
-    CheckpointInfo,
     IncompatibleStateError,
     RNGState,
     SaveError,
-    StagingOptions,
 )
 from tests.support.doubles import (
-    ASIDE_BYTES,
-    KIB,
     FaultyStorage,
     Net,
     TrainingRun,
@@ -33,6 +29,7 @@ from tests.support.doubles import (
     assert_same,
     frozen,
 )
+from tests.support.saves import HELD, saved, step_while_staging
 from tests.support.training_apps import DISTRIBUTED, WRAPPERS, WrappedRun
 from tests.support.training_jobs import run_job
 
@@ -40,13 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
 )
 
-PART = 64 * KIB
-HELD = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)
 WIDTH = 600  # weights of 1.4 MB: more than the budget, so that staging waits for the gate
-
-
-async def saved(engine: CheckpointEngine, state: dict[str, Any], **options: Any) -> CheckpointInfo:
-    return await (await engine.save(state, **options)).upload_completion
 
 
 def whole_state(run: TrainingRun) -> dict[str, Any]:
@@ -389,13 +380,7 @@ async def test_a_step_waits_until_its_model_is_staged(root: Path, faulty: Faulty
     run.step(1)
     async with CheckpointEngine(faulty, staging=HELD) as engine:
         before = run.picture()
-        with faulty.hold("put") as gate:
-            # Registered before the engine's own hook, so it runs first: no staging until step() was entered.
-            run.optim.register_step_pre_hook(lambda *_: gate.release())
-            response = await engine.save(run.app)
-            assert not response.staging_completion.done()
-            run.optim.step()
-        await response.upload_completion
+        await step_while_staging(engine, faulty, run.app, run.optim)
         assert_same((await engine.read())["app"]["model"], before["model"])
     with pytest.raises(AssertionError):
         assert_same(run.picture()["model"], before["model"])
@@ -450,6 +435,16 @@ class TutorialState:
 STATES: dict[str, Callable[..., Any]] = {"ours": AppState, "tutorial": TutorialState}
 
 
+def assert_go_on_alike(whole: WrappedRun, resumed: WrappedRun) -> None:
+    """Now and two steps on, but for the scheduler, which was not saved."""
+    resumed.scheduler.load_state_dict(whole.scheduler.state_dict())
+    assert_same(resumed.picture(), whole.picture())
+    for run in (whole, resumed):
+        torch.manual_seed(6)
+        run.step(2)
+    assert_same(resumed.picture(), whole.picture())
+
+
 @pytest.mark.parametrize(
     ("saved_with", "loaded_with"), [("ours", "tutorial"), ("tutorial", "ours"), ("ours", "ours")]
 )
@@ -460,12 +455,7 @@ async def test_stock_reads_what_we_write(root: Path, saved_with: str, loaded_wit
         await saved(engine, {"app": STATES[saved_with](whole.model, whole.optim)}, step=3)
     state = {"app": STATES[loaded_with](resumed.model, resumed.optim)}
     dcp.load(state, checkpoint_id=root / "step-00000003", no_dist=True)
-    resumed.scheduler.load_state_dict(whole.scheduler.state_dict())
-    assert_same(resumed.picture(), whole.picture())
-    for run in (whole, resumed):
-        torch.manual_seed(6)
-        run.step(2)
-    assert_same(resumed.picture(), whole.picture())
+    assert_go_on_alike(whole, resumed)
 
 
 @pytest.mark.parametrize(
@@ -480,12 +470,7 @@ async def test_we_read_what_stock_writes(root: Path, saved_with: str, loaded_wit
     dcp.save(state, checkpoint_id=root / "step-00000003", no_dist=True)
     async with CheckpointEngine(root) as engine:
         await engine.load({"app": STATES[loaded_with](resumed.model, resumed.optim)})
-    resumed.scheduler.load_state_dict(whole.scheduler.state_dict())
-    assert_same(resumed.picture(), whole.picture())
-    for run in (whole, resumed):
-        torch.manual_seed(6)
-        run.step(2)
-    assert_same(resumed.picture(), whole.picture())
+    assert_go_on_alike(whole, resumed)
 
 
 # --- arguments ------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import xxhash
 from dcp_async import (
     CheckpointEngine,
     CheckpointError,
-    CheckpointInfo,
     CorruptCheckpointError,
     LoadError,
     SaveError,
@@ -26,7 +25,6 @@ from dcp_async import (
 )
 from dcp_async.sync import CheckpointEngine as CheckpointTwin
 from tests.support.doubles import (
-    KIB,
     assert_holds_only,
     assert_same,
     committed,
@@ -37,13 +35,9 @@ from tests.support.doubles import (
     random_tensor,
     written_unchecked,
 )
+from tests.support.saves import SMALL, saved
 
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
 GOOD: dict[str, Any] = {"w": random_tensor(torch.float32, (30, 40), 1), "n": 1}
-
-
-async def saved(engine: CheckpointEngine, state: Any, **options: Any) -> CheckpointInfo:
-    return await (await engine.save(state, **options)).upload_completion
 
 
 class Unpicklable:

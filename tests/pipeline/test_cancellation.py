@@ -16,11 +16,8 @@ from dcp_async import (
     CheckpointEngine,
     Limits,
     SaveCancelled,
-    StagingOptions,
 )
 from tests.support.doubles import (
-    ASIDE_BYTES,
-    KIB,
     PATIENCE,
     FaultyStorage,
     LoopSpy,
@@ -31,11 +28,8 @@ from tests.support.doubles import (
     random_tensor,
     replace_loops,
 )
+from tests.support.saves import PART, SMALL, SMALL_OVERLAP, STATE
 
-PART = 64 * KIB
-SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)
-SMALL_OVERLAP = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 4 * PART, overlap=True)
-STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
 WIDE: dict[str, Any] = {"w": random_tensor(torch.uint8, (20 * PART,), 2), "n": [1, {"x": torch.ones(3)}]}
 
 

@@ -19,9 +19,7 @@ from dcp_async.staging.vectored_copy import RefusedError, VectoredCopy
 from dcp_async.state.asking import Given
 from dcp_async.state.capture import capture
 from tests.support.doubles import ASIDE_BYTES, KIB, MIB, FaultyStorage, assert_same, frozen, random_tensor
-
-PART = 64 * KIB
-SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)
+from tests.support.saves import PART, SMALL
 
 
 class Counting:

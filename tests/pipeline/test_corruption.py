@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, CheckpointInfo, CorruptCheckpointError, StagingOptions
+from dcp_async import CheckpointEngine, CheckpointInfo, CorruptCheckpointError
 from tests.support.doubles import (
     BLOCK_BYTES,
-    KIB,
     assert_same,
     data_files,
     faulty_storage,
@@ -22,8 +21,7 @@ from tests.support.doubles import (
     manifest_file,
     random_tensor,
 )
-
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
+from tests.support.saves import SMALL
 
 
 def make_state() -> dict[str, Any]:

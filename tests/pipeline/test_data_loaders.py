@@ -15,10 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from dcp_async import CheckpointEngine, CheckpointInfo, RNGState, StagingOptions
+from dcp_async import CheckpointEngine, RNGState
 from tests.support.doubles import (
-    ASIDE_BYTES,
-    KIB,
     MIB,
     FaultyStorage,
     assert_holds_only,
@@ -27,18 +25,13 @@ from tests.support.doubles import (
     open_descriptors,
     random_tensor,
 )
+from tests.support.saves import HELD, saved
 from tests.support.training_data import LENGTH, Counting, Growing, Numbers, Stream, Witness
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata calls it
 
-PART = 64 * KIB
-HELD = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)
 BATCH = 3
 EPOCH = LENGTH // BATCH
-
-
-async def saved(engine: CheckpointEngine, state: dict[str, Any], **options: Any) -> CheckpointInfo:
-    return await (await engine.save(state, **options)).upload_completion
 
 
 class Feed:
@@ -159,16 +152,21 @@ async def test_in_the_second_epoch_the_rest_of_it_comes(root: Path, workers: int
     assert len(expected) == EPOCH - 2
 
 
+async def assert_rewinds(root: Path, feed: Feed, *, taken: int, more: int) -> None:
+    """Saved after ``taken`` batches and loaded after ``more``, it gives those again."""
+    async with CheckpointEngine(root) as engine:
+        feed.take(taken)
+        await saved(engine, {"data": feed.loader})
+        expected = feed.take(more)
+        feed._epoch = None
+        await engine.load({"data": feed.loader})
+    assert feed.take(more) == expected
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 async def test_the_checkpoint_wins_over_a_loader_that_went_on(root: Path, workers: int) -> None:
     with feeds(1, Counting, workers) as (feed,):
-        async with CheckpointEngine(root) as engine:
-            feed.take(2)
-            await saved(engine, {"data": feed.loader})
-            expected = feed.take(4)
-            feed._epoch = None
-            await engine.load({"data": feed.loader})
-        assert feed.take(4) == expected
+        await assert_rewinds(root, feed, taken=2, more=4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -185,13 +183,7 @@ async def test_a_dataset_whose_state_grows_comes_back(root: Path, workers: int) 
 
 async def test_a_growing_state_is_rewound_in_place(root: Path) -> None:
     with feeds(1, Growing, 0) as (feed,):
-        async with CheckpointEngine(root) as engine:
-            feed.take(1)
-            await saved(engine, {"data": feed.loader})
-            expected = feed.take(3)
-            feed._epoch = None
-            await engine.load({"data": feed.loader})
-        assert feed.take(3) == expected
+        await assert_rewinds(root, feed, taken=1, more=3)
 
 
 @pytest.mark.usefixtures("both_loops")

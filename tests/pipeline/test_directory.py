@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, StagingOptions
+from dcp_async import CheckpointEngine
 from dcp_async.storage.local.storage import LocalStorage
 from dcp_async.storage.local.transaction import LocalTransaction
 from tests.support.doubles import (
     DATA_FILE,
-    KIB,
     MANIFEST,
     FaultyStorage,
     assert_holds_only,
@@ -28,9 +27,8 @@ from tests.support.doubles import (
     manifest_of,
     random_tensor,
 )
+from tests.support.saves import STATE
 
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
-STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
 UID = "0123456789abcdef"
 
 

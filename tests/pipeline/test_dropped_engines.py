@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, Limits, StagingOptions, sync
-from tests.support.doubles import PATIENCE, FaultyStorage, assert_holds_only, open_descriptors, random_tensor
-
-STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
+from tests.support.doubles import PATIENCE, FaultyStorage, assert_holds_only, open_descriptors
+from tests.support.saves import STATE
 
 pytestmark = pytest.mark.usefixtures("both_loops")
 

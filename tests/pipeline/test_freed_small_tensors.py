@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, Stager, StagingOptions, StateMutatedError
+from dcp_async import CheckpointEngine, Stager, StateMutatedError
 from tests.support.doubles import ASIDE_BYTES, KIB, FaultyStorage
+from tests.support.saves import HELD
 
-PART = 64 * KIB
-HELD = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)
 EACH = 16 * KIB
 
 

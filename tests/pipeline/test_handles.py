@@ -21,8 +21,6 @@ from dcp_async import (
     StagingOptions,
 )
 from tests.support.doubles import (
-    ASIDE_BYTES,
-    KIB,
     PATIENCE,
     EventLog,
     FaultyStorage,
@@ -32,13 +30,10 @@ from tests.support.doubles import (
     on_thread,
     random_tensor,
 )
+from tests.support.saves import PART, SMALL, SMALL_OVERLAP, STATE
 
 pytestmark = pytest.mark.usefixtures("both_loops")
 
-PART = 64 * KIB
-SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)
-SMALL_OVERLAP = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 4 * PART, overlap=True)
-STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
 WIDE = {"w": random_tensor(torch.uint8, (40 * PART,), 2)}
 
 

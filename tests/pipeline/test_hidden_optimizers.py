@@ -15,10 +15,9 @@ from torch.optim import optimizer as torch_optimizer
 
 from dcp_async import CheckpointEngine, StagingOptions
 from dcp_async.state.optimizers.stepping import stepped_by
-from tests.support.doubles import ASIDE_BYTES, KIB, FaultyStorage, assert_same, frozen
+from tests.support.doubles import FaultyStorage, assert_same, frozen
+from tests.support.saves import HELD
 
-PART = 64 * KIB
-HELD = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)
 WIDTH = 1024  # more than the budget, so that staging waits for the gate
 
 

@@ -18,16 +18,14 @@ from dcp_async import (
     Limits,
     SaveCancelled,
     SaveError,
-    StagingOptions,
     Timeouts,
     sync,
 )
 from tests.support.doubles import (
-    ASIDE_BYTES,
-    KIB,
     PATIENCE,
     EventLog,
     FaultyStorage,
+    Gate,
     assert_holds_only,
     assert_same,
     chain,
@@ -35,12 +33,10 @@ from tests.support.doubles import (
     on_thread,
     random_tensor,
 )
+from tests.support.saves import PART, SMALL_OVERLAP, STATE
 
 pytestmark = pytest.mark.usefixtures("both_loops")
 
-PART = 64 * KIB
-SMALL_OVERLAP = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 4 * PART, overlap=True)
-STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
 WIDE = {"w": random_tensor(torch.uint8, (20 * PART,), 2)}
 
 
@@ -219,19 +215,32 @@ async def test_leaving_by_an_error_masks_it_with_no_failure_of_a_save(
         await train()
 
 
-async def test_leaving_by_cancellation_drains_within_the_grace(root: Path, faulty: FaultyStorage) -> None:
-    async def train() -> None:
-        async with CheckpointEngine(faulty, timeouts=Timeouts(exit_grace=PATIENCE)) as engine:
-            await engine.save(STATE, step=1)
-            reached.set()
+class Trainer:
+    """Saves once, then trains until it is cancelled."""
+
+    def __init__(self, storage: FaultyStorage, exit_grace: float) -> None:
+        self._storage, self._timeouts = storage, Timeouts(exit_grace=exit_grace)
+        self._has_saved = asyncio.Event()
+        self.response: Any = None
+
+    async def _train(self) -> None:
+        async with CheckpointEngine(self._storage, timeouts=self._timeouts) as engine:
+            self.response = await engine.save(STATE, step=1)
+            self._has_saved.set()
             await asyncio.Event().wait()
 
-    reached = asyncio.Event()
-    with faulty.hold("put") as gate:
-        task = asyncio.ensure_future(train())
-        await reached.wait()
+    async def cancelled(self, gate: Gate) -> asyncio.Task[None]:
+        """Trains, and is cancelled while its save waits at ``gate``."""
+        task = asyncio.ensure_future(self._train())
+        await self._has_saved.wait()
         await gate.until_arrived()
         task.cancel()
+        return task
+
+
+async def test_leaving_by_cancellation_drains_within_the_grace(root: Path, faulty: FaultyStorage) -> None:
+    with faulty.hold("put") as gate:
+        task = await Trainer(faulty, PATIENCE).cancelled(gate)
         await asyncio.sleep(0)
         assert not task.done()
     with pytest.raises(asyncio.CancelledError):
@@ -240,38 +249,18 @@ async def test_leaving_by_cancellation_drains_within_the_grace(root: Path, fault
 
 
 async def test_leaving_by_cancellation_aborts_after_the_grace(root: Path, faulty: FaultyStorage) -> None:
-    async def train() -> None:
-        async with CheckpointEngine(faulty, timeouts=Timeouts(exit_grace=0.05)) as engine:
-            responses.append(await engine.save(STATE, step=1))
-            reached.set()
-            await asyncio.Event().wait()
-
-    responses: list[Any] = []
-    reached = asyncio.Event()
+    trainer = Trainer(faulty, 0.05)
     with faulty.hold("put") as gate:
-        task = asyncio.ensure_future(train())
-        await reached.wait()
-        await gate.until_arrived()
-        task.cancel()
+        task = await trainer.cancelled(gate)
         with pytest.raises(asyncio.CancelledError):
             await task
-    assert isinstance(responses[0].upload_completion.exception(), SaveCancelled)
+    assert isinstance(trainer.response.upload_completion.exception(), SaveCancelled)
     assert_holds_only(root, [])
 
 
 async def test_a_second_cancellation_aborts_at_once(root: Path, faulty: FaultyStorage) -> None:
-    async def train() -> None:
-        async with CheckpointEngine(faulty, timeouts=Timeouts(exit_grace=1000)) as engine:
-            await engine.save(STATE, step=1)
-            reached.set()
-            await asyncio.Event().wait()
-
-    reached = asyncio.Event()
     with faulty.hold("put") as gate:
-        task = asyncio.ensure_future(train())
-        await reached.wait()
-        await gate.until_arrived()
-        task.cancel()
+        task = await Trainer(faulty, 1000).cancelled(gate)
         for _ in range(5):
             await asyncio.sleep(0)
         assert not task.done()

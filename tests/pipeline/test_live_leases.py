@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dcp_async import CheckpointEngine, SaveError
 from dcp_async.storage.local import lease
@@ -26,10 +25,9 @@ from tests.support.doubles import (
     assert_holds_only,
     assert_same,
     committed,
-    random_tensor,
 )
+from tests.support.saves import STATE
 
-STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
 AGE = 2.0
 """Seconds after which a lease that nobody touches is taken for dead."""
 

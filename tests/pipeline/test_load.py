@@ -13,16 +13,13 @@ from torch import nn
 
 from dcp_async import (
     CheckpointEngine,
-    CheckpointInfo,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     IncompatibleStateError,
     LoadError,
     LoadReport,
-    StagingOptions,
 )
 from tests.support.doubles import (
-    KIB,
     TrainingRun,
     assert_same,
     data_files,
@@ -31,14 +28,10 @@ from tests.support.doubles import (
     manifest_file,
     random_tensor,
 )
+from tests.support.saves import SMALL, saved
 
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
 A = random_tensor(torch.float32, (30, 40), 1)
 B = random_tensor(torch.int64, (70,), 2)
-
-
-async def saved(engine: CheckpointEngine, state: dict[str, Any], **options: Any) -> CheckpointInfo:
-    return await (await engine.save(state, **options)).upload_completion
 
 
 # --- which one ------------------------------------------------------------------------------------
@@ -208,15 +201,18 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, tuple[str, ...]]]] = {
 }
 
 
+def misfitting(name: str) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """A state of the test's own, and what does not fit in it."""
+    state, misfits = MISFITS[name]
+    inner = {
+        key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state["m"].items()
+    }
+    return {"m": inner}, misfits
+
+
 @pytest.mark.parametrize("name", MISFITS)
 async def test_strict_refuses_what_does_not_fit_and_touches_nothing(root: Path, name: str) -> None:
-    state, misfits = MISFITS[name]
-    state = {
-        "m": {
-            key: value.clone() if isinstance(value, torch.Tensor) else value
-            for key, value in state["m"].items()
-        }
-    }
+    state, misfits = misfitting(name)
     before = frozen(state)
     async with CheckpointEngine(root) as engine:
         await saved(engine, {"m": {"a": A, "b": B}}, step=1)
@@ -230,13 +226,7 @@ async def test_strict_refuses_what_does_not_fit_and_touches_nothing(root: Path, 
 
 @pytest.mark.parametrize("name", MISFITS)
 async def test_not_strict_loads_what_fits_and_lists_the_rest(root: Path, name: str) -> None:
-    state, misfits = MISFITS[name]
-    state = {
-        "m": {
-            key: value.clone() if isinstance(value, torch.Tensor) else value
-            for key, value in state["m"].items()
-        }
-    }
+    state, misfits = misfitting(name)
     before = frozen(state)
     async with CheckpointEngine(root) as engine:
         await saved(engine, {"m": {"a": A, "b": B}})

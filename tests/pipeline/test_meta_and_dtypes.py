@@ -19,7 +19,6 @@ from torch.utils.serialization import config as serialization_config
 from dcp_async import (
     AppState,
     CheckpointEngine,
-    CheckpointInfo,
     CorruptCheckpointError,
     IncompatibleStateError,
     RNGState,
@@ -28,7 +27,6 @@ from dcp_async import (
 )
 from dcp_async.sync import CheckpointEngine as BlockingEngine
 from tests.support.doubles import (
-    KIB,
     PATIENCE,
     Net,
     TrainingRun,
@@ -39,18 +37,13 @@ from tests.support.doubles import (
     frozen,
     random_tensor,
 )
+from tests.support.saves import SMALL, saved
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning"),
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
     pytest.mark.filterwarnings("ignore:Casting complex values to real discards:UserWarning"),
 ]
-
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
-
-
-async def saved(engine: CheckpointEngine, state: dict[str, Any], **options: Any) -> CheckpointInfo:
-    return await (await engine.save(state, **options)).upload_completion
 
 
 def on_meta(build: Callable[[], Any] = Net) -> Any:

@@ -13,19 +13,7 @@ import torch
 
 from dcp_async import CheckpointEngine
 from tests.support.doubles import manifest_file
-
-
-class Bins:
-    """A Stateful."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def state_dict(self) -> Any:
-        return self.value
-
-    def load_state_dict(self, value: Any) -> None:
-        self.value = value
+from tests.support.saves import Value
 
 
 def no_constant(name: str) -> NoReturn:
@@ -38,9 +26,9 @@ def no_constant(name: str) -> NoReturn:
 async def test_a_key_without_a_word_in_json_comes_back(root: Path, key: Any) -> None:
     bins = {key: torch.ones(2), 0.5: 1, "z": {key: 5}}
     async with CheckpointEngine(root) as engine:
-        info = await (await engine.save({"s": Bins(bins), "d": {key: 7}}, step=1)).upload_completion
+        info = await (await engine.save({"s": Value(bins), "d": {key: 7}}, step=1)).upload_completion
         json.loads(manifest_file(root / info.checkpoint_id).read_text(), parse_constant=no_constant)
-        target: dict[str, Any] = {"s": Bins({}), "d": {key: 0}}
+        target: dict[str, Any] = {"s": Value({}), "d": {key: 0}}
         await engine.load(target)
         found = target["s"].value
         assert [(type(each), repr(each)) for each in found] == [(type(each), repr(each)) for each in bins]

@@ -23,12 +23,11 @@ from dcp_async import (
     SaveStarted,
     StagingOptions,
 )
-from tests.support.doubles import KIB, EventLog, FaultyStorage, assert_same, random_tensor
+from tests.support.doubles import EventLog, FaultyStorage, assert_same, random_tensor
+from tests.support.saves import PART, SMALL
 
 pytestmark = pytest.mark.usefixtures("both_loops")
 
-PART = 64 * KIB
-SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)
 WIDE = {"w": random_tensor(torch.uint8, (20 * PART,), 2), "n": 1}
 
 

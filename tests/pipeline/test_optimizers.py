@@ -16,23 +16,16 @@ from dcp_async import (
     AppState,
     CheckpointEngine,
     CheckpointError,
-    CheckpointInfo,
     IncompatibleStateError,
     SaveError,
-    StagingOptions,
 )
 from dcp_async.sync import CheckpointEngine as BlockingEngine
-from tests.support.doubles import ASIDE_BYTES, KIB, MIB, PATIENCE, FaultyStorage, assert_same, frozen
+from tests.support.doubles import MIB, PATIENCE, FaultyStorage, assert_same, frozen
+from tests.support.saves import HELD, saved
 from tests.support.training_jobs import run_job
 from tests.support.training_optimizers import CASES, LISTED, MAIN, Trainer
 
-PART = 64 * KIB
 WIDE = 6000
-HELD = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)
-
-
-async def saved(engine: CheckpointEngine, state: dict[str, Any], **options: Any) -> CheckpointInfo:
-    return await (await engine.save(state, **options)).upload_completion
 
 
 def test_every_optimizer_of_torch_is_listed() -> None:

@@ -25,11 +25,10 @@ from tests.support.doubles import (
     on_thread,
     random_tensor,
 )
+from tests.support.saves import HELD, PART, step_while_staging
 
 pytestmark = pytest.mark.usefixtures("both_loops")
 
-PART = 64 * KIB
-HELD = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)
 WIDTH = 600  # the net's weights are 1.4 MB each: more than the budget, so that staging waits for the gate
 
 
@@ -54,13 +53,7 @@ async def test_a_step_right_after_save_is_not_in_the_checkpoint(
     run.step(2)
     async with CheckpointEngine(faulty, staging=HELD) as engine:
         before = run.picture()
-        with faulty.hold("put") as gate:
-            # Registered before the engine's own hook, so it runs first: no staging until step() was entered.
-            run.optim.register_step_pre_hook(lambda *_: gate.release())
-            response = await engine.save(run.state)
-            assert not response.staging_completion.done()
-            run.optim.step()
-        await response.upload_completion
+        await step_while_staging(engine, faulty, run.state, run.optim)
         assert_same(await engine.read(), before)
     with pytest.raises(AssertionError):
         assert_same(run.picture()["model"], before["model"])

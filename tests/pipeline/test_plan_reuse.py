@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, Limits, PlanningOptions, StagingOptions
-from tests.support.doubles import KIB, MIB, FaultyStorage, TrainingRun, assert_same, frozen, random_tensor
-
-PART = 64 * KIB
-SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)
+from dcp_async import CheckpointEngine, Limits, PlanningOptions
+from tests.support.doubles import MIB, FaultyStorage, TrainingRun, assert_same, frozen, random_tensor
+from tests.support.saves import PART, SMALL
 
 W = random_tensor(torch.float32, (40, 30), 1)
 B = random_tensor(torch.float32, (30,), 2)

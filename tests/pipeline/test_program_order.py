@@ -20,8 +20,8 @@ from dcp_async import (
     sync,
 )
 from tests.support.doubles import KIB, PATIENCE, FaultyStorage, on_thread, random_tensor
+from tests.support.saves import STATE
 
-STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
 BOTH = pytest.mark.parametrize("overlap", [False, True], ids=["staged", "overlap"])
 
 

@@ -23,7 +23,6 @@ import torch
 import dcp_async
 from dcp_async import CheckpointEngine, EngineStateError, Limits, SaveError, StagingOptions, sync
 from tests.support.doubles import (
-    KIB,
     PATIENCE,
     EventLog,
     FaultyStorage,
@@ -31,10 +30,9 @@ from tests.support.doubles import (
     committed,
     random_tensor,
 )
+from tests.support.saves import PART, STATE
 
 PACKAGE = str(Path(dcp_async.__file__).parent)
-PART = 64 * KIB
-STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
 WIDE = {"w": random_tensor(torch.uint8, (20 * PART,), 2)}
 OURS = (
     "engine/engine",

@@ -14,8 +14,7 @@ from torch import nn
 
 from dcp_async import CheckpointEngine, RNGState, StagingOptions
 from tests.support.doubles import ASIDE_BYTES, KIB, TrainingRun, assert_same, frozen
-
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
+from tests.support.saves import SMALL
 
 Make = Callable[..., torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {

@@ -15,7 +15,6 @@ import torch
 from dcp_async import CheckpointEngine, LoadError, SaveError, StagingOptions, sync
 from tests.support.doubles import (
     DTYPES,
-    KIB,
     SHAPES,
     Net,
     TrainingRun,
@@ -26,11 +25,9 @@ from tests.support.doubles import (
     mapped_arena_bytes,
     random_tensor,
 )
+from tests.support.saves import PART, SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
-
-PART = 64 * KIB
-SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)
 
 
 def zeros_like_all(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -99,14 +96,19 @@ async def test_default_options_carry_many_megabytes(root: Path) -> None:
     assert_same(target, saved)
 
 
+async def assert_comes_back(root: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Into targets, and as a fresh state."""
+    async with CheckpointEngine(root, staging=SMALL) as engine:
+        await (await engine.save({"m": tensors})).upload_completion
+        target = zeros_like_all(tensors)
+        await engine.load({"m": target})
+        assert_same(target, tensors)
+        assert_same(await engine.read(), {"m": tensors})
+
+
 async def test_two_thousand_small_tensors(root: Path) -> None:
     saved = {f"t{i}": random_tensor(torch.float32, (i % 37,), i) for i in range(2000)}
-    async with CheckpointEngine(root, staging=SMALL) as engine:
-        await (await engine.save({"m": saved})).upload_completion
-        target = zeros_like_all(saved)
-        await engine.load({"m": target})
-        assert_same(target, saved)
-        assert_same(await engine.read(), {"m": saved})
+    await assert_comes_back(root, saved)
 
 
 async def test_pool_stays_within_the_budget(root: Path) -> None:
@@ -138,12 +140,7 @@ def views() -> dict[str, torch.Tensor]:
 
 async def test_views_are_saved_by_value(root: Path) -> None:
     saved = views()
-    async with CheckpointEngine(root, staging=SMALL) as engine:
-        await (await engine.save({"v": saved})).upload_completion
-        target = zeros_like_all(saved)
-        await engine.load({"v": target})
-        assert_same(target, saved)
-        assert_same(await engine.read(), {"v": saved})
+    await assert_comes_back(root, saved)
 
 
 @pytest.mark.parametrize("name", ["transposed", "permuted", "channels_last", "big_transposed"])

@@ -14,6 +14,7 @@ from torch import nn
 from dcp_async import AppState, PerRank
 from dcp_async.sync import CheckpointEngine
 from tests.support.doubles import assert_same
+from tests.support.saves import Value
 
 LEAVES: list[tuple[Any, Any]] = [
     (None, 1),
@@ -32,17 +33,6 @@ LEAVES: list[tuple[Any, Any]] = [
     ((1, torch.ones(2)), (0, torch.zeros(2))),
     (deque([1, 2], maxlen=3), deque()),
 ]
-
-
-class Value:
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def state_dict(self) -> Any:
-        return self.value
-
-    def load_state_dict(self, value: Any) -> None:
-        self.value = value
 
 
 class Pair:

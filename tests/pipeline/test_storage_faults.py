@@ -22,8 +22,6 @@ from dcp_async import (
     StorageError,
 )
 from tests.support.doubles import (
-    ASIDE_BYTES,
-    KIB,
     PATIENCE,
     FaultyStorage,
     assert_holds_only,
@@ -32,10 +30,8 @@ from tests.support.doubles import (
     committed,
     random_tensor,
 )
+from tests.support.saves import PART, SMALL, SMALL_OVERLAP
 
-PART = 64 * KIB
-SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)
-SMALL_OVERLAP = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 4 * PART, overlap=True)
 WIDE: dict[str, Any] = {"w": random_tensor(torch.uint8, (20 * PART,), 2), "n": [1, {"x": torch.ones(3)}]}
 
 ERRORS: dict[str, Callable[[], Exception]] = {

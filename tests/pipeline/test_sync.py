@@ -24,18 +24,13 @@ from dcp_async import (
 from dcp_async.sync import CheckpointEngine
 from tests.support.doubles import (
     ASIDE_BYTES,
-    KIB,
     PATIENCE,
     FaultyStorage,
     TrainingRun,
     assert_holds_only,
     assert_same,
-    random_tensor,
 )
-
-PART = 64 * KIB
-SMALL = StagingOptions(part_bytes=PART, budget_bytes=4 * PART)
-STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
+from tests.support.saves import PART, SMALL, STATE
 
 
 @pytest.mark.parametrize(

@@ -21,18 +21,14 @@ from torch.optim import Optimizer, lr_scheduler, swa_utils
 from dcp_async import (
     AppState,
     CheckpointEngine,
-    CheckpointInfo,
     IncompatibleStateError,
     RNGState,
     SaveError,
 )
 from tests.support.doubles import assert_holds_only, assert_same, data_files, frozen
+from tests.support.saves import saved
 
 KIB = 1024
-
-
-async def saved(engine: CheckpointEngine, state: dict[str, Any], **options: Any) -> CheckpointInfo:
-    return await (await engine.save(state, **options)).upload_completion
 
 
 async def there_and_back(root: Path, source: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:

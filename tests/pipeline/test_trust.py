@@ -21,10 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, StagingOptions, Trust, UntrustedCheckpointError
-from tests.support.doubles import KIB, assert_same, random_tensor, written_unchecked
-
-SMALL = StagingOptions(part_bytes=64 * KIB, budget_bytes=256 * KIB)
+from dcp_async import CheckpointEngine, Trust, UntrustedCheckpointError
+from tests.support.doubles import assert_same, random_tensor, written_unchecked
 
 
 @dataclasses.dataclass

@@ -17,10 +17,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_async import CheckpointEngine, StagingOptions, StateMutatedError
 from dcp_async.staging.byte_sample import places_to_sample
-from tests.support.doubles import ASIDE_BYTES, KIB, MIB, FaultyStorage, assert_same
+from tests.support.doubles import KIB, MIB, FaultyStorage, assert_same
+from tests.support.saves import HELD
 
-PART = 64 * KIB
-HELD = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)
 ROWS = 1024  # 4 MiB of float32: more than the budget, so that staging waits for the gate
 Change = Callable[[Any], Any]
 

@@ -36,7 +36,8 @@ from tests.property.states import (
     stock_states,
     tie_difference,
 )
-from tests.support.doubles import KIB, MIB, PATIENCE
+from tests.support.doubles import MIB, PATIENCE
+from tests.support.saves import PART
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
@@ -48,7 +49,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
 ]
 
-PART = 64 * KIB
 OPTIONS = st.builds(
     lambda overlap, budget, parts: StagingOptions(
         overlap=overlap,
