@@ -55,6 +55,7 @@ from tests.faults.calls import (
     tear,
 )
 from tests.faults.states import PART_BYTES, Trainer, flat, numbers, stock_target
+from tests.support.clock import skip_time
 
 STEPS_OF_ANOTHER = 900
 """Step of the save that a test adds to make a fresh process sweep."""
@@ -254,16 +255,25 @@ def save(
     meet_at: str = "",
     record: bool = False,
     hold: bool = False,
-    storage_timeout: float = 600.0,
+    is_late: bool = False,
 ) -> None:
     """Opens, saves one version, closes; reports the outcome. Counts start before `open()` and end after
     `close()`.
 
     `die_at`: SIGKILL at the n-th changing call (a write is torn in half). `pause_at`: wait at the gate before
     the n-th changing call or lock. `meet_at`: "save" waits at the gate before save(), "publish" before
-    .metadata is linked or renamed. `hold`: wait at the gate before each write of data.
+    .metadata is linked or renamed. `hold`: wait at the gate before each write of data. `is_late`: after one
+    token the deadlines of all calls pass, the second one ends the wait.
     """
     line = context.line
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    def new_loop() -> asyncio.AbstractEventLoop:
+        loops.append(asyncio.new_event_loop())
+        return loops[-1]
+
+    if is_late:
+        setattr(dcp_async._concurrency.threads, "default_loop_factory", lambda: new_loop)  # noqa: B010 - for mypy
 
     def die(call: Call) -> None:
         line.report("dies", call=repr(call))
@@ -273,7 +283,12 @@ def save(
     def pause(call: Call) -> None:
         line.report("paused", call=repr(call))
         line.wait()
+        if is_late:
+            for loop in loops:
+                loop.call_soon_threadsafe(skip_time, loop, timeouts.storage + 1)
+            line.wait()
 
+    timeouts = Timeouts()
     counter = Nth(CHANGES, die_at, die)
     recorder = Recorder()
     watchers: list[Watcher] = [counter, Nth(CHANGES | {"flock"}, pause_at, pause)]
@@ -287,7 +302,6 @@ def save(
     context.tap.watch(root, Both(*watchers))
 
     async def main() -> None:
-        timeouts = Timeouts(storage=storage_timeout)
         async with CheckpointEngine(
             root, staging=staging(), timeouts=timeouts, observer=Reporter(line)
         ) as engine:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 import torch
+import uvloop
 
-from dcp_async import CheckpointEngine, CheckpointError, SaveError, StorageError, Timeouts
+from dcp_async import CheckpointEngine, CheckpointError, SaveError, Stager, StorageError, Timeouts
+from dcp_async._concurrency import settle
 from dcp_async.storage.local.storage import LocalStorage
+from tests.support.clock import skip_time
 from tests.support.doubles import (
     PATIENCE,
     assert_same,
@@ -22,13 +26,13 @@ from tests.support.doubles import (
     committed,
     on_thread,
     open_descriptors,
-    random_tensor,
+    replace_loops,
 )
+from tests.support.saves import STATE
 
-STATE = {"w": random_tensor(torch.float32, (100, 100), 1), "n": 1}
-SOON = Timeouts(storage=0.3, exit_grace=0.3)
-LATEST = 25.0
-"""Seconds within which whatever waits must have ended, on a machine that others use."""
+LIMIT = 600.0
+LIMITED = Timeouts(storage=LIMIT)
+"""Nobody waits for it: time is skipped once the call in question hangs."""
 
 VERBS = {
     "create": "begin",
@@ -49,10 +53,10 @@ VERBS = {
 
 
 class Hanging:
-    """Passes everything on but ``verb``, which hangs and takes no notice of its cancellation."""
+    """Passes everything on but the verb that hangs, which takes no notice of its cancellation."""
 
-    def __init__(self, inner: Any, script: dict[str, Any]) -> None:
-        self._inner, self._script = inner, script
+    def __init__(self, inner: Any, disk: Disk) -> None:
+        self._inner, self._disk = inner, disk
 
     def __repr__(self) -> str:
         return f"<hanging {self._inner!r}>"
@@ -63,49 +67,88 @@ class Hanging:
             return value
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            if name == self._script["verb"]:
-                await self._hang()
-            found = await value(*args, **kwargs)
-            return Hanging(found, self._script) if name in ("begin", "open") else found
+            if name == self._disk.verb:
+                await self._disk.stand_still()
+            with self._disk.at_work():
+                returned = await value(*args, **kwargs)
+            return Hanging(returned, self._disk) if name in ("begin", "open") else returned
 
         return call
 
-    async def _hang(self) -> None:
-        self._script["calls"] += 1
-        released: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._script["held"].append((asyncio.get_running_loop(), released))
-        while not released.done():
-            try:
-                await asyncio.shield(released)
-            except asyncio.CancelledError:
-                self._script["ignored"] += 1
-        raise OSError(5, "the connection is gone")
+
+class Copying(Stager):
+    """Tells the disk while it copies: that has a deadline, too."""
+
+    def __init__(self, disk: Disk) -> None:
+        super().__init__()
+        self._disk = disk
+
+    async def stage(self, *args: Any, **kwargs: Any) -> Any:
+        with self._disk.at_work():
+            return await super().stage(*args, **kwargs)
 
 
 class Disk:
-    """A storage that hangs on demand."""
+    """A storage that hangs on demand, and the clock of the engine that uses it."""
 
     def __init__(self, root: Path) -> None:
-        self.script: dict[str, Any] = {"verb": "", "calls": 0, "held": [], "ignored": 0}
         self.local = LocalStorage(root)
-        self.storage: Any = Hanging(self.local, self.script)
+        self.storage: Any = Hanging(self.local, self)
+        self.stager = Copying(self)
+        self.verb = ""
+        self.calls = 0
+        """How many have hung."""
+        self._at_work = 0
+        self._is_due = False
+        self._skips_time = False
+        self._held: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
-    def hang(self, verb: str) -> None:
-        self.script["verb"] = verb
+    def hang(self, verb: str, *, is_late: bool = True) -> None:
+        """From here on calls of ``verb`` hang; where that ``is_late`` their deadlines pass at once."""
+        self.verb, self._skips_time = verb, is_late
 
     def heal(self) -> None:
-        self.script["verb"] = ""
-        for loop, future in self.script["held"]:
+        self.verb = ""
+        for loop, future in self._held:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(lambda future=future: future.done() or future.set_result(None))
-        self.script["held"].clear()
+                loop.call_soon_threadsafe(settle, future)
+        self._held.clear()
+
+    async def stand_still(self) -> None:
+        loop = asyncio.get_running_loop()
+        released: asyncio.Future[None] = loop.create_future()
+        self._held.append((loop, released))
+        self.calls += 1
+        self._is_due = self._skips_time
+        loop.call_soon(self._skip)
+        while not released.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(released)
+        raise OSError(5, "the connection is gone")
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        self._at_work += 1
+        try:
+            yield
+        finally:
+            self._at_work -= 1
+            asyncio.get_running_loop().call_soon(self._skip)
+
+    def _skip(self) -> None:
+        # Not beside a call or a copy that works: its deadline would pass, too.
+        if self._is_due and not self._at_work:
+            self._is_due = False
+            skip_time(asyncio.get_running_loop(), LIMIT + 1)
 
 
 @pytest_asyncio.fixture
-async def disk(root: Path) -> AsyncIterator[Disk]:
+async def disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Disk]:
+    replace_loops(monkeypatch, asyncio.new_event_loop)
     made = Disk(root)
-    yield made
-    made.heal()
+    async with made.stager:
+        yield made
+        made.heal()
     await made.local.close()
 
 
@@ -123,16 +166,17 @@ def names(error: BaseException, verb: str) -> bool:
     """Whether a StorageError behind ``error`` names the verb, the path and the seconds."""
     found = [link for link in chain(error) if isinstance(link, StorageError)]
     return any(
-        link.verb == verb and link.path and "0.3 s" in str(link) and verb in str(link) for link in found
+        link.verb == verb and link.path and f"{LIMIT:g} s" in str(link) and verb in str(link)
+        for link in found
     )
 
 
 @pytest.mark.parametrize("verb", ["create", "write", "sync", "verify", "publish"])
 async def test_a_save_names_the_call_that_hangs(root: Path, disk: Disk, verb: str) -> None:
-    async with CheckpointEngine(disk.storage, timeouts=SOON) as engine:
+    async with CheckpointEngine(disk.storage, staging=disk.stager, timeouts=LIMITED) as engine:
         disk.hang(VERBS[verb])
         with pytest.raises(SaveError, match=verb) as caught:
-            await asyncio.wait_for(saved(engine, 1), LATEST)
+            await asyncio.wait_for(saved(engine, 1), PATIENCE)
         assert names(caught.value, verb)
         disk.heal()
         if verb != "write":  # the only staging buffer is lost to that call
@@ -143,11 +187,10 @@ async def test_a_save_names_the_call_that_hangs(root: Path, disk: Disk, verb: st
 
 @pytest.mark.parametrize("verb", ["sweep", "remove"])
 async def test_a_save_does_not_mind_tidying_up_that_hangs(root: Path, disk: Disk, verb: str) -> None:
-    async with CheckpointEngine(disk.storage, timeouts=SOON) as engine:
+    async with CheckpointEngine(disk.storage, staging=disk.stager, timeouts=LIMITED) as engine:
         disk.hang(VERBS[verb])
-        response = await asyncio.wait_for(engine.save(STATE, step=1), LATEST)
-        await asyncio.wait_for(response.upload_completion, LATEST)
-        assert disk.script["calls"]
+        await asyncio.wait_for(saved(engine, 1), PATIENCE)
+        assert disk.calls
         disk.heal()
 
 
@@ -183,25 +226,25 @@ async def test_whoever_reads_is_told_which_call_hangs(
 ) -> None:
     async with CheckpointEngine(root) as engine:
         await (await engine.save(STATE, step=1)).upload_completion
-    engine = CheckpointEngine(disk.storage, timeouts=SOON)
+    engine = CheckpointEngine(disk.storage, staging=disk.stager, timeouts=LIMITED)
     if how == "open":
         disk.hang(VERBS[verb])
         with pytest.raises(CheckpointError) as caught:
-            await asyncio.wait_for(engine.open(), LATEST)
+            await asyncio.wait_for(engine.open(), PATIENCE)
     else:
         async with engine:
             disk.hang(VERBS[verb])
             with pytest.raises(CheckpointError) as caught:
-                await asyncio.wait_for(look(engine, how), LATEST)
+                await asyncio.wait_for(look(engine, how), PATIENCE)
             disk.heal()
     assert names(caught.value, told), chain(caught.value)
 
 
 async def test_a_reader_that_can_not_be_closed_spoils_no_load(root: Path, disk: Disk) -> None:
-    async with CheckpointEngine(disk.storage, timeouts=SOON) as engine:
+    async with CheckpointEngine(disk.storage, staging=disk.stager, timeouts=LIMITED) as engine:
         await (await engine.save(STATE, step=1)).upload_completion
         disk.hang("close")
-        assert_same(await asyncio.wait_for(engine.read(1), LATEST), STATE)
+        assert_same(await asyncio.wait_for(engine.read(1), PATIENCE), STATE)
         disk.heal()
 
 
@@ -213,31 +256,31 @@ async def test_ending_the_engine_does_not_wait_for_reads_that_hang(
     monkeypatch.setattr("dcp_async.engine.lifetime._ABORT_SECONDS", 0.3)
     async with CheckpointEngine(root) as engine:
         await (await engine.save(STATE, step=1)).upload_completion
-    hung = CheckpointEngine(disk.storage, timeouts=Timeouts(exit_grace=0.3))  # the storage has ten minutes
+    hung = CheckpointEngine(disk.storage, timeouts=Timeouts(exit_grace=0.3))
     await hung.open()
-    disk.hang("list" if how in ("latest", "checkpoints") else "open")
+    disk.hang("list" if how in ("latest", "checkpoints") else "open", is_late=False)
     looking = asyncio.ensure_future(look(hung, how))
-    await until(lambda: disk.script["calls"])
+    await until(lambda: disk.calls)
     if end == "abort":
-        await asyncio.wait_for(hung.abort(), LATEST)
+        await asyncio.wait_for(hung.abort(), PATIENCE)
     else:
-        await asyncio.wait_for(hung.__aexit__(asyncio.CancelledError, None, None), LATEST)
+        await asyncio.wait_for(hung.__aexit__(asyncio.CancelledError, None, None), PATIENCE)
     with pytest.raises(CheckpointError):
-        await asyncio.wait_for(looking, LATEST)
+        await asyncio.wait_for(looking, PATIENCE)
 
 
 async def test_what_a_late_call_keeps_open_is_closed_once_it_returns(root: Path, disk: Disk) -> None:
     before = set(open_descriptors())
-    async with CheckpointEngine(disk.storage, timeouts=SOON) as engine:
+    async with CheckpointEngine(disk.storage, staging=disk.stager, timeouts=LIMITED) as engine:
         await (await engine.save(STATE, step=1)).upload_completion
         for verb in ("metadata", "read_into"):
             disk.hang(verb)
             with pytest.raises(StorageError):
-                await asyncio.wait_for(engine.read(1), LATEST)
+                await asyncio.wait_for(engine.read(1), PATIENCE)
             disk.heal()
         disk.hang("seal")
         with pytest.raises(SaveError):
-            await (await engine.save(STATE, step=2)).upload_completion
+            await saved(engine, 2)
         disk.heal()
         await until(lambda: not any(str(root) in path for path in opened_since(before)))
     assert committed(root) == ["step-00000001"]
@@ -277,13 +320,39 @@ async def test_a_thread_that_hangs_in_the_kernel_is_replaced_and_named(root: Pat
     path = root / "pipe"
     path.touch()
     fifo = Fifo(path)
-    storage = LocalStorage(root, timeout=0.3)
+    storage = LocalStorage(root, timeout=LIMIT)
     for _ in range(3):  # more than there are threads
-        with pytest.raises(StorageError, match=r"cannot read .*pipe.* within 0.3 s") as caught:
-            await storage.run("read", path, blocking_open, path, threading.Event())
+        started = threading.Event()
+        reading = asyncio.ensure_future(storage.run("read", path, blocking_open, path, started))
+        assert await on_thread(lambda: started.wait(PATIENCE))  # noqa: B023 - it is over when this returns
+        skip_time(asyncio.get_running_loop(), LIMIT + 1)
+        with pytest.raises(StorageError, match=r"cannot read .*pipe.* within 600 s") as caught:
+            await reading
         assert isinstance(caught.value, TimeoutError)
     assert await storage.run("list", root, lambda: "served") == "served"
     await asyncio.wait_for(storage.close(), PATIENCE)
+    fifo.release()
+
+
+@pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+)
+def test_a_deadline_passes_on_both_kinds_of_loop(
+    root: Path, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    root.mkdir(exist_ok=True)
+    path = root / "pipe"
+    path.touch()
+    fifo = Fifo(path)
+
+    async def read() -> None:
+        storage = LocalStorage(root, timeout=0.1)
+        with pytest.raises(StorageError, match=r"cannot read .*pipe.* within 0.1 s"):
+            await storage.run("read", path, blocking_open, path, threading.Event())
+        await storage.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(read())
     fifo.release()
 
 

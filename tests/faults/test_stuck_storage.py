@@ -14,9 +14,12 @@ import pytest
 from tests.faults.harness import Child, Nursery
 from tests.faults.states import versions
 
-TIMEOUT = 0.3
 TOGETHER = 8
-"""Processes that wait for their time-outs at once."""
+"""Processes that wait at once."""
+QUIET = 0.1
+"""Seconds without a report after which whatever went on beside the call has probably ended."""
+SILENT = 1.0
+"""Seconds without a report after which no outcome is expected any more."""
 
 
 @pytest.mark.parametrize("replace", [False, True], ids=["fresh", "replace"])
@@ -37,20 +40,23 @@ def test_save_whose_call_returns_too_late_leaves_old_or_new(
         children = {}
         for at in points[start : start + TOGETHER]:
             shutil.copytree(root / "base", root / str(at))
-            children[at] = nursery.start(
-                "save", root=root / str(at), pause_at=at, storage_timeout=TIMEOUT, **save
-            )
+            children[at] = nursery.start("save", root=root / str(at), pause_at=at, is_late=True, **save)
+        for child in children.values():
+            child.expect("paused")
+            while not child.silent(within=QUIET):
+                child.next()
+            child.grant()
         for at, child in children.items():
             check_late_return(nursery, child, root / str(at), name, replace)
             shutil.rmtree(root / str(at))
 
 
 def check_late_return(nursery: Nursery, child: Child, here: Path, name: str, replace: bool) -> None:
-    stopped = child.expect("paused")["call"]
+    stopped = child.said("paused")[0]["call"]
     # Nobody can take back a link that the kernel carries out late; before it, a save can still stop.
     beyond_recall = bool(child.said("published")) or "/.metadata'" in stopped
     # A call inside open() or close() may hang there without an outcome of its own.
-    while not (child.said("outcome") or child.ended(within=0.0)) and not child.silent(within=4 * TIMEOUT):
+    while not (child.said("outcome") or child.ended(within=0.0)) and not child.silent(within=SILENT):
         child.next()
     child.open_gate()
     child.rest()
@@ -76,8 +82,8 @@ def test_save_returns_while_the_uploads_of_two_others_are_stuck(
     nursery: Nursery, root: Path, style: str
 ) -> None:
     # Three may be pending and the budget holds three states, so nothing has to wait for the disk.
-    child = nursery.start("leave_open", root=root, style=style, saves=3, hold="at the gate", exit_grace=20.0)
-    child.expect("main ends", patience=15.0)
+    child = nursery.start("leave_open", root=root, style=style, saves=3, hold="at the gate", exit_grace=600.0)
+    child.expect("main ends")
     child.open_gate()
     child.finish()
     left = nursery.run("inspect", root=root, kind="numbers")
