@@ -58,21 +58,27 @@ class Shuffled(IterableDataset[torch.Tensor]):
         self.generator.set_state(state["generator"])
 
 
+async def gone_on(tmp_path: Path, make: Callable[[], Any], taken: int) -> tuple[Iterator[Any], Any]:
+    """What a loader has left after ``taken`` items, and a fresh one that was loaded with its state."""
+    one, fresh = make(), make()
+    items = iter(one)
+    for _ in range(taken):
+        next(items)
+    async with CheckpointEngine(tmp_path / "run") as engine:
+        await engine.save({"data": one})
+        await engine.wait()
+        await engine.load({"data": fresh})
+    return items, fresh
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 5, 19])
 async def test_a_dataset_with_a_buffer_goes_on_where_it_was(tmp_path: Path, workers: int, taken: int) -> None:
     def make() -> Any:
         return StatefulDataLoader(Shuffled(LENGTH), batch_size=2, num_workers=workers)
 
-    one, fresh = make(), make()
-    batches = iter(one)
-    for _ in range(taken):
-        next(batches)
-    async with CheckpointEngine(tmp_path / "run") as engine:
-        await engine.save({"data": one})
-        await engine.wait()
-        await engine.load({"data": fresh})
-    assert [batch.tolist() for batch in fresh] == [batch.tolist() for batch in batches]
+    rest, fresh = await gone_on(tmp_path, make, taken)
+    assert [batch.tolist() for batch in fresh] == [batch.tolist() for batch in rest]
 
 
 def _batches() -> Any:
@@ -90,12 +96,5 @@ NODES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("taken", [0, 3])
 @pytest.mark.parametrize("kind", NODES)
 async def test_a_loader_of_nodes_goes_on_where_it_was(tmp_path: Path, kind: str, taken: int) -> None:
-    one, fresh = Loader(NODES[kind]()), Loader(NODES[kind]())
-    items = iter(one)
-    for _ in range(taken):
-        next(items)
-    async with CheckpointEngine(tmp_path / "run") as engine:
-        await engine.save({"data": one})
-        await engine.wait()
-        await engine.load({"data": fresh})
-    assert list(fresh) == list(items)
+    rest, fresh = await gone_on(tmp_path, lambda: Loader(NODES[kind]()), taken)
+    assert list(fresh) == list(rest)

@@ -72,6 +72,23 @@ def test_last_of_two_writers_wins_when_both_replace(nursery: Nursery, root: Path
         assert left["swept"]["leftovers"] == []
 
 
+def overtake(
+    nursery: Nursery, here: Path, at: int, *, step: int = 5, replace: bool = False
+) -> tuple[dict[int, str], bool, str]:
+    """One writer saves version 11 as step 5, and stops before its ``at``-th call until another one has saved
+    version 22 as ``step``.
+
+    Gives how each ended, whether the first had published when it stopped, and where that was.
+    """
+    first = nursery.start("save", root=here, version=11, step=5, replace=replace, pause_at=at)
+    stopped = reach(first)
+    published = bool(first.said("published"))
+    second = outcome(nursery.start("save", root=here, version=22, step=step, replace=replace))
+    first.open_gate()
+    outcomes = {11: outcome(first), 22: second}
+    return outcomes, published, f"first stopped at {stopped}: {first.said('outcome')}"
+
+
 @pytest.mark.timeout(300)
 def test_one_wins_a_fresh_name_when_the_other_is_stopped_at_any_call(
     nursery: Nursery, root: Path, kills: int
@@ -79,17 +96,11 @@ def test_one_wins_a_fresh_name_when_the_other_is_stopped_at_any_call(
     (root / "base").mkdir()
     for at in points(nursery, root, kills, "fresh", version=11, step=5):
         here = root / str(at)
-        first = nursery.start("save", root=here, version=11, step=5, pause_at=at)
-        stopped = reach(first)
-        second = outcome(nursery.start("save", root=here, version=22, step=5))
-        first.open_gate()
-        outcomes = {11: outcome(first), 22: second}
-        assert sorted(outcomes.values()) == ["committed", "exists"], f"first stopped at {stopped}"
+        outcomes, _, when = overtake(nursery, here, at)
+        assert sorted(outcomes.values()) == ["committed", "exists"], when
         left = nursery.run("inspect", root=here, kind="numbers", then_save=True)
-        assert outcomes[versions(left, when=f"first stopped at {stopped}")["step-00000005"]] == "committed", (
-            f"first stopped at {stopped}"
-        )
-        assert left["swept"]["leftovers"] == [], f"first stopped at {stopped}"
+        assert outcomes[versions(left, when=when)["step-00000005"]] == "committed", when
+        assert left["swept"]["leftovers"] == [], when
         nursery.end_children()
         shutil.rmtree(here)
 
@@ -102,15 +113,11 @@ def test_last_wins_a_replaced_name_when_the_other_is_stopped_at_any_call(
     for at in points(nursery, root, kills, "replace", version=11, step=5, replace=True):
         here = root / str(at)
         shutil.copytree(root / "base", here)
-        first = nursery.start("save", root=here, version=11, step=5, replace=True, pause_at=at)
-        stopped = reach(first)
-        published = bool(first.said("published"))
-        second = outcome(nursery.start("save", root=here, version=22, step=5, replace=True))
-        first.open_gate()
-        assert (outcome(first), second) == ("committed", "committed"), f"first stopped at {stopped}"
+        outcomes, published, when = overtake(nursery, here, at, replace=True)
+        assert outcomes == {11: "committed", 22: "committed"}, when
         left = nursery.run("inspect", root=here, kind="numbers", then_save=True)
-        assert versions(left) == {"step-00000005": 22 if published else 11}, f"first stopped at {stopped}"
-        assert left["swept"]["leftovers"] == [], f"first stopped at {stopped}"
+        assert versions(left) == {"step-00000005": 22 if published else 11}, when
+        assert left["swept"]["leftovers"] == [], when
         nursery.end_children()
         shutil.rmtree(here)
 
@@ -122,17 +129,12 @@ def test_two_names_are_both_committed_when_one_writer_is_stopped_at_any_call(
     (root / "base").mkdir()
     for at in points(nursery, root, kills, "names", version=11, step=5):
         here = root / str(at)
-        first = nursery.start("save", root=here, version=11, step=5, pause_at=at)
-        stopped = reach(first)
         # The second one sweeps before its save, and must leave alone what the first is at.
-        second = outcome(nursery.start("save", root=here, version=22, step=6))
-        first.open_gate()
-        assert (outcome(first), second) == ("committed", "committed"), (
-            f"first stopped at {stopped}: {first.said('outcome')}"
-        )
+        outcomes, _, when = overtake(nursery, here, at, step=6)
+        assert outcomes == {11: "committed", 22: "committed"}, when
         left = nursery.run("inspect", root=here, kind="numbers")
-        assert versions(left) == {"step-00000005": 11, "step-00000006": 22}, f"first stopped at {stopped}"
-        assert left["leftovers"] == [], f"first stopped at {stopped}"
+        assert versions(left) == {"step-00000005": 11, "step-00000006": 22}, when
+        assert left["leftovers"] == [], when
         nursery.end_children()
         shutil.rmtree(here)
 

@@ -20,6 +20,7 @@ from dcp_async import (
 from tests.support.doubles import (
     PATIENCE,
     FaultyStorage,
+    Gate,
     LoopSpy,
     SteppingLoop,
     assert_holds_only,
@@ -33,13 +34,19 @@ from tests.support.saves import PART, SMALL, SMALL_OVERLAP, STATE
 WIDE: dict[str, Any] = {"w": random_tensor(torch.uint8, (20 * PART,), 2), "n": [1, {"x": torch.ones(3)}]}
 
 
+async def save_and_cancel(engine: CheckpointEngine, state: dict[str, Any], gate: Gate) -> AsyncSaveResponse:
+    """Save ``state`` as step 1, and cancel that once it waits at ``gate``."""
+    response = await engine.save(state, step=1)
+    await gate.until_arrived()
+    response.cancel()
+    return response
+
+
 @pytest.mark.usefixtures("both_loops")
 async def test_cancel_during_upload_leaves_nothing(root: Path, faulty: FaultyStorage) -> None:
     async with CheckpointEngine(faulty) as engine:
         with faulty.hold("put") as gate:
-            response = await engine.save(STATE, step=1)
-            await gate.until_arrived()
-            response.cancel()
+            response = await save_and_cancel(engine, STATE, gate)
             with pytest.raises(SaveCancelled) as caught:
                 await response.upload_completion
         assert (caught.value.checkpoint_id, caught.value.step) == ("step-00000001", 1)
@@ -52,9 +59,7 @@ async def test_cancel_during_upload_leaves_nothing(root: Path, faulty: FaultySto
 async def test_cancel_during_staging_fails_both_handles(root: Path, faulty: FaultyStorage) -> None:
     async with CheckpointEngine(faulty, staging=SMALL_OVERLAP) as engine:
         with faulty.hold("put") as gate:
-            response = await engine.save(WIDE)
-            await gate.until_arrived()
-            response.cancel()
+            response = await save_and_cancel(engine, WIDE, gate)
             with pytest.raises(SaveCancelled):
                 await response.staging_completion
             with pytest.raises(SaveCancelled):
@@ -70,9 +75,7 @@ async def test_cancel_at_each_storage_verb_leaves_nothing(
 ) -> None:
     async with CheckpointEngine(faulty, staging=SMALL_OVERLAP) as engine:
         with faulty.hold(verb, times=1) as gate:
-            response = await engine.save(WIDE, step=1)
-            await gate.until_arrived()
-            response.cancel()
+            response = await save_and_cancel(engine, WIDE, gate)
         with pytest.raises(SaveCancelled):
             await asyncio.wait_for(_upload(response), PATIENCE)
         assert committed(root) == []
@@ -85,9 +88,7 @@ async def test_cancel_at_each_storage_verb_leaves_nothing(
 async def test_cancel_during_the_commit_is_all_or_nothing(root: Path, faulty: FaultyStorage) -> None:
     async with CheckpointEngine(faulty, staging=SMALL_OVERLAP) as engine:
         with faulty.hold("commit", times=1) as gate:
-            response = await engine.save(WIDE, step=1)
-            await gate.until_arrived()
-            response.cancel()
+            response = await save_and_cancel(engine, WIDE, gate)
         try:
             await asyncio.wait_for(_upload(response), PATIENCE)
         except SaveCancelled:

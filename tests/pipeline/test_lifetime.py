@@ -40,9 +40,8 @@ pytestmark = pytest.mark.usefixtures("both_loops")
 WIDE = {"w": random_tensor(torch.uint8, (20 * PART,), 2)}
 
 
-async def test_an_engine_that_was_not_opened_refuses_work(root: Path) -> None:
-    engine = CheckpointEngine(root)
-    with pytest.raises(EngineStateError, match="open"):
+async def assert_refuses_work(engine: CheckpointEngine, why: str) -> None:
+    with pytest.raises(EngineStateError, match=why):
         await engine.save(STATE)
     with pytest.raises(EngineStateError):
         await engine.load({"n": 0})
@@ -50,6 +49,13 @@ async def test_an_engine_that_was_not_opened_refuses_work(root: Path) -> None:
         await engine.read()
     with pytest.raises(EngineStateError):
         await engine.latest()
+    with pytest.raises(EngineStateError):
+        [info async for info in engine.checkpoints()]
+
+
+async def test_an_engine_that_was_not_opened_refuses_work(root: Path) -> None:
+    engine = CheckpointEngine(root)
+    await assert_refuses_work(engine, "open")
     assert not root.exists() or committed(root) == []
 
 
@@ -64,16 +70,7 @@ async def test_a_closed_engine_refuses_work(root: Path) -> None:
     engine = await CheckpointEngine(root).open()
     await (await engine.save(STATE)).upload_completion
     await engine.close()
-    with pytest.raises(EngineStateError, match="clos"):
-        await engine.save(STATE)
-    with pytest.raises(EngineStateError):
-        await engine.load({"n": 0})
-    with pytest.raises(EngineStateError):
-        await engine.read()
-    with pytest.raises(EngineStateError):
-        await engine.latest()
-    with pytest.raises(EngineStateError):
-        [info async for info in engine.checkpoints()]
+    await assert_refuses_work(engine, "clos")
 
 
 async def test_close_and_abort_can_be_repeated(root: Path) -> None:
