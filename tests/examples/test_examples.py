@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-PATIENCE = 60.0  # seconds; far above what an example needs, so that a hang ends as a failure
+PATIENCE = 90.0  # seconds; far above what an example needs, so that a hang ends as a failure
+
+pytestmark = pytest.mark.timeout(4 * PATIENCE)  # some tests run three, one after the other
 
 
 @contextmanager

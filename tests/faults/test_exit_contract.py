@@ -16,7 +16,7 @@ from tests.faults.states import versions
 
 LOOPS = ["asyncio", "uvloop"]
 STYLES = ["one run", "two runs", "forgotten", "sync"]
-HANG = 30.0
+HANG = 60.0
 """Seconds after which a process that should have ended counts as hung; the graces used here are far shorter.
 """
 

@@ -401,7 +401,7 @@ async def main():
             await (await engine.save({"w": torch.ones(9)}, step=step)).upload_completion
     with contextlib.suppress(CheckpointError):
         await engine.close()
-    deadline = time.monotonic() + 1
+    deadline = time.monotonic() + 60
     for thread in threading.enumerate():
         if thread is not threading.current_thread():
             thread.join(max(0, deadline - time.monotonic()))

@@ -21,6 +21,7 @@ from dcp_async import (
 )
 from tests.support.doubles import (
     ASIDE_BYTES,
+    PATIENCE,
     EventLog,
     FaultyStorage,
     assert_holds_only,
@@ -436,7 +437,7 @@ async def test_an_aborted_engine_leaves_the_users_stager_whole(tmp_path: Path, f
             await gate.until_arrived()
             await one.abort()
         assert response.upload_completion.done()
-        await asyncio.wait_for(saved(two, state=wide), 30)
+        await asyncio.wait_for(saved(two, state=wide), PATIENCE)
         assert_same(await two.read(), wide)
 
 

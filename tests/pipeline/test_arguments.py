@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, sync
-from tests.support.doubles import assert_holds_only, assert_same, committed
+from tests.support.doubles import PATIENCE, assert_holds_only, assert_same, committed
 
 STATE = {"w": torch.arange(100.0), "n": 1}
 
@@ -230,7 +230,7 @@ def test_a_tilde_in_a_root_is_the_home_directory(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     with sync.CheckpointEngine(kind("~/runs/a")) as engine:
-        engine.save(STATE, step=1).upload_completion.result(30)
+        engine.save(STATE, step=1).upload_completion.result(PATIENCE)
     assert committed(tmp_path / "home" / "runs" / "a") == ["step-00000001"]
     assert not (tmp_path / "~").exists()
 
@@ -238,7 +238,7 @@ def test_a_tilde_in_a_root_is_the_home_directory(
 def test_a_tilde_behind_a_dot_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with sync.CheckpointEngine("./~") as engine:
-        engine.save(STATE, step=1).upload_completion.result(30)
+        engine.save(STATE, step=1).upload_completion.result(PATIENCE)
     assert committed(tmp_path / "~") == ["step-00000001"]
 
 
@@ -256,5 +256,5 @@ def test_a_relative_root_does_not_move_with_the_working_directory(
     engine = sync.CheckpointEngine("run")
     os.chdir(tmp_path / "elsewhere")
     with engine:
-        engine.save(STATE, step=1).upload_completion.result(30)
+        engine.save(STATE, step=1).upload_completion.result(PATIENCE)
     assert committed(tmp_path / "run") == ["step-00000001"]

@@ -25,6 +25,7 @@ from dcp_async import (
 )
 from dcp_async.sync import CheckpointEngine as CheckpointTwin
 from tests.support.doubles import (
+    PATIENCE,
     assert_holds_only,
     assert_same,
     committed,
@@ -99,7 +100,7 @@ def test_an_interrupt_inside_state_dict_passes_and_the_engine_goes_on(root: Path
         with pytest.raises(KeyboardInterrupt):
             engine.save({"s": Interrupted()}, step=1)
         assert engine.pending == ()
-        engine.save(GOOD, step=1).upload_completion.result(30)
+        engine.save(GOOD, step=1).upload_completion.result(PATIENCE)
         assert_same(engine.read(), GOOD)
 
 

@@ -19,6 +19,7 @@ from dcp_async.storage.local.transaction import LocalTransaction
 from tests.support.doubles import (
     DATA_FILE,
     MANIFEST,
+    PATIENCE,
     FaultyStorage,
     assert_holds_only,
     assert_same,
@@ -264,9 +265,9 @@ async def test_a_rank_that_is_led_waits_on_when_the_leading_one_fails_right_then
     failed = await storage.begin("x", {}, uid=UID, replace=False)
     monkeypatch.setattr(LocalTransaction, "begin", classmethod(begin))
     led = asyncio.create_task(storage.begin("x", {"a": 9}, uid=UID, replace=False, led_from="here"))
-    await asyncio.wait_for(gone.wait(), 30)
+    await asyncio.wait_for(gone.wait(), PATIENCE)
     lead = await storage.begin("x", {}, uid=UID, replace=False)
-    mine = await asyncio.wait_for(led, 30)
+    mine = await asyncio.wait_for(led, PATIENCE)
     for transaction in (mine, lead, failed):
         await transaction.abort()
     await storage.close()

@@ -28,8 +28,10 @@ from tests.support.doubles import (
 )
 from tests.support.saves import STATE
 
-AGE = 2.0
+AGE = 600.0
 """Seconds after which a lease that nobody touches is taken for dead."""
+BEAT = 0.4
+"""Seconds after which an owner touches its lease again."""
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
 async def test_a_save_that_waits_is_not_swept_by_another_host(
     root: Path, far_apart: Callable[[], Any], verb: str
 ) -> None:
-    local = LocalStorage(root, lease_max_age=AGE)
+    local = LocalStorage(root, lease_max_age=5 * BEAT)
     faulty = FaultyStorage(local)
     directory = root / "step-00000001"
     async with CheckpointEngine(faulty) as engine:

@@ -16,6 +16,7 @@ from tests.support.doubles import (
     ASIDE_BYTES,
     KIB,
     MIB,
+    PATIENCE,
     FaultyStorage,
     TrainingRun,
     assert_holds_only,
@@ -363,7 +364,7 @@ async def test_tiny_budgets_do_not_stop_the_side_buffer_from_working(root: Path)
     state = {f"t{i}": random_tensor(torch.uint8, (60 * KIB + i,), i) for i in range(200)}
     async with CheckpointEngine(root, staging=staging) as engine:
         for _ in range(3):
-            await asyncio.wait_for(_committed(engine, state), 30)
+            await asyncio.wait_for(_committed(engine, state), PATIENCE)
             assert_same(await engine.read(), state)
 
 

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, Limits, PlanningOptions
-from tests.support.doubles import MIB, FaultyStorage, TrainingRun, assert_same, frozen, random_tensor
+from tests.support.doubles import (
+    MIB,
+    PATIENCE,
+    FaultyStorage,
+    TrainingRun,
+    assert_same,
+    frozen,
+    random_tensor,
+)
 from tests.support.saves import PART, SMALL
 
 W = random_tensor(torch.float32, (40, 30), 1)
@@ -158,7 +166,7 @@ async def test_a_larger_state_is_staged_beside_a_smaller_one_in_flight(
         with faulty.hold("put") as gate:
             await engine.save(small, step=1)
             await gate.until_arrived()
-            response = await asyncio.wait_for(engine.save(large, step=2), 10)
+            response = await asyncio.wait_for(engine.save(large, step=2), PATIENCE)
             assert response.staging_completion.done()
         await engine.wait()
         assert_same(await engine.read(2), large)

@@ -15,6 +15,7 @@ import torch
 from dcp_async import CheckpointEngine, LoadError, SaveError, StagingOptions, sync
 from tests.support.doubles import (
     DTYPES,
+    PATIENCE,
     SHAPES,
     Net,
     TrainingRun,
@@ -80,7 +81,7 @@ def test_any_layout_comes_back(
     saved = {f"t{i}": random_tensor(torch.uint8, (size,), i) for i, size in enumerate(sizes)}
     staging = StagingOptions(part_bytes=PART, budget_bytes=num_parts * PART)
     with sync.CheckpointEngine(tmp_path_factory.mktemp("any"), staging=staging) as engine:
-        engine.save({"x": saved, "n": len(sizes)}).upload_completion.result(30)
+        engine.save({"x": saved, "n": len(sizes)}).upload_completion.result(PATIENCE)
         assert_same(engine.read()["n"], len(sizes))
         target = zeros_like_all(saved)
         engine.load({"x": target})
@@ -321,7 +322,7 @@ TREES = st.recursive(
 @hypothesis.given(tree=st.dictionaries(st.sampled_from(["x", "y", "z"]), TREES, max_size=3))
 def test_read_returns_any_structure(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> None:
     with sync.CheckpointEngine(tmp_path_factory.mktemp("tree"), staging=SMALL) as engine:
-        engine.save(tree).upload_completion.result(30)
+        engine.save(tree).upload_completion.result(PATIENCE)
         assert_same(engine.read(), tree)
 
 

@@ -16,7 +16,7 @@ from dcp_async import AppState, CheckpointEngine, StagingOptions
 from dcp_async._concurrency import SignalSafeFuture
 from dcp_async.engine.optimizer_hooks import OptimizerHooks
 from dcp_async.state.optimizers.stepping import stepped_by
-from tests.support.doubles import FaultyStorage, assert_same, frozen
+from tests.support.doubles import PATIENCE, FaultyStorage, assert_same, frozen
 from tests.support.saves import HELD
 
 WIDTH = 1024  # more than the budget, so that staging waits for the gate
@@ -313,7 +313,7 @@ def test_a_signal_handler_inside_of_the_hooks_does_not_wait_for_itself(kind: str
     own = Interrupted([nn.Parameter(torch.ones(1))])
     thread = threading.Thread(target=hooks.watch, args=([own], settled()), daemon=True)
     thread.start()
-    thread.join(20)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     assert len(other._optimizer_step_pre_hooks) == 1
     hooks.remove()
@@ -340,5 +340,5 @@ def test_what_a_signal_handler_adds_is_waited_for() -> None:
     thread.start()
     assert late in hooks._staging[optim]
     late.set_result(None)
-    thread.join(20)
+    thread.join(PATIENCE)
     assert not thread.is_alive()

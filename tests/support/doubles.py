@@ -33,7 +33,8 @@ T = TypeVar("T")
 KIB = 1024
 MIB = 1024 * KIB
 ASIDE_BYTES = 8 * MIB  # what overlap=True sets aside from a budget for small tensors
-PATIENCE = 30.0  # seconds; an upper bound on waiting for something that must happen, never a delay
+PATIENCE = 100.0
+"""Seconds; an upper bound on waiting for something that must happen, never a delay."""
 
 
 DTYPES = [
@@ -45,9 +46,8 @@ DTYPES = [
 ]  # fmt: skip
 SHAPES: list[tuple[int, ...]] = [(), (0,), (1,), (7,), (3, 0, 5), (1, 1, 1), (3, 5), (2, 3, 4, 5), (129, 257)]
 
-GATE_PATIENCE = (
-    12.0  # seconds, less than PATIENCE: whoever holds a gate gives up before those who wait for it
-)
+GATE_PATIENCE = 80.0
+"""Seconds, less than PATIENCE: whoever holds a gate gives up before those who wait for it."""
 
 # --- bits ---------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from tests.support.training_apps import DISTRIBUTED, WRAPPERS, WrappedRun, world
 from tests.support.training_optimizers import CASES, Trainer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE = 60.0
+PATIENCE = 110.0
 """Seconds that a job may take; far above what a healthy one needs."""
 
 
