@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import EngineStateError
-from ..formats import PLAIN_DTYPES, pad_item
+from ..formats import PLAIN_DTYPES
 from ..planning import DefaultDraft, compile_plan, make_local_plan, prove_item
 from ..state import capture
 from ..trust import Trust, load_item
@@ -85,15 +85,15 @@ def prove_small_state() -> None:
     captured = capture(state, None)
     draft = DefaultDraft(make_local_plan(captured, None))
     (answer,), plan = draft.merge([draft.message])
-    _, locations = compile_plan(captured.structure, draft.local_plan, draft.assigned(answer), _UID, plan)
+    compiled, locations = compile_plan(captured, draft.local_plan, draft.assigned(answer), _UID, plan)
     plan.locate(0, locations)
     plan.publication()
     for dtype in PLAIN_DTYPES:
         prove_item(dtype, 2)
     structure = captured.structure
-    leaves = zip(structure.leaf_names, captured.leaf_items, structure.slots, strict=True)
-    for name, item, slot in leaves:
-        meant, read = captured.live[name], load_item(io.BytesIO(pad_item(item, slot)), Trust())
+    leaves = zip(structure.leaf_names, compiled.padded(captured.leaf_items), strict=True)
+    for name, item in leaves:
+        meant, read = captured.live[name], load_item(io.BytesIO(item), Trust())
         if isinstance(meant, torch.Tensor):
             meant, read = meant.to_dense().tolist(), read.to_dense().tolist()
         if read != meant:

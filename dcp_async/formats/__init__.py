@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from .base import FileLayout, Format
 from .distcp import (
     BLOCK_BYTES,
+    DISTCP,
     SECTOR_BYTES,
-    FileLayout,
     Footer,
     FooterError,
     block_digests,
     footer_span,
-    plan_file,
     read_trailer,
 )
 from .keys import PickledKey, pickled_key, plain_key, text_of
@@ -26,7 +26,7 @@ from .manifest import (
     structure_json,
 )
 from .metadata_reader import decode_metadata, uids_named_in
-from .metadata_writer import Group, MetadataTemplate, Place, metadata_template
+from .metadata_writer import Group, MetadataTemplate, Place
 from .stock_compat import (
     InnerValue,
     ItemKey,
@@ -60,16 +60,18 @@ from .tree import (
     tree_from_paths,
 )
 from .tree_json import dcp_paths, merged_trees, tree_from_json, tree_to_json
-from .zip_item import PLAIN_DTYPES, object_item, pad_item, slot_bytes, tensor_frame
+from .zip_item import PLAIN_DTYPES, object_item, tensor_frame
 
 __all__ = [
     "BLOCK_BYTES",
+    "DISTCP",
     "PLAIN_DTYPES",
     "SECTOR_BYTES",
     "FileEntry",
     "FileLayout",
     "Footer",
     "FooterError",
+    "Format",
     "Group",
     "InnerValue",
     "ItemKey",
@@ -109,16 +111,12 @@ __all__ = [
     "mapping_node",
     "merge_ranks",
     "merged_trees",
-    "metadata_template",
     "object_item",
-    "pad_item",
     "pickled_key",
     "pickled_keys",
     "plain_key",
-    "plan_file",
     "pruned",
     "read_trailer",
-    "slot_bytes",
     "structure_json",
     "subtree",
     "take_apart",

@@ -1,10 +1,9 @@
-"""The `.distcp` file image: where each item lies, its constant bytes, and the footer of block checksums.
+"""DCP's format: the `.distcp` file image, where each item lies in it, and the footer of block checksums.
 
-Enters: dtypes and shapes of tensor items, sizes of slot items. Leaves: a FileLayout, complete to the byte
-before a byte moves. Invariant: the layout is a pure function of its input, so the same structure gives the
-same offsets on every save.
+Enters: dtypes and shapes of tensors, rooms of leaves. Leaves: a FileLayout. Invariant: the layout is a pure
+function of its input.
 
-    image   gap head PAYLOAD tail | gap head PAYLOAD tail | ... | slot | slot | ... zeros to 4 KiB
+    image   gap head PAYLOAD tail | gap head PAYLOAD tail | ... | room | room | ... zeros to 4 KiB
     footer  one xxh3_64 per 64 KiB block of the image | zeros | trailer, to 4 KiB          (docs/adr/0005)
 """
 
@@ -13,21 +12,22 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import xxhash
 
-from .zip_item import tensor_frame
+from .base import FileLayout, Format
+from .metadata_writer import Group, MetadataTemplate, metadata_template
+from .zip_item import pad_item, padded_bytes, tensor_frame
 
 BLOCK_BYTES = 64 * 1024
 """What one checksum covers. xxhash keeps the GIL for buffers below 100 KB, so that a loop over a part costs
 the trainer a few milliseconds in all; at 256 KiB it releases the GIL for each block and waits up to 5 ms to
 get it back."""
 SECTOR_BYTES = 4096
-"""What direct I/O, slots and the ends of image and file are aligned to."""
+"""What direct I/O, rooms and the ends of image and file are aligned to."""
 _SMALL_ALIGN = 64
 _LARGE_BYTES = 1 << 20
 
@@ -44,117 +44,65 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileLayout:
-    """Where everything of one file image lies, in bytes from its start.
+class DistcpFormat:
+    """DCP's own format, written by hand: each tensor and each leaf is an item that ``torch.load`` reads."""
 
-    Item ``i`` is tensor ``i`` for ``i < num_tensors``, then come the slots. Plain lists of numbers, not
-    objects per item: a garbage collection over tens of thousands of objects stops the trainer.
-    """
+    def __repr__(self) -> str:
+        return "<DistcpFormat>"
 
-    item_offsets: list[int]
-    """Start of each item, ascending."""
-    item_bytes: list[int]
-    """Length of each item as ``.metadata`` names it (without the gap before it)."""
-    payload_offsets: list[int]
-    """Start of each tensor's raw bytes, ascending."""
-    payload_bytes: list[int]
-    """Length of each tensor's raw bytes."""
-    frames: list[tuple[bytes, bytes]]
-    """Head and tail of each tensor item; items of one dtype and shape share them."""
-    image_bytes: int
-    """Length of the image, a multiple of SECTOR_BYTES."""
+    def room(self, item_bytes: int) -> int:
+        return padded_bytes(item_bytes, SECTOR_BYTES)
 
-    @property
-    def num_tensors(self) -> int:
-        return len(self.payload_offsets)
+    def padded(self, item: bytes, room: int) -> bytes:
+        return pad_item(item, room)
 
-    @property
-    def file_bytes(self) -> int:
-        """Length of the file, footer included."""
-        return self.image_bytes + footer_bytes(self.image_bytes)
+    def index(self, groups: Sequence[Group], paths: Mapping[str, Sequence[str | int]]) -> MetadataTemplate:
+        return metadata_template(groups, paths)
 
-    def slots(self) -> Iterator[tuple[int, int]]:
-        """(offset, length) of each slot."""
-        first = self.num_tensors
-        return zip(self.item_offsets[first:], self.item_bytes[first:], strict=True)
-
-    def tensors_between(self, start: int, stop: int) -> range:
-        """The tensors whose payload overlaps the image's bytes [start, stop)."""
-        first = max(bisect_right(self.payload_offsets, start) - 1, 0)
-        last = bisect_right(self.payload_offsets, stop - 1)
-        while first < last and self.payload_offsets[first] + self.payload_bytes[first] <= start:
-            first += 1
-        return range(first, last)
-
-    def fill_constants(self, buffer: memoryview, start: int) -> None:
-        """Write gaps, heads and tails that fall into the image's bytes [start, start + len(buffer)).
-
-        Payload and slots are left alone; everything else is written, so no byte of an earlier save stays
-        behind.
-        """
-        stop = start + len(buffer)
-
-        def put(offset: int, blob: bytes) -> None:
-            low, high = max(offset, start), min(offset + len(blob), stop)
-            if low < high:
-                buffer[low - start : high - start] = blob[low - offset : high - offset]
-
-        item = max(bisect_right(self.item_offsets, start) - 1, 0)
-        end = self.item_offsets[item - 1] + self.item_bytes[item - 1] if item else 0
-        for index in range(item, len(self.item_offsets)):
-            offset = self.item_offsets[index]
-            put(end, bytes(offset - end))
-            if offset >= stop:
-                return
-            if index < self.num_tensors:
-                head, tail = self.frames[index]
-                put(offset, head)
-                put(self.payload_offsets[index] + self.payload_bytes[index], tail)
-            end = offset + self.item_bytes[index]
-        put(end, bytes(self.image_bytes - end))
+    def layout(
+        self, tensors: Sequence[tuple[torch.dtype, tuple[int, ...]]], rooms: Sequence[int]
+    ) -> FileLayout:
+        """Payloads start on 64 bytes, from 1 MiB on 4 KiB, by a gap before the item."""
+        item_offsets: list[int] = []
+        item_lengths: list[int] = []
+        payload_offsets: list[int] = []
+        payload_lengths: list[int] = []
+        frames: list[tuple[bytes, bytes]] = []
+        end = 0
+        for dtype, shape in tensors:
+            frame = tensor_frame(dtype, shape)
+            nbytes = dtype.itemsize
+            for extent in shape:
+                nbytes *= extent
+            align = SECTOR_BYTES if nbytes >= _LARGE_BYTES else _SMALL_ALIGN
+            payload = _round_up(end + len(frame[0]), align)
+            item_offsets.append(payload - len(frame[0]))
+            item_lengths.append(len(frame[0]) + nbytes + len(frame[1]))
+            payload_offsets.append(payload)
+            payload_lengths.append(nbytes)
+            frames.append(frame)
+            end = payload + nbytes + len(frame[1])
+        for room in rooms:
+            if room % SECTOR_BYTES:
+                raise ValueError(f"a room of {room} bytes is no multiple of {SECTOR_BYTES}")
+            offset = _round_up(end, SECTOR_BYTES)
+            item_offsets.append(offset)
+            item_lengths.append(room)
+            end = offset + room
+        image_bytes = _round_up(end, SECTOR_BYTES)
+        return FileLayout(
+            item_offsets=item_offsets,
+            item_bytes=item_lengths,
+            payload_offsets=payload_offsets,
+            payload_bytes=payload_lengths,
+            frames=frames,
+            image_bytes=image_bytes,
+            file_bytes=image_bytes + footer_bytes(image_bytes),
+        )
 
 
-def plan_file(tensors: Sequence[tuple[torch.dtype, tuple[int, ...]]], slots: Sequence[int]) -> FileLayout:
-    """Lay out ``tensors`` (dtype and chunk shape, row-major) and, behind them, ``slots`` (lengths, multiples
-    of SECTOR_BYTES).
-
-    Payloads start on 64 bytes, from 1 MiB on 4 KiB, by a gap before the item.
-    """
-    item_offsets: list[int] = []
-    item_lengths: list[int] = []
-    payload_offsets: list[int] = []
-    payload_lengths: list[int] = []
-    frames: list[tuple[bytes, bytes]] = []
-    end = 0
-    for dtype, shape in tensors:
-        frame = tensor_frame(dtype, shape)
-        nbytes = dtype.itemsize
-        for extent in shape:
-            nbytes *= extent
-        align = SECTOR_BYTES if nbytes >= _LARGE_BYTES else _SMALL_ALIGN
-        payload = _round_up(end + len(frame[0]), align)
-        item_offsets.append(payload - len(frame[0]))
-        item_lengths.append(len(frame[0]) + nbytes + len(frame[1]))
-        payload_offsets.append(payload)
-        payload_lengths.append(nbytes)
-        frames.append(frame)
-        end = payload + nbytes + len(frame[1])
-    for slot in slots:
-        if slot % SECTOR_BYTES:
-            raise ValueError(f"a slot of {slot} bytes is no multiple of {SECTOR_BYTES}")
-        offset = _round_up(end, SECTOR_BYTES)
-        item_offsets.append(offset)
-        item_lengths.append(slot)
-        end = offset + slot
-    return FileLayout(
-        item_offsets=item_offsets,
-        item_bytes=item_lengths,
-        payload_offsets=payload_offsets,
-        payload_bytes=payload_lengths,
-        frames=frames,
-        image_bytes=_round_up(end, SECTOR_BYTES),
-    )
+DISTCP: Format = DistcpFormat()
+"""The format of what a save writes."""
 
 
 def block_digests(buffer: memoryview) -> array[int]:

@@ -189,14 +189,14 @@ def _split(item: bytes) -> tuple[int, bytes, int]:
     return offset, item[offset : offset + size], count
 
 
-def slot_bytes(item_bytes: int, quantum: int) -> int:
-    """The slot, a multiple of ``quantum``, that an item of ``item_bytes`` is padded to."""
+def padded_bytes(item_bytes: int, quantum: int) -> int:
+    """The room, a multiple of ``quantum``, that an item of ``item_bytes`` is padded to."""
     name = len(_PREFIX) + len(b".pad")
     return -(-(item_bytes + LOCAL.size + CENTRAL.size + 2 * name) // quantum) * quantum
 
 
-def pad_item(item: bytes, slot: int) -> bytes:
-    """``item`` grown to exactly ``slot`` bytes by a stored padding record, which torch ignores.
+def pad_item(item: bytes, room: int) -> bytes:
+    """``item`` grown to exactly ``room`` bytes by a stored padding record, which torch ignores.
 
     Bytes behind the zip's end would not do: stock refuses them. Offsets then stay where they are when a
     counter grows.
@@ -204,9 +204,9 @@ def pad_item(item: bytes, slot: int) -> bytes:
     directory_at, entries, count = _split(item)
     name = _PREFIX + b".pad"
     fixed = directory_at + LOCAL.size + len(name) + len(entries) + CENTRAL.size + len(name) + END.size
-    padding = slot - fixed
+    padding = room - fixed
     if padding < 0:
-        raise ValueError(f"an item of {len(item)} bytes does not fit a slot of {slot}")
+        raise ValueError(f"an item of {len(item)} bytes does not fit a room of {room}")
     new_directory_at = directory_at + LOCAL.size + len(name) + padding
     end = END.pack(
         b"PK\5\6", 0, 0, count + 1, count + 1, len(entries) + CENTRAL.size + len(name), new_directory_at, 0

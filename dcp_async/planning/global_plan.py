@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from .._geometry import Offsets
-from ..formats import Group, MetadataTemplate, Place, dcp_paths, metadata_template, structure_json
+from ..formats import DISTCP, Group, MetadataTemplate, Place, dcp_paths, structure_json
 from .all_plans import AllPlans, Signature, dtype_of
 from .conflicts import ConflictError
 from .local_plan import Kind
@@ -104,7 +104,7 @@ class GlobalPlan:
             self._alike(all_plans) if self._metadata is None else self._planned(all_plans, self._metadata)
         )
         strides, exotic = _strides(all_plans), _exotic(all_plans)
-        template = metadata_template(groups, dcp_paths(tree))
+        template = DISTCP.index(groups, dcp_paths(tree))
         constant = structure_json(tree, strides, exotic)
         promised = Promised(self._promised(all_plans), tree, strides, exotic)
         return Publication(template, constant, prove(template, constant, promised))

@@ -14,13 +14,14 @@ import pickle
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import le
 from typing import Any, Protocol
 
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 
 from .._geometry import Offsets
-from ..formats import FileLayout, plan_file
+from ..formats import DISTCP, FileLayout, Format
 from ..state import Captured, CaptureError, Structure
 from .all_plans import AllPlans
 from .assignment import Assignment, ReplicaGroup, assign, shared_leaves
@@ -60,6 +61,10 @@ class CompiledPlan:
     """What was told to the coordinator of it."""
     generation: str
     """The uid of the save that made it: all ranks' plans of one generation belong together."""
+    format: Format
+    rooms: list[int]
+    """How long the part of a file is that each leaf of the structure gets. They only grow: a counter that
+    shrinks by a digit must not move every offset behind it."""
     layout: FileLayout
     """How this rank's file is laid out; item i is ``tensors[i]``, then come ``leaves``."""
     tensors: list[int]
@@ -82,10 +87,14 @@ class CompiledPlan:
         """Names of the tensors that this rank writes."""
         return [self.structure.tensor_names[index] for index in self.tensors]
 
-    @property
-    def reserved_bytes(self) -> list[int]:
-        """The room in the file of each leaf that this rank writes."""
-        return [self.structure.slots[index] for index in self.leaves]
+    def has_room_for(self, captured: Captured) -> bool:
+        """Whether every leaf fits where the plan puts it."""
+        return all(map(le, map(self.format.room, map(len, captured.leaf_items)), self.rooms))
+
+    def padded(self, items: Sequence[bytes]) -> list[bytes]:
+        """The items of the leaves that this rank writes, each grown to its room."""
+        leaves = zip(items, self.leaves, strict=True)
+        return [self.format.padded(item, self.rooms[index]) for item, index in leaves]
 
 
 class Draft(Protocol):
@@ -219,18 +228,31 @@ def _tensor_keys(structure: Structure) -> list[tuple[str, Offsets]]:
 
 
 def compile_plan(
-    structure: Structure, local_plan: LocalPlan, mine: Assignment, generation: str, shared: GlobalPlan | None
+    captured: Captured,
+    local_plan: LocalPlan,
+    mine: Assignment,
+    generation: str,
+    shared: GlobalPlan | None,
+    *,
+    previous: CompiledPlan | None = None,
+    format: Format = DISTCP,
 ) -> tuple[CompiledPlan, ItemLocations]:
-    """Lay out the file of what is assigned to this rank."""
-    tensors, leaves = mine["tensors"], mine["leaves"]
-    layout = plan_file(
+    """Lay out the file of what is assigned to this rank. ``previous`` is the plan of the structure, if that
+    is not new: no leaf gets less room than it had."""
+    structure, tensors, leaves = captured.structure, mine["tensors"], mine["leaves"]
+    rooms = list(map(format.room, map(len, captured.leaf_items)))
+    if previous is not None:
+        rooms = list(map(max, rooms, previous.rooms))
+    layout = format.layout(
         [(structure.dtypes[index], tuple(structure.shapes[index])) for index in tensors],
-        [structure.slots[index] for index in leaves],
+        [rooms[index] for index in leaves],
     )
     plan = CompiledPlan(
         structure=structure,
         local_plan=local_plan,
         generation=generation,
+        format=format,
+        rooms=rooms,
         layout=layout,
         tensors=tensors,
         leaves=leaves,

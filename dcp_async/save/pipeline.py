@@ -134,7 +134,7 @@ class SavePipeline:
             lead=self._lead,
             comparison=self._comparison,
         )
-        known, written = request.plan, None
+        known, written = ranks.plan, None
         # staging under a plan that may not hold is a bet that it does, as it nearly always does. Not under a
         # budget: memory that waits for a late rank would be missed by other saves
         if known is not None and not services.stager.pool.has_budget:

@@ -78,13 +78,19 @@ class PlanAgreement:
         coordinator of several ranks, makes the directory ready for them to write; ``comparison`` is told its
         turn as soon as they have a plan."""
         self._captured = captured
-        self._plan = plan
+        self._previous = plan
+        self._plan = plan if plan is not None and plan.has_room_for(captured) else None
         self._uid = uid
         self._coordinator = coordinator
         self._threads = threads
         self._options = options
         self._lead = lead
         self._comparison = comparison
+
+    @property
+    def plan(self) -> CompiledPlan | None:
+        """What this rank could go on with; None if it has no plan, or a leaf outgrew its room."""
+        return self._plan
 
     async def is_agreed(self) -> bool:
         """Whether every rank can go on with the plan that it has. Ranks: all must call it, whether they have
@@ -163,7 +169,7 @@ class PlanAgreement:
         draft = await run(
             draft_plan,
             self._captured,
-            self._plan,
+            self._previous,
             self._options,
             is_coordinator=coordinator.is_coordinator,
         )
@@ -186,11 +192,12 @@ class PlanAgreement:
             await self._compare_values(suspects)
         plan, locations = await run(
             compile_plan,
-            self._captured.structure,
+            self._captured,
             draft.local_plan,
             draft.assigned(answer),
             self._uid,
             shared,
+            previous=self._previous,
         )
         self._learn(plan, suspects)
         self._comparison.begin(await coordinator.exchange(self._uid, "place", locations, locate))

@@ -61,7 +61,8 @@ class SaveRequest:
     prepared: Prepared
     """The captured state, on its way to be staged."""
     plan: CompiledPlan | None
-    """The compiled plan that the captured structure belongs to; None if it has to be made."""
+    """The compiled plan that the captured structure belongs to, be it that a leaf outgrew its room; None if
+    the structure is new."""
     notes: Mapping[str, JSON]
     replace: bool
     started: float

@@ -21,7 +21,7 @@ from .._geometry import flat_slices
 from ..errors import EngineStateError
 from ..formats import BLOCK_BYTES
 from ..planning import CompiledPlan
-from ..state import Captured, meta_error, padded_items
+from ..state import Captured, meta_error
 from .buffer_pool import Arena, BufferPool, Lease
 from .device import Backend, Event, TorchBackend
 from .mutation_watch import MutationWatch
@@ -208,8 +208,8 @@ class Stager:
         """What of the leaves lies in the image's bytes [start, stop)."""
         memory = lease.memory(0, stop - start)
         if not job.items:
-            job.items = list(padded_items(job.prepared.captured, job.plan.reserved_bytes))
-        for (offset, length), item in zip(job.plan.layout.slots(), job.items, strict=True):
+            job.items = job.plan.padded(job.prepared.captured.leaf_items)
+        for (offset, length), item in zip(job.plan.layout.rooms(), job.items, strict=True):
             low, high = max(offset, start), min(offset + length, stop)
             if low < high:
                 memory[low - start : high - start] = item[low - offset : high - offset]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .asking import UNASKED
-from .capture import Captured, Structure, capture, meta_error, padded_items
+from .capture import Captured, Structure, capture, meta_error
 from .checkpointable import empty_like, global_size
 from .containers import PLAIN_TENSORS, CaptureError
 from .leaves import LeafRules
@@ -43,7 +43,6 @@ __all__ = [
     "joined",
     "layers_of",
     "meta_error",
-    "padded_items",
     "pairs",
     "part_of",
     "version_of",

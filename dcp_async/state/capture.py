@@ -9,16 +9,16 @@ a Captured refers to live tensors only until its save has staged them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter, le
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from .._geometry import Offsets
-from ..formats import SECTOR_BYTES, Tree, pad_item, slot_bytes
+from ..formats import Tree
 from .asking import Given, ask_in_order
 from .capture_cache import CacheHit, CaptureCache
 from .containers import CaptureError
@@ -30,7 +30,7 @@ from .sharding import Piece, Shard
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
-    """What a plan depends on: equal structures have equal layouts. Compared list by list, in C."""
+    """What a plan depends on, but for the lengths of leaves, which change. Compared list by list, in C."""
 
     order: list[str]
     """Every leaf's name in the order of the state, which is the order of its mappings' keys."""
@@ -43,8 +43,6 @@ class Structure:
     leaf_names: list[str]
     exotic: list[tuple[int, str, tuple[int, ...]]]
     """Which leaves are tensors that go through ``torch.save``: (leaf, what `.metadata` says of it, size)."""
-    slots: list[int]
-    """Length of each leaf's slot."""
     containers: list[tuple[str, str, int, int]]
     odd_keys: list[tuple[str, bytes]]
     ties: list[tuple[str, int]]
@@ -161,7 +159,7 @@ def capture(
         shapes = flat.shapes()
         stored = [addresses[index] for index in flat.kept]
     items = list(map(LeafPickler(rules).item, flat.leaf_names, flat.leaves))
-    structure = _structure(flat, shapes, items, previous)
+    structure = _structure(flat, shapes)
     is_new = structure != previous
     if is_new:
         whole = [name for name in every_name if name not in flat.distributed]
@@ -196,7 +194,7 @@ def _is_raw(tensors: Sequence[torch.Tensor]) -> bool:
 def _from_cache(
     state: Mapping[str, Any], previous: Structure, given: Given, pickler: LeafPickler
 ) -> Captured | None:
-    """The capture of a state that is built as before; None if it is not, or its leaves don't fit."""
+    """The capture of a state that is built as before; None if it is not."""
     try:
         hit = previous.cache.look_up(state, given)
     except RecursionError:  # a list that holds itself now; flatten() says where
@@ -207,10 +205,8 @@ def _from_cache(
 def _repeated(hit: CacheHit, previous: Structure, pickler: LeafPickler) -> Captured | None:
     leaves = dict(zip(previous.leaf_names, hit.leaves, strict=True))
     items = list(map(pickler.item, leaves.keys(), leaves.values()))
-    needed = [slot_bytes(len(item), SECTOR_BYTES) for item in items]
-    fits = all(map(le, needed, previous.slots))
     without_bytes = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in hit.leaves)
-    if not fits or without_bytes or _exotic(hit.leaves) != previous.exotic:
+    if without_bytes or _exotic(hit.leaves) != previous.exotic:
         return None
     return Captured(
         structure=previous,
@@ -239,12 +235,8 @@ def check_unique(names: Sequence[str]) -> None:
         raise CaptureError(f"two leaves have the name {twice!r}; rename one of their keys")
 
 
-def _structure(
-    flat: FlatState, shapes: list[torch.Size], items: Sequence[bytes], previous: Structure | None
-) -> Structure:
-    """What the layout of ``flat``'s tensors and its leaves' ``items`` depends on."""
-    # a slot only grows: a counter that shrinks by a digit must not move every offset behind it
-    floor = dict(zip(previous.leaf_names, previous.slots, strict=True)) if previous else {}
+def _structure(flat: FlatState, shapes: list[torch.Size]) -> Structure:
+    """What the layout of ``flat``'s tensors and leaves depends on."""
     for name, leaf in zip(flat.leaf_names, flat.leaves, strict=True):
         if isinstance(leaf, torch.Tensor) and leaf.is_meta:
             raise meta_error(name)
@@ -257,10 +249,6 @@ def _structure(
         strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in flat.tensors],
         leaf_names=flat.leaf_names,
         exotic=_exotic(flat.leaves),
-        slots=[
-            max(slot_bytes(len(item), SECTOR_BYTES), floor.get(name, 0))
-            for name, item in zip(flat.leaf_names, items, strict=True)
-        ],
         containers=flat.containers,
         odd_keys=flat.odd_keys,
         ties=flat.ties,
@@ -268,9 +256,3 @@ def _structure(
         bare=flat.bare,
         pieces=flat.pieces,
     )
-
-
-def padded_items(captured: Captured, slots: Iterable[int]) -> Iterator[bytes]:
-    """Each leaf's item, grown to its slot."""
-    for item, slot in zip(captured.leaf_items, slots, strict=True):
-        yield pad_item(item, slot)

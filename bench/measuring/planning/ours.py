@@ -94,12 +94,12 @@ def _lay_out(
     plan: CompiledPlan | None = None
     told = []
     for rank, raw in enumerate(answers):
-        structure = ranks.capture_of(rank).structure
+        captured = ranks.capture_of(rank)
         with clock.rank(rank, "loads"):
             answer = loads(raw)
         with clock.rank(rank, "layout"):
             compiled, locations = compile_plan(
-                structure, local_plan, answer, UID, shared if rank == 0 else None
+                captured, local_plan, answer, UID, shared if rank == 0 else None
             )
         with clock.rank(rank, "dumps place"):
             told.append(dumps(locations))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_async.formats import distcp, zip_item
+from dcp_async.formats import FileLayout, distcp, zip_item
 
 TENSORS = st.lists(
     st.tuples(
@@ -23,14 +23,14 @@ TENSORS = st.lists(
 SLOTS = st.lists(st.integers(1, 3).map(lambda pages: pages * 4096), max_size=4)
 
 
-def _image(layout: distcp.FileLayout, cut: int) -> bytes:
+def _image(layout: FileLayout, cut: int) -> bytes:
     """The image as staging makes it: constants by regions of ``cut`` bytes, then payload and slots."""
     image = bytearray(b"\xaa" * layout.image_bytes)
     for start in range(0, layout.image_bytes, cut):
         layout.fill_constants(memoryview(image)[start : start + cut], start)
     for index, (offset, nbytes) in enumerate(zip(layout.payload_offsets, layout.payload_bytes, strict=True)):
         image[offset : offset + nbytes] = bytes([index % 2]) * nbytes
-    for number, (offset, nbytes) in enumerate(layout.slots()):
+    for number, (offset, nbytes) in enumerate(layout.rooms()):
         item = zip_item.object_item(pickle.dumps(number, protocol=2))
         image[offset : offset + nbytes] = zip_item.pad_item(item, nbytes)
     return bytes(image)
@@ -40,7 +40,7 @@ def _image(layout: distcp.FileLayout, cut: int) -> bytes:
 def test_every_item_of_a_layout_loads(
     tensors: list[tuple[torch.dtype, tuple[int, ...]]], slots: list[int], cut: int
 ) -> None:
-    layout = distcp.plan_file(tensors, slots)
+    layout = distcp.DISTCP.layout(tensors, slots)
     image = _image(layout, cut)
     for index, (offset, nbytes) in enumerate(zip(layout.item_offsets, layout.item_bytes, strict=True)):
         value = torch.load(io.BytesIO(image[offset : offset + nbytes]), weights_only=False)
@@ -57,7 +57,7 @@ def test_every_item_of_a_layout_loads(
 def test_constants_do_not_depend_on_where_regions_are_cut(
     tensors: list[tuple[torch.dtype, tuple[int, ...]]], slots: list[int], cut: int
 ) -> None:
-    layout = distcp.plan_file(tensors, slots)
+    layout = distcp.DISTCP.layout(tensors, slots)
     image = _image(layout, cut)
     assert image == _image(layout, layout.image_bytes or 1)
     inside: set[int] = set()
@@ -70,7 +70,7 @@ def test_constants_do_not_depend_on_where_regions_are_cut(
 def test_layout_is_aligned_and_disjoint(
     tensors: list[tuple[torch.dtype, tuple[int, ...]]], slots: list[int]
 ) -> None:
-    layout = distcp.plan_file([*tensors, (torch.float32, (1 << 18,))], slots)
+    layout = distcp.DISTCP.layout([*tensors, (torch.float32, (1 << 18,))], slots)
     end = 0
     for offset, nbytes in zip(layout.item_offsets, layout.item_bytes, strict=True):
         assert offset >= end
@@ -86,7 +86,7 @@ def test_layout_is_aligned_and_disjoint(
 def test_tensors_between_finds_exactly_the_overlapping(
     tensors: list[tuple[torch.dtype, tuple[int, ...]]], one: int, other: int
 ) -> None:
-    layout = distcp.plan_file(tensors, [])
+    layout = distcp.DISTCP.layout(tensors, [])
     start, stop = sorted((one, other))
     found = [index for index in layout.tensors_between(start, stop) if layout.payload_bytes[index]]
     assert found == [

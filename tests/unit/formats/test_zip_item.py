@@ -63,11 +63,11 @@ def test_contiguous_strides_match_torch(shape: list[int]) -> None:
     ),
     st.integers(0, 3),
 )
-def test_padded_object_loads_and_fills_its_slot(value: object, more: int) -> None:
+def test_padded_object_loads_and_fills_its_room(value: object, more: int) -> None:
     item = zip_item.object_item(pickle.dumps(value, protocol=2))
-    slot = zip_item.slot_bytes(len(item), 4096) + more * 4096
-    padded = zip_item.pad_item(item, slot)
-    assert len(padded) == slot
+    room = zip_item.padded_bytes(len(item), 4096) + more * 4096
+    padded = zip_item.pad_item(item, room)
+    assert len(padded) == room
     assert torch.load(io.BytesIO(padded), weights_only=False) == value
 
 
@@ -76,13 +76,13 @@ def test_padded_torch_save_loads(numel: int) -> None:
     stream = io.BytesIO()
     torch.save({"a": torch.arange(numel), "b": [torch.ones(2), "x"]}, stream)
     item = stream.getvalue()
-    padded = zip_item.pad_item(item, zip_item.slot_bytes(len(item), 4096))
+    padded = zip_item.pad_item(item, zip_item.padded_bytes(len(item), 4096))
     loaded = torch.load(io.BytesIO(padded), weights_only=True)
     assert torch.equal(loaded["a"], torch.arange(numel))
     assert loaded["b"][1] == "x"
 
 
-def test_pad_item_refuses_a_slot_that_is_too_small() -> None:
+def test_pad_item_refuses_a_room_that_is_too_small() -> None:
     item = zip_item.object_item(pickle.dumps("x" * 5000, protocol=2))
     with pytest.raises(ValueError, match="does not fit"):
         zip_item.pad_item(item, 4096)

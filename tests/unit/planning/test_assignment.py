@@ -138,7 +138,7 @@ def plan(states: Sequence[State]) -> Planned:
     shared = GlobalPlan(all_plans)
     plans = []
     for rank, (each, draft, mine) in enumerate(zip(captured, drafts, assignments, strict=True)):
-        compiled, locations = compile_plan(each.structure, draft, mine, UID, shared if rank == 0 else None)
+        compiled, locations = compile_plan(each, draft, mine, UID, shared if rank == 0 else None)
         shared.locate(rank, travelled(locations))
         plans.append(compiled)
     return Planned(captured, drafts, assignments, plans, shared.publication())

@@ -18,7 +18,7 @@ from dcp_async.formats import dcp_paths, tree_to_json
 from dcp_async.formats.metadata_writer import MetadataTemplate
 from dcp_async.planning.planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
 from dcp_async.state import CaptureError
-from dcp_async.state.capture import capture
+from dcp_async.state.capture import Captured, capture
 
 
 class OwnPlanner(DefaultSavePlanner):
@@ -30,7 +30,7 @@ def _compile(state: dict[str, Any], planner: type[DefaultSavePlanner]) -> Compil
     draft = draft_plan(captured, None, PlanningOptions(save=planner), is_coordinator=True)
     (answer,), shared = draft.merge([draft.message])
     mine = draft.assigned(answer)
-    plan, locations = compile_plan(captured.structure, draft.local_plan, mine, "0" * 16, shared)
+    plan, locations = compile_plan(captured, draft.local_plan, mine, "0" * 16, shared)
     shared.locate(0, locations)
     return plan
 
@@ -129,3 +129,26 @@ def test_planner_that_replaces_data_is_refused_by_name() -> None:
         draft_plan(
             capture({"a": torch.ones(1)}, None), None, PlanningOptions(save=Doubling), is_coordinator=True
         )
+
+
+def test_a_leaf_that_outgrew_its_room_asks_for_a_plan_not_for_another_structure() -> None:
+    state = {"w": torch.ones(3), "text": "x"}
+    first = capture(state, None)
+
+    def compiled(captured: Captured, previous: CompiledPlan | None) -> CompiledPlan:
+        draft = draft_plan(captured, previous, PlanningOptions(), is_coordinator=True)
+        (answer,), shared = draft.merge([draft.message])
+        mine = draft.assigned(answer)
+        return compile_plan(captured, draft.local_plan, mine, "0" * 16, shared, previous=previous)[0]
+
+    plan = compiled(first, None)
+    state["text"] = "x" * 9000
+    grown = capture(state, first.structure)
+    assert not grown.is_new
+    assert not plan.has_room_for(grown)
+    larger = compiled(grown, plan)
+    assert larger.has_room_for(grown)
+    state["text"] = "x"
+    shrunk = capture(state, first.structure)
+    assert larger.has_room_for(shrunk)
+    assert compiled(shrunk, larger).rooms == larger.rooms
