@@ -10,9 +10,10 @@ from .leaves import LeafRules
 from .mutation import layers_of, version_of, versions_of, wrappers_in
 from .optimizers import AppState, check_before_touch
 from .restore import ReadBack, Restorer
+from .schema import Asked, Schema, wishes_of
 from .sharding import is_known_to_autograd
 from .stateful import PerRank, RNGState
-from .targets import Asked, OptimizerState, Region, Schema, Targets, Whole, capture_targets, wishes_of
+from .targets import OptimizerState, Region, Targets, Whole, capture_targets
 from .wrapped import is_wrapper, joined, pairs, part_of
 
 __all__ = [

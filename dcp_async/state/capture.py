@@ -151,6 +151,13 @@ def capture(
     if world_size > 1:
         ask_in_order(state, rank, given)
     flat = flatten(state, rank, given, check_key=rules.check_key if rules else None)
+    return _captured(state, flat, previous, LeafPickler(rules))
+
+
+def _captured(
+    state: Mapping[str, Any], flat: FlatState, previous: Structure | None, pickler: LeafPickler
+) -> Captured:
+    """The capture of a state that was flattened anew."""
     shapes = flat.shapes()
     addresses = flat.addresses()
     every_tensor, every_leaf, every_name = flat.tensors, flat.leaves, flat.tensor_names
@@ -158,13 +165,14 @@ def capture(
     if flat.separate_ties(addresses):
         shapes = flat.shapes()
         stored = [addresses[index] for index in flat.kept]
-    items = list(map(LeafPickler(rules).item, flat.leaf_names, flat.leaves))
+    items = list(map(pickler.item, flat.leaf_names, flat.leaves))
     structure = _structure(flat, shapes)
     is_new = structure != previous
     if is_new:
         whole = [name for name in every_name if name not in flat.distributed]
         check_unique([*whole, *flat.distributed, *flat.leaf_names])
-    elif previous is not None:
+    else:
+        assert previous is not None
         structure = previous  # whose cache stays
     if not structure.cache.is_in_bounds(flat.tensors, stored):
         flat.check_memory(shapes)

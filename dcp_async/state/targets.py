@@ -1,8 +1,7 @@
 """capture_targets(): what of a state a load can fill, and who takes what was saved whole.
 
-Enters: a state and the Schema of an opened checkpoint. Leaves: Targets. Runs in the caller's thread.
-Invariant: a Stateful is asked for its ``state_dict()`` once at most, and only if it may hold memory for what
-was saved: to some, being asked is a change. Source: docs/adr/0020.
+Enters: a state, the Schema of an opened checkpoint, and what Statefuls were asked in this load. Leaves:
+Targets. Runs in the caller's thread.
 """
 
 from __future__ import annotations
@@ -10,122 +9,29 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .._geometry import Offsets, box_at, slices
-from ..formats import (
-    Tree,
-    children_of,
-    heads_of,
-    is_of_stateful,
-    kind_of,
-    leaf_names,
-    locate,
-    text_of,
-)
-from .asking import UNASKED, Given, ask_in_order, asynchronous_error, snapshot
+from ..formats import text_of
+from .asking import UNASKED, Given, ask_in_order, asynchronous_error
 from .capture import check_unique, is_exotic
 from .checkpointable import is_checkpointable
 from .containers import CaptureError
 from .flat_state import FlatState
 from .flatten import flatten
-from .holdings import (
-    holds_memory_for,
-    holds_objects,
-    holds_what_stock_changes,
-    memory_of_modules,
-    resizable_owners,
-)
+from .holdings import memory_of_modules, resizable_owners
 from .optimizers import parameter_sizes
+from .schema import Asked, Schema
 from .sharding import Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
 
-_DOUBTFUL_STARTS = tuple("0123456789-(<")
-_DOUBTFUL = ("None", "True", "False", "inf", "nan")
 _EXTRA_STATE = "_extra_state"
 """What torch.nn.Module calls that of ``get_extra_state()``."""
-
-
-class _Contents(Protocol):
-    @property
-    def names(self) -> Mapping[str, TensorStorageMetadata | BytesStorageMetadata]: ...
-
-    @property
-    def structure(self) -> Tree: ...
-
-    @property
-    def manifest(self) -> object: ...
-
-
-class Schema:
-    """What a checkpoint holds at and below a name."""
-
-    def __init__(self, contents: _Contents) -> None:
-        self._contents = contents
-
-    @cached_property
-    def _names(self) -> Mapping[str, TensorStorageMetadata | BytesStorageMetadata]:
-        return self._contents.names
-
-    @cached_property
-    def _structure(self) -> Tree:
-        return self._contents.structure
-
-    def needs_memory(self, name: str, stateful: Any) -> bool:
-        """Whether ``stateful``, which lies at ``name``, is to be asked for its state.
-
-        It is where it seems to hold memory to read into, for distributed tensors, for objects inside of its
-        state, and where the checkpoint does not tell what was saved: stock drops empty containers, kinds of
-        mappings and of their keys, and older releases do not say what was an object. Where nothing was saved
-        it says whether anything is missing.
-        """
-        found, node = locate(self._structure, name)
-        if not found:
-            return not self._is_of_other_ranks(name)
-        if self._contents.manifest is None:
-            if _has_doubtful_key(node) or holds_what_stock_changes(stateful):
-                return True
-        elif node is not None and not is_of_stateful(node):
-            if holds_objects(stateful):
-                return True
-        elif _has_stateful_below(node):
-            return True
-        saved: dict[str, tuple[torch.Size, torch.dtype]] = {}
-        for leaf in leaf_names(node, name):
-            meta = self._names[leaf]
-            if isinstance(meta, TensorStorageMetadata):
-                if len(meta.chunks) != 1:
-                    return True
-                saved[leaf] = (meta.size, meta.properties.dtype)
-        return bool(saved) and holds_memory_for(stateful, saved)
-
-    def _is_of_other_ranks(self, name: str) -> bool:
-        """Whether it lies in what each rank has for itself, of which others have saved theirs."""
-        return any(
-            head.rpartition(".")[2].startswith(PerRank.key(""))
-            and locate(self._structure, head.rpartition(".")[0])[0]
-            for head in heads_of(name)
-        )
-
-
-def _has_stateful_below(node: Tree) -> bool:
-    return any(is_of_stateful(child) or _has_stateful_below(child) for _, child in children_of(node))
-
-
-def _has_doubtful_key(node: Tree) -> bool:
-    """Whether a key, of which stock writes the text, may have been a number, a tuple or None."""
-    is_mapping = kind_of(node) != "list"
-    return any(
-        (is_mapping and (key[:1] in _DOUBTFUL_STARTS or key in _DOUBTFUL)) or _has_doubtful_key(child)
-        for key, child in children_of(node)
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,38 +124,6 @@ class Targets:
     world_size: int
 
 
-@dataclass(slots=True)
-class Asked:
-    """What Statefuls have given in one load, which may try several checkpoints. Keeps them alive."""
-
-    _given: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    agreed: set[str] = field(default_factory=set)
-    """Names of those that are asked because a rank needs it."""
-
-    def ask(self, schema: Schema, name: str, stateful: Any, wishes: set[str] | None = None) -> Any:
-        """What ``stateful`` gives, or UNASKED. With ``wishes`` it is asked only if that is agreed, and its
-        name is put there if it needs to be. Raises CaptureError."""
-        if id(stateful) not in self._given:
-            always = isinstance(stateful, (torch.nn.Module, Optimizer, AppState)) or name in self.agreed
-            if not always and schema.needs_memory(name, stateful):
-                if wishes is not None:
-                    wishes.add(name)
-                else:
-                    always = True
-            if not always:
-                return UNASKED
-            self._given[id(stateful)] = (stateful, snapshot(name, stateful))
-        return self._given[id(stateful)][1]
-
-
-def wishes_of(state: Mapping[str, Any], schema: Schema, asked: Asked, *, rank: int) -> list[str]:
-    """Ask whom all ranks agreed to ask, and give the names of others that this rank needs to: a
-    ``state_dict()`` may run collectives, so all must ask the same. Raises CaptureError."""
-    wishes: set[str] = set()
-    ask_in_order(state, rank, {}, lambda name, stateful: asked.ask(schema, name, stateful, wishes))
-    return sorted(wishes)
-
-
 def capture_targets(
     state: Mapping[str, Any], schema: Schema, asked: Asked, *, rank: int = 0, world_size: int = 1
 ) -> Targets:
@@ -270,21 +144,14 @@ def capture_targets(
         for name, tensor in zip(flat.tensor_names, flat.tensors, strict=True)
         if name not in flat.distributed
     }
-    local: dict[str, list[Region]] = {name: [] for name in flat.distributed}
-    for index, name in enumerate(flat.tensor_names):
-        if name in local:
-            local[name].append(Region.piece(flat.tensors[index], flat.shards.get(index)))
-    for leaf, tensor in zip(flat.leaf_names, flat.leaves, strict=True):
-        if (piece := flat.pieces.get(leaf)) is not None:
-            local[piece.name].append(Region(tensor, piece.shard.offsets))
-    check_unique([*(name for name in flat.tensor_names if name not in local), *local, *flat.leaf_names])
+    check_unique([*plain, *flat.distributed, *flat.leaf_names])
     device = torch.get_default_device()
     targets = Targets(
         flat=flat,
         tensors=plain | flat.distributed,
-        local=local,
+        local=_local_regions(flat),
         leaves=set(),
-        statefuls={name: (stateful, given) for name, stateful, given in flat.statefuls},
+        statefuls={name: (stateful, inner) for name, stateful, inner in flat.statefuls},
         wholes={},
         grows={},
         optimizer_states={},
@@ -295,8 +162,28 @@ def capture_targets(
         device=torch.device("cpu") if device.type == "meta" else device,
         world_size=world_size,
     )
-    for prefix, (stateful, given) in targets.statefuls.items():
-        _describe(targets, prefix, stateful, given)
+    for prefix, (stateful, inner) in targets.statefuls.items():
+        _describe(targets, prefix, stateful, inner)
+    _sort_leaves(targets)
+    _check_assignable("", state)
+    return targets
+
+
+def _local_regions(flat: FlatState) -> dict[str, list[Region]]:
+    """What of each distributed tensor lies here."""
+    regions: dict[str, list[Region]] = {name: [] for name in flat.distributed}
+    for index, name in enumerate(flat.tensor_names):
+        if name in regions:
+            regions[name].append(Region.piece(flat.tensors[index], flat.shards.get(index)))
+    for leaf, tensor in zip(flat.leaf_names, flat.leaves, strict=True):
+        if (piece := flat.pieces.get(leaf)) is not None:
+            regions[piece.name].append(Region(tensor, piece.shard.offsets))
+    return regions
+
+
+def _sort_leaves(targets: Targets) -> None:
+    """Note which leaves are tensors to be filled, and which are replaced. Raises CaptureError."""
+    flat = targets.flat
     for name, leaf in zip(flat.leaf_names, flat.leaves, strict=True):
         if name in flat.pieces:
             continue
@@ -309,8 +196,6 @@ def capture_targets(
             targets.tensors[name] = leaf
         else:
             targets.leaves.add(name)
-    _check_assignable("", state)
-    return targets
 
 
 def _describe(targets: Targets, prefix: str, stateful: Any, given: Any) -> None:
