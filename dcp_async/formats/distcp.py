@@ -108,7 +108,9 @@ DISTCP: Format = DistcpFormat()
 def block_digests(buffer: memoryview) -> array[int]:
     """The checksum of each block of ``buffer``, which starts at a block's start."""
     digest = xxhash.xxh3_64_intdigest
-    return array("Q", [digest(buffer[at : at + BLOCK_BYTES]) for at in range(0, len(buffer), BLOCK_BYTES)])
+    return array(
+        "Q", [digest(buffer[start : start + BLOCK_BYTES]) for start in range(0, len(buffer), BLOCK_BYTES)]
+    )
 
 
 def num_blocks(image_bytes: int) -> int:

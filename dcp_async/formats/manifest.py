@@ -218,10 +218,10 @@ def _parsed(raw: bytes) -> object:
         constants.append(name)
         return float(name)
 
-    found = json.loads(raw, object_pairs_hook=_unique, parse_constant=constant)
-    if constants and isinstance(found, dict):
-        json.dumps({name: value for name, value in found.items() if name != "structure"}, allow_nan=False)
-    return found
+    document = json.loads(raw, object_pairs_hook=_unique, parse_constant=constant)
+    if constants and isinstance(document, dict):
+        json.dumps({name: value for name, value in document.items() if name != "structure"}, allow_nan=False)
+    return document
 
 
 class _Fields:
@@ -270,22 +270,22 @@ def _shown(value: object) -> str:
 def _files(value: object) -> tuple[FileEntry, ...]:
     if type(value) is not list:
         raise ManifestError(f"its files are {_shown(value)}")
-    found = []
-    for each in value:
-        entry = _Fields(each)
+    files = []
+    for raw in value:
+        entry = _Fields(raw)
         name = entry.text("name")
         if not name or "/" in name or name in (".", ".."):
             raise ManifestError(f"a file of it is called {_shown(name)}")
-        found.append(
+        files.append(
             FileEntry(name=name, nbytes=entry.integer("nbytes", 0), digest=entry.text("digest", _HEX))
         )
-    if len({entry.name for entry in found}) < len(found):
+    if len({entry.name for entry in files}) < len(files):
         raise ManifestError("it lists a file twice")
-    return tuple(found)
+    return tuple(files)
 
 
 def _strides(value: object) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
+    strides: dict[str, tuple[int, ...]] = {}
     for name, steps in _Fields(value).found.items():
         if (
             type(steps) is not list
@@ -293,11 +293,11 @@ def _strides(value: object) -> dict[str, tuple[int, ...]]:
             or not all(type(step) is int and 0 <= step <= _MAX_INT for step in steps)
         ):
             raise ManifestError(f"the strides of {_shown(name)} are {_shown(steps)} of no integers")
-        found[name] = tuple(steps)
-    return found
+        strides[name] = tuple(steps)
+    return strides
 
 
 def _texts(value: object, what: str) -> tuple[str, ...]:
-    if type(value) is not list or not all(type(each) is str for each in value):
+    if type(value) is not list or not all(type(text) is str for text in value):
         raise ManifestError(f"its {what} is {_shown(value)}")
     return tuple(value)

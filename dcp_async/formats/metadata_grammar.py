@@ -52,11 +52,11 @@ def check_places(places: object) -> None:
     crowded = {name for name, count in Counter(names).most_common(1) if count > _MAX_OF_ONE_NAME}
     if not crowded:
         return
-    found: Counter[tuple[str, int]] = Counter()
+    crowds: Counter[tuple[str, int]] = Counter()
     for index in cast("dict[Any, Any]", places):
         if type(offset := getattr(index, "offset", None)) is torch.Size and type(index.fqn) is str:
-            found[index.fqn, hash(offset)] += 1
-    if max(found.values(), default=0) > _MAX_OF_ONE_NAME:
+            crowds[index.fqn, hash(offset)] += 1
+    if max(crowds.values(), default=0) > _MAX_OF_ONE_NAME:
         raise ValueError("it has too many places that only a comparison could tell apart")
 
 
@@ -86,9 +86,9 @@ def _any_of(numbers: Sequence[int]) -> bytes:
     """Opcodes that fetch one of ``numbers``."""
     low = b"".join(re.escape(bytes([number])) for number in numbers if number < 256)
     high = [get_operands(number)[0][1:] for number in numbers if number >= 256]
-    found = [b"h[" + low + b"]"] if low else []
-    found += [b"j" + re.escape(operand) for operand in high]
-    return b"(?:" + b"|".join(found) + b")" if found else b"(?!)"
+    fetches = [b"h[" + low + b"]"] if low else []
+    fetches += [b"j" + re.escape(operand) for operand in high]
+    return b"(?:" + b"|".join(fetches) + b")" if fetches else b"(?!)"
 
 
 def _between(low: int, high: int) -> bytes:
@@ -260,42 +260,42 @@ class _Entries:
         """Whether there were some, each a key and a value."""
         family, start = self._family, walk.at
         while family is not None:
-            at = walk.at
-            if family.path.match(walk.raw, at, walk.limit) is not None:
+            position = walk.at
+            if family.path.match(walk.raw, position, walk.limit) is not None:
                 self._pass_paths(walk, family)
-            elif family.place.match(walk.raw, at, walk.limit) is not None:
+            elif family.place.match(walk.raw, position, walk.limit) is not None:
                 self._pass_places(walk, family)
-            elif family.names.match(walk.raw, at, walk.limit) is not None:
+            elif family.names.match(walk.raw, position, walk.limit) is not None:
                 self._pass_names(walk, family)
-            if walk.at == at:
+            if walk.at == position:
                 break
         return walk.at > start
 
     def _pass_names(self, walk: Walk, family: _Family) -> None:
-        texts, at, number = walk.texts, walk.at, walk.num_stored
+        texts, position, number = walk.texts, walk.at, walk.num_stored
         if family.memoizes:
-            at, number, _ = _count(family.names, walk, _OF_NAME, 0, texts)
+            position, number, _ = _count(family.names, walk, _OF_NAME, 0, texts)
         else:
-            scanner = family.names.scanner(walk.raw, at, walk.limit)  # type: ignore[attr-defined]  # not in typeshed
-            puts = [(match := each)[1] for each in iter(scanner.match, None)]
-            at = match.end()
+            scanner = family.names.scanner(walk.raw, position, walk.limit)  # type: ignore[attr-defined]  # not in typeshed
+            puts = [(match := entry)[1] for entry in iter(scanner.match, None)]
+            position = match.end()
             texts.update(_FETCH[put[0]] + put[1:] for put in puts if put is not None)
-        self._passed(walk, at, number, [b"", _VALUE])
+        self._passed(walk, position, number, [b"", _VALUE])
 
     def _pass_paths(self, walk: Walk, family: _Family) -> None:
-        texts, at, number = walk.texts, walk.at, walk.num_stored
-        if (run := family.loose_paths.match(walk.raw, at, walk.limit)) is not None:
-            if texts.issuperset(family.loose_path.findall(walk.raw, at, run.end())):
+        texts, position, number = walk.texts, walk.at, walk.num_stored
+        if (run := family.loose_paths.match(walk.raw, position, walk.limit)) is not None:
+            if texts.issuperset(family.loose_path.findall(walk.raw, position, run.end())):
                 self._passed(walk, run.end(), number, [b"", _VALUE])
             return
-        scanner = family.short_path.scanner(walk.raw, at, walk.limit)  # type: ignore[attr-defined]  # not in typeshed
+        scanner = family.short_path.scanner(walk.raw, position, walk.limit)  # type: ignore[attr-defined]  # not in typeshed
         for match in iter(scanner.match, None):
             key, part = match.groups()
             if key not in texts or part not in texts:
                 break
-            at = match.end()
+            position = match.end()
             number += 1
-        scanner = family.path.scanner(walk.raw, at, walk.limit)  # type: ignore[attr-defined]  # not in typeshed
+        scanner = family.path.scanner(walk.raw, position, walk.limit)  # type: ignore[attr-defined]  # not in typeshed
         for match in iter(scanner.match, None):
             key, *parts = match.groups()
             if not all(self._is_text(walk, get) for get in (key, *parts[::2]) if get is not None):
@@ -305,9 +305,9 @@ class _Entries:
                     texts.add(_FETCH[text[0]] + text[1:] if text else b"j" + number.to_bytes(4, "little"))
                     number += 1
             number += 1
-            at = match.end()
-        if at > walk.at:
-            self._passed(walk, at, number if family.memoizes else walk.num_stored, [b"", _VALUE])
+            position = match.end()
+        if position > walk.at:
+            self._passed(walk, position, number if family.memoizes else walk.num_stored, [b"", _VALUE])
 
     @staticmethod
     def _is_text(walk: Walk, get: bytes) -> bool:
@@ -315,21 +315,21 @@ class _Entries:
 
     def _pass_places(self, walk: Walk, family: _Family) -> None:
         if family.memoizes:
-            at, number, _ = _count(family.place, walk, _OF_PLACE, 4)
+            position, number, _ = _count(family.place, walk, _OF_PLACE, 4)
         else:
             match = family.places.match(walk.raw, walk.at, walk.limit)
             assert match is not None
-            at, number = match.end(), walk.num_stored
-        self._passed(walk, at, number, [_PLACE, _VALUE])
+            position, number = match.end(), walk.num_stored
+        self._passed(walk, position, number, [_PLACE, _VALUE])
 
     def _pass_chunks(self, walk: Walk, family: _Family) -> None:
         if family.chunk.match(walk.raw, walk.at, walk.limit) is not None:
-            at, number, count = _count(family.chunk, walk, _OF_CHUNK, 2)
-            self._passed(walk, at, number if family.memoizes else walk.num_stored, [_VALUE] * count)
+            position, number, count = _count(family.chunk, walk, _OF_CHUNK, 2)
+            self._passed(walk, position, number if family.memoizes else walk.num_stored, [_VALUE] * count)
 
     @staticmethod
-    def _passed(walk: Walk, at: int, number: int, pushed: list[Any]) -> None:
-        walk.at, walk.num_stored, walk.has_passed = at, number, True
+    def _passed(walk: Walk, position: int, number: int, pushed: list[Any]) -> None:
+        walk.at, walk.num_stored, walk.has_passed = position, number, True
         walk.stack.extend(pushed)
 
 
@@ -345,18 +345,18 @@ def _count(
     texts: set[bytes] | None = None,
 ) -> tuple[int, int, int]:
     """Over entries from where ``walk`` is: (where they end, the number that MEMOIZE gives next, how many)."""
-    at, number, count = walk.at, walk.num_stored, 0
+    position, number, count = walk.at, walk.num_stored, 0
     known: dict[tuple[Any, ...], int] = {}
-    scanner = expression.scanner(walk.raw, at, walk.limit)  # type: ignore[attr-defined]  # not in typeshed
+    scanner = expression.scanner(walk.raw, position, walk.limit)  # type: ignore[attr-defined]  # not in typeshed
     for match in iter(scanner.match, None):
         if texts is not None:
             texts.add(b"j" + number.to_bytes(4, "little"))
         groups = match.groups()
         cost = known.get(groups)
         if cost is None:
-            met = (each for group, each in zip(groups, costs, strict=True) if group is not None)
+            met = (weight for group, weight in zip(groups, costs, strict=True) if group is not None)
             cost = known[groups] = fixed + sum(met)
         number += cost
-        at = match.end()
+        position = match.end()
         count += 1
-    return at, number, count
+    return position, number, count

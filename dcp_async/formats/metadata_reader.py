@@ -49,7 +49,7 @@ _KNOWN_FIELDS: dict[type, frozenset[str]] = {
     )
 }
 _MAX_ELEMENTS = 1 << 48
-"""Of a byte each, more than an address space holds."""
+"""More than an address space holds, of a byte each."""
 _get_layout: Any = torch.serialization._get_layout  # untyped
 _FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
 _PROPERTIES = (torch.dtype, torch.layout, bool, torch.memory_format, bool)
@@ -73,7 +73,7 @@ _StorageMeta: Any = _Sealed("StorageMeta", (), {})
 
 
 class _Properties(metaclass=_Sealed):
-    """Of TensorProperties; its state is no dict."""
+    """Stands in for TensorProperties, whose state is no dict."""
 
     def __setstate__(self, state: object) -> None:
         self.state = state
@@ -172,13 +172,13 @@ class _MetadataUnpickler(pickle.Unpickler):
         """What it named beyond stock's classes; something inert took its place."""
 
     def find_class(self, module: str, name: str, /) -> Any:
-        found = _stock_globals().get((module, name))
-        if found is None and module == "torch" and _DTYPE.fullmatch(name) and not hasattr(torch, name):
+        known = _stock_globals().get((module, name))
+        if known is None and module == "torch" and _DTYPE.fullmatch(name) and not hasattr(torch, name):
             return Unknown(f"torch.{name}")
-        if found is None:
+        if known is None:
             self.foreign.append(f"{module}.{name}")
             return Inert
-        return found
+        return known
 
 
 def decode_metadata(raw: bytes) -> Metadata:

@@ -18,7 +18,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint import filesystem as _filesystem
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     Metadata,
@@ -30,6 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 from .._names import UID_DIGITS, data_file
 
 logger = logging.getLogger(__name__)
+
+_DCP_VERSION = getattr(_filesystem, "CURRENT_DCP_VERSION", "1.0.0")
+"""A torch that has no name for it does not ask for it either."""
 
 _PLACEHOLDER = "\x01uid-goes-here\x02\x03"
 assert len(_PLACEHOLDER) == UID_DIGITS
@@ -75,7 +79,7 @@ def metadata_template(
     items = _Items(constants, [_chunk_heads(constants, group.entry) for group in groups], file_number)
     known = ("state_dict_metadata", "planner_data", "storage_data")
     keys = {key: constants(key) for key in known}
-    others = dict(vars(Metadata({})), storage_meta=None, version=CURRENT_DCP_VERSION)
+    others = dict(vars(Metadata({})), storage_meta=None, version=_DCP_VERSION)
     rest = [constants(key) + constants(value) for key, value in others.items() if key not in known]
     whole = constants(Metadata) + _NEW
     strings = _Strings(constants.num_remembered)
@@ -100,7 +104,7 @@ _BUILT = pickle.SETITEMS + pickle.BUILD
 
 
 _FIELDS = 5
-"""Of the state of TensorProperties: what stock before torch 2.15 reads, and every later one."""
+"""How many fields of the state of TensorProperties stock before torch 2.15 reads, and every later one."""
 _UNREAD = 6
 """The sixth is the strides: no stock reads them back, and ours are in the manifest (docs/adr/0014)."""
 
@@ -143,11 +147,11 @@ class _Constants:
 
     def __call__(self, value: object) -> bytes:
         """``value`` must outlive this object: it is known by its id."""
-        found = self._known.get(id(value))
-        if found is None:
+        reference = self._known.get(id(value))
+        if reference is None:
             self._head.append(self._encoded(value) + pickle.POP)
-            found = self._known[id(value)] = self._encoded(value)
-        return found
+            reference = self._known[id(value)] = self._encoded(value)
+        return reference
 
     @property
     def num_remembered(self) -> int:
@@ -195,8 +199,8 @@ class _Numbers(dict[Any, bytes]):
     """The opcodes that push a number or None."""
 
     def __missing__(self, value: int | None) -> bytes:
-        found = self[value] = pickle.dumps(value, _PROTOCOL)[2:-1]
-        return found
+        opcodes = self[value] = pickle.dumps(value, _PROTOCOL)[2:-1]
+        return opcodes
 
 
 def _entry(constants: _Constants, entry: STORAGE_TYPES) -> bytes:

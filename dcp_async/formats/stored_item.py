@@ -16,16 +16,20 @@ from operator import itemgetter
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..trust import Trust, check_globals, is_zip, load_item
 from .zip_item import CENTRAL, END, END64, LIMIT32, LOCAL, LOCATOR64
 
+try:  # private, and only asked for by items that an extension wrote
+    from torch.distributed.checkpoint import _extension
+except ImportError:
+    _extension = None  # type: ignore[assignment]
+
 _HEAD_BYTES = 1024
 """Holds the pickle of any plain tensor, which is about 200 bytes long and starts at byte 64."""
 _PACKED_HEAD_BYTES = 192 << 10
-"""The same where a compressor gives out nothing before its first block is whole; zstd's hold 128 KiB."""
+"""As many for a compressor that gives out nothing before its first block is whole; zstd's hold 128 KiB."""
 _INFLATE_BYTES = 1 << 20
 _FRAME_BYTES = 1 << 20
 """What an item may hold beside a tensor's elements: stock needs about 1.5 KB."""
@@ -49,7 +53,7 @@ class StoredItem:
     offset: int
     length: int
     descriptors: Sequence[str]
-    """Of torch's stream extensions that wrote it, the last one applied first."""
+    """Torch's stream extensions that wrote it, the last one applied first."""
     max_bytes: int
     """How long it may be when it is inflated."""
     has_digests: bool
@@ -92,9 +96,9 @@ class StoredItem:
     def check_readable(self) -> None:
         """Raises UnsupportedError if an extension that wrote it is not there."""
         for descriptor in self.descriptors:
-            registry = ExtensionRegistry()
+            registry = _extension.ExtensionRegistry() if _extension is not None else None
             name = descriptor.partition("/")[0]
-            if name not in registry.extensions:
+            if registry is None or name not in registry.extensions:
                 raise UnsupportedError(
                     f"{self.name} was written by the extension {descriptor!r}, which torch does not have; "
                     "load it with stock torch and that extension, and save it again without"
@@ -111,8 +115,8 @@ class StoredItem:
     def _inflated(self, raw: bytes | bytearray, limit: int, *, cut: bool) -> bytes:
         """What the extensions make of ``raw``; with ``cut`` its first bytes do, up to ``limit``."""
         stream: IO[bytes] = io.BytesIO(raw)
-        for extension in ExtensionRegistry().from_descriptor_list(self.descriptors):
-            if isinstance(extension, StreamTransformExtension):
+        for extension in _extension.ExtensionRegistry().from_descriptor_list(self.descriptors):
+            if isinstance(extension, _extension.StreamTransformExtension):
                 stream = extension.transform_from(stream)
         inflated = bytearray()
         try:

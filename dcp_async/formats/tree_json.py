@@ -45,7 +45,8 @@ def _key_to_json(key: Any) -> JSON:
 
 
 MAX_TREE_DEPTH = 300
-"""Of containers in each other: what every walk over a tree manages within CPython's recursion limit."""
+"""How deep containers may lie in each other: every recursion over a tree manages that within CPython's
+limit."""
 
 
 def tree_from_json(node: JSON) -> Tree:

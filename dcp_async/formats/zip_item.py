@@ -42,18 +42,18 @@ _STORAGE_CLASS = {
     torch.complex64: "ComplexFloatStorage",
     torch.complex128: "ComplexDoubleStorage",
 }
-_UNTYPED = frozenset(
-    {
-        torch.uint16,
-        torch.uint32,
-        torch.uint64,
-        torch.float8_e4m3fn,
-        torch.float8_e4m3fnuz,
-        torch.float8_e5m2,
-        torch.float8_e5m2fnuz,
-        torch.float8_e8m0fnu,
-    }
+_UNTYPED_NAMES = (
+    "uint16",
+    "uint32",
+    "uint64",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
 )
+# by name: an older torch lacks the youngest of them
+_UNTYPED = frozenset(getattr(torch, name) for name in _UNTYPED_NAMES if hasattr(torch, name))
 PLAIN_DTYPES = frozenset(_STORAGE_CLASS) | _UNTYPED
 """dtypes whose items are made by hand; tensors of any other go through ``torch.save``."""
 

@@ -16,7 +16,7 @@ from .._foreign import ENDINGS, user_code, words
 from ..formats import text_of
 from .containers import ATOMS, CaptureError, Kind, kind_of_value
 from .depth import MAX_DEPTH
-from .stateful import AppState, PerRank, RNGState
+from .stateful import AppState, PerRank, RNGState, snapshot_of_ours
 
 Given = dict[tuple[str, int], tuple[Any, Any]]
 """(name, id of a Stateful) -> (it, what it gave) of those that were asked before the state is flattened, in
@@ -29,9 +29,11 @@ UNASKED: Any = object()
 def snapshot(name: str, stateful: Any) -> Any:
     """What the ``state_dict()`` of ``stateful``, which lies at ``name``, gives. Raises CaptureError."""
     try:
-        is_ours = isinstance(stateful, (AppState, RNGState))
         with user_code("state_dict", stateful, name):
-            inner = stateful._snapshot() if is_ours else stateful.state_dict()
+            if isinstance(stateful, (AppState, RNGState)):
+                inner = snapshot_of_ours(stateful)
+            else:
+                inner = stateful.state_dict()
     except ENDINGS:
         raise
     except BaseException as error:  # the trainer's own code, which may raise anything

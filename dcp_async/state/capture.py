@@ -35,7 +35,7 @@ class Structure:
     order: list[str]
     """Every leaf's name in the order of the state, which is the order of its mappings' keys."""
     tensor_names: list[str]
-    """Of the tensors that are stored."""
+    """The stored tensors' names."""
     dtypes: list[torch.dtype]
     shapes: list[torch.Size]
     strides: list[tuple[int, ...] | None]
@@ -91,10 +91,10 @@ class Captured:
     def flat(self) -> dict[str, Any]:
         """Name -> leaf, as DCP's planner takes it."""
         structure = self.structure
-        found = dict(zip(structure.tensor_names, self.tensors, strict=True))
-        found |= {name: self.tensors[index] for name, index in structure.ties}
+        leaves = dict(zip(structure.tensor_names, self.tensors, strict=True))
+        leaves |= {name: self.tensors[index] for name, index in structure.ties}
         pieces = structure.pieces  # the tensors that they are of are there
-        return found | {name: value for name, value in self.live.items() if name not in pieces}
+        return leaves | {name: value for name, value in self.live.items() if name not in pieces}
 
     def share(self, tensors: Sequence[int], leaves: Sequence[int]) -> Captured:
         """What one rank writes, both ascending; itself if that is everything."""

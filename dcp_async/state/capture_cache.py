@@ -147,7 +147,7 @@ class _Recording:
     leaves: Callable[[list[Any]], list[Any]]
     guards: list[tuple[int, int, TensorGuards]]
     pointers: tuple[list[int], list[int]]
-    """Of all tensors, and of those that are stored; one value, since several threads may save."""
+    """Addresses of all tensors, and of those that are stored; one value, since several threads may save."""
     is_raw: bool
 
     def match(self, state: object, given: Given) -> CacheHit | None:

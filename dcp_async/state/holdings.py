@@ -22,7 +22,7 @@ from .sharding import is_sharded
 from .stateful import is_stateful
 
 _MAX_ENTRIES = 1000
-"""Of a container: what is longer is data."""
+"""How much of a container is looked at: what is longer is data."""
 _FIXED = ("torch.nn.", "torch.distributed.")
 """Where ``_load_from_state_dict`` and hooks come from that rename and convert, but never resize."""
 
@@ -57,7 +57,7 @@ def holds_memory_for(thing: object, saved: Mapping[str, tuple[torch.Size, torch.
     ``saved`` one, or a distributed tensor; or a module with a tensor of one's name, whose shape must fit.
     Distributed ones are found one object further in as well."""
     wanted = set(saved.values())
-    tails = {name[at + 1 :] for name in saved for at, letter in enumerate(name) if letter == "."}
+    tails = {name[dot + 1 :] for name in saved for dot, letter in enumerate(name) if letter == "."}
     for value in _held(thing):
         for tensor in _tensors_in(value):
             if _is_distributed(tensor):
@@ -111,25 +111,25 @@ def _is_distributed(tensor: torch.Tensor) -> bool:
 
 def memory_of_modules(thing: object) -> set[int]:
     """Addresses of the parameters and buffers of the modules that ``thing`` holds."""
-    found: set[int] = set()
+    addresses: set[int] = set()
     for value in _held(thing):
         if isinstance(value, torch.nn.Module):
             for tensor in (*value.parameters(), *value.buffers()):
                 if type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-                    found.add(tensor.data_ptr())
-    found.discard(0)
-    return found
+                    addresses.add(tensor.data_ptr())
+    addresses.discard(0)
+    return addresses
 
 
 def resizable_owners(module: torch.nn.Module) -> set[str]:
     """Names of the submodules that load in a way of their own, and so may take a tensor of another shape, or
     one that they lack: those whose class overrides ``_load_from_state_dict`` or that have a pre-hook for it.
     What torch has of these for wrappers and older checkpoints resizes nothing; lazy modules do."""
-    found: set[str] = set()
+    owners: set[str] = set()
     for name, owner in module.named_modules():
         if _loads_by_itself(owner):
-            found |= {name, canonical(module, name)}
-    return found
+            owners |= {name, canonical(module, name)}
+    return owners
 
 
 def _loads_by_itself(owner: torch.nn.Module) -> bool:

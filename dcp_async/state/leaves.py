@@ -83,8 +83,8 @@ class LeafRules:
             raise _value_error(name, value, error) from error
 
     def check_key(self, below: str, key: object, raw: bytes) -> None:
-        """The same for a mapping's key, whose pickle is ``raw``. One that extends text or a number comes back
-        as that, so it is never refused."""
+        """Raises CaptureError for a mapping's key, of that pickle, that a load would refuse. One that extends
+        text or a number comes back as that, so it is never refused."""
         if self._trust.unsafe or raw in self._keys or plain_key(key) is not None:
             return
         try:
@@ -130,24 +130,24 @@ def _remember(known: set[T], new: T) -> None:
 
 def _globals_of(pickled: bytes) -> list[tuple[str, str]]:
     """(module, name) of what a pickle of protocol 2 names, by today's names, each once."""
-    found: dict[tuple[str, str], None] = {}
+    names: dict[tuple[str, str], None] = {}
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name == "GLOBAL":
             module, _, name = str(argument).partition(" ")
             module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
-            found[_compat_pickle.IMPORT_MAPPING.get(module, module), name] = None
-    return list(found)
+            names[_compat_pickle.IMPORT_MAPPING.get(module, module), name] = None
+    return list(names)
 
 
 @cache
 def _values() -> frozenset[type]:
     """Classes of values that every load admits, whatever they hold."""
-    found: set[type] = {*_SCALARS, complex, torch.Size, torch.dtype, torch.device}
+    classes: set[type] = {*_SCALARS, complex, torch.Size, torch.dtype, torch.device}
     if "numpy" in sys.modules:
         numpy = sys.modules["numpy"]
-        found.update(kind for kind in numpy.sctypeDict.values() if issubclass(kind, numpy.number))
-        found.update((numpy.bool_, numpy.str_))
-    return frozenset(found)
+        classes.update(kind for kind in numpy.sctypeDict.values() if issubclass(kind, numpy.number))
+        classes.update((numpy.bool_, numpy.str_))
+    return frozenset(classes)
 
 
 def _is_admitted(value: Any) -> bool:

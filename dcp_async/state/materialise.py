@@ -45,9 +45,9 @@ def materialise(module: torch.nn.Module, fresh: Mapping[str, torch.Tensor]) -> N
                 if tensor is None or not tensor.is_meta:
                     continue
                 full = f"{path}.{name}" if path else name
-                found = fresh.get(full, fresh.get(canonical(module, full)))
-                if found is not None and found.shape == tensor.shape:
-                    _replace(module, tensor, found)
+                read = fresh.get(full, fresh.get(canonical(module, full)))
+                if read is not None and read.shape == tensor.shape:
+                    _replace(module, tensor, read)
                 elif name in owner._non_persistent_buffers_set:
                     left.append(full)
     if left and fresh:

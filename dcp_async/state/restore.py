@@ -19,7 +19,7 @@ from .._foreign import user_code
 from ..formats import text_of
 from .asking import UNASKED
 from .materialise import below, materialise
-from .optimizers import load_optimizer
+from .optimizers import load_optimizer, restore_app
 from .stateful import AppState, PerRank, RNGState
 from .targets import Targets
 
@@ -150,7 +150,7 @@ class Restorer:
         saved = self._merged(name, inner)
         with user_code("load_state_dict", stateful, name):
             if isinstance(stateful, AppState):
-                stateful._restore(saved, strict=self._strict, exact=self._exact)
+                restore_app(stateful, saved, strict=self._strict, exact=self._exact)
             elif isinstance(stateful, torch.optim.Optimizer):
                 load_optimizer(stateful, saved, exact=self._exact)
             else:
@@ -215,5 +215,7 @@ def _left_meta(name: str, value: Any, read: Container[str]) -> list[str]:
             left for key, entry in value.items() for left in _left_meta(f"{name}.{text_of(key)}", entry, read)
         ]
     if isinstance(value, list):
-        return [left for at, entry in enumerate(value) for left in _left_meta(f"{name}.{at}", entry, read)]
+        return [
+            left for index, entry in enumerate(value) for left in _left_meta(f"{name}.{index}", entry, read)
+        ]
     return [name] if isinstance(value, torch.Tensor) and name in read and value.is_meta else []

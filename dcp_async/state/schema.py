@@ -58,8 +58,8 @@ class Schema:
         mappings and of their keys, and older releases do not say what was an object. Where nothing was saved
         it says whether anything is missing.
         """
-        found, node = locate(self._structure, name)
-        if not found:
+        was_saved, node = locate(self._structure, name)
+        if not was_saved:
             return not self._is_of_other_ranks(name)
         if self._contents.manifest is None:
             if _has_doubtful_key(node) or holds_what_stock_changes(stateful):

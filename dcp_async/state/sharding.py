@@ -26,9 +26,9 @@ class Shard:
     """Where a local tensor lies in a global one."""
 
     size: Offsets
-    """Of the global tensor."""
+    """The global tensor's."""
     offsets: Offsets
-    """Of the local tensor's first element."""
+    """Where the local tensor's first element lies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Piece:
     """A local tensor that is stored as an item of its own, not as bytes: a subclass around other tensors."""
 
     name: str
-    """Of the distributed tensor."""
+    """The distributed tensor's."""
     shard: Shard
 
     @property
@@ -127,8 +127,8 @@ def _dtensor_pieces(size: Offsets, tensor: DTensor, cache: LayoutCache) -> list[
                 raise PartialError(
                     f"its placement {placement!r} leaves a sum to be done; redistribute() it first"
                 )
-        _, found = compute_local_shape_and_global_offset(size, mesh, placements)
-        offsets = cache[key] = tuple(found)
+        _, first = compute_local_shape_and_global_offset(size, mesh, placements)
+        offsets = cache[key] = tuple(first)
     if mesh.get_coordinate() is None:
         return []  # this rank is outside of the tensor's mesh
     return [(Shard(size, offsets), tensor._local_tensor)]

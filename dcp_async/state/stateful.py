@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .optimizers import AppState
+from .optimizers import AppState, snapshot_of_app
 
-__all__ = ["AppState", "PerRank", "RNGState", "is_stateful"]
+__all__ = ["AppState", "PerRank", "RNGState", "is_stateful", "snapshot_of_ours"]
 
 
 def is_stateful(value: object) -> bool:
@@ -88,3 +88,8 @@ class RNGState:
         if "accelerator" in state and torch.accelerator.is_available():
             device = torch.accelerator.current_device_index()
             torch.get_device_module().set_rng_state(state["accelerator"].cpu(), device)
+
+
+def snapshot_of_ours(stateful: AppState | RNGState) -> Any:
+    """What the engine saves of a Stateful that we offer, or of a subclass, which may give anything."""
+    return stateful._snapshot() if isinstance(stateful, RNGState) else snapshot_of_app(stateful)

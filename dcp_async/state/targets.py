@@ -99,7 +99,7 @@ class Targets:
     tensors: dict[str, torch.Tensor]
     """Name -> tensor to fill in place: plain, exotic, or distributed."""
     local: dict[str, list[Region]]
-    """Of the distributed ones, what lies here."""
+    """What lies here of the distributed ones."""
     leaves: set[str]
     """Names of other leaves: replaced."""
     statefuls: dict[str, tuple[Any, Any]]
@@ -281,14 +281,14 @@ def _strict_below(flat: FlatState, prefix: str, stateful: Any) -> set[str]:
     """Names of parameters, buffers and distributed tensors in what a Stateful gave: it shows those of a
     model."""
     inside = f"{prefix}."
-    found = {name for name in flat.distributed if name.startswith(inside)}
+    strict = {name for name in flat.distributed if name.startswith(inside)}
     if memory := memory_of_modules(stateful):
-        found |= {
+        strict |= {
             name
             for name, tensor in zip(flat.tensor_names, flat.tensors, strict=True)
             if name.startswith(inside) and tensor.data_ptr() in memory
         }
-    return found
+    return strict
 
 
 def _entries(flat: FlatState) -> dict[str, torch.Tensor]:

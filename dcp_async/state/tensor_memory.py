@@ -28,7 +28,8 @@ def has_memory(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def is_in_bounds(tensors: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> bool:
-    """The same without a trace: torch checks the bounds of each view that it makes, at a microsecond each."""
+    """Whether no tensor ends behind its memory, with no call per tensor that traces: torch checks the bounds
+    of each view that it makes, at a microsecond each."""
     strides = map(torch.Tensor.stride, tensors)
     offsets = map(torch.Tensor.storage_offset, tensors)
     try:
@@ -45,15 +46,15 @@ class SpotCheck:
 
     def __init__(self, nbytes: Sequence[int]) -> None:
         """``nbytes``: of each tensor."""
-        self._large = [at for at, size in enumerate(nbytes) if size >= _LARGE]
-        self._others = [at for at, size in enumerate(nbytes) if size < _LARGE]
+        self._large = [index for index, size in enumerate(nbytes) if size >= _LARGE]
+        self._others = [index for index, size in enumerate(nbytes) if size < _LARGE]
         self._turn = 0
 
     def is_in_bounds(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether those that are looked at this time end within their memory."""
         start = self._turn if self._turn < len(self._others) else 0
         self._turn = stop = start + _AT_A_TIME
-        chosen = [tensors[at] for at in (*self._large, *self._others[start:stop])]
+        chosen = [tensors[index] for index in (*self._large, *self._others[start:stop])]
         return is_in_bounds(chosen, [tensor.shape for tensor in chosen])
 
 

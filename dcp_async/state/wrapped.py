@@ -46,7 +46,7 @@ def part_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return part
 
 
-def pairs(target: torch.Tensor, at: Box, value: torch.Tensor, part: Box) -> list[Pair]:
+def pairs(target: torch.Tensor, box: Box, value: torch.Tensor, part: Box) -> list[Pair]:
     """What to copy so that ``at`` of ``target`` is what ``part`` of ``value`` is.
 
     Raises: ValueError for another class, or one that can't be cut so; and where they were made with other
@@ -56,7 +56,7 @@ def pairs(target: torch.Tensor, at: Box, value: torch.Tensor, part: Box) -> list
         raise ValueError(
             f"a {type(target).__name__} in the state, a {type(value).__name__} in the checkpoint"
         )
-    place, source = part_of(target, at), part_of(value, part)
+    place, source = part_of(target, box), part_of(value, part)
     whole = place is target and source is value
     mine, settings = _parts(place)
     others, other_settings = _parts(source)
@@ -64,20 +64,20 @@ def pairs(target: torch.Tensor, at: Box, value: torch.Tensor, part: Box) -> list
     if mine.keys() != others.keys() or (whole and not _equal(settings, other_settings)):
         raise ValueError(f"a {type(target).__name__} with {settings} in the state, {other_settings} there")
     owned = _parts(target)[0]
-    found: list[Pair] = []
+    copies: list[Pair] = []
     for name, inner in mine.items():
         other = others[name]
         if is_wrapper(inner) and is_wrapper(other):
             everything = box_at((0,) * inner.dim(), inner.shape)
-            found += pairs(inner, everything, other, everything)
+            copies += pairs(inner, everything, other, everything)
         elif inner.shape != other.shape or inner.dtype != other.dtype:
-            here, there = f"{tuple(inner.shape)} {inner.dtype}", f"{tuple(other.shape)} {other.dtype}"
-            raise ValueError(f"its {name} is {here} in the state, {there} in the checkpoint")
+            live, saved = f"{tuple(inner.shape)} {inner.dtype}", f"{tuple(other.shape)} {other.dtype}"
+            raise ValueError(f"its {name} is {live} in the state, {saved} in the checkpoint")
         elif _is_view(inner, owned[name]):
-            found.append((inner, other))
+            copies.append((inner, other))
         elif not _same_bytes(inner, other):  # a table that all parts share, or a copy that nobody would see
             raise ValueError(f"its {name} is another in the checkpoint, which a part of it can't take over")
-    return found
+    return copies
 
 
 def _equal(left: Any, right: Any) -> bool:
@@ -88,10 +88,10 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Of any dtype: torch compares no float8."""
+    """Whether they are equal, of any dtype: torch compares no float8."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    one, other = (each.reshape(-1).contiguous().view(torch.uint8) for each in (left, right))
+    one, other = (tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (left, right))
     return torch.equal(one, other)
 
 
@@ -126,18 +126,18 @@ def _choices(
     name: str, parts: Sequence[torch.Tensor], inner: Sequence[Mapping[str, torch.Tensor]]
 ) -> list[torch.Tensor]:
     """Side by side, if its length goes with that of its part; or one for all, if they are equal."""
-    mine = [each[name] for each in inner]
+    mine = [tensor[name] for tensor in inner]
     first = mine[0]
-    found = []
+    choices = []
     if first.dim() and all(
-        each.shape[1:] == first.shape[1:]
-        and each.shape[0] * parts[0].shape[0] == first.shape[0] * part.shape[0]
-        for each, part in zip(mine, parts, strict=True)
+        tensor.shape[1:] == first.shape[1:]
+        and tensor.shape[0] * parts[0].shape[0] == first.shape[0] * part.shape[0]
+        for tensor, part in zip(mine, parts, strict=True)
     ):
-        found.append(torch.cat(list(mine)))
-    if all(each.shape == first.shape and _same_bytes(each, first) for each in mine):
-        found.append(first)
-    return found
+        choices.append(torch.cat(list(mine)))
+    if all(tensor.shape == first.shape and _same_bytes(tensor, first) for tensor in mine):
+        choices.append(first)
+    return choices
 
 
 def _made(like: Any, inner: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:

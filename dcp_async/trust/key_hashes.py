@@ -37,6 +37,6 @@ def count_hashes(keys: Iterable[object], counts: Counter[int]) -> None:
 
 def check_hashes(keys: Iterable[object]) -> None:
     """Raises ValueError if too many of ``keys`` hash alike."""
-    found = risky(keys)
-    if len(found) > MAX_ALIKE:
-        count_hashes(found, Counter())
+    unseeded = risky(keys)
+    if len(unseeded) > MAX_ALIKE:
+        count_hashes(unseeded, Counter())

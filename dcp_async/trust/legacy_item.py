@@ -34,10 +34,10 @@ def is_legacy(head: bytes | bytearray) -> bool:
 def outlines(raw: bytes) -> list[Outline]:
     """What the pickles up to the one of the storages' keys name, the object's the last but one. Raises
     ValueError."""
-    found: list[Outline] = []
+    pickles: list[Outline] = []
     for _ in range(_HEADERS + 2):
-        found.append(run(Walk(raw, found[-1].end if found else 0, seeded_keys=False)))
-    return found
+        pickles.append(run(Walk(raw, pickles[-1].end if pickles else 0, seeded_keys=False)))
+    return pickles
 
 
 def load_legacy(raw: bytes, unpickler: Callable[[Any], Any]) -> Any:
@@ -60,7 +60,7 @@ def load_legacy(raw: bytes, unpickler: Callable[[Any], Any]) -> Any:
 
 
 class _Plain(pickle.Unpickler):
-    """Of the numbers and texts around the object."""
+    """Reads the numbers and texts around the object."""
 
     def __init__(self, raw: bytes) -> None:
         super().__init__(io.BytesIO(raw), encoding="latin-1")
@@ -113,8 +113,8 @@ class _Storages(pickle._Unpickler):
         return storage_type(name) or _Anything
 
     def persistent_load(self, pid: Any, /) -> Any:
-        found = _StorageId.of(pid)
-        if self.found.setdefault(found.key, found) != found:
+        storage = _StorageId.of(pid)
+        if self.found.setdefault(storage.key, storage) != storage:
             raise ValueError("it refers to one storage in two ways")
         return _Anything()
 
@@ -130,19 +130,19 @@ def storage_type(name: str) -> Any:
         return None
 
 
-def _filled(raw: bytes, at: int, keys: object, wanted: dict[str, _StorageId]) -> dict[str, Any]:
+def _filled(raw: bytes, position: int, keys: object, wanted: dict[str, _StorageId]) -> dict[str, Any]:
     if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(wanted):
         raise ValueError("it does not hold the storages that it refers to")
     made: dict[str, Any] = {}
     for key in keys:
         facts = wanted[key]
-        numel = int.from_bytes(raw[at : at + _COUNT_BYTES], "little", signed=True)
-        at += _COUNT_BYTES
+        numel = int.from_bytes(raw[position : position + _COUNT_BYTES], "little", signed=True)
+        position += _COUNT_BYTES
         nbytes = numel * facts.dtype.itemsize
-        if numel != facts.numel or at + nbytes > len(raw):
+        if numel != facts.numel or position + nbytes > len(raw):
             raise ValueError("it is shorter than its storages")
-        made[key] = _typed(raw[at : at + nbytes], facts.dtype)
-        at += nbytes
+        made[key] = _typed(raw[position : position + nbytes], facts.dtype)
+        position += nbytes
     return made
 
 

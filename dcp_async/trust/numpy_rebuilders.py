@@ -67,7 +67,7 @@ def _made_dtype(cls: Any, *args: Any) -> Any:
 
 _OBJECT_FLAGS = 63
 _POINTER_FLAGS = 0x01 | 0x02 | 0x04 | 0x20 | 0x40
-"""Of a dtype: what says that items hold references. An object dtype without them would take bytes for
+"""Flags of a dtype that say that items hold references. An object dtype without them would take bytes for
 pointers."""
 
 
@@ -128,7 +128,7 @@ def _is_dtype_state(target: Any, state: Any) -> bool:
 
 
 def _is_unit(target: Any, more: tuple[Any, ...]) -> bool:
-    """Of times: (metadata, (unit, how many, of how many, event)), which numpy divides by."""
+    """What a dtype of times has: (metadata, (unit, how many, of how many, event)), which numpy divides by."""
     if target.kind not in "mM":
         return not more or more[0] is None or isinstance(more[0], dict)
     if not more or not isinstance(more[0], tuple) or len(more[0]) != 2:

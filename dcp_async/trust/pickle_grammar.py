@@ -15,7 +15,7 @@ from typing import Any
 from .pickle_walk import ATOM, Made, Outline, Walk
 
 _MAX_DIGITS = 4300
-"""Of an integer in text, CPython's own limit: reading more of them takes quadratic time."""
+"""How long an integer in text may be, as CPython has it: reading more of them takes quadratic time."""
 _RUN = re.compile(rb"(?s:K.|M..|J....|G.{8}|[N\x88\x89])++")
 _ONE = re.compile(rb"(?s:K.|M..|J....|G.{8}|[N\x88\x89])()")
 Entries = Callable[["Walk"], None]
@@ -385,16 +385,16 @@ def run(walk: Walk, entries: Entries | None = None) -> Outline:
     return walk.outline
 
 
-def check_pickle(raw: bytes | bytearray, at: int = 0) -> Outline:
+def check_pickle(raw: bytes | bytearray, start: int = 0) -> Outline:
     """What the pickle that begins at ``at`` names, and where it ends.
 
     Whoever unpickles it must look after keys that hash alike, as ``trust.py`` does.
 
     Raises: ValueError if what it would build is out of proportion, or if it is damaged.
     """
-    return run(Walk(raw, at, seeded_keys=True))
+    return run(Walk(raw, start, seeded_keys=True))
 
 
 def check_plain_pickle(raw: bytes) -> None:
-    """The same for whoever does not look after keys. Raises ValueError."""
+    """Check a pickle for whoever does not look after keys. Raises ValueError."""
     run(Walk(raw, 0, seeded_keys=False))

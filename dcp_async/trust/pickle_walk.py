@@ -42,7 +42,7 @@ class Made:
         """Steps of hashing it."""
         self.depth = depth
         self.name = name
-        """Of a global; of an object, that of what was called to make it."""
+        """A global's own; an object has that of what was called to make it."""
         self.own = False
         """Still where it was made, so that it may be changed."""
 
@@ -64,13 +64,13 @@ class Outline:
 class Walk:
     """The abstract unpickler: its stack, its memory, and where it is."""
 
-    def __init__(self, raw: bytes | bytearray, at: int, *, seeded_keys: bool) -> None:
+    def __init__(self, raw: bytes | bytearray, start: int, *, seeded_keys: bool) -> None:
         """
         Args:
             seeded_keys: whether whoever unpickles looks after colliding keys itself.
         """
         self.raw = bytes(raw) if isinstance(raw, bytearray) else raw
-        self.at = at
+        self.at = start
         self.limit = len(raw)
         """Where the frame ends in which the walk is: C's unpickler goes astray where an opcode reaches past
         it."""
@@ -86,7 +86,7 @@ class Walk:
         self.texts: set[bytes] = set()
         """The opcodes that fetch text which such entries stored."""
         self.outline = Outline()
-        nbytes = len(raw) - at
+        nbytes = len(raw) - start
         self._most_stored = nbytes // 2 + 1
         self._max_weight = 1000 * nbytes + (1 << 20)
         self._hash_left = 256 * nbytes + (1 << 20)
@@ -141,9 +141,9 @@ class Walk:
     def pop_to_mark(self) -> list[Any]:
         if not self.marks:
             raise ValueError("the pickle ends a list that never began")
-        at = self.marks.pop()
-        items = self.stack[at:]
-        del self.stack[at:]
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
         return items
 
     def push_new(self, made: Made) -> None:
@@ -248,9 +248,9 @@ class Walk:
         self.push_new(made)
 
     def push_global(self, module: bytes, name: bytes) -> None:
-        found = (module.decode("utf-8", "surrogatepass"), name.decode("utf-8", "surrogatepass"))
-        self.outline.names.append(found)
-        self.stack.append(Made("global", name=found))
+        full_name = (module.decode("utf-8", "surrogatepass"), name.decode("utf-8", "surrogatepass"))
+        self.outline.names.append(full_name)
+        self.stack.append(Made("global", name=full_name))
 
     def push_text(self, nbytes: int) -> None:
         if nbytes < _SHORT:

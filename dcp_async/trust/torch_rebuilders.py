@@ -44,7 +44,7 @@ class UntrustedGlobal(pickle.UnpicklingError):
 
 
 _MAX_BITS = 1 << 16
-"""Of integers that are divided, in quadratic time, by what is called with them."""
+"""How large integers may be that are divided, in quadratic time, by what is called with them."""
 _Tests = dict[Any, Callable[..., bool]]
 
 
@@ -54,7 +54,7 @@ def _listed(*args: Any) -> bool:
 
 
 def _hashed(*args: Any) -> bool:
-    """The same of what is hashed, as its keys or as pairs."""
+    """Whether what is hashed, as its keys or as pairs, is written out and harmless."""
     if not _listed(*args):
         return False
     items = args[0] if args else ()
@@ -152,7 +152,7 @@ def _refused(what: str) -> UntrustedGlobal:
 
 
 def _ints(values: Any, what: str) -> tuple[int, ...]:
-    """Of a shape or strides."""
+    """``values`` as a shape or strides. Raises UntrustedGlobal for what is neither."""
     if not isinstance(values, (tuple, list)) or not all(
         type(value) is int and value >= 0 for value in values
     ):
@@ -234,11 +234,14 @@ def _rebuild_qtensor(
         kinds = (list, torch.Tensor)
         if type(axis) is not int or not 0 <= axis < len(size):
             raise _refused("an unusual axis")
-        for each in (scales, zero_points):
+        for tensor in (scales, zero_points):
             if (
-                not isinstance(each, kinds)
-                or len(each) != size[axis]
-                or (isinstance(each, torch.Tensor) and (each.dim() != 1 or each.layout is not torch.strided))
+                not isinstance(tensor, kinds)
+                or len(tensor) != size[axis]
+                or (
+                    isinstance(tensor, torch.Tensor)
+                    and (tensor.dim() != 1 or tensor.layout is not torch.strided)
+                )
             ):
                 raise _refused("unusual quantizer parameters")
     return _utils._rebuild_qtensor(storage, offset, size, stride, params, requires_grad, hooks)
@@ -259,11 +262,11 @@ def _rebuild_sparse_tensor(layout: Any, data: Any) -> torch.Tensor:
 
 
 def _rebuild_nested_tensor(buffer: Any, sizes: Any, strides: Any, offsets: Any) -> torch.Tensor:
-    for each, dims in ((buffer, 1), (sizes, 2), (strides, 2), (offsets, 1)):
-        if type(each) is not torch.Tensor or each.dim() != dims or not each.is_contiguous():
+    for part, dims in ((buffer, 1), (sizes, 2), (strides, 2), (offsets, 1)):
+        if type(part) is not torch.Tensor or part.dim() != dims or not part.is_contiguous():
             raise _refused("unusual parts")
-    for each in (sizes, strides, offsets):
-        if each.dtype is not torch.int64:
+    for part in (sizes, strides, offsets):
+        if part.dtype is not torch.int64:
             raise _refused("unusual parts")
     if not sizes.shape == strides.shape or len(offsets) != len(sizes):
         raise _refused("unusual parts")
@@ -273,19 +276,20 @@ def _rebuild_nested_tensor(buffer: Any, sizes: Any, strides: Any, offsets: Any) 
 
 
 def _rebuild_njt(options: Any) -> Any:
-    """Of layout torch.jagged. What it has cached of its lengths is found again when it is needed."""
+    """A nested tensor of layout torch.jagged. What it has cached of its lengths is found again when it is
+    needed."""
     values, offsets, lengths = (options.get(part) for part in ("values", "offsets", "lengths"))
     ragged, needs_grad = options.get("_ragged_idx", 1), options.get("requires_grad", False)
     if type(values) is not torch.Tensor or values.dim() < 1 or type(ragged) is not int:
         raise _refused("unusual parts")
     if not 1 <= ragged <= values.dim() or type(needs_grad) is not bool:
         raise _refused("unusual parts")
-    for each in (offsets, lengths):
-        if each is not None and (
-            type(each) is not torch.Tensor
-            or each.dim() != 1
-            or each.dtype not in (torch.int64, torch.int32)
-            or each.layout is not torch.strided
+    for part in (offsets, lengths):
+        if part is not None and (
+            type(part) is not torch.Tensor
+            or part.dim() != 1
+            or part.dtype not in (torch.int64, torch.int32)
+            or part.layout is not torch.strided
         ):
             raise _refused("unusual parts")
     if offsets is None or not len(offsets) or (lengths is not None and len(lengths) != len(offsets) - 1):
@@ -293,7 +297,7 @@ def _rebuild_njt(options: Any) -> Any:
     starts = offsets.tolist()
     pairs = [(0, starts[0]), *itertools.pairwise(starts)]
     if lengths is not None:
-        pairs += [(at, at + length) for at, length in zip(starts, lengths.tolist(), strict=False)]
+        pairs += [(start, start + length) for start, length in zip(starts, lengths.tolist(), strict=False)]
     if not all(0 <= start <= end <= values.shape[ragged - 1] for start, end in pairs):
         raise _refused("offsets outside of its values")
     module = importlib.import_module("torch.nested._internal.nested_tensor")

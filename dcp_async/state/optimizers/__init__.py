@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .app_state import AppState, check_before_touch
+from .app_state import AppState, check_before_touch, restore_app, snapshot_of_app
 from .optimizer_load import load_optimizer
 from .optimizer_state import parameter_sizes
 from .stepping import stepped_by
@@ -12,5 +12,7 @@ __all__ = [
     "check_before_touch",
     "load_optimizer",
     "parameter_sizes",
+    "restore_app",
+    "snapshot_of_app",
     "stepped_by",
 ]

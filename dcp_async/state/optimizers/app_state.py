@@ -98,7 +98,6 @@ class AppState:
         return {"model": model, "optim": self._optimizer_state()} if self.optimizers else {"model": model}
 
     def _snapshot(self) -> dict[str, Any]:
-        """``state_dict()`` for the engine, also that of a subclass: nothing of the run changes."""
         self._as_it_is = True
         try:
             return self.state_dict()
@@ -111,18 +110,18 @@ class AppState:
         if self._is_flat or options.broadcast_from_rank0:
             return get_model_state_dict(self.model, options=options)
         given = self.model.state_dict()
-        found: dict[str, Any] = given
+        state: dict[str, Any] = given
         if is_wrapped(self.model):
             names = canonical_names(self.model, given)
             metadata = getattr(given, "_metadata", None)
-            found = type(given)((name, given[known]) for name, known in names.items())
+            state = type(given)((name, given[known]) for name, known in names.items())
             if metadata is not None:
-                found._metadata = metadata  # type: ignore[attr-defined]  # as Module.state_dict() leaves it there
+                state._metadata = metadata  # type: ignore[attr-defined]  # as Module.state_dict() leaves it there
         if options.ignore_frozen_params:
             for parameter, (first, *_) in parameter_names(self.model).items():
                 if not parameter.requires_grad:
-                    found.pop(first, None)
-        return _maybe_full_or_cpu_state_dict(found, cast("Any", options))
+                    state.pop(first, None)
+        return _maybe_full_or_cpu_state_dict(state, cast("Any", options))
 
     @torch.no_grad()
     def _optimizer_state(self) -> dict[str, Any]:
@@ -151,12 +150,6 @@ class AppState:
         self._load_model(state["model"])
 
     def _restore(self, state: dict[str, Any], *, strict: bool, exact: bool) -> None:
-        """``load_state_dict()`` for the engine, also that of a subclass.
-
-        Args:
-            strict: whether what does not fit is an error; else the rest is loaded.
-            exact: whether an entry keeps its saved dtype where its parameter has another.
-        """
         before = self._strict, self._exact
         self._strict, self._exact = strict, exact
         try:
@@ -308,3 +301,18 @@ def check_before_touch(
         return problems
     _, others = names.assign({"state": dict.fromkeys(entries), "param_groups": list(groups)})
     return [*problems, *others]
+
+
+def snapshot_of_app(app: AppState) -> dict[str, Any]:
+    """``state_dict()`` for the engine, also that of a subclass: nothing of the run changes."""
+    return app._snapshot()
+
+
+def restore_app(app: AppState, state: dict[str, Any], *, strict: bool, exact: bool) -> None:
+    """``load_state_dict()`` for the engine, also that of a subclass.
+
+    Args:
+        strict: whether what does not fit is an error; else the rest is loaded.
+        exact: whether an entry keeps its saved dtype where its parameter has another.
+    """
+    app._restore(state, strict=strict, exact=exact)

@@ -32,8 +32,8 @@ def parameter_names(model: torch.nn.Module) -> dict[torch.Tensor, list[str]]:
 
 
 def _own_names(model: torch.nn.Module) -> dict[torch.Tensor, list[str]]:
-    found: dict[Any, list[str]] = {**_get_param_to_fqns(model)}
-    return found
+    names: dict[Any, list[str]] = {**_get_param_to_fqns(model)}
+    return names
 
 
 def context(model: torch.nn.Module, options: StateDictOptions) -> Any:
@@ -56,19 +56,19 @@ def optimizer_state(
 ) -> dict[str, Any]:
     """One state of all optimizers by canonical names. Ranks: all must call it."""
     info = _options_for(model, optimizers, options)
-    found: dict[str, Any] = {"state": {}, "param_groups": []}
+    state: dict[str, Any] = {"state": {}, "param_groups": []}
     for optimizer in optimizers:
         with info.fsdp_context():
             own = FullyShardedDataParallel.optim_state_dict(
                 model, optimizer, optimizer.state_dict(), group=_process_group(model, info)
             )
         if own:  # empty on the ranks that a full state does not go to
-            found["state"] |= {_canonical(str(name)): entry for name, entry in own["state"].items()}
-            found["param_groups"] += [
+            state["state"] |= {_canonical(str(name)): entry for name, entry in own["state"].items()}
+            state["param_groups"] += [
                 {**group, "params": [_canonical(name) for name in group["params"]]}
                 for group in own["param_groups"]
             ]
-    return found
+    return state
 
 
 def to_load(

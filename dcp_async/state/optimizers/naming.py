@@ -44,15 +44,15 @@ def canonical_name(module: torch.nn.Module, name: str) -> str:
     """``name``, as ``module`` has it, without the names that wrappers put in. What is no module's name stays:
     a module may save what it has no attribute for."""
     kept: list[str] = []
-    at: torch.nn.Module | None = module
+    owner: torch.nn.Module | None = module
     for part in name.split("."):
-        while at is not None and (inside := _inside(at)) is not None:
-            at = at._modules.get(inside)
+        while owner is not None and (inside := _inside(owner)) is not None:
+            owner = owner._modules.get(inside)
             if part == inside:
                 break
         else:
             kept.append(part)
-            at = at._modules.get(part) if at is not None else None
+            owner = owner._modules.get(part) if owner is not None else None
     return ".".join(kept)
 
 
@@ -61,23 +61,22 @@ def canonical_names(module: torch.nn.Module, names: Iterable[str]) -> dict[str, 
     given = list(names)
     if not is_wrapped(module):
         return dict(zip(given, given, strict=True))
-    found: dict[str, str] = {}
+    original_of: dict[str, str] = {}
     for name in given:
         canonical = canonical_name(module, name)
-        if canonical in found:
+        if canonical in original_of:
             raise ValueError(
-                f"{found[canonical]!r} and {name!r} are both called {canonical!r} without their wrappers; "
-                "rename one of the two"
+                f"{original_of[canonical]!r} and {name!r} are both called {canonical!r} without their "
+                "wrappers; rename one of the two"
             )
-        found[canonical] = name
-    return found
+        original_of[canonical] = name
+    return original_of
 
 
 def parameter_names(module: torch.nn.Module) -> dict[torch.Tensor, list[str]]:
     """Each parameter's canonical names, the one that files have first; shared ones have several."""
     wrapped = is_wrapped(module)
-    found: dict[torch.Tensor, list[str]] = {}
+    names: dict[torch.Tensor, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        names = found.setdefault(parameter, [])
-        names.append(canonical_name(module, name) if wrapped else name)
-    return found
+        names.setdefault(parameter, []).append(canonical_name(module, name) if wrapped else name)
+    return names

@@ -106,12 +106,12 @@ def compare_after(optimizer: Optimizer, state: Mapping[str, Any], *, exact: bool
                     )
     if not custom:
         differing += [f"state of {key} was not saved" for key in _strangers(live, taken, parameters)]
-        for at, (group, saved) in enumerate(
+        for number, (group, saved) in enumerate(
             zip(optimizer.param_groups, state.get(_GROUPS, ()), strict=False)
         ):
             for key, value in saved.items():
                 if key != _PARAMS and not (key in group and same_value(group[key], value)):
-                    differing.append(f"group {at} has {key}={group.get(key)!r}, saved {value!r}")
+                    differing.append(f"group {number} has {key}={group.get(key)!r}, saved {value!r}")
     return differing
 
 

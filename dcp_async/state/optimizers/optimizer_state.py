@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class OptimizerNames:
     def of_flat(
         cls, optimizers: Sequence[Optimizer], names: Mapping[torch.Tensor, Sequence[str]], model: str
     ) -> OptimizerNames:
-        """Of parameters that each stand for all of their ``names``."""
+        """For parameters that each stand for all of their ``names``."""
         made = cls((), {}, model)
         made.members = [
             made._member(optimizer, {parameter: tuple(known) for parameter, known in names.items()})
@@ -86,18 +87,18 @@ class OptimizerNames:
     def _member(self, optimizer: Optimizer, names: Mapping[torch.Tensor, tuple[str, ...]]) -> Member:
         member = Member(optimizer, [])
         start = 0
-        for at, group in enumerate(optimizer.param_groups):
+        for number, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group[_PARAMS]):
                 if parameter not in names:
                     raise ValueError(
-                        f"parameter {index} of group {at} of {type(optimizer).__name__}, of shape "
+                        f"parameter {index} of group {number} of {type(optimizer).__name__}, of shape "
                         f"{tuple(parameter.shape)}, is no parameter of the {self._model}, so it has no "
                         "name; put its module into the model, or its optimizer beside the AppState"
                     )
-            number = {parameter: start + place for place, parameter in enumerate(group[_PARAMS])}
+            numbers = {parameter: start + place for place, parameter in enumerate(group[_PARAMS])}
             start += len(group[_PARAMS])
             member.groups.append([names[parameter] for parameter in group[_PARAMS]])
-            member.numbers.append([number[parameter] for parameter in group[_PARAMS]])
+            member.numbers.append([numbers[parameter] for parameter in group[_PARAMS]])
         return member
 
     def _check_apart(self) -> None:
@@ -126,7 +127,7 @@ class OptimizerNames:
         no place for."""
         entries: dict[Any, Any] = {}
         groups: list[dict[str, Any]] = []
-        found: dict[str, Any] = {_STATE: entries, _GROUPS: groups}
+        state_dict: dict[str, Any] = {_STATE: entries, _GROUPS: groups}
         for member, given in zip(self.members, states, strict=True):
             names = member.by_number()
             for key, entry in given[_STATE].items():
@@ -141,8 +142,8 @@ class OptimizerNames:
                 groups.append(saved)
             for key, value in given.items():
                 if key not in (_STATE, _GROUPS):
-                    _put(found, key, value, member.kind)
-        return found
+                    _put(state_dict, key, value, member.kind)
+        return state_dict
 
     def _saved_name(self, member: Member, names: Mapping[int, tuple[str, ...]], key: Any) -> Any:
         if isinstance(key, int) and key in names:
@@ -163,9 +164,9 @@ class OptimizerNames:
         """
         problems: list[str] = []
         places = [
-            (member, at, [self.first_name(name) for name in _names([group])])
+            (member, number, [self.first_name(name) for name in _names([group])])
             for member in self.members
-            for at, group in enumerate(member.groups)
+            for number, group in enumerate(member.groups)
         ]
         groups = [
             (group, [self.first_name(name) for name in group.get(_PARAMS, ())]) for group in saved[_GROUPS]
@@ -178,20 +179,20 @@ class OptimizerNames:
         if strange:
             problems.append(f"entries of parameters that no optimizer has here: {few(strange)}")
         made: list[dict[str, Any]] = []
-        at = 0
+        first = 0
         for member in self.members:
-            own = chosen[at : at + len(member.groups)]
+            own = chosen[first : first + len(member.groups)]
             mine = set(_names(member.groups))
             state = {key: entry for key, entry in entries.items() if key in mine}
             if len(self.members) == 1:  # what is of no parameter is the optimizer's own
                 state |= {k: v for k, v in entries.items() if k not in known and k not in of_others}
-            for group in member.groups:
-                for names in group:
-                    there = [name for name in names if name in state]
-                    if len(names) > 1 and there and len(there) < len(names):
-                        problems.append(
-                            f"{few(names)} share one flat parameter here, and only {few(there)} have entries"
-                        )
+            for names in chain.from_iterable(member.groups):
+                saved_names = [name for name in names if name in state]
+                if len(names) > 1 and saved_names and len(saved_names) < len(names):
+                    problems.append(
+                        f"{few(names)} share one flat parameter here, and only {few(saved_names)} have "
+                        "entries"
+                    )
             made.append(
                 {
                     _STATE: state,
@@ -204,7 +205,7 @@ class OptimizerNames:
                     **{k: v for k, v in saved.items() if k not in (_STATE, _GROUPS)},
                 }
             )
-            at += len(member.groups)
+            first += len(member.groups)
         return made, problems
 
 
@@ -227,10 +228,10 @@ def _names(groups: Iterable[Iterable[tuple[str, ...]]]) -> Iterator[str]:
     return (name for group in groups for names in group for name in names)
 
 
-def _put(found: dict[Any, Any], key: Any, value: Any, kind: str) -> None:
-    if key in found:
+def _put(flat: dict[Any, Any], key: Any, value: Any, kind: str) -> None:
+    if key in flat:
         raise ValueError(f"{key!r} is in the state of two optimizers, one of them {kind}; save them apart")
-    found[key] = value
+    flat[key] = value
 
 
 def _match_groups(
@@ -250,12 +251,12 @@ def _match_groups(
             by_members[frozenset(names)] = options
         else:
             empty.append(options)
-    without = [at for at, (_, _, names) in enumerate(places) if not names]
+    without = [number for number, (_, _, names) in enumerate(places) if not names]
     if len(without) != len(empty):
         problems.append(f"{len(without)} groups without parameters here, {len(empty)} in the checkpoint")
     chosen: list[Mapping[str, Any]] = []
     hollow = iter(empty)
-    for member, at, names in places:
+    for member, number, names in places:
         if not names:
             chosen.append(next(hollow, {}))
             continue
@@ -267,7 +268,7 @@ def _match_groups(
                 problems.append(f"no group of the checkpoint has {few(missing)}")
             elif len(together) > 1:
                 problems.append(
-                    f"the parameters of group {at} of {member.kind} are in {len(together)} groups of the "
+                    f"the parameters of group {number} of {member.kind} are in {len(together)} groups of the "
                     "checkpoint"
                 )
             options = next(iter(together.values()), {})
@@ -369,11 +370,11 @@ def unflatten(flat: Mapping[str, Any], names: OptimizerNames, problems: list[str
     strange = []
     known = names.known()
     for key, value in flat.items():
-        found = owner_of(key, known)
-        if found is None:
+        location = owner_of(key, known)
+        if location is None:
             strange.append(key)
             continue
-        section, name, rest = found
+        section, name, rest = location
         if section == _GROUPS and rest == _NAMES:
             continue  # in the order of a group that a flat state does not tell
         target = (entries if section == _STATE else options).setdefault(names.first_name(name), {})
@@ -385,7 +386,7 @@ def unflatten(flat: Mapping[str, Any], names: OptimizerNames, problems: list[str
         problems.append(f"no optimizer here has the parameter of {few(strange)}")
     groups: list[dict[str, Any]] = []
     for member in names.members:
-        for at, group in enumerate(member.groups):
+        for number, group in enumerate(member.groups):
             own = [names.first_name(name) for name in _names([group])]
             first = options.get(own[0], {}) if own else {}
             for name in own:
@@ -396,8 +397,8 @@ def unflatten(flat: Mapping[str, Any], names: OptimizerNames, problems: list[str
                     key for key in {**first, **other} if not same_value(first.get(key), other.get(key))
                 ]:
                     problems.append(
-                        f"{own[0]} and {name} are both in group {at} of {member.kind}, but were saved with "
-                        f"different {few(keys)}"
+                        f"{own[0]} and {name} are both in group {number} of {member.kind}, but were saved "
+                        f"with different {few(keys)}"
                     )
             groups.append({**first, _PARAMS: own})
     return {_STATE: entries, _GROUPS: groups}

@@ -35,7 +35,7 @@ def stepped_by(stateful: object) -> list[Optimizer]:
     An object counts as an optimizer if it steps and has groups of parameters. One that is a
     ``torch.optim.Optimizer`` but was never initialised as one has no hooks of its own: it wraps another.
     """
-    found: list[Optimizer] = []
+    optimizers: list[Optimizer] = []
     seen: set[int] = set()
     waiting: list[object] = [stateful]
     while waiting:
@@ -44,9 +44,9 @@ def stepped_by(stateful: object) -> list[Optimizer]:
             continue
         seen.add(id(value))
         if isinstance(value, Optimizer) and _HOOKS in value.__dict__:
-            found.append(value)
+            optimizers.append(value)
         waiting += _held(value)
-    return found
+    return optimizers
 
 
 def _held(value: object) -> Iterator[object]:
