@@ -241,7 +241,7 @@ def compile_plan(
     is not new: no leaf gets less room than it had."""
     structure, tensors, leaves = captured.structure, mine["tensors"], mine["leaves"]
     rooms = list(map(format.room, map(len, captured.leaf_items)))
-    if previous is not None:
+    if previous is not None:  # a leaf that shrank stays where it is, so that others do
         rooms = list(map(max, rooms, previous.rooms))
     layout = format.layout(
         [(structure.dtypes[index], tuple(structure.shapes[index])) for index in tensors],

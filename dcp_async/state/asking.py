@@ -91,6 +91,7 @@ class _Asking:
         """The name that it has come to."""
 
     def visit_all(self, entries: Iterable[tuple[Any, Any]], above: str, depth: int, *, is_own: bool) -> None:
+        # by their types first: most values of a large mapping are tensors, whose keys need no text
         inner = [(text_of(key), value) for key, value in entries if type(value) not in ATOMS]
         for key, value in sorted(inner, key=lambda entry: entry[0]) if len(inner) > 1 else inner:
             self._visit(f"{above}.{key}" if above else key, value, depth, is_own=is_own)

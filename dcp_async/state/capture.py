@@ -160,6 +160,7 @@ def _captured(
     """The capture of a state that was flattened anew."""
     shapes = flat.shapes()
     addresses = flat.addresses()
+    # kept from before ties are taken out: the cache goes over a state as it is
     every_tensor, every_leaf, every_name = flat.tensors, flat.leaves, flat.tensor_names
     stored = addresses
     if flat.separate_ties(addresses):
@@ -168,7 +169,7 @@ def _captured(
     items = list(map(pickler.item, flat.leaf_names, flat.leaves))
     structure = _structure(flat, shapes)
     is_new = structure != previous
-    if is_new:
+    if is_new:  # names of a structure that is known were looked at when it was new
         whole = [name for name in every_name if name not in flat.distributed]
         check_unique([*whole, *flat.distributed, *flat.leaf_names])
     else:

@@ -183,7 +183,7 @@ class _Flattener:
             node = self._visit_mapping(name, inner, kind_of_stateful(mapping_kind(inner)))
         else:
             node = self._visit(name, inner)
-            if isinstance(inner, PerRank) and node is not None:
+            if isinstance(inner, PerRank) and node is not None:  # the only other mapping that a node tells
                 node = [kind_of_stateful(node[0]), node[1]]
         self._depth -= 1
         return node
@@ -191,6 +191,7 @@ class _Flattener:
     def _visit_mapping(self, name: str, mapping: Mapping[Any, Any], kind: str) -> Tree:
         self._enter(name, kind, len(mapping))
         flat = self.flat
+        # looked up once: a mapping may hold tens of thousands of tensors
         order, tensor_names, tensors = flat.order, flat.tensor_names, flat.tensors
         entries: list[list[Any]] = []
         for key, value in mapping.items():

@@ -74,6 +74,7 @@ class LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows i
         return value
 
     def _check_keys(self, target: Any, keys: list[Any]) -> None:
+        # a few keys are compared in no time, whatever their hashes
         if len(target) + len(keys) <= _FEW_KEYS or not (unseeded := risky(keys)):
             return
         count_hashes(unseeded, self._hashes.setdefault(id(target), Counter()))
@@ -259,7 +260,7 @@ def load_item(item: IO[bytes], trust: Trust) -> Any:
     try:
         if not trust.unsafe:
             start = item.tell()
-            head = item.read(4)
+            head = item.read(4)  # as torch.load does, to tell its two formats apart
             item.seek(start)
             if not is_zip(head):
                 unpickler = _pickle_module(_rules(trust)).Unpickler

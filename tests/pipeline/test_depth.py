@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, PerRank, SaveError
-from dcp_async.state import CaptureError
+from dcp_async import CheckpointEngine, PerRank, RNGState, SaveError
+from dcp_async.state import CaptureError, capture
 from dcp_async.state.depth import MAX_DEPTH
 from tests.support.doubles import assert_same
 
@@ -191,3 +191,8 @@ async def test_containers_that_are_shared_are_no_circle(root: Path) -> None:
     async with CheckpointEngine(root) as engine:
         await (await engine.save(state)).upload_completion
         assert_same(await engine.read(), {"a": shared, "b": [shared, {"c": shared}], "d": {"e": shared}})
+
+
+def test_generators_side_by_side_lie_no_deeper_than_one() -> None:
+    many = capture({"own": [RNGState() for _ in range(MAX_DEPTH + 50)]}, None)
+    assert "own.249.rank_0.torch" in many.structure.order
