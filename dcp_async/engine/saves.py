@@ -22,7 +22,6 @@ from ..coordination import RemoteError, RemoteFailure
 from ..errors import EngineStateError, SaveCancelled, SaveError
 from ..events import SaveCommitted, SaveFailed, SaveStarted
 from ..info import JSON, CheckpointInfo
-from ..planning import CompiledPlan
 from ..response import AsyncSaveResponse, Place, ResponseWriter
 from ..save import (
     Cancellation,
@@ -36,7 +35,7 @@ from ..save import (
     save_error,
 )
 from ..staging import Prepared
-from ..state import LeafRules, capture
+from ..state import KnownStructure, LeafRules, capture
 from .admission import SaveArguments, brief, checkpoint_name
 from .lifetime import Lifetime
 
@@ -117,9 +116,10 @@ class Saves:
             on_own_thread=self._life.on_own_thread,
             place=place,
         )
-        plan = runner.carryover.plan if self._life.setup.planning.cache else None
+        latest = runner.carryover.latest if self._life.setup.planning.cache else None
+        plan, known = latest if latest is not None else (None, None)
         try:
-            prepared = self._capture(state, asked, writer, plan)
+            prepared = self._capture(state, asked, writer, known)
         except ENDINGS as error:
             runner.refuse_at_once(ordinal, writer.response.checkpoint_id, error)
             raise
@@ -145,17 +145,16 @@ class Saves:
         state: Mapping[str, Any],
         asked: SaveArguments,
         writer: ResponseWriter,
-        plan: CompiledPlan | None,
+        known: KnownStructure | None,
     ) -> Prepared:
         """The state as it is now."""
         life, name = self._life, writer.response.checkpoint_id
         if not asked.replace and life.book.in_flight(name) is not None:
             raise FileExistsError(name)
         ranks, stager = life.resources.coordinator, life.setup.stager
-        previous = plan.structure if plan else None
         with ranks.activity.watched():
             captured = capture(
-                state, previous, rank=ranks.rank, world_size=ranks.world_size, rules=self._leaf_rules
+                state, known, rank=ranks.rank, world_size=ranks.world_size, rules=self._leaf_rules
             )
         prepared = stager.prepare(captured)
         if stager.options.overlap:

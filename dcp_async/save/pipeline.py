@@ -147,7 +147,8 @@ class SavePipeline:
         if written is None:
             with in_phase("plan"):
                 plan = await ranks.compile()
-            self._carryover.plan = plan  # for the saves to come, whatever becomes of this one
+            # for the saves to come, whatever becomes of this one
+            self._carryover.latest = plan, request.prepared.captured.known
             written = await self._write_under(plan, None)
             assert written is not None
         commit = Commit(

@@ -15,6 +15,7 @@ from ..coordination import Coordinator
 from ..events import Event
 from ..planning import CompiledPlan, PlanningOptions
 from ..staging import Stager
+from ..state import KnownStructure
 from ..storage import Storage, Transaction
 from .replica_check import ReplicaCheck
 
@@ -55,8 +56,9 @@ class Carryover:
     """What the saves of an engine leave to those after them."""
 
     replicas: ReplicaCheck
-    plan: CompiledPlan | None = None
-    """The newest, for saves whose structure is the same."""
+    latest: tuple[CompiledPlan, KnownStructure] | None = None
+    """The newest plan, for saves whose structure is the same, and what makes their capture fast. One value:
+    the loop sets it, callers' threads read it."""
     unfinished: list[Transaction] = field(default_factory=list)
     """Transactions whose abort failed."""
     publishing: anyio.Lock = field(default_factory=anyio.Lock)

@@ -100,7 +100,7 @@ def copy_aside(captured: Captured) -> tuple[Captured, list[int]]:
     A forward changes small ones (BatchNorm's counters), and they are cheap. To be called before the events
     are recorded, so that copies on a device come first.
     """
-    smallest = captured.structure.cache.smallest(captured.tensors, _ASIDE_TENSOR_BYTES, ASIDE_BYTES)
+    smallest = captured.known.cache.smallest(captured.tensors, _ASIDE_TENSOR_BYTES, ASIDE_BYTES)
     tensors = captured.tensors.copy()
     with torch.no_grad():  # a copy of a Parameter would record autograd
         copies = list(map(torch.Tensor.clone, [tensors[index] for index in smallest]))
@@ -117,7 +117,7 @@ def copy_aside(captured: Captured) -> tuple[Captured, list[int]]:
 def watched(captured: Captured) -> tuple[Captured, MutationWatch]:
     """``captured`` as a trainer that goes on may leave it: small tensors are copied, the others watched."""
     copied, aside = copy_aside(captured)
-    cache = captured.structure.cache
+    cache = captured.known.cache
     if cache.places is None:  # once, as all tensors of one structure have the same sizes
         row_major = [strides is None for strides in captured.structure.strides]
         cache.places = places_to_sample([tensor.nbytes for tensor in copied.tensors], row_major, aside)

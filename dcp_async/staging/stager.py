@@ -143,7 +143,7 @@ class Stager:
     def prepare(self, captured: Captured) -> Prepared:
         """In the caller's thread, right after capture: copies aside what overlap needs, marks the devices'
         queues."""
-        cache = captured.structure.cache
+        cache = captured.known.cache
         devices = cache.devices
         if devices is None:
             devices = cache.devices = self.backend.devices(captured.tensors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .asking import UNASKED
-from .capture import Captured, Structure, capture, meta_error
+from .capture import Captured, KnownStructure, Structure, capture, meta_error
 from .checkpointable import empty_like, global_size
 from .containers import PLAIN_TENSORS, CaptureError
 from .leaves import LeafRules
@@ -23,6 +23,7 @@ __all__ = [
     "Asked",
     "CaptureError",
     "Captured",
+    "KnownStructure",
     "LeafRules",
     "OptimizerState",
     "PerRank",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -53,8 +53,6 @@ class Structure:
     """Distributed tensors of which nothing lies here."""
     pieces: dict[str, Piece]
     """Which leaves are pieces of distributed tensors."""
-    cache: CaptureCache = field(default_factory=CaptureCache, compare=False, repr=False)
-    """How a state of this structure is captured without going over it anew."""
 
     @property
     def names(self) -> list[str]:
@@ -63,11 +61,20 @@ class Structure:
         return list(dict.fromkeys([*self.tensor_names, *ties, *self.leaf_names, *bare]))
 
 
-@dataclass(slots=True, kw_only=True)
-class Captured:
-    """A state at one moment: tensors by reference, everything else by value."""
+@dataclass(frozen=True, slots=True)
+class KnownStructure:
+    """A structure that was captured before. Whoever wants the next capture to be fast keeps it."""
 
     structure: Structure
+    cache: CaptureCache
+    """How a state of this structure is captured without going over it anew."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Captured:
+    """A state at one moment: tensors by reference, everything else by value. Nobody writes to it."""
+
+    known: KnownStructure
     tree: Tree
     """None if the structure equals the one that was given to ``capture``."""
     tensors: list[torch.Tensor]
@@ -78,6 +85,11 @@ class Captured:
     """Name -> leaf and distributed tensor, for DCP's planner."""
     pointers: list[int] | None
     """Address of each tensor; None unless the bytes there are its elements and the CPU reads them."""
+
+    @property
+    def structure(self) -> Structure:
+        """How the state is built; the very one that was given to ``capture`` if it equals that."""
+        return self.known.structure
 
     @property
     def is_new(self) -> bool:
@@ -129,7 +141,7 @@ def meta_error(name: str) -> CaptureError:
 
 def capture(
     state: Mapping[str, Any],
-    previous: Structure | None,
+    previous: KnownStructure | None,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -138,7 +150,7 @@ def capture(
     """Take hold of ``state``; what can't be saved is found here, before anything is written.
 
     Args:
-        previous: the structure that the compiled plan belongs to.
+        previous: the structure that the compiled plan belongs to, as an earlier capture left it.
         rank: this process's, of ``world_size``; several ask their Statefuls in one order.
         rules: which leaves a load would admit; None for no check.
     Raises: CaptureError; whatever a ``state_dict()`` raises.
@@ -155,7 +167,7 @@ def capture(
 
 
 def _captured(
-    state: Mapping[str, Any], flat: FlatState, previous: Structure | None, pickler: LeafPickler
+    state: Mapping[str, Any], flat: FlatState, previous: KnownStructure | None, pickler: LeafPickler
 ) -> Captured:
     """The capture of a state that was flattened anew."""
     shapes = flat.shapes()
@@ -168,20 +180,18 @@ def _captured(
         stored = [addresses[index] for index in flat.kept]
     items = list(map(pickler.item, flat.leaf_names, flat.leaves))
     structure = _structure(flat, shapes)
-    is_new = structure != previous
+    is_new = previous is None or structure != previous.structure
     if is_new:  # names of a structure that is known were looked at when it was new
         whole = [name for name in every_name if name not in flat.distributed]
         check_unique([*whole, *flat.distributed, *flat.leaf_names])
-    else:
-        assert previous is not None
-        structure = previous  # whose cache stays
-    if not structure.cache.is_in_bounds(flat.tensors, stored):
+    known = KnownStructure(structure, CaptureCache()) if previous is None or is_new else previous
+    if not known.cache.is_in_bounds(flat.tensors, stored):
         flat.check_memory(shapes)
-        structure.cache.in_bounds = stored
+        known.cache.in_bounds = stored
     raw = _is_raw(flat.tensors)
-    structure.cache.record(state, flat, every_tensor, every_leaf, raw=raw)
+    known.cache.record(state, flat, every_tensor, every_leaf, raw=raw)
     return Captured(
-        structure=structure,
+        known=known,
         tree=flat.tree if is_new else None,
         tensors=flat.tensors,
         leaf_items=items,
@@ -201,7 +211,7 @@ def _is_raw(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _from_cache(
-    state: Mapping[str, Any], previous: Structure, given: Given, pickler: LeafPickler
+    state: Mapping[str, Any], previous: KnownStructure, given: Given, pickler: LeafPickler
 ) -> Captured | None:
     """The capture of a state that is built as before; None if it is not."""
     try:
@@ -211,14 +221,15 @@ def _from_cache(
     return _repeated(hit, previous, pickler) if hit is not None else None
 
 
-def _repeated(hit: CacheHit, previous: Structure, pickler: LeafPickler) -> Captured | None:
-    leaves = dict(zip(previous.leaf_names, hit.leaves, strict=True))
+def _repeated(hit: CacheHit, previous: KnownStructure, pickler: LeafPickler) -> Captured | None:
+    structure = previous.structure
+    leaves = dict(zip(structure.leaf_names, hit.leaves, strict=True))
     items = list(map(pickler.item, leaves.keys(), leaves.values()))
     without_bytes = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in hit.leaves)
-    if without_bytes or _exotic(hit.leaves) != previous.exotic:
+    if without_bytes or _exotic(hit.leaves) != structure.exotic:
         return None
     return Captured(
-        structure=previous,
+        known=previous,
         tree=None,
         tensors=hit.tensors,
         leaf_items=items,

@@ -240,11 +240,11 @@ def test_a_state_that_did_not_change_is_not_walked_again(make: Callable[[], dict
     state = {"plain": make(), "asked": Counting(make())}
     first = capture(state, None)
     given: Given = {}
-    repeat = first.structure.cache.look_up(state, given)
+    repeat = first.known.cache.look_up(state, given)
     assert repeat is not None
     assert all(map(is_, repeat.tensors, first.tensors))
-    assert first.structure.cache.look_up(state, given) is not None
-    again = capture(state, first.structure)
+    assert first.known.cache.look_up(state, given) is not None
+    again = capture(state, first.known)
     assert (again.structure is first.structure, again.is_new) == (True, False)
     assert (again.leaf_items, again.live) == (first.leaf_items, first.live)
     assert all(map(is_, again.tensors, first.tensors))

@@ -104,7 +104,7 @@ async def test_what_was_copied_aside_may_change(stager: Stager) -> None:
         set_data(tensor)
     sample = ReplicaCheck("check", stager).take(plan_of(captured), prepared, PROVEN)
     assert sample is not None
-    other = capture({name: torch.ones(40) for name in state}, captured.structure)
+    other = capture({name: torch.ones(40) for name in state}, captured.known)
     again = ReplicaCheck("check", stager).take(plan_of(captured), stager.prepare(other), PROVEN)
     assert again is not None
     assert sample.digests() == again.digests()
@@ -159,7 +159,7 @@ async def test_later_samples_of_many_tensors_take_no_step_of_python_each(overlap
             check, plan, previous = ReplicaCheck("check", made), None, None
             for _ in range(4):
                 captured = capture(state, previous)
-                previous = captured.structure
+                previous = captured.known
                 plan = plan or plan_of(captured)
                 prepared = made.prepare(captured)
                 instructions = 0

@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from dcp_async.state import CaptureError
-from dcp_async.state.capture import Captured, Structure, capture
+from dcp_async.state.capture import Captured, KnownStructure, capture
 from tests.property.states import Marked
 
 SHAPE = (4, 4)
@@ -103,7 +103,7 @@ KINDS: dict[str, Callable[[], torch.Tensor]] = {
 }
 
 
-def _captured(tensor: torch.Tensor, previous: Structure | None) -> Captured | str:
+def _captured(tensor: torch.Tensor, previous: KnownStructure | None) -> Captured | str:
     try:
         return capture({"w": tensor, "step": 1}, previous)
     except CaptureError as error:
@@ -125,7 +125,7 @@ def main() -> None:
             sys.stdout.write(f"{first} -> {second}\n")
             sys.stdout.flush()
             start = _captured(before, None)
-            previous = None if isinstance(start, str) else start.structure
+            previous = None if isinstance(start, str) else start.known
             assert _agree(_captured(after, previous), _captured(after, None))
     sys.stdout.write("done\n")
 

@@ -122,7 +122,7 @@ class Ranks:
             structure = dataclasses.replace(structure, tensor_names=names, order=order, containers=containers)
             tree = json.loads(self._renamed(json.dumps(tree), rank))
         return Captured(
-            structure=structure,
+            known=dataclasses.replace(first.known, structure=structure),
             tree=tree,
             tensors=first.tensors,
             leaf_items=first.leaf_items,

@@ -486,7 +486,7 @@ def test_names_of_one_description_have_lists_of_their_own() -> None:
 def test_local_plan_of_a_known_structure_is_the_same_but_for_the_hashes() -> None:
     first = capture({"w": torch.ones(2), "n": 1}, None)
     local_plan = make_local_plan(first, None)
-    later = capture({"w": torch.ones(2), "n": 2}, first.structure)
+    later = capture({"w": torch.ones(2), "n": 2}, first.known)
     again = make_local_plan(later, local_plan)
     assert {key for key in local_plan if local_plan[key] != again[key]} == {"hashes"}  # type: ignore[literal-required]  # its keys
 

@@ -143,12 +143,12 @@ def test_a_leaf_that_outgrew_its_room_asks_for_a_plan_not_for_another_structure(
 
     plan = compiled(first, None)
     state["text"] = "x" * 9000
-    grown = capture(state, first.structure)
+    grown = capture(state, first.known)
     assert not grown.is_new
     assert not plan.has_room_for(grown)
     larger = compiled(grown, plan)
     assert larger.has_room_for(grown)
     state["text"] = "x"
-    shrunk = capture(state, first.structure)
+    shrunk = capture(state, first.known)
     assert larger.has_room_for(shrunk)
     assert compiled(shrunk, larger).rooms == larger.rooms

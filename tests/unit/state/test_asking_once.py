@@ -70,7 +70,7 @@ def test_each_is_asked_once(kind: str, rank: int) -> None:
     captured = capture(state, None, rank=rank, world_size=2)
     assert captured.structure.names == first.structure.names
     assert sorted(asked) == sorted(alone) == sorted(set(alone))
-    capture(state, captured.structure, rank=rank, world_size=2)
+    capture(state, captured.known, rank=rank, world_size=2)
     assert sorted(asked) == sorted(alone * 2)
 
 
