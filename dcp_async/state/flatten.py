@@ -56,7 +56,9 @@ class _Flattener:
         given: Given,
         check_key: Callable[[str, object, bytes], None] | None,
         ask: Callable[[str, Any], Any],
+        wants_tree: bool,
     ) -> None:
+        self._wants_tree = wants_tree
         self.flat = FlatState(rank=rank, asked=[name for name, _ in given])
         self.where = ""
         """The name that it has come to."""
@@ -79,8 +81,11 @@ class _Flattener:
             name = text_of(key)
             if type(key) is not str:
                 self._note_odd_key(name, key)
-            entries.append((key, self._visit(name, value)))
-        self.flat.tree = mapping_node(kind, entries)
+            node = self._visit(name, value)
+            if self._wants_tree:
+                entries.append((key, node))
+        if self._wants_tree:
+            self.flat.tree = mapping_node(kind, entries)
 
     def _visit(self, name: str, value: Any) -> Tree:
         """Take in ``value``, which lies at ``name``; gives its node of the tree."""
@@ -205,7 +210,8 @@ class _Flattener:
                 order.append(below)
                 tensor_names.append(below)
                 tensors.append(value)
-                entries.append([key, None])
+                if self._wants_tree:  # one more object each, for the garbage collector to go over
+                    entries.append([key, None])
             else:
                 entries.append([key, self._visit(below, value)])
         self._depth -= 1
@@ -247,6 +253,7 @@ def flatten(
     *,
     check_key: Callable[[str, object, bytes], None] | None = None,
     ask: Callable[[str, Any], Any] = snapshot,
+    wants_tree: bool = True,
 ) -> FlatState:
     """Every leaf of ``state``; each Stateful is asked once, in the mapping's order, but for those that have
     ``given`` theirs already.
@@ -254,11 +261,12 @@ def flatten(
     Args:
         check_key: raises CaptureError for a key, of that name and pickle, that a load would refuse.
         ask: asks a Stateful at a name, or gives UNASKED.
+        wants_tree: whether ``FlatState.tree`` is needed; only a save writes it down.
     Raises: CaptureError.
     """
     if not isinstance(state, Mapping):
         raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
-    flattener = _Flattener(rank, given or {}, check_key, ask)
+    flattener = _Flattener(rank, given or {}, check_key, ask, wants_tree)
     try:
         flattener.visit_root(state)
     except (_TooDeepError, RecursionError) as error:

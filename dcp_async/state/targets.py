@@ -137,7 +137,7 @@ def capture_targets(
 
     if world_size > 1:
         ask_in_order(state, rank, given, ask)
-    flat = flatten(state, rank, given, ask=ask)
+    flat = flatten(state, rank, given, ask=ask, wants_tree=False)
     flat.check_memory(flat.shapes())  # which sorts nested tensors out
     plain = {
         name: tensor
