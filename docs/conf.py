@@ -123,7 +123,7 @@ def find_public(app: Sphinx, env: BuildEnvironment, node: pending_xref, content:
     if module and module.partition(".")[0] != "dcp_async":
         return None
     objects = env.domains.python_domain.objects
-    for target in (f"dcp_async.{name}", f"dcp_async.storage.base.{name}"):
+    for target in (f"dcp_async.{name}", f"dcp_async.storage.{name}"):
         if target in objects:
             found = objects[target]
             return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, content, target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LinkError, Reader, Storage, StoredCheckpoint, Transaction, UnreadableError
+from .base import LinkError, NamesUids, Reader, Storage, StoredCheckpoint, Transaction, UnreadableError
 from .deadline import LimitedStorage
 from .local import LocalStorage
 
@@ -10,6 +10,7 @@ __all__ = [
     "LimitedStorage",
     "LinkError",
     "LocalStorage",
+    "NamesUids",
     "Reader",
     "Storage",
     "StoredCheckpoint",
