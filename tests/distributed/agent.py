@@ -68,6 +68,13 @@ class ObservedCoordinator(StoreCoordinator):
             self.news.clear()
             await self.news.wait()
 
+    async def until_caught_up(self) -> None:
+        """Until what lies in this rank's box, up to a gap in it, has been taken out."""
+        channel, sender = self._connection._channel, self._connection.sender
+        while await sender.call(channel._post_store.check, [f"{channel._box}/{channel.unread}"]):
+            await asyncio.sleep(0)
+        await sender.call(int)  # by then what was taken last has been heard
+
 
 class Agent:
     """Runs verbs concurrently; each answers on the connection when it has ended."""
@@ -225,6 +232,8 @@ class Agent:
         ticks = made.heard["Tick"]
         await self.advance()
         await made.until_heard("Tick", ticks + 1)
+        # or its clock would run ahead of messages that are there, on a machine that is slow to hand them over
+        await made.until_caught_up()
 
     def _uid(self, engine: str, ordinal: int, name: str) -> str:
         return self._engines[engine].uid(ordinal, name)
