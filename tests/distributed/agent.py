@@ -71,8 +71,9 @@ class ObservedCoordinator(StoreCoordinator):
     async def until_caught_up(self) -> None:
         """Until what lies in this rank's box, up to a gap in it, has been taken out."""
         channel, sender = self._connection._channel, self._connection.sender
-        while await sender.call(channel._post_store.check, [f"{channel._box}/{channel.unread}"]):
-            await asyncio.sleep(0)
+        waiting = True
+        while waiting:  # each look takes a round trip, in which the other thread reads on
+            waiting = await sender.call(channel._post_store.check, [f"{channel._box}/{channel.unread}"])
         await sender.call(int)  # by then what was taken last has been heard
 
 

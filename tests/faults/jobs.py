@@ -669,7 +669,7 @@ def load_data_while_saving(context: Context, *, root: str, rounds: int) -> None:
         async with CheckpointEngine(root, staging=staging()) as engine:
             for step in range(rounds):
                 if step % 2:
-                    # else the writes of the save before would wait as well, with the memory that this one needs
+                    # else the earlier save's writes would wait as well, with the memory that this one needs
                     await engine.wait()
                     forked.clear()
                 else:
