@@ -253,10 +253,10 @@ async def test_a_reader_that_can_not_be_closed_spoils_no_load(root: Path, disk: 
 async def test_ending_the_engine_does_not_wait_for_reads_that_hang(
     root: Path, disk: Disk, how: str, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcp_async.engine.lifetime._ABORT_SECONDS", 0.3)
+    monkeypatch.setattr("dcp_async.engine.lifetime._ABORT_SECONDS", 0.05)
     async with CheckpointEngine(root) as engine:
         await (await engine.save(STATE, step=1)).upload_completion
-    hung = CheckpointEngine(disk.storage, timeouts=Timeouts(exit_grace=0.3))
+    hung = CheckpointEngine(disk.storage, timeouts=Timeouts(exit_grace=0.05))
     await hung.open()
     disk.hang("list" if how in ("latest", "checkpoints") else "open", is_late=False)
     looking = asyncio.ensure_future(look(hung, how))

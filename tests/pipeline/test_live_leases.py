@@ -30,7 +30,7 @@ from tests.support.saves import STATE
 
 AGE = 600.0
 """Seconds after which a lease that nobody touches is taken for dead."""
-BEAT = 0.4
+BEAT = 0.05
 """Seconds after which an owner touches its lease again."""
 
 
