@@ -267,7 +267,12 @@ class Ledger:
     def leave(self, now: float) -> list[Effect]:
         """The coordinator takes part in nothing any more."""
         reason = f"rank {self._rank} closed its engine before the others did"
-        return self._to_listeners(self._leave(self._rank, reason, now))
+        effects = self._leave(self._rank, reason, now)
+        # in those that are left it has contributed, and whoever waited for the answer there has ended
+        for gathered in self._rounds:
+            failures = {self._rank: closed(gathered.phase, reason)}
+            effects += self._fail_all(gathered.uid, failures, now)
+        return self._to_listeners(effects)
 
     def _leave(self, rank: int, reason: str, now: float) -> list[Effect]:
         # a goodbye is the last of a rank's messages, so whatever it has contributed is here by now

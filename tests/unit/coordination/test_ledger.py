@@ -258,6 +258,18 @@ def test_who_comes_after_the_coordinator_forgot_is_told_that_it_is_over() -> Non
     assert told.failures[0].message == "rank 0 ended this save without an answer to the others"
 
 
+def test_a_coordinator_that_leaves_fails_what_it_has_contributed_to_as_well() -> None:
+    ranks = Ranks()
+    ranks.arrive(0)
+    ranks.arrive(1)
+    ranks.follow(ranks.ledger.leave(0.0))
+    for rank in RANKS:
+        (told,) = ranks.told[rank]
+        assert isinstance(told, Failed)
+        assert told.failures[0].message == "rank 0 closed its engine before the others did"
+    assert not ranks.ledger.num_rounds
+
+
 def test_ranks_that_do_different_things_under_one_ordinal_fail_with_both_named() -> None:
     ranks = Ranks()
     ranks.arrive(0, uid="a", name="a")
