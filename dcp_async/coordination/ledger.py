@@ -124,8 +124,8 @@ class Ledger:
         # not needed for the round: it says of a rank that dies how far it had come
         self._reached.setdefault(uid, {})[sent.rank] = phase
         gathered = self._rounds.add(sent)
-        lacking = gathered.lacking(self._ranks)
-        if not lacking:
+        # counted, not compared: this is done once for each message of each rank
+        if len(gathered.values) == len(self._ranks):
             # dropped before anybody decides: a failure from here on is one of a decision, not of a round
             self._rounds.drop(uid, phase)
             values = [gathered.values[rank] for rank in sorted(self._ranks)]

@@ -28,7 +28,8 @@ class Round:
 
     def lacking(self, ranks: Set[int]) -> list[int]:
         """Those of ``ranks`` that have not contributed."""
-        return sorted(ranks - self.values.keys())
+        # by looking up each: a difference of sets goes over all that have contributed
+        return sorted(rank for rank in ranks if rank not in self.values)
 
 
 class Rounds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable
 
 import pytest
@@ -171,6 +172,27 @@ def test_values_are_gathered_in_the_order_of_ranks() -> None:
         effects += ranks.ledger.hear(sent, 0.0)
     gathered = Gathered(uid="u", phase="plan", values=["of 0", "of 1", "of 2"])
     assert effects == [Send(rank=COORDINATOR, message=gathered)]
+
+
+def seconds_per_message(world_size: int) -> float:
+    """CPU time for each message of one round, but for the last, which completes it."""
+    ledger = Ledger(
+        rank=COORDINATOR, world_size=world_size, timeout=TIMEOUT, patience=PATIENCE, gap_seconds=GAP_SECONDS
+    )
+    sent = [
+        Contribution(rank=rank, uid="u", phase="verdict", ordinal=1, name="n", value=None)
+        for rank in range(world_size - 1)
+    ]
+    began = time.thread_time()
+    for message in sent:
+        assert ledger.hear(message, 0.0) == []
+    return (time.thread_time() - began) / len(sent)
+
+
+def test_a_message_costs_as_much_among_many_ranks_as_among_few() -> None:
+    few, many = (min(seconds_per_message(world_size) for _ in range(5)) for world_size in (200, 4000))
+    # 15 to 20 times as much where each is compared with all ranks
+    assert many < 5 * few
 
 
 def test_failures_wait_for_the_decision_and_what_it_raised_comes_first() -> None:
