@@ -132,7 +132,7 @@ def path_of_a_tensor() -> Drawing:
         (
             276,
             "planning/",
-            ("who writes what, and where every byte lies:", "once per structure, agreed by all ranks"),
+            ("who writes what, and where every byte lies:", "once per plan, agreed by all ranks"),
         ),
         (366, "staging/", ("one batched copy into leased slots;", "then save() returns")),
         (456, "storage/", ("writes whole parts where they belong",)),

@@ -89,8 +89,7 @@ class FileLayout:
 class Format(Protocol):
     """How tensors and leaves lie in a rank's data file, and how the checkpoint says where.
 
-    A format of whole files, without an item per tensor, is one too: what stands before its first payload is
-    that one's head, what stands behind the last that one's tail.
+    Not behind it: footers with checksums, which save and load handle for every file, and how items are read.
     """
 
     def room(self, item_bytes: int) -> int:

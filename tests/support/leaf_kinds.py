@@ -52,7 +52,7 @@ page: it saves one state of each kind, looks into the files and loads them again
 with what it finds.
 
 - **Stored as.** A *raw payload* is a tensor's bytes as they are: copied once, written, and read straight
-  into the target. A *torch.save item* is a tensor that is more than a block of bytes, a *pickled slot* any
+  into the target. A *torch.save item* is a tensor that is more than a block of bytes, a *pickled leaf* any
   other object; both are pickled inside `save()`, so keep them small. What is *structure* only is a line of
   the manifest. *Refused* means that `save()` raises a `SaveError` that names the leaf, and nothing is
   written.
@@ -440,7 +440,7 @@ def _stored_as(directory: Path, metadata: Metadata) -> str:
         places.add(where)
         entry = metadata.state_dict_metadata[index.fqn]
         if not isinstance(entry, TensorStorageMetadata):
-            counts["pickled slot"] += 1
+            counts["pickled leaf"] += 1
         else:
             counts["torch.save item" if index.fqn in exotic else "raw payload"] += 1
     if not counts:
