@@ -29,6 +29,9 @@ class CheckpointError(Exception):
 class SaveError(CheckpointError):
     """A save failed and no checkpoint of its name was committed by it.
 
+    One case can't be told from here: a coordinator that dies in the moment of the commit. The other ranks'
+    saves fail, and ``latest()`` says whether the checkpoint is there.
+
     ``failures`` maps a rank to what went wrong there; ``__cause__`` is the first of them.
     """
 

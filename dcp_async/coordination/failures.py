@@ -35,7 +35,8 @@ class RemoteError(Exception):
     """What went wrong on another rank, as text: its class may not exist here, or not pickle."""
 
     phase: str
-    """What the rank was at."""
+    """What the rank was at, in the words of the save or load. One that fell silent was "before" the exchange
+    that waits for it, or "after" the last that it had a part in."""
     type_name: str
     message: str
     traceback_text: str = ""
@@ -147,9 +148,8 @@ def unanswered(rank: int, phase: str) -> RemoteError:
 def silent(rank: int, why: str, reached: str | None, waited_for: str) -> RemoteError:
     """``rank`` gives no sign of life; ``reached`` is the phase that it was last heard of in, if it was."""
     told = f"it was last heard of in phase {reached!r}" if reached else f"its {waited_for!r} was waited for"
-    return RemoteError(
-        phase=reached or waited_for, type_name="TimeoutError", message=f"rank {rank} {why}; {told}"
-    )
+    phase = f"after {reached}" if reached and waited_for == "open" else f"before {waited_for}"
+    return RemoteError(phase=phase, type_name="TimeoutError", message=f"rank {rank} {why}; {told}")
 
 
 def late(rank: int, phase: str, what: str) -> RemoteError:

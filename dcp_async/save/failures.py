@@ -82,6 +82,8 @@ _KINDS: dict[str, type[SaveError]] = {
 
 _PHASES: dict[str, Phase] = {"commit": "commit", "replicas": "commit"}
 """Phases of exchanges between ranks; the others belong to planning."""
+_WRITING = frozenset({"after verdict", "after place", "before commit"})
+"""What a rank that fell silent was at when nothing was left to agree on, and its file not complete."""
 
 
 def _common_error(
@@ -117,7 +119,10 @@ def _common_error(
 
 
 def _phase(failure: RemoteError) -> Phase:
-    return next((phase for phase in _DOING if phase == failure.phase), _PHASES.get(failure.phase, "plan"))
+    if failure.phase in _WRITING:
+        return "write"
+    own = next((phase for phase in _DOING if phase == failure.phase), None)
+    return own or _PHASES.get(failure.phase.removeprefix("before "), "plan")
 
 
 def _message(
