@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dcp_async import CheckpointEngine, SaveError, Trust
+from dcp_async import CheckpointEngine, IncompatibleStateError, SaveError, Trust
 from dcp_async.planning.local_plan import make_local_plan, unpack_tensors, unpack_tree
 from dcp_async.state.capture import capture
 from dcp_async.trust.plain_data import dumps, loads
@@ -176,3 +176,13 @@ async def test_two_keys_of_one_name_are_refused(root: Path, one: Any) -> None:
     async with CheckpointEngine(root) as engine:
         with pytest.raises(SaveError, match=r"two leaves have the name 'm\.model'"):
             await engine.save({"m": {one: torch.ones(1), Other("model"): torch.ones(1)}})
+
+
+@pytest.mark.parametrize("twice", ["tensor", "leaf"])
+async def test_a_load_refuses_two_values_of_one_name(root: Path, twice: str) -> None:
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save({"a": {"b": torch.ones(4)}})).upload_completion
+        target, other = torch.zeros(4), torch.zeros(4) if twice == "tensor" else 0
+        with pytest.raises(IncompatibleStateError, match=r"two leaves have the name 'a\.b'"):
+            await engine.load({"a": {"b": target}, "a.b": other})
+        assert not target.any()
