@@ -64,6 +64,8 @@ class Lifetime:
         self._lock = threading.RLock()
         self._jobs: set[Job[Any]] = set()
         """Live jobs but for those that end the engine."""
+        self._has_opened = False
+        """``opening`` has done its work; ``state`` tells so from its beginning on."""
         self._exiting = False
         """The trainer's threads have ended: from here on a save is durable before ``save`` returns."""
         self._is_unheard = False
@@ -119,6 +121,7 @@ class Lifetime:
         except BaseException:
             await self._release()
             raise
+        self._has_opened = True
 
     async def metadata_of(self, name: str) -> Metadata:
         """Decodes the metadata of a checkpoint for its CheckpointInfo, which may outlive the engine."""
@@ -206,6 +209,9 @@ class Lifetime:
             )
         if self.state == "closed" or (self.state == "closing" and not closing):
             raise EngineStateError(f"the engine is {self.state}; make a new one")
+        if not (closing or self._has_opened):
+            # a save would be numbered without the steps that lie under the root
+            raise EngineStateError("the engine is being opened: wait until open() has returned")
         self._check_thread()
 
     def on_own_thread(self) -> bool:

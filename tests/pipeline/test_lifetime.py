@@ -59,6 +59,22 @@ async def test_an_engine_that_was_not_opened_refuses_work(root: Path) -> None:
     assert not root.exists() or committed(root) == []
 
 
+async def test_an_engine_that_is_being_opened_refuses_work(root: Path) -> None:
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save(STATE, step=100)).upload_completion
+    engine = CheckpointEngine(root)
+    opening = asyncio.create_task(engine.open())
+    await asyncio.sleep(0)  # it waits for the engine's loop, which has not looked at the root
+    with pytest.raises(EngineStateError, match="being opened"):
+        await engine.save(STATE)
+    with pytest.raises(EngineStateError, match="being opened"):
+        await engine.latest()
+    await opening
+    await (await engine.save(STATE)).upload_completion
+    await engine.close()
+    assert committed(root) == ["step-00000100", "step-00000101"]
+
+
 async def test_constructing_an_engine_starts_nothing(root: Path) -> None:
     before = threading.active_count()
     CheckpointEngine(root)
