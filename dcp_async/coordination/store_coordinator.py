@@ -121,7 +121,7 @@ class StoreCoordinator:
     @property
     def num_remembered(self) -> int:
         """Entries in all tables that must not grow with saves that are over."""
-        mine = self._waiters.num_remembered + len(self._known) + len(self._answered)
+        mine = self._waiters.num_remembered + len(self._known) + len(self._answered) + len(self._verdicts)
         return mine + (self._ledger.num_remembered if self._ledger is not None else 0)
 
     async def open(self) -> None:
@@ -259,8 +259,10 @@ class StoreCoordinator:
         waits: set[asyncio.Future[Any]] = {verdict, self._connection.released}
         # longer than the coordinator waits for a rank that hangs, twice, or ranks would go by what each knows
         limit = 2 * self._patience + 1
-        await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-        self._verdicts.pop(uid, None)
+        try:
+            await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._verdicts.pop(uid, None)
         return verdict.result() if verdict.done() else mine
 
     def forget(self, uid: str) -> None:

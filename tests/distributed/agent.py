@@ -353,6 +353,15 @@ class Agent:
     async def failed(self, ordinal: int = 1, engine: str = "main") -> None:
         await self._engines[engine].failed(self._uid(engine, ordinal, f"step-{ordinal}"))
 
+    async def cancel_settling(self, ordinal: int = 1) -> None:
+        """Of a save that failed here; cancelled while this rank waits to hear how it ended for all."""
+        made = self._engines["main"]
+        settling = asyncio.create_task(made.settle(self._uid("main", ordinal, f"step-{ordinal}")))
+        await asyncio.sleep(0)
+        settling.cancel()
+        await asyncio.wait({settling})
+        assert settling.cancelled()
+
     async def forget(self, ordinal: int = 1) -> None:
         self._engines["main"].forget(self._uid("main", ordinal, f"step-{ordinal}"))
 

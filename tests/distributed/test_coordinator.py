@@ -290,6 +290,20 @@ def test_fail_after_forget_is_dropped(make_world: MakeWorld) -> None:
     world.end()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nothing_is_left_of_a_wait_for_the_end_that_was_cancelled(make_world: MakeWorld, rank: int) -> None:
+    world = make_world(2)
+    world.open()
+    world.all("exchange", ordinal=2)
+    world.all("forget", ordinal=2)
+    before = world[rank].do("held")
+    world[rank].do("fail")
+    world[rank].do("cancel_settling")
+    world[rank].do("forget")
+    assert world[rank].do("held") == before
+    world.end()
+
+
 @pytest.mark.parametrize("cancelled", [0, 1])
 def test_cancellation_travels_as_one(make_world: MakeWorld, cancelled: int) -> None:
     world = make_world(2)
