@@ -1,7 +1,7 @@
 """One rank's connection to the others, over their group's store: how it begins, what it reads, how it ends.
 
 Enters: a store that can be cloned. Leaves: messages to the rank's inbox, in order. Invariant: a rank that has
-left in X
+said goodbye makes no key anew, so the coordinator, which leaves last, deletes all of them.
 """
 
 from __future__ import annotations
