@@ -51,6 +51,8 @@ class Sender:
         self._channel, self._nonce, self._rank, self._released = channel, nonce, rank, released
         self._hear = hear
         self._loop = released.get_loop()
+        self._told: tuple[ToRank, tuple[Any, ...]] | None = None
+        """What was sent out last, and the same as plain data."""
 
     def outbox(self, rank: int) -> str:
         """The box that ``rank`` reads."""
@@ -67,8 +69,11 @@ class Sender:
 
     def send_out(self, rank: int, message: ToRank) -> None:
         """To one rank, from the coordinator."""
+        # a failure is one message to all ranks, and may name each of them
+        if self._told is None or self._told[0] is not message:
+            self._told = message, to_plain(message)
         # the box has one writer, which numbers it without asking the store: one trip per message
-        call = self._channel.post_with(self._channel.send, self.outbox(rank), to_plain(message))
+        call = self._channel.post_with(self._channel.send, self.outbox(rank), self._told[1])
         call.add_done_callback(self.watch)
 
     async def send_answers(self, uid: str, phase: str, answers: Sequence[object]) -> None:

@@ -365,7 +365,8 @@ class StoreCoordinator:
             return [self.coordinator_rank] if self._waiters.uids else []
         if not self._waiters.uids and not self._ledger.num_rounds and self._state == "open":
             return []
-        return [rank for rank in range(self.world_size) if rank not in (self.rank, *self._connection.unread)]
+        unwatched = {self.rank, *self._connection.unread}
+        return [rank for rank in range(self.world_size) if rank not in unwatched]
 
     def _tell_activity(self) -> None:
         """Code of the trainer's that takes long is told to the coordinator at each beat, and its end."""
