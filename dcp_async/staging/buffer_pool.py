@@ -71,6 +71,7 @@ class Arena:
 
     def free_run(self, wanted: int) -> tuple[int, int]:
         """(first slot, length) of the first run of ``wanted`` free slots, or of the longest there is."""
+        # consecutive slots are filled by one copy, so a long run is worth the search
         best = (0, 0)
         first = self.taken.find(0)
         while first >= 0:
@@ -135,6 +136,7 @@ class BufferPool:
     def full(self) -> bool:
         """Whether a lease would have to wait."""
         with self._lock:
+            # without an arena nothing waits: the first lease maps it
             return (
                 bool(self._arenas)
                 and all(0 not in arena.taken for arena in self._arenas)
@@ -184,6 +186,7 @@ class BufferPool:
     def _try_lease(self, wanted: int) -> Lease | None:
         with self._lock:
             self._grow()
+            # lost, not merely taken: a slot that is leased comes back, and is waited for
             if all(arena.taken.count(2) == len(arena.taken) for arena in self._arenas):
                 raise StorageError(
                     "no staging buffer is left: each is held by a write that hangs; "
@@ -228,11 +231,14 @@ class BufferPool:
             if not self._waiters or not (free or lost):
                 return
             loop, future = self._waiters.popleft()
+        # the slot may have been released on another engine's loop, and a future belongs to its own
         loop.call_soon_threadsafe(settle, future)
 
     def release(self, lease: Lease, index: int, *, lost: bool = False) -> None:
         """Give back slot ``index`` of ``lease``; ``lost`` if a hanging thread may still touch it."""
         with self._lock:
+            # once only: by now somebody else may have leased the slot, or a hanging thread may hold it for
+            # good
             if index not in lease.held:
                 return
             lease.held.discard(index)

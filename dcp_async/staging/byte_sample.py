@@ -33,6 +33,8 @@ def places_to_sample(nbytes: Sequence[int], row_major: Sequence[bool], aside: Co
     able = [index for index, size in enumerate(nbytes) if size and row_major[index] and index not in skipped]
     chosen = able
     if len(able) > _TENSORS:
+        # half of them the largest, which hold most of the bytes; half among the others, so that a change of
+        # small tensors alone is seen as well
         largest = set(heapq.nlargest(_TENSORS // 2, able, key=nbytes.__getitem__))
         others = [index for index in able if index not in largest]
         count = _TENSORS - len(largest)
@@ -42,6 +44,7 @@ def places_to_sample(nbytes: Sequence[int], row_major: Sequence[bool], aside: Co
     for index in chosen:
         length = min(SAMPLE_BYTES, nbytes[index])
         room = nbytes[index] - length
+        # the blocks of a short tensor coincide: each is looked at once
         offsets = dict.fromkeys(room * number // (_BLOCKS - 1) for number in range(_BLOCKS))
         places += [(index, offset, length) for offset in offsets]
     return places
@@ -90,6 +93,7 @@ class ByteSample:
 
     def share(self, new: Mapping[int, int]) -> ByteSample:
         """The sample of the tensors in ``new`` alone, which has their new indices."""
+        # taken over, not read anew: what counts is what the bytes were at capture
         kept = [number for number, (index, *_) in enumerate(self.places) if index in new]
         places = [self.places[number] for number in kept]
         return ByteSample(

@@ -59,6 +59,7 @@ class TorchBackend:
         self._streams: dict[torch.device, torch.Stream] = {}
 
     def devices(self, tensors: Iterable[torch.Tensor]) -> set[torch.device]:
+        # each device has a queue, and so needs an event, of its own
         return {tensor.device for tensor in tensors if not tensor.is_cpu}
 
     def is_on_host(self, tensor: torch.Tensor) -> bool:
@@ -66,6 +67,7 @@ class TorchBackend:
 
     def record(self, device: torch.device) -> Event:
         event = torch.Event(device)
+        # of the caller's stream: what it has queued there so far makes up the state that it saves
         event.record(torch.accelerator.current_stream(device))
         return event
 
@@ -83,9 +85,12 @@ class TorchBackend:
             stream.wait_event(event)
             with stream:
                 torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+            # the side stream alone is waited for, so what the trainer queues meanwhile goes on; and the bytes
+            # must be there, since the slots go to the disk next
             stream.synchronize()
 
     def pin(self, address: int, nbytes: int) -> bool:
+        # torch has no call that pins memory which is there already but CUDA's
         if not torch.cuda.is_available():
             return False
         status = _cudart().cudaHostRegister(address, nbytes, 0)

@@ -54,6 +54,7 @@ class MutationWatch:
     def wrappers_changed(self, indices: Iterable[int]) -> set[int]:
         """Those of ``indices`` whose wrappers were changed: an operation counts on what it was called with,
         which may be a DTensor around the tensor that was captured."""
+        # plain tensors have no wrappers: a state of them is not gone over in Python
         if not self.layers:
             return set()
         return {

@@ -38,6 +38,7 @@ class Prepared:
     def share(self, tensors: Sequence[int], leaves: Sequence[int]) -> Prepared:
         """What this rank writes, both ascending: other ranks write the rest."""
         captured = self.captured.share(tensors, leaves)
+        # a single rank writes all of it: no list is made anew in each of its saves
         if captured is self.captured:
             return self
         watch = self.watch.share(tensors) if self.watch is not None else None
@@ -46,6 +47,7 @@ class Prepared:
     def release(self) -> None:
         """Drop every reference to the trainer's tensors."""
         self.captured.release()
+        # its layers are the trainer's tensors, too
         self.watch = None
 
     def displaced(self, selection: Selection) -> set[int]:
@@ -54,6 +56,8 @@ class Prepared:
         now = list(map(torch.Tensor.data_ptr, selection.pick(captured.tensors)))
         if captured.pointers is not None:
             return selection.differing(now, selection.pick(captured.pointers))
+        # no addresses were kept, so only a storage that was freed shows: it is at address 0, as an empty one
+        # always is
         if all(now):
             return set()
         return {
@@ -67,6 +71,7 @@ class Prepared:
         if self.watch is None:
             return set()
         now = versions_of(selection.pick(self.captured.tensors))
+        # addresses as well as counters: a swapped `.data` moves no counter (docs/adr/0011)
         moved = selection.differing(now, selection.pick(self.watch.versions))
         return moved | self.watch.wrappers_changed(selection.indices) | self.displaced(selection)
 
@@ -108,6 +113,7 @@ def copy_aside(captured: Captured) -> tuple[Captured, list[int]]:
         tensors[index] = copy
     pointers = captured.pointers
     if pointers is not None:
+        # the list is the capture cache's, which compares the next state's addresses with it
         pointers = pointers.copy()
         for index, pointer in zip(smallest, map(torch.Tensor.data_ptr, copies), strict=True):
             pointers[index] = pointer

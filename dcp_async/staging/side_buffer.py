@@ -40,6 +40,7 @@ class SideBuffer:
             memory = bytearray(self.starts[-1])
         self.bytes = memory
         for start, stop, (*_, nbytes) in zip(self.starts, self.starts[1:], pieces, strict=False):
+            # the gaps are hashed with the pieces, so they must be the same on every rank
             if start + nbytes != stop:
                 memory[start + nbytes : stop] = bytes(stop - start - nbytes)
         self._structure = structure
@@ -59,11 +60,13 @@ class SideBuffer:
     def fill(self, prepared: Prepared, stager: Stager) -> None:
         """Read all pieces. Raises: MutatedTensors, for memory that is not there any more."""
         vectored = stager.has_vectored_copy and prepared.captured.pointers is not None and not prepared.events
+        # divided once, and anew only after the kernel has stopped copying for us
         if self._rest is None or (self._vectored is not None and not vectored):
             self._divide(vectored=vectored)
         try:
             self._copy_small(prepared)
         except RefusedError as error:
+            # memory that is gone concerns this state alone, a call that is forbidden every later save
             small = Selection(self.pieces[number][0] for number in self._small)
             prepared.refuse(prepared.displaced(small))
             stager.give_up_vectored_copy(error)
@@ -84,6 +87,7 @@ class SideBuffer:
         self._vectored, self._pointers, self._sources = None, None, ()
         if self._small:
             self._pick = picker([self.pieces[number][0] for number in self._small])
+            # in most saves all pieces are whole tensors, and then addresses need no step per tensor
             lows = [self.pieces[number][1] for number in self._small]
             self._lows = lows if any(lows) else None
             base = self._memory.data_ptr()
@@ -121,6 +125,7 @@ class SideBuffer:
                     sources.append(source)
             stager.copy_tensors(prepared.events, targets, sources)
         except (RuntimeError, IndexError):
+            # a tensor that was resized meanwhile fails in torch's words: say which one was changed
             prepared.refuse(prepared.changed(rest) | prepared.reshaped(rest))
             raise
 

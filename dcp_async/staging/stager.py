@@ -119,6 +119,7 @@ class Stager:
         if self._helper is not None:
             self._helper.shutdown()
             self._helper = None
+        # before the pool lets its pages go: CUDA must not keep a registration of what is unmapped
         if self._pinned is not None:
             self.backend.unpin(self._pinned.tensor.data_ptr())
             self._pinned = None
@@ -147,6 +148,7 @@ class Stager:
         devices = cache.devices
         if devices is None:
             devices = cache.devices = self.backend.devices(captured.tensors)
+        # here, so that save() itself raises: what has no bytes would fail in the copying thread at best
         if any(device.type == "meta" for device in devices):
             names = captured.structure.tensor_names
             raise meta_error(next(n for n, t in zip(names, captured.tensors, strict=True) if t.is_meta))
@@ -184,6 +186,7 @@ class Stager:
         layout, arena = job.plan.layout, lease.arena
         start = first * lease.slot_bytes
         stop = min(start + lease.count * lease.slot_bytes, layout.image_bytes)
+        # in each copy, since a pool that grew has another arena
         self._pin(arena)
         marks = [(job.plan, first + number) for number in range(lease.count)]
         slots = slice(lease.first, lease.first + lease.count)
@@ -217,6 +220,7 @@ class Stager:
     def _copy_small(self, job: StageJob, first: int, stop: int, lease: Lease) -> BatchViews:
         """Let the kernel copy the small tensors; the views say what is left to torch."""
         prepared = job.prepared
+        # to the kernel the address of an accelerator's memory means nothing
         vectored = self.has_vectored_copy and prepared.captured.pointers is not None and not prepared.events
         views = self._views.views(job.plan, first, stop, lease, vectored=vectored)
         self._check_memory(prepared, views)
@@ -254,6 +258,7 @@ class Stager:
         self, job: StageJob, index: int, start: int, stop: int, lease: Lease
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(source, target) boxes of a tensor that reaches over the run's ends."""
+        # made in each copy, and not kept as other views are: at most two tensors reach over the ends of a run
         layout, tensor = job.plan.layout, job.prepared.captured.tensors[index].detach()
         size = tensor.dtype.itemsize
         payload = layout.payload_offsets[index]
@@ -308,6 +313,7 @@ class Stager:
         changed: set[int] = set()
         for selection in (views.whole, views.cut, views.small):
             changed |= prepared.changed(selection)
+        # not before: of what changes between a look and a later copy nothing would be seen
         if is_last:
             changed |= prepared.changed_unseen()
         prepared.refuse(changed)

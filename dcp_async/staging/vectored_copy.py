@@ -70,6 +70,8 @@ class VectoredCopy:
         self._calls: list[_Call] = []
         first = 0
         for index in range(1, count + 1):
+            # a call ends where something else than constant bytes comes next, or where the kernel takes no
+            # more entries
             if index < count and index not in starts and index - first < _ENTRIES:
                 gaps[index - 1] = targets[index] - ends[index - 1]
             else:
@@ -100,7 +102,9 @@ class VectoredCopy:
         target = (ctypes.c_uint64 * 2)()
         for call in self._calls[first:stop]:
             target[0], target[1] = call.target, call.nbytes
+            # the process's id is asked each time: kept, it would be the parent's in a forked child
             done = _copy(os.getpid(), address + 2 * _WORD * call.first, call.count, target, 1, 0)
+            # fewer bytes are no success: it stops without an error at the first address that is not there
             if done != call.nbytes:
                 reason = os.strerror(ctypes.get_errno()) if done < 0 else f"{done} of {call.nbytes} bytes"
                 raise RefusedError(f"process_vm_writev: {reason}")

@@ -69,6 +69,7 @@ class ViewCache:
         views = _make_views(plan, start, stop, lease, _VECTORED_BYTES if vectored else 0)
         if self._keeps:
             known = self._plans.setdefault(id(plan), _PlanViews(plan))
+            # the arena is kept beside the views: its id is part of the key, and must not be used again
             known.batches[key] = (lease.arena, views)
             if len(self._plans) > _KEPT_PLANS:
                 self._plans.popitem(last=False)
@@ -95,9 +96,11 @@ def _make_views(plan: CompiledPlan, start: int, stop: int, lease: Lease, vectore
         if nbytes == 0:
             continue
         in_structure = plan.tensors[index]
+        # a view reaches over no end of the run: behind it lies another lease's memory
         if low < start or low + nbytes > stop:
             cut.append(index)
             follows_small = False
+        # row-major ones alone: the kernel takes bytes as they lie
         elif nbytes <= vectored_bytes and structure.strides[in_structure] is None:
             if not follows_small:
                 run_starts.append(len(small))
