@@ -108,6 +108,7 @@ class AllPlans:
         ]
         self._pieces: dict[Signature, Pieces] = {}
         self._trees = _grouped((plan["tree"] for plan in local_plans), unpack_tree)
+        # sizes first: coverage takes it that all pieces of a name agree on the size of the whole
         self._check_sizes()
         self._check_leaves([plan["hashes"] for plan in local_plans], suspects)
         self._check_coverage()
@@ -122,6 +123,8 @@ class AllPlans:
 
     def names(self) -> set[str]:
         """Names of all that some rank holds."""
+        # a piece that is an item of its own counts under the name of its whole tensor, as planners and
+        # `.metadata` name it
         of_leaves = {
             leaves.pieces[index][0] if index in leaves.pieces else name
             for leaves in self.leaf_cohorts
@@ -180,6 +183,7 @@ class AllPlans:
 
     def pieces(self, signature: Signature) -> Pieces:
         """Who holds which piece of the tensors of ``signature``."""
+        # made once: coverage, assignment, replicas and publication ask for the same ones
         pieces = self._pieces.get(signature)
         if pieces is None:
             pieces = self._pieces[signature] = {}
@@ -217,6 +221,7 @@ class AllPlans:
 
         for signature, names in self.held_by_signature.items():
             for entry in signature[1:]:
+                # the first name speaks for all: tensors of one signature lie alike on all ranks
                 check(names[0], described(*entry))
         for cohort in self.tensor_cohorts:
             for name, kind, size in cohort.bare:
@@ -243,11 +248,13 @@ class AllPlans:
     def _check_leaves(self, hashes: Sequence[bytes], suspects: list[str] | None) -> None:
         def distinct() -> Iterator[tuple[int, Mapping[str, int]]]:
             for leaves in self.leaf_cohorts:
+                # reversed, so that of ranks with equal hashes the lowest is the one that is named
                 first = {hashes[rank]: rank for rank in reversed(leaves.ranks)}
                 for raw, rank in first.items():  # ranks of equal hashes need one look
                     yield rank, dict(zip(leaves.names, array("Q", raw), strict=True))
 
         if suspects is None:
+            # by rank, not by cohort: the error names the lowest two that differ
             check_leaves(sorted(distinct(), key=lambda mine: mine[0]))
         else:
             suspects += differing_leaves(mine for _, mine in distinct())
@@ -265,6 +272,7 @@ class AllPlans:
                 names[0], self.kind(signature)[1], self.pieces(signature), self._meshes_of(signature)
             )
         for name, size in missing.items():
+            # no rank holds any of it, so it passes only if it has no elements
             check_covered(name, size, {}, list)
 
     def _meshes_of(self, signature: Signature) -> Callable[[], list[Mesh]]:
@@ -287,6 +295,7 @@ def by_name(names: Sequence[Sequence[str]]) -> dict[str, PieceRefs]:
     refs: dict[str, PieceRefs] = {}
     # in C as if no name occurred twice, then again for those that do
     for number, sequence in enumerate(names):
+        # zip in zip: what is stored is a sequence of one pair, and none of it is made in Python
         refs.update(zip(sequence, zip(zip(repeat(number), count())), strict=False))
     if len(refs) < sum(map(len, names)):
         several = {name for name, times in Counter(chain.from_iterable(names)).items() if times > 1}

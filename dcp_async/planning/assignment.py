@@ -17,7 +17,7 @@ from .local_plan import Mesh
 
 
 class ReplicaGroup(TypedDict):
-    """One rank's part of a group of ranks that hold the same pieces of tensors. Plain data: it travels."""
+    """One rank's share of a group of ranks that hold the same pieces of tensors. Plain data: it travels."""
 
     number: int
     blocks: int
@@ -65,6 +65,7 @@ def _assign_tensors(all_plans: AllPlans, assigned: Sequence[list[int]]) -> None:
         itemsize = dtype_of(all_plans.kind(signature)[0]).itemsize
         for (_, shape), holders in all_plans.pieces(signature).items():
             nbytes = math.prod(shape) * itemsize
+            # what one rank alone holds is settled first; the shared pieces even out what that leaves
             if len(holders) == 1:
                 rank, entry = holders[0]
                 loads[rank] += nbytes * len(names)
@@ -94,6 +95,7 @@ def shared_leaves(all_plans: AllPlans) -> list[list[tuple[int, list[int]]]]:
     members: list[dict[int, list[int]]] = [{} for _ in all_plans.leaf_cohorts]
     for refs in holders.values():
         if sum(len(all_plans.leaf_cohorts[number].ranks) for number, _ in refs) > 1:
+            # by cohorts, not by ranks: thousands of ranks that sent the same bytes are one number here
             group = groups.setdefault(tuple(number for number, _ in refs), len(groups))
             for number, index in refs:
                 members[number].setdefault(group, []).append(index)

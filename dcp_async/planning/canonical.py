@@ -3,8 +3,8 @@
 Enters: a leaf. Leaves: a digest that equal values share in every process, and the places at which two differ.
 Invariant: what a pickle depends on and a value does not is left out: hash seeds, the identity of equal
 objects, the order of a dict's keys and of a set, an array's order in memory and the gaps between its fields,
-at which object of a circle one begins. What a value does depend on is
-kept: types, the bits of floats, an OrderedDict's order, the elements of arrays and tensors.
+at which object of a circle one begins. What a value does depend on is kept: types, the bits of floats, an
+OrderedDict's order, the elements of arrays and tensors.
 Source: Lib/copyreg.py and the pickle protocol, by which objects tell what they consist of.
 """
 
@@ -28,10 +28,12 @@ from ..state import PLAIN_TENSORS
 
 _T = TypeVar("_T")
 _PATHS = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.WindowsPath, pathlib.PureWindowsPath)
+# not 5, in which an array of numpy's reduces to a view of its memory
 _PROTOCOL = 4
 _NOWHERE = sys.maxsize
 _X87_MANTISSA, _X87_BYTES = 63, 10
 """A ``longdouble`` on x86: what is behind these bytes is padding."""
+# a level takes two or three of the 1000 frames that Python allows by default; RecursionError covers the rest
 _DEPTH = 400
 _IN_CIRCLES = 20_000
 """How many objects of circles are looked at, as often as each is reached; if more, each is once."""
@@ -113,6 +115,7 @@ class _Encoder:
 
     def encode(self, value: object) -> bytes:
         cls = type(value)
+        # by the exact type: a subclass may hold more than its value
         encode = _ATOMS.get(cls)
         if encode is not None:
             return _hash(cls.__name__.encode(), encode(value))
@@ -122,6 +125,7 @@ class _Encoder:
         depth = len(self._above)
         if id(value) in self._above:
             self._reached = min(self._reached, self._above[id(value)])
+            # how far up, not to which object: ids differ in every process
             return _hash(b"circle", str(depth - self._above[id(value)]).encode())
         if depth > _DEPTH:
             raise UndecidableError("it goes too deep")
@@ -131,6 +135,7 @@ class _Encoder:
             encoded = self._container(value, cls)
         finally:
             del self._above[id(value)]
+        # what leads further up has another digest when it is reached from elsewhere
         if self._reached > depth or self._in_circles is None:
             self._known[id(value)] = (value, encoded)  # kept, so that its id is not used again
         else:
@@ -144,15 +149,18 @@ class _Encoder:
         if cls is tuple or cls is list:
             return _hash(cls.__name__.encode(), *map(self.encode, value))
         if cls is dict:
+            # by their digests: keys of different types have no order
             return _hash(b"dict", *sorted(map(self._entry, value.items())))
         if cls is set or cls is frozenset:
             return _hash(cls.__name__.encode(), *sorted(map(self.encode, value)))
         if isinstance(value, (type, FunctionType, BuiltinFunctionType)):
             return _hash(b"global", _name(value))
         if isinstance(value, Enum):
+            # by its name, since its value may be anything; a flag of no bits has none
             return _hash(b"enum", _name(cls), value.name.encode() if value.name else repr(value).encode())
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
+        # not imported: where numpy is not, no value is numpy's
         numpy = sys.modules.get("numpy")
         if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
             return self._array(value, cls, numpy)
@@ -185,6 +193,7 @@ class _Encoder:
         )
         cls = _name(type(tensor))
         if tensor.layout is torch.sparse_coo:
+            # the private ones: indices() raises for a tensor that is not coalesced
             parts = [tensor._indices(), tensor._values()]
             return _hash(b"tensor", cls, head, *map(self._tensor, parts))
         is_plain = type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided
@@ -231,6 +240,7 @@ class _Encoder:
             head = [b"fields", str(dtype).encode(), shape]
             return _hash(*head, *(self._elements(array[name], numpy) for name in dtype.names))
         if dtype.hasobject:
+            # its bytes are addresses, which differ in every process
             return _hash(dtype.str.encode(), shape, *map(self.encode, array.flatten().tolist()))
         raw = array.tobytes()  # row-major, whatever its order in memory
         if dtype.char in "gG" and numpy.finfo(numpy.longdouble).nmant == _X87_MANTISSA:
@@ -279,6 +289,7 @@ def _is_unordered(value: object, cls: Any) -> bool:
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:
+    # a conjugated or negated view shares the bytes of what it is a view of
     plain = tensor.resolve_conj().resolve_neg().contiguous().cpu()
     return ctypes.string_at(plain.data_ptr(), plain.nbytes) if plain.nbytes else b""
 
@@ -290,6 +301,7 @@ def _name(value: Any) -> bytes:
 def _hash(*parts: bytes) -> bytes:
     hasher = xxhash.xxh3_128()
     for part in parts:
+        # with lengths: else ("ab", "c") and ("a", "bc") would have one digest
         hasher.update(struct.pack("<Q", len(part)))
         hasher.update(part)
     return hasher.digest()

@@ -26,6 +26,7 @@ def check_covered(
 ) -> None:
     """Raises ConflictError unless ``pieces`` make up a tensor of ``size``. ``meshes`` finds the meshes that
     they lie on, for the message."""
+    # bounds first: the sum below proves something only of pieces that lie inside
     for offsets, shape in pieces:
         if not len(offsets) == len(shape) == len(size):
             raise ConflictError(f"{name}: the piece of {shape} at {offsets} has other dimensions than {size}")
@@ -34,6 +35,7 @@ def check_covered(
     covered, whole = sum(math.prod(shape) for _, shape in pieces), math.prod(size)
     if covered > whole and len(distinct := meshes()) > 1:
         raise ConflictError(two_meshes(name, distinct))
+    # one sum shows nearly every gap and overlap; two that cancel each other are left to the sweep
     if covered != whole:
         raise ConflictError(
             f"{name}: the ranks hold {covered} of its {whole} elements; "
@@ -51,6 +53,7 @@ def _overlapping(pieces: list[Box]) -> Box | None:
 
     A sweep along the dimension in which they differ most: shards of rows, columns or a mesh meet few others.
     """
+    # an empty piece has no element to share, wherever it lies
     pieces = [(offsets, shape) for offsets, shape in pieces if 0 not in shape]
     if len(pieces) < 2 or not pieces[0][0]:
         return None

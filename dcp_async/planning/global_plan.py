@@ -1,4 +1,4 @@
-"""What the coordinator publishes of a plan: the bytes of `.metadata` and the manifest's constant cohort.
+"""What the coordinator publishes of a plan: the bytes of `.metadata`, and what all its manifests share.
 
 Enters: AllPlans, and from each rank where its items lie. Leaves: a Publication. Pure: no I/O.
 Invariant: nothing is published that some rank does not write. Tensors that lie alike on all ranks are
@@ -32,6 +32,7 @@ from .local_plan import Kind
 from .self_proof import Promise, Promised, prove
 
 
+# bytes of arrays, not lists: even so they are two thirds of what a rank under FSDP sends (docs/scale.md)
 class ItemLocations(TypedDict):
     """Where one rank's items lie in its file. Plain data: it travels."""
 
@@ -63,6 +64,7 @@ class GlobalPlan:
         """``metadata`` comes from a planner of the user's; without one it is made from ``all_plans``."""
         self._all_plans: AllPlans | None = all_plans
         self._metadata = metadata
+        # ranks of one cohort number their pieces alike, so what is written is noted per cohort
         self._tensor_cohort_of = {
             rank: number for number, cohort in enumerate(all_plans.tensor_cohorts) for rank in cohort.ranks
         }
@@ -78,6 +80,7 @@ class GlobalPlan:
         offsets, lengths = array("Q", locations["offsets"]), array("Q", locations["lengths"])
         places = list(zip(repeat(rank), offsets, lengths))
         written = self._written[self._tensor_cohort_of[rank]]
+        # not strict: the places of the leaves come behind
         for index, place in zip(tensors, places, strict=False):
             written.setdefault(index, []).append(place)
         names = self._leaf_cohort_of[rank].names
@@ -118,12 +121,14 @@ class GlobalPlan:
             boxes = list(all_plans.pieces(signature))
             rows = self._rows(all_plans, signature, names)
             whole = map(_whole, names, repeat([offsets for offsets, _ in boxes]), rows)
+            # one entry for all names of a signature: equal objects are pickled once (docs/adr/0007)
             groups.append(Group(made.tensor(kind, size, boxes), names, whole))
         for name, stored in all_plans.pieces_by_name.items():
             kind, size = next(iter(stored.values()))[1:3]
             boxes = [(offsets, piece.shape) for offsets, piece in stored.items()]
             places = [self._leaf(piece.leaf) for piece in stored.values()]
             groups.append(Group(made.tensor(kind, size, boxes), [name], [places]))
+        # what is bare on one rank may be held on another, and a leaf on several: each is described once
         known = set(all_plans.held) | all_plans.pieces_by_name.keys()
         for cohort in all_plans.tensor_cohorts:
             for name, kind, size in cohort.bare:
@@ -154,6 +159,7 @@ class GlobalPlan:
                 signature = signature_of[name]
                 row = next(self._rows(all_plans, signature, [name]))
                 boxes = all_plans.pieces(signature)
+                # by offsets: a planner lists chunks in an order of its own
                 place_at = {offsets: place for (offsets, _), place in zip(boxes, row, strict=True)}
                 chunks = [tuple(chunk.offsets) for chunk in entry.chunks]
                 places = _whole(name, chunks, [place_at.get(offsets) for offsets in chunks])

@@ -34,6 +34,7 @@ def shared_hashes(captured: Captured, canonical: Canonical) -> list[int]:
     """A hash of each leaf that ranks can compare: of its bytes, or of its value for those in
     ``canonical``."""
     hashes = leaf_hashes(captured)
+    # a copy: the loop may enter leaves that another save of this plan has found out about
     for leaf in list(canonical):
         last, value = canonical[leaf]
         if last != hashes[leaf]:
@@ -49,6 +50,7 @@ def shared_hashes(captured: Captured, canonical: Canonical) -> list[int]:
 def _decoded(item: bytes) -> Any:
     """What this process has pickled itself."""
     try:
+        # no policy of trust: these bytes have never left this process
         return torch.load(io.BytesIO(item), weights_only=False)
     except Exception as error:  # runs the leaf's own code, which may raise anything
         raise UndecidableError(f"it can't be unpickled ({type(error).__name__}: {error})") from error
@@ -85,7 +87,7 @@ def descriptions(captured: Captured, names: Sequence[str]) -> dict[str, Descript
     return described
 
 
-# The coordinator's part.
+# The coordinator's side.
 
 
 def conflicts(told: Sequence[Mapping[str, Digest]]) -> list[str]:
@@ -94,6 +96,7 @@ def conflicts(told: Sequence[Mapping[str, Digest]]) -> list[str]:
     unequal: dict[str, None] = {}
     for mine in told:
         for name, value in mine.items():
+            # what can't be told counts as unequal: one rank's bytes would be kept in silence for all
             if known.setdefault(name, value) != value or isinstance(value, str):
                 unequal[name] = None
     return list(unequal)

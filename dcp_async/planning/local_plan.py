@@ -82,6 +82,7 @@ def make_local_plan(captured: Captured, previous: LocalPlan | None) -> LocalPlan
     hashes = array("Q", leaf_hashes(captured)).tobytes()
     if not captured.is_new:
         assert previous is not None
+        # values are no part of a structure, so of an old one only the hashes are new
         return {**previous, "hashes": hashes}
     kinds: dict[tuple[torch.dtype, torch.layout, bool], Kind] = {}
     forms: dict[tuple[Kind, Offsets, Offsets, Offsets, Mesh | None], int] = {}
@@ -92,9 +93,12 @@ def make_local_plan(captured: Captured, previous: LocalPlan | None) -> LocalPlan
         shard = structure.shards.get(index)
         size, offsets = (shard.size, shard.offsets) if shard else (local, (0,) * len(local))
         key = (tensor.dtype, tensor.layout, tensor.requires_grad)
+        # torch's objects are turned into text once per kind, not once per tensor
         kind = kinds.get(key) or kinds.setdefault(key, _kind(tensor))
         form = (kind, size, offsets, local, meshes.mesh_of(index))
         form_of.append(forms.setdefault(form, len(forms)))
+    # without boxes and meshes, which differ from rank to rank: these bytes are equal on ranks of one layout,
+    # and the coordinator decodes equal bytes once
     tensors = Tensors(
         names=structure.tensor_names,
         form_of=form_of.tobytes(),
@@ -171,6 +175,7 @@ def _dense_strides(structure: Structure) -> dict[int, tuple[int, ...]]:
     return {
         index: tuple(stride)
         for index, (stride, shape) in enumerate(zip(structure.strides, structure.shapes, strict=True))
+        # slices and expanded tensors come back row-major: their strides ask for memory that nobody saved
         if stride is not None and index not in structure.shards and is_dense(shape, stride)
     }
 
@@ -183,7 +188,9 @@ def leaf_hashes(captured: Captured) -> list[int]:
 def group_hashes(hashes: Sequence[int], groups: Sequence[Sequence[int]]) -> list[str]:
     """One hash per group of leaves."""
     return [
-        xxhash.xxh3_64_hexdigest(json.dumps([hashes[index] for index in group]).encode()) for group in groups
+        # one hash per group, so that a later save's message does not grow with the number of leaves
+        xxhash.xxh3_64_hexdigest(json.dumps([hashes[index] for index in group]).encode())
+        for group in groups
     ]
 
 

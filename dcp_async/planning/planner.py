@@ -32,6 +32,7 @@ from .local_plan import LocalPlan, make_local_plan
 from .replica_groups import shared_tensors
 from .replica_turns import Rotation
 
+# what a planner overrides to change data on its way: staging copies many tensors at once and asks nobody
 _RESOLVERS = ("resolve_data", "lookup_object", "transform_object")
 
 
@@ -63,7 +64,7 @@ class CompiledPlan:
     """The uid of the save that made it: all ranks' plans of one generation belong together."""
     format: Format
     rooms: list[int]
-    """How long the part of a file is that each leaf of the structure gets. They only grow: a counter that
+    """How many bytes of a file each leaf of the structure gets. They only grow: a counter that
     shrinks by a digit must not move every offset behind it."""
     layout: FileLayout
     """How this rank's file is laid out; item i is ``tensors[i]``, then come ``leaves``."""
@@ -89,6 +90,7 @@ class CompiledPlan:
 
     def has_room_for(self, captured: Captured) -> bool:
         """Whether every leaf fits where the plan puts it."""
+        # in C, since it is asked of every leaf in every save
         return all(map(le, map(self.format.room, map(len, captured.leaf_items)), self.rooms))
 
     def padded(self, items: Sequence[bytes]) -> list[bytes]:
@@ -119,6 +121,7 @@ def draft_plan(
 ) -> Draft:
     """Begin a plan. ``previous`` is the plan of the structure, if that is not new. Raises CaptureError."""
     local_plan = make_local_plan(captured, previous.local_plan if previous else None)
+    # this very class: one that derives from it may plan otherwise
     if options.save is DefaultSavePlanner:
         return DefaultDraft(local_plan)
     return PlannerDraft(captured, local_plan, options.save(), is_coordinator)
@@ -178,6 +181,7 @@ class PlannerDraft:
         all_plans = AllPlans([local_plan for local_plan, _ in messages], suspects)
         plans, metadata = self._planner.create_global_plan([pickle.loads(plan) for _, plan in messages])
         shared = shared_leaves(all_plans)
+        # refused: the manifest's tree would name what no file holds
         if lost := sorted(all_plans.names() - metadata.state_dict_metadata.keys()):
             raise ConflictError(f"the planner left out {lost[:3]}; this release writes what the state holds")
         answers = [
@@ -192,6 +196,7 @@ class PlannerDraft:
         structure = self._structure
         keys = _tensor_keys(structure)
         pieces = {key: index for index, key in enumerate(keys)}
+        # to a planner each of tied names is a tensor; here they are one, and are written once
         pieces |= {(name, keys[index][1]): index for name, index in structure.ties}
         leaves = {name: index for index, name in enumerate(structure.leaf_names)}
         exotic = {structure.leaf_names[index] for index, *_ in structure.exotic}
@@ -215,6 +220,7 @@ class PlannerDraft:
                 raise CaptureError(f"{name}: the planner and the state disagree on whether it is a tensor")
             target.append(index)
         for indices in (mine["tensors"], mine["leaves"]):
+            # tied names have led to one piece several times
             indices[:] = sorted(set(indices))
         return mine
 

@@ -36,10 +36,12 @@ def shared_tensors(all_plans: AllPlans) -> list[list[ReplicaGroup]]:
     for ranks, _, _ in rows:
         for rank in ranks:
             members[rank] += 1
+    # by the rank that is in most groups: all ranks of a group must compare as many blocks
     blocks = max(1, _SAMPLED_BLOCKS // max([1, *members]))
     groups: list[list[ReplicaGroup]] = [[] for _ in range(all_plans.num_ranks)]
     for number, ((ranks, columns, meshes), tensors) in enumerate(rows.items()):
         distinct = list(dict.fromkeys(columns))
+        # one order for all ranks of the group: a digest is of bytes one behind the other
         ordered = list(zip(*sorted(tensors), strict=True))
         runs = {column: _runs(indices) for column, indices in zip(distinct, ordered, strict=True)}
         for rank, column in zip(ranks, columns, strict=True):
@@ -54,12 +56,15 @@ def _rows(all_plans: AllPlans) -> dict[_Key, dict[tuple[int, ...], None]]:
     distinct column."""
     rows: dict[_Key, dict[tuple[int, ...], None]] = {}
     for signature, names in all_plans.held_by_signature.items():
+        # where a cohort occurs once it says which column is meant, and tensors of several signatures share a
+        # group
         several = len({cohort for cohort, _ in signature}) < len(signature)
         for (_, shape), holders in all_plans.pieces(signature).items():
             if len(holders) < 2 or not math.prod(shape):
                 continue
             entries: dict[int, int] = {}
             for rank, entry in holders:
+                # tied names on one rank are the same memory, and no replicas of each other
                 entries.setdefault(rank, entry)
             if len(entries) < 2:
                 continue

@@ -33,6 +33,7 @@ class Rotation:
     def deal(self) -> Turn:
         """The turn of a save that begins: what failed saves did not compare comes first."""
         number = self._missed.popleft() if self._missed else self._next
+        # a turn that is dealt again must not set the count back
         self._next = max(self._next, number + 1)
         return Turn(number=number, is_proven=self._is_proven)
 

@@ -141,6 +141,7 @@ def _prove_metadata(template: MetadataTemplate, promised: Promised) -> tuple[set
                     ends[rank] = offset + length
     if seen != entries.keys():
         raise ProofError(f".metadata has other names: {_told(sorted(seen ^ entries.keys()))}")
+    # each promised place was found: what is left over is more than was planned
     if num_places != len(locations):
         raise ProofError(f".metadata has {len(locations)} places for {num_places} items")
     return seen, ends
@@ -150,11 +151,14 @@ def _prove_metadata(template: MetadataTemplate, promised: Promised) -> tuple[set
 def prove_item(dtype: torch.dtype, dims: int) -> None:
     """Check that a tensor's item is one to the reader of items. Once in a process for what is alike. Raises:
     ProofError."""
+    # two elements per dimension, so that a wrong order of them shows, unless that would get large
     shape = (2,) * dims if dims <= 4 else (1,) * dims
     nbytes = math.prod(shape) * dtype.itemsize
+    # of other bytes than 0 and 1 a bool may make anything
     payload = bytes(nbytes) if dtype is torch.bool else bytes(number % 251 for number in range(nbytes))
     head, tail = tensor_frame(dtype, shape)
     try:
+        # without any permission: nobody should have to trust what we wrote ourselves
         value = load_item(io.BytesIO(head + payload + tail), Trust())
     except UntrustedGlobal as error:
         raise ProofError(f"an item of {dtype} names {error.name}") from error
@@ -172,6 +176,7 @@ def _comparison(promise: Promise) -> Callable[[Any], bool]:
     known: dict[int, object] = {}
 
     def is_chunk(chunk: Any) -> bool:
+        # chunks are shared between tensors, so most of them were compared before
         if known.get(id(chunk)) is not chunk:
             if boxes.get(chunk.offsets) != chunk.sizes:
                 return False
@@ -223,6 +228,7 @@ def prove_head(head: ManifestHead, ends: Mapping[int, int], ranks: Sequence[File
     Raises: ProofError.
     """
     read = _decoded(
+        # with an empty structure: the real one grows with the state, and was proven with the plan
         encode_manifest(**head, metadata=b"", constant='"structure":null,"strides":{},"exotic":[]')
     )
     for field, meant in head.items():
