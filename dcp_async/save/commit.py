@@ -101,6 +101,7 @@ class Commit:
         if not coordinator.is_coordinator:
             # the coordinator may publish as soon as it hears from this rank
             self._request.cancellation.close()
+        # a rank without a file sends one, too: the commit is of all ranks or of none
         message = ShareOutcome(file=entry, replicas=written.replicas)
 
         async def conclude(outcomes: Sequence[ShareOutcome]) -> list[Conclusion]:
@@ -127,7 +128,7 @@ class Commit:
             await transaction.seal(self._directory.file)
         return self._directory.file, layout.file_bytes, footer.digest
 
-    # The coordinator's part.
+    # The coordinator's side.
 
     async def _conclude(self, plan: CompiledPlan, outcomes: Sequence[ShareOutcome]) -> Conclusion:
         """Publish, unless ranks hold other bytes under one name."""

@@ -61,6 +61,7 @@ class SaveDirectory:
                 if transaction in self._carryover.unfinished:
                     self._carryover.unfinished.remove(transaction)
             if self._services.coordinator.is_coordinator:
+                # only the format reads a `.metadata`: a storage unpickles nothing
                 await self._services.storage.sweep(named=uids_named_in)
         except Exception as error:
             logger.warning("could not sweep leftovers under %r: %s", self._services.storage, error)

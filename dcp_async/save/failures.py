@@ -54,6 +54,7 @@ def save_error(
     """
     if isinstance(error, PhaseFailure):
         phase, error = error.phase, error.cause
+    # stock wraps what failed: rank -> (exception, its stack)
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, RemoteFailure):
@@ -96,11 +97,13 @@ def _common_error(
 ) -> SaveError:
     """One error for every rank: it names each rank that failed, the phase and the cause there. ``own`` is
     this rank, if ``cause`` is what it failed at."""
+    # a rank that was cancelled tells nothing of why: it counts only if no other failed
     real = {rank: failure for rank, failure in sorted(failures.items()) if not failure.cancelled}
     if not real:
         return cancelled_error(response)
     (rank, first), *more = real.items()
     phase = _phase(first)
+    # by the name of its class, since classes do not travel
     cls = _KINDS.get(first.type_name, SaveError)
     message = _message(cls, phase, response, rank, first.message, str(first))
     told = {first.message}
@@ -146,6 +149,7 @@ def forget_locals(error: BaseException) -> None:
 
     Whoever keeps a failure would otherwise keep the staging pool alive.
     """
+    # causes and contexts may lead round in a circle
     seen: set[int] = set()
     todo: list[BaseException | None] = [error]
     while todo:

@@ -78,6 +78,7 @@ class PlanAgreement:
         coordinator of several ranks, makes the directory ready for them to write; ``comparison`` is told its
         turn as soon as they have a plan."""
         self._captured = captured
+        # kept even if a leaf outgrew its room: the next plan gives no other leaf less than this one does
         self._previous = plan
         self._plan = plan if plan is not None and plan.has_room_for(captured) else None
         self._uid = uid
@@ -97,6 +98,7 @@ class PlanAgreement:
         one or not. Raises: as ``Coordinator.exchange``; ValueError for a shared leaf that differs."""
         plan = self._plan
         hashes: list[int] = []
+        # sent without a plan as well: the coordinator waits for a word of every rank
         message: dict[str, Any] = {"generation": None, "groups": [], "shared": []}
         if plan is not None:
             if plan.groups:  # in a thread, since leaves may be large
@@ -178,6 +180,7 @@ class PlanAgreement:
             nonlocal shared
             suspects: list[str] = []
             answers, shared = await run(draft.merge, messages, suspects)
+            # all ranks are told, also those that hold none of them: comparing takes an exchange of all
             return [(answer, suspects) for answer in answers]
 
         async def locate(by_rank: Sequence[ItemLocations]) -> list[Turn]:

@@ -132,6 +132,8 @@ class _Kept:
         self._turning: list[tuple[ReplicaGroup, list[tuple[int, int]], list[int]]] = []
         """(group, (index, bytes) of its larger pieces, how many blocks come before each)"""
         structure = plan.structure
+        # "sample" deals out blocks of all tensors, "trust" reads those of several meshes alone: to neither is
+        # one small
         least = _SMALL_BYTES if mode == "check" else 0
         for group in plan.replicas:
             sizes = [
@@ -151,6 +153,7 @@ class _Kept:
                 if mode == "check":
                     self.whole.append(whole)
 
+        # made once: it is asked in every save
         self.small_tensors = Selection(index for index, *_ in _all_pieces(self.small))
 
     def blocks(self, turn: int) -> list[_Region]:
@@ -158,6 +161,7 @@ class _Kept:
         regions = []
         for group, large, before in self._turning:
             total = before[-1]
+            # rounded up, so that a save compares the group's number of blocks at most
             stride = -(-total // group["blocks"])
             pieces = []
             for block in range(turn % stride, total, stride):
@@ -196,6 +200,7 @@ class ReplicaCheck:
         structure = plan.structure
         reader = _Reader(prepared, self._stager)
         is_proven = turn["is_proven"]
+        # until a plan is proven "check" reads large tensors whole: their blocks would be read twice
         regions = kept.blocks(turn["number"]) if is_proven or self._mode == "sample" else []
         # with side buffers a later save costs no step of Python per tensor; under a budget there is no memory
         # for them, so bytes are hashed as they are read
@@ -264,6 +269,7 @@ class _Reader:
                 one.update(buffer.piece(0))
                 if not is_whole:  # what ``filled`` would give
                     whole.update(buffer.span(0, 1))
+            # a digest per piece: if ranks differ it has to be told which one, and the bytes are gone by then
             read.digests.append(one.intdigest())
         read.digest = xxhash.xxh3_64_intdigest(read.digests.tobytes()) if is_whole else whole.intdigest()
         return read
@@ -275,7 +281,7 @@ def _chunks(piece: Piece) -> Iterator[Piece]:
         yield index, start, min(_CHUNK_BYTES, low + nbytes - start)
 
 
-# The coordinator's part.
+# The coordinator's side.
 
 
 def differing(told: Sequence[Sequence[Digest]]) -> list[tuple[int, Kind]]:

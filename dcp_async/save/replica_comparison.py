@@ -69,6 +69,7 @@ class ReplicaComparison:
 
     async def digests(self) -> list[Digest]:
         """What this rank holds as others do; takes CPU."""
+        # not in the stager's thread, which the next save may be waiting for
         return await self._threads.run(self._sample.digests) if self._sample is not None else []
 
     async def explain(self, groups: list[tuple[int, Kind]]) -> None:

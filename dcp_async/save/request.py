@@ -33,6 +33,7 @@ class Cancellation:
 
     def request(self) -> None:
         """Stop the save, or do not let it begin. Too late once its commit has begun."""
+        # noted for ``scope`` as well: a save may be cancelled before its first step on the loop
         self._is_requested = True
         if self._scope is not None and not self._is_too_late:
             self._scope.cancel()
