@@ -313,6 +313,12 @@ class EngineAgent(Agent):
         released.get_loop().call_soon_threadsafe(watch)
         await known.wait()
 
+    async def until_missed(self) -> None:
+        """Until this rank has been told of a verb that the others gave up waiting for it to call."""
+        book: Any = self._checkpoints["main"]._life.book
+        while not book._missed:
+            await asyncio.to_thread(int)  # a round trip, in which the engine's thread gets its turn
+
     async def collectives(self) -> int:
         """How many the default group has run, by its own count."""
         group: Any = dist.group.WORLD
