@@ -122,6 +122,7 @@ class Connection:
             while not beats.done():
                 await asyncio.wait({beats}, timeout=self.heartbeat.interval)
                 waited += self.heartbeat.interval
+                # watched anew: a save may have begun to wait since the beat was asked for
                 if not beats.done() and (silent := self.heartbeat.unanswered(watched(), waited)):
                     hear(silent)
             try:
@@ -141,6 +142,7 @@ class Connection:
 
     def give_up_on(self, lost: Set[int]) -> None:
         """Nobody waits any more for a goodbye of ``lost``."""
+        # not before: a rank that was silent may move again, and say goodbye then
         if self._is_leaving and len(self.unread.keys() | lost) == self.world_size - 1:
             self.stop_waiting()
 
@@ -171,6 +173,7 @@ class Connection:
             logger.debug("left without a goodbye: %s", error)
         finally:
             self._beating.cancel()
+            # also when cancelled: what follows joins the threads, and one of them waits for a message
             with anyio.CancelScope(shield=True):
                 await self._channel.stop_taking(self._reading)
             self._channel.close()
@@ -192,6 +195,7 @@ class Connection:
 
     async def _leave_last(self, grace: float) -> None:
         channel, sender = self._channel, self.sender
+        # all others may have said goodbye before this rank began to leave
         self.give_up_on(frozenset())
         await asyncio.wait({self._alone}, timeout=grace)
         self._beating.cancel()
@@ -200,6 +204,7 @@ class Connection:
             # only now: a rank that still beats or sends would make these keys anew
             last = await sender.call(channel.add, sender.inbox, 0)
             beats = [heartbeat_key(self.nonce, rank) for rank in range(self.world_size)]
+            # one more than were numbered: there lies the wake that ended the reading
             rest = [f"{sender.inbox}/{number}" for number in range(channel.unread, last + 2)]
             await sender.call(channel.delete, [*rest, sender.inbox, *beats])
         for rank in range(self.world_size):

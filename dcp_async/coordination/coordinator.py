@@ -131,6 +131,7 @@ class LocalCoordinator:
         self.activity = Activity()
 
     async def open(self) -> None:
+        # ordinals begin anew in each process, and uids are in the names of files that stay
         self._nonce = secrets.token_hex(8)
 
     def uid(self, ordinal: int, name: str, variant: str = "") -> str:
@@ -157,6 +158,7 @@ class LocalCoordinator:
         return False
 
     async def settle(self, uid: str, *, flag: bool = False) -> Verdict:
+        # nobody has said anything: whoever asks keeps the error that it has
         return {}, flag
 
     def forget(self, uid: str) -> None:
@@ -178,9 +180,11 @@ def make_coordinator(
     what the others gave up waiting for this rank to call.
     Raises: EngineStateError where other ranks would be written over, and for a rank outside of the group.
     """
+    # first: a process that saves alone may be one of many that were launched together
     if options.mode == "local":
         return LocalCoordinator()
     if not (dist.is_available() and dist.is_initialized()):
+        # launchers set it for each process, whether or not the trainer initialises torch.distributed
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world > 1:
             raise EngineStateError(
@@ -194,6 +198,7 @@ def make_coordinator(
         raise EngineStateError(
             "this rank is not in Coordination(process_group=...); only its ranks open the engine"
         )
+    # no store, no threads, no heartbeat: nobody can be lost
     if group.size() == 1:
         return LocalCoordinator()
     return StoreCoordinator(

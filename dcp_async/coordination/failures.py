@@ -30,6 +30,7 @@ class PhaseFailure(Exception):
         self.cause = cause
 
 
+# eq=False: with it a dataclass can't be hashed, and whoever handles exceptions expects that they can
 @dataclass(kw_only=True, eq=False)
 class RemoteError(Exception):
     """What went wrong on another rank, as text: its class may not exist here, or not pickle."""
@@ -43,7 +44,7 @@ class RemoteError(Exception):
     cancelled: bool = False
     """The save was cancelled there; nothing is wrong."""
     tensors: tuple[str, ...] = ()
-    """Of a CorruptCheckpointError: what lies in the bad blocks."""
+    """What lies in the bad blocks, where it was a CorruptCheckpointError."""
 
     def __str__(self) -> str:
         if self.message.startswith("rank "):  # one of ours, a sentence of its own
@@ -51,6 +52,7 @@ class RemoteError(Exception):
         return f"{self.type_name}: {self.message}" if self.message else self.type_name
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own passes arguments by position, which this class does not take
         return (RemoteError.from_plain, (self.plain(),))
 
     @classmethod
@@ -66,7 +68,7 @@ class RemoteError(Exception):
             message = f"(its message can't be had: {type(failure).__name__})"
         try:
             text = "".join(traceback.format_exception(error))
-        except Exception:
+        except Exception:  # so may those of its causes, which are written out too
             text = ""
         return cls(
             phase=phase,
@@ -96,6 +98,7 @@ class RemoteError(Exception):
 
 
 def _cut(text: str, *, keep_end: bool = False) -> str:
+    # names of files may hold lone surrogates, which UTF-8 refuses; a cut may fall inside of a character
     raw = text.encode(errors="backslashreplace")
     # a message with text of any length would be cut into chunks that every rank has to fetch
     if len(raw) > _TEXT_BYTES:
@@ -120,6 +123,7 @@ class RemoteFailure(Exception):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own would pass the message in place of the failures
         return (RemoteFailure, (self.failures,))
 
 

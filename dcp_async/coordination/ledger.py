@@ -67,7 +67,7 @@ class Ledger:
         self._busy: dict[int, tuple[str, float]] = {}
         """Rank -> (what code of the trainer's it is in, since when)."""
         self._reached: Recent[str, dict[int, str]] = Recent()
-        """Of each uid, the phase that each rank was last heard of in."""
+        """Uid -> rank -> the phase that the rank was last heard of in."""
         self._failed: Recent[str, None] = Recent()
         self._over: Recent[str, None] = Recent()
 
@@ -115,6 +115,7 @@ class Ledger:
         if uid in self._failed:
             return []  # all have been told, this rank too: its message crossed ours
         if uid in self._over:
+            # its own rank has forgotten it, so nobody there waits for an answer
             if sent.rank == self._rank:
                 return []
             return self._tell_failed(uid, {self._rank: unanswered(self._rank, phase)})

@@ -23,6 +23,7 @@ class Contribution:
     rank: int
     uid: str
     phase: str
+    # in each message: the coordinator hears of calls that its own rank has yet to make
     ordinal: int | None
     """Which call of the engine this is; None where the rank has forgotten."""
     name: str
@@ -194,6 +195,7 @@ class CheckGap:
 Effect = Send | CheckGap
 
 
+# no Local is among them, so nothing that comes over the store passes for a word of this process
 _KINDS: dict[str, type[ToCoordinator | ToRank]] = {
     "message": Contribution,
     "report": FailureReport,
@@ -211,6 +213,7 @@ _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 def to_plain(message: ToCoordinator | ToRank) -> tuple[Any, ...]:
     """``message`` as plain data."""
+    # not asdict(), which would copy the caller's value all the way down
     values = [getattr(message, field.name) for field in fields(message)]
     if isinstance(message, FailureReport | Failed | Settled):
         # alone among the fields they are objects; a contribution's value may be a mapping of the caller's

@@ -24,6 +24,7 @@ def follows_user_code(phase: str) -> bool:
 
 def describe_call(phase: str, name: str) -> str:
     """What a rank that is in ``phase`` of ``name`` did: "saved 'step-3'"."""
+    # by verb alone: the coordinator chooses what is loaded, whatever the references of others say
     if _kind(phase) in _LOADS:
         return "called load()"
     return "called latest()" if phase == "latest" else f"saved {name!r}"

@@ -55,6 +55,7 @@ class Rounds:
 
     def phase(self, uid: str) -> str | None:
         """The first phase in which ranks wait for others with ``uid``."""
+        # a scan, for there are as many as saves in flight: few
         return next((phase for other, phase in self._rounds if other == uid), None)
 
     def add(self, sent: Contribution) -> Round:
@@ -62,6 +63,7 @@ class Rounds:
         key = sent.uid, sent.phase
         gathered = self._rounds.get(key)
         if gathered is None:
+            # the first to come names it: that all mean the same call was compared before
             gathered = self._rounds[key] = Round(
                 uid=sent.uid, phase=sent.phase, ordinal=sent.ordinal, name=sent.name
             )

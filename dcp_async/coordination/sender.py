@@ -100,12 +100,14 @@ class Sender:
             if check is not None and not done.cancelled() and done.exception() is None:
                 self._report(GapChecked(uid=check.uid, phase=check.phase, skipped=done.result()))
 
+        # by the thread that posts: the other one is blocked on the very key that is missing
         self._channel.post_with(self._channel.skip_gap).add_done_callback(ended)
 
     async def call(self, fn: Callable[..., T], *args: object) -> T:
         """The result of a call to the store, in order with what is sent. Raises StoreGoneError, also when
         nobody waits for the store any more."""
         call = self._wrapped(fn, *args)
+        # a call inside of c10d can't be interrupted: the loop stops waiting, the thread goes on
         waits: set[asyncio.Future[Any]] = {call, self._released}
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if not call.done():

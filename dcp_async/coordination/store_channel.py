@@ -3,7 +3,7 @@
 Enters: a store that can be cloned. Leaves: plain messages, each delivered once, in the order of its box.
 Invariant: a client of a store serves one call at a time, so what blocks has a clone of its own; every key
 that was read is deleted. A box that one rank writes is numbered by its writer, a shared one by a counter in
-the store. Source: design.md 5.8.
+the store. Source: docs/adr/0010.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class StoreChannel:
         self._post_store: dist.Store
         self._connected = False
         self._store: dist.Store | None = dist.PrefixStore(prefix, store)
+        # one thread each: two that post would put the messages of one box out of order
         self._posting = BlockingThreads("dcp_async-post", 1)
         self._waiting = BlockingThreads("dcp_async-wait", 1)
         self._numbers: Counter[str] = Counter()
@@ -132,6 +133,7 @@ class StoreChannel:
                 # counted before the key goes, so that skip_gap() does not take it for one that never came
                 self._next += 1
             self._call(self._wait_store.delete_key, key)
+            # what is neither of the two, a former reader's wake or a skipped gap, is passed over
             if raw[:1] == _WHOLE:
                 self.received += 1
                 return loads(raw[1:])
@@ -152,6 +154,7 @@ class StoreChannel:
 
     def send_shared(self, box: str, message: object) -> None:
         """Put ``message`` into a box that many ranks write. Raises StoreGoneError, ValueError."""
+        # before a number is taken: what is no plain data must leave no gap in the box
         raw = dumps(message)
         self._deliver(box, lambda: self._call(self._post_store.add, box, 1), raw)
 
@@ -177,8 +180,8 @@ class StoreChannel:
         if number is None:
             self._numbers[box] += 1
         # after the chunks: from the number on nothing must be able to fail, since the reader waits for it
-        place = self._numbers[box] if number is None else number()
-        self._call(self._post_store.set, f"{box}/{place}", value)
+        position = self._numbers[box] if number is None else number()
+        self._call(self._post_store.set, f"{box}/{position}", value)
         self.sent += 1
 
     def add(self, key: str, amount: int) -> int:
@@ -208,10 +211,12 @@ class StoreChannel:
             return False
         number = self._next
         key = f"{self._box}/{number}"
+        # counted and no such key: whoever took the number died before it wrote
         if self._call(self._post_store.add, self._box, 0) < number or self._call(
             self._post_store.check, [key]
         ):
             return False
+        # taken by the other thread between the two looks: the key is gone because it was read
         if number != self._next:
             return False
         self._call(self._post_store.set, key, _SKIP)
@@ -230,6 +235,7 @@ class StoreChannel:
             call.add_done_callback(lambda done: done.cancelled() or done.exception())
         loop = asyncio.get_running_loop()
         given_up: asyncio.Future[None] = loop.create_future()
+        # a process that is told to end at once must not sit out these seconds
         with self._posting.abandonment(given_up):
             deadline = loop.time() + _JOIN_SECONDS
             while not given_up.done() and (pending := [call for call in calls if not call.done()]):
@@ -258,6 +264,7 @@ class StoreChannel:
         """Join the threads, which must be idle, unless they were abandoned; drop the clones."""
         self._posting.shutdown()
         self._waiting.shutdown()
+        # a thread that was left behind may come back, and looks for its clone here
         if self._connected and not self._abandoned:
             del self._wait_store, self._post_store
         self._store = None

@@ -3,7 +3,7 @@
 Enters: exchanges, failures and cancellations of this rank. Leaves: the coordinator's answers, or
 RemoteFailure on every other rank. Invariant: nothing waits for ever. A rank that does not call is named after
 ``Timeouts.coordination``, so is one whose heartbeat stands still for as long, and a store that is gone ends
-all waits. Source: design.md 5.7 to 5.9.
+all waits. Source: docs/adr/0010.
 
 All that this rank hears goes through one inbox, ``StoreCoordinator._hear``: messages of other ranks, taken by
 the thread that waits; words of its own threads and of its heartbeat; and, on the coordinator, its own
@@ -262,7 +262,7 @@ class StoreCoordinator:
         try:
             await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._verdicts.pop(uid, None)
+            self._verdicts.pop(uid, None)  # a verdict that comes later finds nobody
         return verdict.result() if verdict.done() else mine
 
     def forget(self, uid: str) -> None:
@@ -385,7 +385,7 @@ class StoreCoordinator:
             # one that died while it sent must not keep the messages behind its own unread
             self._sender.skip_gap()
             self._judge(lambda ledger, now: ledger.silent(message, self._waiters.uids, now))
-            self._connection.give_up_on(message.ranks)
+            self._connection.give_up_on(message.ranks)  # they will say no goodbye
             return
         for uid in self._waiters.uids:
             answered, waited_for = self._answered.get(uid), self._waiters.phase(uid) or "open"
