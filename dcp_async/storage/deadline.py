@@ -35,6 +35,7 @@ class Deadline:
         self._given_up: asyncio.Future[None] | None = None
 
     def _abandonment(self) -> asyncio.Future[None]:
+        # not in __init__, which may run where no loop does
         if self._given_up is None:
             self._given_up = asyncio.get_running_loop().create_future()
         return self._given_up
@@ -60,6 +61,7 @@ class Deadline:
         while not task.done() and not given_up.done() and (left := deadline - loop.time()) > 0:
             waits: set[asyncio.Future[Any]] = {task, given_up}
             try:
+                # a cancelled scope would interrupt each further wait, and the verb has to be seen to its end
                 with anyio.CancelScope(shield=cancelled is not None):
                     await asyncio.wait(waits, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             except asyncio.CancelledError as error:
@@ -74,6 +76,7 @@ class Deadline:
             stuck = StuckCallError.after(verb, path, None if given_up.done() else self.seconds + more)
             if cancelled is None:
                 raise stuck
+            # who cancelled gets the cancellation; that a call hangs must not be lost with it
             logger.error("%s", stuck)
         if cancelled is not None:
             raise cancelled
@@ -93,6 +96,7 @@ async def _outcome(call: Awaitable[Any], scope: anyio.CancelScope) -> tuple[Any,
             raise
         except BaseException as error:
             return None, error
+    # ``scope`` kept its cancellation to itself
     return None, asyncio.CancelledError()
 
 
@@ -163,6 +167,7 @@ class LimitedStorage:
         more: float = 0.0,
     ) -> T:
         """What ``call`` gives. Where nobody waits for it any more it is released as soon as it is there."""
+        # what ``call`` has made must be known here even if the wait for it is cancelled at that moment
         obtained: list[T] = []
 
         async def obtain() -> None:
@@ -187,6 +192,7 @@ class _Limited:
 
     def __init__(self, deadline: Deadline, path: str) -> None:
         self._deadline, self._path = deadline, path
+        # calls that nobody waits for any more, and that may still use buffers and descriptors
         self._late: set[Task] = set()
         self._ending: asyncio.Task[None] | None = None
 
@@ -199,12 +205,14 @@ class _Limited:
 
         async def wait_and_end() -> None:
             while self._late:
+                # in a loop: another call may join while these are waited for
                 await asyncio.wait(self._late)
             try:
                 await end()
             except Exception as error:
                 logger.warning("could not release %s: %s", self._path, error)
 
+        # once: ``close`` and ``abort`` may be called again while it waits
         if self._ending is None:
             self._ending = asyncio.get_running_loop().create_task(wait_and_end())
 

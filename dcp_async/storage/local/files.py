@@ -21,7 +21,9 @@ from ..._names import FIRST_RANK_METADATA, METADATA, is_manifest, rank_of_metada
 from .page_cache import absent_ranges, give_back, overlaps
 from .safe_open import open_regular
 
+# what direct I/O asks of offsets, lengths and addresses, on media with sectors of up to 4 KiB
 _ALIGN = 4096
+# the system's IOV_MAX: a longer list of buffers is refused
 _MAX_IOVECS = 1024
 _HELD_CALL_BYTES = 4 << 20
 """The most that one call takes out of the page cache: what the processor's caches still hold when it is
@@ -35,6 +37,7 @@ def commit_mark(directory: str | os.PathLike[str] | int) -> os.stat_result | Non
 
     Stock's ``use_collectives=False`` writes no `.metadata` but one per rank, and looks for rank 0's itself.
     """
+    # of a link its own status: the checkpoint is there, and whoever opens it says what is wrong with it
     for name in (METADATA, FIRST_RANK_METADATA):
         try:
             if isinstance(directory, int):
@@ -102,6 +105,7 @@ def make_directory(path: Path) -> None:
         if not path.parent.is_dir():
             make_directory(path.parent)
             sync_directory(path.parent.parent)
+        # its own entry is synced when the checkpoint is published
         path.mkdir(exist_ok=True)
 
 
@@ -167,6 +171,7 @@ class ReadFile:
         self.fd = file if isinstance(file, int) else open_regular(file)
         try:
             self.nbytes = os.fstat(self.fd).st_size
+            # before anything is read: later nobody can tell what reading has brought in
             self._absent = absent_ranges(self.fd, self.nbytes)
             """What the page cache did not hold when the file was opened; None if nobody knows."""
         except BaseException:
@@ -199,6 +204,7 @@ class ReadFile:
                 buffers.append(memory[:room])
                 end += len(buffers[-1])
             self._read_run(start, end, buffers)
+            # no lock among the threads that read one file: an append is one step
             self._read.append((start, end))
             done += end - start
             if held and arrived is not None:

@@ -67,7 +67,10 @@ class Lease:
         while True:
             self.fd = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
             try:
+                # not a record lock: the sweep of this very process must find it taken, and closing another
+                # descriptor of the file must not drop it
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # what was locked may be a file without a name by now
                 if os.fstat(self.fd).st_ino == os.stat(self.path).st_ino:
                     break
             except (BlockingIOError, FileNotFoundError):
@@ -88,8 +91,9 @@ class Lease:
             return False
 
     def release(self) -> None:
-        if self in _live:
+        if self in _live:  # in a forked child it is not: the save goes on in the parent
             _live.discard(self)
+            # the name before the lock: a free lease is a dead save's, whose files a sweeper takes
             self.path.unlink(missing_ok=True)
             os.close(self.fd)
 
@@ -187,7 +191,8 @@ def is_remote(directory: Path) -> bool:
     best, kind = "", ""
     for line in mounts:
         _, point, fstype, *_ = line.split(" ")
-        point = point.replace("\\040", " ")
+        point = point.replace("\\040", " ")  # as the kernel writes a blank
+        # of two mounts on one point the later one hides the other
         if len(point) >= len(best) and os.path.commonpath((real, point)) == point:
             best, kind = point, fstype
     return kind.startswith(_REMOTE)

@@ -36,6 +36,7 @@ def list_checkpoints(root: Path) -> list[StoredCheckpoint]:
             continue
         except OSError as error:
             logger.debug("%r can't be looked at: %s", entry.path, error)
+            # left out, an older one would be taken for the newest; whoever opens this one is told why not
             stored = StoredCheckpoint(name=entry.name, committed=True, modified=_changed(entry))
         if stored is not None:
             checkpoints.append(stored)
@@ -75,6 +76,7 @@ def _linked(entry: os.DirEntry[str], root: str) -> StoredCheckpoint | None:
     if not os.path.isdir(real):
         return None
     mark = commit_mark(real)
+    # its target is listed by its own name
     if os.path.dirname(real) == root and not os.path.basename(real).startswith("."):
         changed = mark.st_mtime if mark is not None else 0.0
         alias = os.path.basename(real)

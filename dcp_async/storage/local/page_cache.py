@@ -40,6 +40,7 @@ def _absent(libc: ctypes.CDLL, fd: int, offset: int, nbytes: int) -> Iterator[tu
         raise OSError(ctypes.get_errno(), "cachestat")
     if counts[0] == 0:
         yield offset, nbytes
+    # by halves: the call counts the pages of a range, and does not say which they are
     elif counts[0] < -(-nbytes // mmap.PAGESIZE) and nbytes > _GRAIN_BYTES:
         half = -(-nbytes // (2 * _GRAIN_BYTES)) * _GRAIN_BYTES
         yield from _absent(libc, fd, offset, half)

@@ -37,6 +37,7 @@ class LocalReader:
         self._path = root / name
         self._directory: CheckpointDirectory | None = None
         self._files: dict[str, ReadFile] = {}
+        # apart: a read that hangs does not use the directory, nor a look the files
         self._reading_hangs = False
         self._looking_hangs = False
 

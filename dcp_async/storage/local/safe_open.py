@@ -147,6 +147,7 @@ class CheckpointDirectory:
     def __init__(self, root: Path, name: str, *, follow_links: bool) -> None:
         """Raises: FileNotFoundError; LinkError; UnreadableError for what is no directory, or closed to this
         process; OSError."""
+        # a checkpoint lies right below the root: a path could lead out of it
         if "/" in name or name in ("", ".", "..") or not _is_a_name(name):
             raise FileNotFoundError(errno.ENOENT, "no checkpoint has such a name", name)
         self.path = os.path.join(root, name)
@@ -156,6 +157,7 @@ class CheckpointDirectory:
             root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 self._owner = os.fstat(root_fd).st_uid
+                # which way only: neither follows a link at the end, so one made meanwhile is refused
                 if os.path.islink(self.path):
                     self.fd = self._open_link(root_fd, self.path, [self.path], directory=True)
                     self._real = os.path.realpath(self.path)

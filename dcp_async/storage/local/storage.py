@@ -167,6 +167,7 @@ class LocalStorage(LeasingCalls):
                 try:
                     if entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
                         continue
+                    # before the sweep: what changes meanwhile is looked at by the next one
                     changed = entry.stat(follow_symlinks=False).st_mtime_ns
                     if self._clean.get(entry.name) == changed or sweep_directory(
                         Path(entry.path), named, max_age=self.lease_max_age

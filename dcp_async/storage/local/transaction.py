@@ -69,10 +69,12 @@ class LocalTransaction:
         if lead:
             refuse_link(directory)
             make_directory(directory)
+            # early, so that nothing is written in vain; ``publish`` has the last word
             if not replace and commit_mark(directory) is not None:
                 raise FileExistsError(
                     errno.EEXIST, "a checkpoint of this name is committed", os.fspath(directory)
                 )
+            # before the first file, which without it a sweeper would take for a leftover
             lease = take_lease(directory, uid)
             storage.beat.add(lease)
         else:
@@ -185,6 +187,7 @@ class LocalTransaction:
             except OSError as error:  # the checkpoint is there and durable; the next save sweeps again
                 logger.warning("could not remove older files from %s: %s", self._directory, error)
 
+        # before the call: should it hang, it may publish whenever it comes back
         self._publishing = True
         await self._run("publish", final, publish)
 
