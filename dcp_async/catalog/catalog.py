@@ -170,6 +170,7 @@ class Catalog:
             except LinkError as error:
                 # what lies behind it may be the newest: an older one in its place would be a silent loss
                 raise refused_link(name, error) from error
+            # not every LoadError: what a newer release wrote is whole, and an older one no substitute
             except (CorruptCheckpointError, UnfitMetadataError) as error:
                 self._pass_over(name, error)
         return None
@@ -181,10 +182,13 @@ class Catalog:
         steps = await self._ordered()
         names = list(steps)
         if wanted == "latest":
+            # all of them: a load goes on to the next where the newest turns out to be damaged
             chosen = names[::-1]
         elif isinstance(wanted, int):
+            # of a step that was saved twice the newer one
             chosen = [name for name in reversed(names) if steps[name] == wanted][:1]
         else:
+            # links to siblings are not among the names; such a one means what it leads to
             name = wanted if wanted in names else await self._meant_by(wanted)
             chosen = [name] if name in names else []
         if not chosen:

@@ -57,6 +57,7 @@ class Contents:
     """Length of each file without its footer."""
     unfolded: Mapping[str, Mapping[str, InnerValue]] = field(default_factory=dict)
     """Leaf -> name -> what lay inside of it, for a state that has a container there."""
+    # no argument, so that replace() makes contents whose tree is looked for anew
     _tree: Tree = field(default=None, init=False, repr=False)
     """What ``structure`` has decoded, if it was asked: nothing may change it."""
 
@@ -76,6 +77,7 @@ class Contents:
 
     def unfolded_leaf(self, name: str) -> InnerValue | None:
         """What lay inside of a leaf under ``name``."""
+        # asked for each tensor of a load, and mostly empty: only leaves of stock's are taken apart
         for leaves in self.unfolded.values():
             if name in leaves:
                 return leaves[name]
@@ -92,6 +94,7 @@ class Contents:
             try:
                 with collection_paused():  # that of many tensors is as many objects
                     tree = tree_from_json(self.manifest.structure)
+                    # whoever walks the tree looks its names up in `.metadata`
                     if set(leaf_names(tree)) != self.names.keys():
                         raise ValueError("its leaves are not the names in .metadata")
                 self._tree = tree

@@ -45,6 +45,7 @@ async def read_raw(reader: Reader) -> RawMetadata:
     except StorageError as error:
         if error.errno != errno.ENOENT:
             raise
+        # only where there is no `.metadata`: beside one they mean nothing
         by_rank = await reader.rank_metadata()
         if not by_rank:
             raise
@@ -58,6 +59,7 @@ def digest_of(raw: RawMetadata) -> str:
 
 async def manifest_of(name: str, reader: Reader, seen: RawMetadata) -> Manifest | None:
     """The manifest that belongs to `.metadata`; None if stock wrote it."""
+    # only stock's ranks write metadata of their own, and no manifest
     if None not in seen:
         return None
     raw = seen[None]
@@ -72,6 +74,7 @@ async def manifest_of(name: str, reader: Reader, seen: RawMetadata) -> Manifest 
                 checkpoint_id=name,
             ) from error
         except ManifestError as error:
+            # no verdict yet: a replace that was killed leaves two, and the other may be the one
             problems.append(f"a manifest is damaged: {error}")
             continue
         if manifest.metadata_digest == digest:

@@ -49,6 +49,7 @@ async def check_files(
 
     Gives (file -> checksums of its blocks, file -> length without its footer). Raises CorruptCheckpointError.
     """
+    # the furthest byte of each file: one comparison of lengths serves all of its items
     ends: dict[str, int] = {}
     for file, offset, length in locations:
         ends[file] = max(ends.get(file, 0), offset + length)
@@ -78,6 +79,7 @@ async def check_files(
 async def _footer_of(name: str, reader: Reader, file: str, nbytes: int, digest: str) -> Footer:
     try:
         footer = await _read_footer(reader, file, nbytes)
+        # a footer vouches for its own table; that it is this save's, the manifest alone says
         if footer.digest != digest:
             raise FooterError("the footer's table is not the one that the manifest names")
     except FooterError as error:

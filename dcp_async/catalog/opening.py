@@ -54,7 +54,9 @@ def refused_link(name: str, error: LinkError) -> CheckpointError:
 def _may_be_replaced(error: CheckpointError) -> bool:
     """Whether a replace under the reader's hands looks like this."""
     if isinstance(error, StorageError):
+        # ESTALE is how NFS says that an open file was removed on another host
         return error.errno in (errno.ENOENT, errno.ESTALE) and not isinstance(error, LinkError)
+    # the manifest of one save beside the `.metadata` of another looks corrupt
     return True
 
 
@@ -63,6 +65,7 @@ def _verdict(name: str, error: CheckpointError) -> CheckpointError:
     unreadable = isinstance(error, UnreadableError)
     if isinstance(error, LinkError) or not isinstance(error, StorageError):
         return error
+    # gone, or out of the root: neither is mended by another look
     if not unreadable and error.errno not in (errno.ENOENT, errno.EPERM):
         return error  # a medium that is away for a moment must not cost a run its newest checkpoint
     return CorruptCheckpointError(
@@ -146,6 +149,7 @@ class Opener:
         """What the manifests say that lie there, if all of them are whole."""
         reader = await self._enter(name)
         try:
+            # the steps alone, and no look at `.metadata`: this is done for every checkpoint under the root
             return [decode_step(raw) for raw in await reader.manifest()]
         except ManifestError:
             return []
@@ -179,6 +183,7 @@ class Opener:
                 if not keep:
                     await reader.close()
                 return value
+            # after the look, so that there is at least one, however short the timeout
             if anyio.current_time() > deadline:
                 raise LoadError(
                     f"checkpoint {name!r} was replaced again and again for {self._timeout:g} s, each time "
@@ -200,6 +205,7 @@ class Opener:
         """Whether ``name`` has a `.metadata` of another ``digest`` (None: it could not be read), or is
         gone."""
         try:
+            # a new one: what a reader has opened before it shows whatever lies there by now
             reader = await self._storage.open(name)
         except FileNotFoundError:
             return True  # removed: for whoever looks again, as good as replaced
@@ -270,7 +276,9 @@ class Opener:
     ) -> CheckpointInfo:
         """What stock's metadata and its files tell; without the latter it is not whole."""
         files = {file for file, _, _ in locations.values()}
+        # stock writes no time down: that of its `.metadata` is all there is
         modified = {stored.name: stored.modified for stored in await self._storage.list()}
+        # this opens them too, and raises for one that is not there
         sizes = [await reader.size(file) for file in files]
         return CheckpointInfo(
             checkpoint_id=name,

@@ -22,6 +22,7 @@ def reference(ref: CheckpointRef) -> str | int:
     if isinstance(ref, CheckpointInfo):
         return ref.checkpoint_id
     if isinstance(ref, str):
+        # the plain text, whatever a kind of str prints itself as
         return str.__str__(ref)
     if isinstance(ref, os.PathLike):
         return os.fsdecode(ref)
@@ -39,6 +40,7 @@ def _step(value: Any) -> int | None:
         plain = value.item() if hasattr(value, "item") else value  # of an array or tensor of one element
         if isinstance(plain, float) and plain.is_integer():
             return int(plain)
+        # a flag that was passed by mistake would name step 1
         return None if isinstance(plain, bool) else operator.index(plain)
     except Exception as error:  # a tensor's own code may raise anything: on meta, of many elements
         logger.debug("%s is no step: %s", type(value).__name__, error)
