@@ -7,6 +7,7 @@ every rank an error. Invariant: no rank reads what another rank does not have op
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Sequence
 
 import anyio
@@ -35,19 +36,14 @@ async def open_same(
     do not see what it sees.
     """
     deadline = anyio.current_time() + timeout
+    decide = functools.partial(_all_alike, name, deadline)
     mine: Contents | None = None
     attempt = 0
-
-    async def decide(reports: Sequence[tuple[str, str]]) -> list[bool]:
-        different = [rank for rank, (digest, _) in enumerate(reports) if digest != reports[0][0]]
-        if different and anyio.current_time() > deadline:
-            raise _differs(name, different, reports[different[0]][1])
-        return [not different] * len(reports)
-
     try:
         while True:
             problem = ""
             try:
+                # what is current stays open: no replace can take it from a rank while others catch up
                 if mine is not None and not await catalog.is_current(mine):
                     stale, mine = mine, None
                     await stale.close()
@@ -60,6 +56,7 @@ async def open_same(
                 problem = str(error)
             report = (mine.digest if mine is not None else "", problem)
             phase = f"open {attempt}" if attempt else "open"
+            # all get one answer, so either all are through or all look again
             if await coordinator.exchange(uid, phase, report, decide):
                 assert mine is not None
                 return mine
@@ -71,8 +68,18 @@ async def open_same(
         raise
 
 
+async def _all_alike(name: str, deadline: float, reports: Sequence[tuple[str, str]]) -> list[bool]:
+    """The coordinator's answer to each rank's (digest, why it has none): whether all have one state open."""
+    different = [rank for rank, (digest, _) in enumerate(reports) if digest != reports[0][0]]
+    # raised in the decision, so that every rank gives up, and in the same words
+    if different and anyio.current_time() > deadline:
+        raise _differs(name, different, reports[different[0]][1])
+    return [not different] * len(reports)
+
+
 def _lags(error: CheckpointError) -> bool:
     """Whether a file system that still shows an older state looks like this."""
+    # NFS says so of a file that was replaced on another host; no other fault looks like an older state
     return not isinstance(error, StorageError) or error.errno == errno.ESTALE
 
 
