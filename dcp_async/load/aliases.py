@@ -28,11 +28,13 @@ def groups_in_memory(
         (name, region)
         for name, some in regions.items()
         for region in some
+        # what is sparse has no address, and a subclass answers what it likes
         if type(region.tensor) in PLAIN_TENSORS and region.tensor.layout is torch.strided
     ]
     tensors = [region.tensor for _, region in plain]
     starts = list(map(torch.Tensor.data_ptr, tensors))
     ends = list(map(add, starts, map(attrgetter("nbytes"), tensors)))
+    # nbytes counts no gaps; only where there are any is a Python step per tensor paid for them
     if gappy:
         for index, (name, region) in enumerate(plain):
             if name in gappy:
@@ -63,6 +65,7 @@ def _grouped(
     groups: list[list[int]] = []
     last_device, end = "", 0
     for device, low, high, index in sorted(extents):
+        # equal addresses on two devices are two places
         if device == last_device and low < end:
             groups[-1].append(index)
             end = max(end, high)
@@ -86,6 +89,7 @@ def conflict(group: Sequence[NamedRegion], values: Sequence[torch.Tensor]) -> tu
     """Names of two of ``group`` whose ``values`` can't both be in the memory that they share."""
     tensors = [region.tensor for _, region in group]
     low = min(tensor.data_ptr() for tensor in tensors)
+    # set_() counts in elements, so every view must begin at a whole one
     low -= low % _ALIGNMENT
     high = max(tensor.data_ptr() + _extent(tensor) for tensor in tensors)
     memory = torch.zeros(high - low, dtype=torch.uint8, device=tensors[0].device).untyped_storage()
@@ -95,6 +99,7 @@ def conflict(group: Sequence[NamedRegion], values: Sequence[torch.Tensor]) -> tu
         )
         for tensor in tensors
     ]
+    # tried out in memory of our own, laid out alike: what a later value leaves of an earlier one decides
     for index, (view, value) in enumerate(zip(views, values, strict=True)):
         view.copy_(value)
         for earlier in range(index):
@@ -104,5 +109,6 @@ def conflict(group: Sequence[NamedRegion], values: Sequence[torch.Tensor]) -> tu
 
 
 def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    # as bytes, since NaN equals nothing and the two zeros equal each other
     left, right = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right))
     return torch.equal(left, right)

@@ -53,6 +53,7 @@ def _misfit_of_named(
     parameter = key
     if f"{inside}{key}" not in targets.tensors and key.startswith("state."):  # flat: state.<name>.<entry>
         parameter = key.removeprefix("state.").rpartition(".")[0]
+        # names of parameters and of entries may both have dots: the longest that the state knows is it
         while parameter and f"{inside}{parameter}" not in targets.tensors:
             parameter = parameter.rpartition(".")[0]
     name = f"{inside}{parameter}"

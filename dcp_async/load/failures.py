@@ -57,7 +57,7 @@ class LoadFailures:
             cause = first_failure(error)
             told = self.explain(cause)
             if told is cause:
-                raise cause from None
+                raise cause from None  # the group around it tells the user nothing
             raise told from cause
 
     def explain(self, error: BaseException) -> BaseException:
@@ -110,6 +110,7 @@ class LoadFailures:
 
     def _names_in(self, file: str, ranges: Iterable[tuple[int, int]]) -> list[str]:
         """Whose items overlap these bytes, wanted or not: a block is damaged for all that lies in it."""
+        # over all items: only a load that has failed pays for it
         return [
             name
             for (name, _), (stored_in, offset, length) in self._contents.locations.items()

@@ -34,6 +34,8 @@ class FetchBuffers:
         self._segment = 0
         """Where the next block begins: its byte in the file, and the first segment that may hold it."""
         self._bad: list[tuple[int, int]] = []
+        # straight into their targets, so before they are verified: a bad block leaves one half overwritten,
+        # and the error says so (partially_loaded)
         direct = [piece for piece in span.pieces if piece.nbytes >= _SMALL_BYTES]
         # one allocation for all that is not read directly: small pieces, gaps, and edges of blocks
         scratch = memoryview(bytearray(span.stop - span.start - sum(piece.nbytes for piece in direct)))
@@ -54,6 +56,7 @@ class FetchBuffers:
         start, stop, memory = next(following, (0, 0, memoryview(b"")))
         for piece in span.pieces:
             if piece.nbytes < _SMALL_BYTES and piece.nbytes:
+                # both ascend, so one pass pairs them; runs end at large pieces only, so none cuts a small one
                 while piece.offset >= stop:
                     start, stop, memory = next(following)
                 self._scattered.append(

@@ -31,11 +31,13 @@ class Keys:
             return key.plain
         try:
             value = load_pickle(key.raw, self._trust)
+            # counted by pickles: comparing the keys themselves is the very cost that is bounded
             alike = self._pickles.setdefault(hash(value), set())
             alike.add(key.raw)
             if len(alike) > MAX_ALIKE:
                 raise ValueError("too many hash alike")
         except UntrustedGlobal as error:
+            # of a kind of str or int, say: not being trusted costs it its class alone
             if key.plain is not None:
                 return key.plain
             raise self._failures.explain(error) from error

@@ -40,6 +40,7 @@ def match_state(targets: Targets, contents: Contents, *, dtypes: Dtypes) -> Matc
             match.leaves.append(name)
         else:
             match.mismatch(name, "is a tensor in the checkpoint, but not in the state")
+    # after all others: by now what became of the parameters themselves has been said
     for name, reason in misfits:
         match.mismatch(name, reason)
     known = targets.tensors.keys() | targets.leaves | set(match.mismatched)
@@ -62,6 +63,7 @@ def _separate_aliases(tensors: TensorMatcher, contents: Contents) -> None:
     offered gives way to new tensors; what is left is compared when its bytes are read."""
     match = tensors.match
     for group in groups_in_memory(match.tensors, match.gappy):
+        # tied in the state and saved as one tensor: whichever is read last, the bytes are the same
         if are_one_view(group) and len({_locations(name, contents) for name, _ in group}) == 1:
             continue
         for name in sorted({name for name, _ in group} & match.offered):

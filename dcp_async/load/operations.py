@@ -126,8 +126,10 @@ class _LoadInto:
             like=match.like,
         )
         plain = {name: regions for name, regions in match.tensors.items() if name not in wrapped.regions}
+        # before copies are made, and before a target is touched: it may refuse the load
         for group in match.aliases:
             await self._check_aliases(group)
+        # atomic: everything is read and verified beside the state, which costs its memory once more
         into = _copies(plain) if self._how.atomic else plain
         keys = Keys(self._services.trust, self._failures)
         # before anything is touched: a key may be of a class that is not trusted
@@ -216,6 +218,7 @@ class _LoadInto:
         targets = self._targets
 
         def value_of(name: str, objects: Collection[str]) -> Any:
+            # an object inside of it stands there itself: its state comes by its own load_state_dict()
             if name in objects:
                 return targets.statefuls[name][0]
             return values[name] if name in values else targets.tensors[name]
@@ -290,12 +293,13 @@ async def read_fresh(
         if not is_raw(meta, name, contents):
             leaves.append(name)
             continue
-        # names that share their bytes come back as one tensor
+        # names that share their bytes come back as one tensor; of several chunks no one location tells
         is_one = len(meta.chunks) == 1
         location = contents.locations.get((name, meta.chunks[0].offsets)) if is_one else None
         if location is not None and stored.setdefault(location, name) != name:
             tied[name] = stored[location]
         else:
+            # before memory is asked for: a damaged `.metadata` may promise any size
             check_room(name, meta, contents)
             tensors[name] = fresh_tensor(meta, contents.strides.get(name), device)
     failures = LoadFailures(contents, touched=False)

@@ -1,6 +1,6 @@
 """Loading, as coroutines joined by bounded queues.
 
-    match -[LoadPlan]-> plan -[list of Span]-> read -[list of FetchBuffers]-> place -[values]-> Restorer
+    plan -[LoadPlan]-> batch -[list of Span]-> read -[list of FetchBuffers]-> place -[values]-> whoever loads
 
 Enters: an opened checkpoint and what is wanted of it. Leaves: filled tensors and leaf values, or an error
 before anything was touched. Invariant: leaves are decoded, and pickled tensors are judged by their heads, so
@@ -118,6 +118,7 @@ class LoadPipeline:
 
     async def _judge(self, items: Iterable[StoredItem]) -> None:
         """Whether trust admits ``items``, of which nothing is kept."""
+        # heads first: they settle most items, and a trial decodes one that is decoded once more later
         heads, trials = ReadPlan(self._source), ReadPlan(self._source)
         doubtful: list[StoredItem] = []
         for item in items:
@@ -129,6 +130,7 @@ class LoadPipeline:
 
     async def fill(self, plan: LoadPlan, *, fresh: bool) -> None:
         """Read the tensors of ``plan`` into their targets. ``fresh``: as for ``read_leaves``."""
+        # before the first read, which may go straight into a target
         self._failures.touched = self._failures.touched or not fresh
         await self._flow(plan.tensors)
         if plan.unfolded:
@@ -151,6 +153,7 @@ class LoadPipeline:
         # a failure in one stage cancels the others, which join the reads that they wait for
         async with anyio.create_task_group() as group:
             group.start_soon(self._batch, plan, batches)
+            # as many as may read at once: one more would only hold the memory of another batch
             for _ in range(readers):
                 group.start_soon(self._read, batches, fetched)
             group.start_soon(self._place, fetched)

@@ -1,7 +1,8 @@
 """What arrived and was verified goes where it belongs: rows into targets, items through ``torch.load``.
 
 Enters: filled buffers. Leaves: written targets, values handed to who wants them, or DamagedError, FillError,
-UntrustedGlobal. Invariant: no target is written to but from verified bytes.
+UntrustedGlobal. Invariant: what is copied here was verified; what was read straight into a target does not
+pass here.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def copy_exotic(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
     """``target.copy_(value)``, where a sparse target may hold another number of elements. Raises FillError:
     a subclass runs its own code."""
     try:
+        # copy_() takes another number of elements for COO, and refuses it for these
         if target.layout in _COMPRESSED:
             target.resize_as_sparse_(value)
         target.copy_(value)
@@ -49,6 +51,7 @@ def copy_all(names: Iterable[str], targets: Iterable[torch.Tensor], sources: Ite
             else:
                 copy_exotic(name, target, source)
         if plain_targets:
+            # in one call, which releases the GIL once: a trainer's thread may want it between any two copies
             torch._foreach_copy_(plain_targets, plain_sources)
 
 

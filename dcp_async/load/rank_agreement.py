@@ -89,6 +89,7 @@ class Agreement:
         """The coordinator asks, all get its answer."""
 
         async def decide(messages: Sequence[None]) -> list[Any]:
+            # one look for all: by their own, ranks might choose differently where a file system lags
             return [await ask()] * len(messages)
 
         try:
@@ -138,6 +139,7 @@ class Agreement:
     def leave(self, ordinal: int, error: BaseException) -> None:
         """This rank loads no further, because of ``error``. On the engine's loop."""
         uid = self._coordinator.uid(ordinal, _LOAD)
+        # in this order: of what is forgotten nobody is told
         self._coordinator.fail(uid, "load", error)
         self._coordinator.forget(uid)
 
@@ -205,6 +207,7 @@ class Attempt:
     async def give_up(self, error: BaseException) -> BaseException:
         """This rank goes no further, because of ``error``; gives what it raises, as every other rank."""
         try:
+            # a cancellation, or what ends a program: it stays itself here, and fails the load for the others
             if not isinstance(error, (RemoteFailure, CheckpointError, OSError)):
                 self._coordinator.fail(self._uid, "load", error)
                 return error
@@ -223,6 +226,7 @@ class Attempt:
         return value
 
     async def _together(self, step: Callable[[], Awaitable[T]]) -> T:
+        # an attempt has a uid of its own, under which nobody hears of a rank that left the load as a whole
         left = functools.partial(self._coordinator.failed, self._whole)
         try:
             return await run_unless(left, step)
@@ -256,6 +260,7 @@ class Together:
         async def decide(reports: Sequence[list[str]]) -> list[list[str]]:
             return [sorted(set().union(*reports))] * len(reports)
 
+        # numbered: an exchange is known by its phase, and a load may ask more than once
         self._rounds += 1
         phase = f"ask {self._rounds}"
         return await self._coordinator.exchange(self._uid, phase, list(names), decide)

@@ -69,6 +69,7 @@ class Source:
                 name: meta for name, meta in contents.names.items() if isinstance(meta, TensorStorageMetadata)
             },
             locations=contents.locations,
+            # only our files end in checksums
             raw_files=frozenset(contents.digests),
             exotic=contents.exotic,
             transforms=contents.transforms,
@@ -162,6 +163,7 @@ class ReadPlan:
         """Read an item whole, decode it and hand its value over. Raises DamagedError, UnsupportedError."""
         name, _ = key
         file, offset, length = self._source.location(key)
+        # no bytes arrive for it, so it would never be finished
         if length == 0:
             raise DamagedError(f"{name}: its item in {file} is empty", [name])
         item = StoredItem(
@@ -219,6 +221,7 @@ class ReadPlan:
         if not met or sides != {tuple(wanted[1:])}:
             raise CoverageError(f"{name}: its chunks can't be put side by side")
         check_coverage(extents(wanted), [relative(box, [low for low, _ in wanted]) for _, box in met])
+        # no lock: batches are placed one at a time
         by_row: dict[int, torch.Tensor] = {}
 
         def collector(chunk: ChunkStorageMetadata, box: Box) -> Callable[[Any], None]:
@@ -283,6 +286,7 @@ class ReadPlan:
             tensor = region.tensor
             if len(meta.chunks) == 1 and self._want_whole(name, meta, tensor):
                 continue
+            # once for all regions, and never for what was read whole
             boxes = boxes or self._source.chunk_boxes(name)
             for chunk, in_chunk, in_region in self._source.overlaps(name, boxes, region):
                 self._want_box(name, chunk, in_chunk, tensor, in_region)
@@ -318,6 +322,7 @@ class ReadPlan:
     def _memory(self, target: torch.Tensor, dtype: torch.dtype) -> memoryview | None:
         """The bytes of ``target``, if elements of ``dtype`` can be read straight into them."""
         if (
+            # its bytes are out of reach, or not the file's: of another dtype or order, or to be negated
             type(target) not in PLAIN_TENSORS
             or target.dtype != dtype
             or not target.is_cpu
@@ -327,6 +332,7 @@ class ReadPlan:
             or not target.is_contiguous()
         ):
             return None
+        # a memoryview of an address keeps nothing alive
         self._keep.append(target)
         return host_memory(target)
 
@@ -350,8 +356,8 @@ class ReadPlan:
                 f"load again; read {file} with the safetensors package, or save in the usual format"
             )
         # a whole tensor is not indexed: sparse ones can't be
-        place = target if extents(in_target) == tuple(target.shape) else target[slices(in_target)]
-        self._want_item(key, shape, self._tensor_receiver(name, place, shape, in_chunk))
+        destination = target if extents(in_target) == tuple(target.shape) else target[slices(in_target)]
+        self._want_item(key, shape, self._tensor_receiver(name, destination, shape, in_chunk))
 
     def _row_pieces(
         self,
@@ -379,6 +385,7 @@ class ReadPlan:
             if memory is not None and run is not None:
                 yield Piece(payload + first, nbytes, memory, run[0] * step, name)
             else:
+                # detached: a view of a parameter that requires grad refuses to be written to
                 finish = rows_finisher(name, target.detach()[slices(destination)], cut, shape, dtype)
                 yield Piece(payload + first, nbytes, Fill(nbytes, finish), 0, name)
 

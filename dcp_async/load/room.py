@@ -26,6 +26,7 @@ def check_room(name: str, meta: TensorStorageMetadata, contents: Contents) -> No
             held = wanted  # compressed: its bound is known when it is inflated
         elif (location := contents.locations.get(key)) is not None:
             held += location[2]
+    # with gaps between its elements a small tensor would ask for any amount of memory
     strides = contents.strides.get(name)
     if held < wanted or (
         strides is not None and (len(strides) != len(meta.size) or not is_dense(meta.size, strides))

@@ -19,6 +19,7 @@ from ..formats import BLOCK_BYTES
 _memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
     ("PyMemoryView_FromMemory", ctypes.pythonapi)
 )
+# PyBUF_WRITE of CPython's C API
 _WRITABLE = 0x200
 
 
@@ -44,6 +45,7 @@ class Fill:
 
     def memory(self) -> memoryview:
         """The buffer, made when the first piece wants it."""
+        # late: a plan has a Fill for each leaf, and only those in flight may take memory
         if self._buffer is None:
             self._buffer = bytearray(self._nbytes)
         return memoryview(self._buffer)

@@ -73,6 +73,7 @@ class TensorMatcher:
         regions = self._regions(name, tensor)
         if (reason := self._misfit(name, tensor, regions)) is not None:
             match.mismatch(name, reason)
+            # dtypes="convert" is advised only where it would help: no conversion mends a shape
             if isinstance(meta, TensorStorageMetadata) and meta.size == global_size(tensor):
                 saved = meta.properties.dtype
                 castable = saved != tensor.dtype and _can_cast(saved, tensor.dtype)
@@ -88,6 +89,7 @@ class TensorMatcher:
             )
         elif is_raw(meta, name, self._contents):
             check_room(name, meta, self._contents)
+            # of the state's dtype, since whatever differs was refused above or is to be converted
             match.fresh[name] = fresh_tensor(meta, None, self._targets.device, tensor.dtype)
         else:
             match.leaves.append(name)
@@ -110,6 +112,7 @@ class TensorMatcher:
             if is_raw(meta, name, contents):
                 check_room(name, meta, contents)
                 if parameter is not None and global_size(parameter) == meta.size:
+                    # an optimizer expects its entries where the parameter is, and cut as that is
                     match.fresh[name] = empty_like(parameter, meta.properties.dtype)
                 else:
                     # whoever takes it brings it to its own device
@@ -136,6 +139,7 @@ class TensorMatcher:
             return f"is {_shown(tensor)} in the state; {saved}, as in the checkpoint, can't become that"
         for region in regions:
             if _is_gappy(region.tensor):
+                # noted in passing: strides are asked here anyway, and looking for aliases needs it
                 self.match.gappy.add(name)
                 if _is_expanded(region.tensor):
                     return "is expanded: its elements share one place; clone() it first"

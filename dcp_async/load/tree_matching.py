@@ -27,6 +27,7 @@ class TreeMatcher:
         self._structure = contents.structure
         self._tensors = tensors
         self._match = tensors.match
+        # sorted once: what lies below a name is found by bisection, for each of many subtrees
         self._known = sorted(targets.tensors.keys() | targets.leaves)
         self.settled: set[str] = set()
         """Names of the state that are taken care of, whatever the checkpoint has under them."""
@@ -150,6 +151,7 @@ class TreeMatcher:
         _, node = locate(self._structure, prefix)
         if self._contents.manifest is None:
             node = like(node, groups)
+        # nothing that groups could be taken from: their names are compared one by one
         if kind_of(node) != "list":
             return
         num_saved = len(children_of(node))
@@ -183,6 +185,7 @@ class TreeMatcher:
             if (reason := misfit(mapping, self._targets, self._names, key, saved)) is not None:
                 self.misfits += [(name, reason) for name in saved]  # what the state has stays
             elif mine and set(mine) == set(saved) and all(map(self._tensors.is_of_one_kind, mine)):
+                # of the saved form: filled in place, name by name, as any tensor is
                 self.settled.difference_update(mine)
             else:
                 self._grow(prefix, key, child)

@@ -1,4 +1,4 @@
-"""What a load reads of tensors that are made of others (wrapped.py), before it touches anything.
+"""What a load reads of tensors that are made of others (state/wrapped.py), before it touches anything.
 
 Enters: regions of such targets, and leaves that become distributed tensors. Leaves: pairs of inner tensors to
 copy, and DTensors that lie as an optimizer's parameters do.
@@ -20,7 +20,7 @@ from .read_plan import ReadPlan
 
 @dataclass(slots=True, kw_only=True)
 class Wrapped:
-    """Tensors made of others (wrapped.py): read and compared before anything is touched, then copied."""
+    """Tensors made of others: read and compared before anything is touched, then copied."""
 
     regions: Mapping[str, list[Region]]
     """To be filled."""
@@ -46,7 +46,7 @@ def want_distributed(plan: ReadPlan, name: str, like: DTensor, values: dict[str,
             local,
             like.device_mesh,
             like.placements,
-            run_check=False,
+            run_check=False,  # a check is a collective, and a load must run none
             shape=like.shape,
             stride=like.stride(),
         )
