@@ -5,10 +5,9 @@ RemoteFailure on every other rank. Invariant: nothing waits for ever. A rank tha
 ``Timeouts.coordination``, so is one whose heartbeat stands still for as long, and a store that is gone ends
 all waits. Source: docs/adr/0010.
 
-All that this rank hears goes through one inbox, ``StoreCoordinator._hear``: messages of other ranks, taken by
-the thread that waits; words of its own threads and of its heartbeat; and, on the coordinator, its own
-messages, which take no way over the store. What ranks send is judged by the ``Ledger``, which says what
-follows; it is carried out here.
+All that this rank hears goes through one inbox, ``StoreCoordinator._hear``: messages of other ranks, words of
+its own threads and heartbeat, and, on the coordinator, its own messages, which take no way over the store.
+The ``Ledger`` judges what ranks send; what follows from it is carried out here.
 """
 
 from __future__ import annotations
@@ -65,8 +64,7 @@ A = TypeVar("A")
 class StoreCoordinator:
     """The coordinator protocol among the ranks of a process group; of use on the engine's loop alone.
 
-    Never closes the group's store or the group. Ranks are those within the group. Messages and answers are
-    plain data.
+    Never closes the group or its store. Ranks are those within the group; messages are plain data.
     """
 
     def __init__(
@@ -166,8 +164,7 @@ class StoreCoordinator:
     async def exchange(
         self, uid: str, phase: str, message: M, decide: Callable[[Sequence[M]], Awaitable[Sequence[A]]]
     ) -> A:
-        """Send ``message``; the coordinator calls ``decide`` with all ranks' messages in rank order; each
-        rank gets its answer.
+        """Send ``message``; ``decide``, on the coordinator, makes of all, by rank, an answer for each rank.
 
         Ranks: all must call it, with the same ``uid`` and ``phase``. In phase "verdict" all have to within
         ``Timeouts.coordination`` of the first.
