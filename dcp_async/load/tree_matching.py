@@ -6,7 +6,6 @@ state that are settled by them. Pure: no I/O, and nothing of the state is touche
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..catalog import Contents
 from ..formats import Tree, children_of, cut, grafted, kind_of, leaf_names, like, locate, subtree, text_of
 from ..state import UNASKED, OptimizerState, PerRank, RNGState, Targets, Whole
 from .entry_shapes import misfit
+from .subtrees import Subtrees
 from .tensor_matching import TensorMatcher
 
 
@@ -27,8 +27,7 @@ class TreeMatcher:
         self._structure = contents.structure
         self._tensors = tensors
         self._match = tensors.match
-        # sorted once: what lies below a name is found by bisection, for each of many subtrees
-        self._known = sorted(targets.tensors.keys() | targets.leaves)
+        self._subtrees = Subtrees(targets.flat, targets.tensors.keys() | targets.leaves)
         self.settled: set[str] = set()
         """Names of the state that are taken care of, whatever the checkpoint has under them."""
         self.misfits: list[tuple[str, str]] = []
@@ -64,10 +63,9 @@ class TreeMatcher:
             saved = len(children_of(node)) if exists else 0
             if saved in (0, targets.world_size):
                 continue
-            self.settled.update(_at_or_below(prefix, self._known))
+            self.settled.update(self._subtrees.at_or_below(prefix))
             # whole subtrees inside go with it, whatever rank they were saved by
-            others = (*targets.wholes, *targets.named_groups)
-            self.settled.update(name for name in others if f"{name}.".startswith(f"{prefix}."))
+            self.settled.update(self._subtrees.objects_in(prefix, (*targets.wholes, *targets.named_groups)))
             if value.on_resize is None:
                 match.mismatch(
                     prefix,
@@ -88,7 +86,7 @@ class TreeMatcher:
         if not keys or PerRank.key(rank) in keys:
             return
         match.resized.add(prefix)
-        self.settled.update(_at_or_below(prefix, self._known))
+        self.settled.update(self._subtrees.at_or_below(prefix))
         self.settled.add(f"{prefix}.{PerRank.key(rank)}")
         if not _is_per_rank(node):
             match.nodes[prefix] = node
@@ -99,9 +97,9 @@ class TreeMatcher:
         match, targets = self._match, self._targets
         exists, node = locate(self._structure, prefix)
         # objects inside of it take their own
-        objects = {name for name in targets.statefuls if name.startswith(f"{prefix}.")}
-        theirs = {name for head in objects for name in _at_or_below(head, self._known)}
-        mine = [name for name in _at_or_below(prefix, self._known) if name not in theirs]
+        objects = self._subtrees.objects_in(prefix, targets.statefuls)
+        theirs = {name for head in objects for name in self._subtrees.at_or_below(head)}
+        mine = [name for name in self._subtrees.at_or_below(prefix) if name not in theirs]
         if not exists:
             self._match_unsaved(prefix, whole, mine)
             return
@@ -155,7 +153,7 @@ class TreeMatcher:
         if kind_of(node) != "list":
             return
         num_saved = len(children_of(node))
-        mine = _at_or_below(prefix, self._known)
+        mine = self._subtrees.at_or_below(prefix)
         saved = leaf_names(node, prefix)
         beyond = tuple(f"{prefix}.{number}." for number in range(num_saved, len(groups)))
         match.missing += [name for name in mine if name.startswith(beyond)]
@@ -175,12 +173,12 @@ class TreeMatcher:
         heads = {f"{prefix}.{key}": (key, child) for key, child in children_of(node)}
         # entries that a parameter had none of when it was saved must not outlive the load
         match.replaced[prefix] = set(heads)
-        self.settled.update(_at_or_below(prefix, self._known))
+        self.settled.update(self._subtrees.at_or_below(prefix))
         for head, (key, child) in heads.items():
             was_parameter = f"{mapping.model}.{text_of(key)}" in self._names
             if mapping.takes is not None and not mapping.takes(key, was_parameter):
                 continue  # another stage's of a pipeline, or nobody's
-            mine = _at_or_below(head, self._known)
+            mine = self._subtrees.at_or_below(head)
             saved = leaf_names(child, head)
             if (reason := misfit(mapping, self._targets, self._names, key, saved)) is not None:
                 self.misfits += [(name, reason) for name in saved]  # what the state has stays
@@ -196,7 +194,7 @@ class TreeMatcher:
         _, node = locate(self._structure, prefix)
         for key, child in children_of(node):
             below = f"{inside}{key}"
-            if accepts(str(key)) and below not in owned and not _at_or_below(below, self._known):
+            if accepts(str(key)) and below not in owned and not self._subtrees.at_or_below(below):
                 self._grow(prefix, key, child)
 
     def _grow(self, prefix: str, key: Any, node: Tree) -> None:
@@ -209,14 +207,3 @@ class TreeMatcher:
 def _is_per_rank(node: Tree) -> bool:
     """Whether ranks saved this for themselves: until it was each rank's own, RNGState was saved once."""
     return any(str(key).startswith(PerRank.key("")) for key, _ in children_of(node))
-
-
-def _at_or_below(head: str, names: Sequence[str]) -> list[str]:
-    """Those of ``names``, which are sorted, that are ``head`` or lie below it."""
-    first = bisect_left(names, f"{head}.")
-    last = first
-    while last < len(names) and names[last].startswith(f"{head}."):
-        last += 1
-    exact = bisect_left(names, head)
-    own = [head] if exact < len(names) and names[exact] == head else []
-    return [*own, *names[first:last]]

@@ -6,6 +6,7 @@ from .asking import UNASKED
 from .capture import Captured, KnownStructure, Structure, capture, meta_error
 from .checkpointable import empty_like, global_size
 from .containers import PLAIN_TENSORS, CaptureError
+from .flat_state import Extent, FlatState
 from .leaves import LeafRules
 from .mutation import layers_of, version_of, versions_of, wrappers_in
 from .optimizers import AppState, check_before_touch
@@ -23,6 +24,8 @@ __all__ = [
     "Asked",
     "CaptureError",
     "Captured",
+    "Extent",
+    "FlatState",
     "KnownStructure",
     "LeafRules",
     "OptimizerState",

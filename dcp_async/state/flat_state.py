@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -19,6 +19,15 @@ from .containers import CaptureError
 from .sharding import Piece, Shard
 from .stateful import PerRank, RNGState
 from .tensor_memory import is_in_bounds, lack_of_memory
+
+
+class Extent(NamedTuple):
+    """What one object of a state reaches over, in the order in which the state is gone over."""
+
+    leaves: range
+    """Indices into ``FlatState.order``."""
+    objects: range
+    """The numbers of itself and of those inside of it, which have extents too."""
 
 
 @dataclass(slots=True)
@@ -59,6 +68,9 @@ class FlatState:
     per_rank: dict[str, PerRank] = field(default_factory=dict)
     own: dict[str, RNGState] = field(default_factory=dict)
     """Name -> what is each rank's own by itself."""
+    extents: dict[str, Extent] = field(default_factory=dict)
+    """What lies inside of a Stateful and of what is PerRank: names alone do not tell, since keys may have
+    dots."""
     asked: list[str] = field(default_factory=list)
     """Names of the Statefuls in the order in which they were asked."""
     tree: Tree = None

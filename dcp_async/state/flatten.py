@@ -27,7 +27,7 @@ from ..formats import (
 from .asking import UNASKED, Given, snapshot
 from .containers import CaptureError, Kind, is_plain, kind_of_value
 from .depth import MAX_DEPTH, why_too_deep
-from .flat_state import FlatState
+from .flat_state import Extent, FlatState
 from .optimizers import stepped_by
 from .sharding import LayoutCache, Piece, Shard, is_sharded, sharded
 from .stateful import PerRank, is_stateful
@@ -68,6 +68,7 @@ class _Flattener:
         self._ask = ask
         self._layouts: LayoutCache = {}
         self._depth = 0
+        self._num_objects = 0
         self._is_own = False
         """Whether it is inside of what is PerRank."""
 
@@ -97,7 +98,9 @@ class _Flattener:
             case Kind.OWN:
                 self.flat.own[name] = value
                 self._enter(name, "dict", 1)
+                begun = self._begin_object()
                 node = self._visit_stateful(f"{name}.{self._own}", value)
+                self._end_object(name, begun)
                 self._depth -= 1
                 return mapping_node("dict", [(self._own, node)])
             case Kind.STATEFUL:
@@ -108,7 +111,9 @@ class _Flattener:
                 self.flat.per_rank[name] = value
                 self._enter(name, "dict", 1)
                 around, self._is_own = self._is_own, True
+                begun = self._begin_object()
                 node = self._visit(f"{name}.{self._own}", value.value)
+                self._end_object(name, begun)
                 self._is_own = around
                 self._depth -= 1
                 return mapping_node("dict", [(self._own, node)])
@@ -181,7 +186,9 @@ class _Flattener:
             inner = self._ask(name, stateful)
             flat.asked.append(name)
         flat.statefuls.append((name, stateful, inner))
+        begun = self._begin_object()
         if inner is UNASKED:
+            self._end_object(name, begun)
             return None
         self._descend(name)
         if isinstance(inner, Mapping) and not is_stateful(inner):
@@ -190,8 +197,19 @@ class _Flattener:
             node = self._visit(name, inner)
             if isinstance(inner, PerRank) and node is not None:  # the only other mapping that a node tells
                 node = [kind_of_stateful(node[0]), node[1]]
+        self._end_object(name, begun)
         self._depth -= 1
         return node
+
+    def _begin_object(self) -> tuple[int, int]:
+        """Where an object begins: the leaves and the objects before it."""
+        self._num_objects += 1
+        return len(self.flat.order), self._num_objects
+
+    def _end_object(self, name: str, begun: tuple[int, int]) -> None:
+        first_leaf, number = begun
+        objects = range(number, self._num_objects + 1)
+        self.flat.extents[name] = Extent(range(first_leaf, len(self.flat.order)), objects)
 
     def _visit_mapping(self, name: str, mapping: Mapping[Any, Any], kind: str) -> Tree:
         self._enter(name, kind, len(mapping))

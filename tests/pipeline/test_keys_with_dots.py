@@ -1,0 +1,108 @@
+"""Keys with dots beside objects whose names they seem to continue: each gets its own, nobody another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from dcp_async import AppState, CheckpointEngine, IncompatibleStateError, PerRank, RNGState
+from tests.support.doubles import Net, assert_same
+from tests.support.saves import Value, saved
+
+
+class Holder(Value):
+    """A Stateful that holds memory, so that a load asks it."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__({"k": torch.full((3,), fill)})
+
+
+def ones(fill: float) -> torch.Tensor:
+    return torch.full((2, 2), fill)
+
+
+def app(fill: float) -> AppState:
+    with torch.random.fork_rng():
+        torch.manual_seed(int(fill))
+        return AppState(Net())
+
+
+STATES: dict[str, Callable[[float], dict[str, Any]]] = {
+    "a tensor beside a Stateful": lambda fill: {"m": Holder(fill), "m.ema": ones(fill)},
+    "a tensor before a Stateful": lambda fill: {"m.ema": ones(fill), "m": Holder(fill)},
+    "beside one that has no state": lambda fill: {"m": Value({}), "m.ema": ones(fill)},
+    "beside one that is not asked": lambda fill: {"m": Value({"count": fill}), "m.ema": ones(fill)},
+    "beside one whose state is a leaf": lambda fill: {"m": Value(fill), "m.ema": ones(fill)},
+    "a leaf": lambda fill: {"m": Holder(fill), "m.best": f"epoch {fill}"},
+    "a mapping": lambda fill: {
+        "m": Holder(fill),
+        "m.ema": {"w": ones(fill), "n": fill, "l": [fill, ones(fill)]},
+    },
+    "a Stateful": lambda fill: {"m": Holder(fill), "m.ema": Holder(fill + 1)},
+    "a Stateful that is not asked": lambda fill: {"m": Holder(fill), "m.ema": Value({"n": fill})},
+    "two levels": lambda fill: {"m": Holder(fill), "m.a": Holder(fill + 1), "m.a.b": ones(fill)},
+    "further down": lambda fill: {"run": {"m": Holder(fill), "m.ema": ones(fill), "n": fill}},
+    "a number": lambda fill: {"run": {1: Holder(fill), 1.5: ones(fill)}},
+    "a module": lambda fill: {"net": app(fill).model, "net.ema": ones(fill)},
+    "an AppState": lambda fill: {"app": app(fill), "app.model": ones(fill), "app.extra.w": {"x": fill}},
+    "what is PerRank": lambda fill: {"p": PerRank({"w": ones(fill)}), "p.x": ones(fill), "p.y": fill},
+    "random generators": lambda fill: {"rng": RNGState(), "rng.seed": ones(fill), "rng.epoch": fill},
+    "an entry of a list": lambda fill: {"run": [Holder(fill)], "run.0.x": ones(fill)},
+}
+
+
+def pictured(state: Any) -> Any:
+    """What there is to compare, objects by their state."""
+    if isinstance(state, RNGState):
+        return None  # the process's, whatever state it is in
+    if isinstance(state, PerRank):
+        return pictured(state.value)
+    if hasattr(state, "state_dict"):
+        return pictured(state.state_dict())
+    if isinstance(state, dict):
+        return {key: pictured(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [pictured(value) for value in state]
+    return state.clone() if isinstance(state, torch.Tensor) else state
+
+
+@pytest.mark.parametrize("name", STATES)
+async def test_everything_comes_back(root: Path, name: str) -> None:
+    whole, target = STATES[name](1.0), STATES[name](5.0)
+    expected = pictured(whole)
+    async with CheckpointEngine(root) as engine:
+        await saved(engine, whole)
+        report = await engine.load(target)
+    assert (report.missing, report.unexpected, report.mismatched) == ((), (), ())
+    assert_same(pictured(target), expected)
+
+
+@pytest.mark.parametrize("name", STATES)
+async def test_what_is_missing_beside_an_object_is_said(root: Path, name: str) -> None:
+    """Whatever continues an object's name is left out of the checkpoint; the load must not pass over it."""
+    whole, target = STATES[name](1.0), STATES[name](5.0)
+    inner, wanted = (state.get("run", state) for state in (whole, target))
+    inner = inner if isinstance(inner, dict) else whole
+    wanted = wanted if isinstance(wanted, dict) else target
+    for key in [key for key in inner if "." in str(key)]:
+        del inner[key]
+    async with CheckpointEngine(root) as engine:
+        await saved(engine, whole)
+        with pytest.raises(IncompatibleStateError) as caught:
+            await engine.load(target)
+    for key in [key for key in wanted if "." in str(key)]:
+        assert str(key) in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+async def test_what_stock_wrote_comes_back(root: Path) -> None:
+    whole, target = STATES["a tensor beside a Stateful"](1.0), STATES["a tensor beside a Stateful"](5.0)
+    dcp.save(whole, checkpoint_id=root / "step-00000001", no_dist=True)
+    async with CheckpointEngine(root) as engine:
+        await engine.load(target)
+    assert_same(pictured(target), pictured(whole))
