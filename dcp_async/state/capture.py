@@ -122,6 +122,7 @@ class Captured:
 
     def release(self) -> None:
         """Drop every reference to the trainer's tensors."""
+        # the structure and the addresses stay: they hold no tensor
         self.tensors = []
         self.optimizers = []
         self.leaf_items = []
@@ -157,9 +158,11 @@ def capture(
     """
     given: Given = {}
     if previous is not None:
+        # a miss costs no second `state_dict()`: what was asked on the way is in `given`
         captured = _from_cache(state, previous, given, LeafPickler(rules))
         if captured is not None:
             return captured
+    # a process alone has nobody to agree with on an order: flatten() asks as it goes, and a pass is saved
     if world_size > 1:
         ask_in_order(state, rank, given)
     flat = flatten(state, rank, given, check_key=rules.check_key if rules else None)
@@ -178,13 +181,16 @@ def _captured(
     if flat.separate_ties(addresses):
         shapes = flat.shapes()
         stored = [addresses[index] for index in flat.kept]
+    # here, in the caller's thread: the trainer may change a leaf as soon as it has its call back
     items = list(map(pickler.item, flat.leaf_names, flat.leaves))
     structure = _structure(flat, shapes)
     is_new = previous is None or structure != previous.structure
     if is_new:  # names of a structure that is known were looked at when it was new
+        # a distributed tensor has its name among the tensors once per piece that lies here
         whole = [name for name in every_name if name not in flat.distributed]
         check_unique([*whole, *flat.distributed, *flat.leaf_names])
     known = KnownStructure(structure, CaptureCache()) if previous is None or is_new else previous
+    # staging copies by address: where a storage was freed, as FSDP1 does, it would read foreign memory
     if not known.cache.is_in_bounds(flat.tensors, stored):
         flat.check_memory(shapes)
         known.cache.in_bounds = stored
@@ -205,6 +211,7 @@ def _is_raw(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the bytes in the memory of all of them are their elements, and the CPU reads them."""
     return (
         all(map(attrgetter("is_cpu"), tensors))
+        # lazily negated or conjugated: in memory lies another number than the element is
         and not any(map(torch.Tensor.is_neg, tensors))
         and not any(map(torch.Tensor.is_conj, tensors))
     )
@@ -225,6 +232,7 @@ def _repeated(hit: CacheHit, previous: KnownStructure, pickler: LeafPickler) -> 
     structure = previous.structure
     leaves = dict(zip(structure.leaf_names, hit.leaves, strict=True))
     items = list(map(pickler.item, leaves.keys(), leaves.values()))
+    # guards look at plain tensors alone: of a leaf only the type is known to be as before
     without_bytes = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in hit.leaves)
     if without_bytes or _exotic(hit.leaves) != structure.exotic:
         return None

@@ -99,9 +99,11 @@ class _Branch:
         values_met: list[Any] = []
         containers: list[Any] = [root]
         for level in self.levels:
+            # lengths first: a key may have moved to the next container, and the keys in a row be the same
             if [len(container) for container in containers] != level.sizes:
                 return None
             keys = list(chain.from_iterable(map(call, level.names, containers)))
+            # 1, 1.0 and True are equal as keys, but not called the same
             if list(map(type, keys)) != level.key_types or keys != level.keys:
                 return None
             values = list(chain.from_iterable(map(call, level.values, containers)))
@@ -196,6 +198,7 @@ class _Recording:
             stateful = values[starts[depth] + place]
             optimizers += stepped_by(stateful)
             inner = snapshot(name, stateful)
+            # before it is compared: after a miss flattening must not ask it once more
             given[name, id(stateful)] = (stateful, inner)
             if not self._collect(inside, inner, inside_of[turn], given, optimizers):
                 return False
@@ -277,7 +280,9 @@ class CaptureCache:
 
         ``raw`` says whether the bytes in the tensors' memory are their elements, and the CPU reads them.
         """
+        # first of all: whatever returns below must leave no recording of an earlier state
         self._recording = self.devices = None
+        # which piece of a distributed tensor lies here is nothing that a guard compares
         if TensorGuards is None or flat.distributed or flat.bare or flat.per_rank:
             return
         recorder = _Recorder(flat.statefuls, flat.asked)

@@ -31,11 +31,13 @@ Numbers = tuple[int, ...]
 
 def is_checkpointable(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` carries the protocol."""
+    # hasattr() first: nearly no tensor needs stock's own check, which is Python
     return _protocol is not None and hasattr(tensor, _FIELD) and _protocol._is_checkpointable_tensor(tensor)
 
 
 def any_checkpointable(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether one of ``tensors`` may carry the protocol."""
+    # in C: every save asks all tensors, since guards do not see attributes (docs/adr/0014)
     return _protocol is not None and any(map(hasattr, tensors, repeat(_FIELD)))
 
 
@@ -62,6 +64,7 @@ def local_pieces(tensor: torch.Tensor) -> tuple[Numbers, list[tuple[Numbers, tor
         ]
     except (TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"its {', '.join(_FIELDS)} can't be read ({error})") from error
+    # stock knows an item by name and offsets: the second piece would take the place of the first
     if len(set(places)) < len(places):
         raise ValueError(f"its global_offsets name {max(places, key=places.count)} twice")
     bare = tensor.detach()  # shares memory and version, and is known to no graph

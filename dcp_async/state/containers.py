@@ -44,6 +44,7 @@ def kind_of_value(value: object, *, is_own: bool) -> Kind:
     """The Kind of ``value``; ``is_own`` says whether it lies inside of what is PerRank."""
     if isinstance(value, torch.Tensor):
         return Kind.TENSOR
+    # before Mapping: a dict of the trainer's that has a state_dict() is asked for that
     if is_stateful(value):
         return Kind.OWN if isinstance(value, RNGState) and not is_own else Kind.STATEFUL
     if isinstance(value, Mapping):
@@ -63,6 +64,7 @@ def is_terminal(values: list[Any]) -> bool:
 def _is_terminal(values: list[Any], known: dict[int, list[Any]]) -> bool:
     """``known``: lists that are terminal; a list may refer to another any number of times."""
     for entry in values:
+        # beyond DCP's rule: in a list that is pickled whole, objects would never be asked for their state
         if isinstance(entry, (torch.Tensor, Mapping, PerRank)) or is_stateful(entry):
             return False
         if isinstance(entry, list) and id(entry) not in known:

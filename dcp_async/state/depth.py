@@ -42,8 +42,10 @@ def why_too_deep(
         below = name if key is None else f"{name}.{text_of(key)}" if name else text_of(key)
         if (first := path.get(id(value))) is not None:
             return f"{_shortened(below)} is circular: it is {_shortened(first)} once more"
+        # each container once: some refer to the same ones so often that their paths are without number
         children = _children(value, inner)
         if children is not None and id(value) not in done:
+            # a container that makes its content anew at each look goes on for ever without a circle
             if len(above) > MAX_DEPTH:
                 given_up_at = below
                 break

@@ -81,6 +81,7 @@ class FlatState:
         try:
             return [tensor.shape for tensor in self.tensors]
         except RuntimeError:  # asking each tensor before would be felt
+            # they have no shape to be cut by, so they are stored as leaves
             self._demote_nested()
             return [tensor.shape for tensor in self.tensors]
 
@@ -92,6 +93,7 @@ class FlatState:
 
     def _keep(self, indices: list[int]) -> None:
         """Forget all tensors but these."""
+        # by index, so they move with their tensors
         self.shards = {new: self.shards[old] for new, old in enumerate(indices) if old in self.shards}
         self.tensor_names = [self.tensor_names[index] for index in indices]
         self.tensors = [self.tensors[index] for index in indices]
@@ -99,6 +101,7 @@ class FlatState:
     def addresses(self) -> list[int]:
         """Where each tensor lies. Raises CaptureError for one that has no memory at all."""
         try:
+            # one call in C: a Python step per tensor would be felt in the stall
             return list(map(torch.Tensor.data_ptr, self.tensors))
         except RuntimeError:  # it only looks like a plain tensor, as inside of a vmap
             self._refuse_without_memory()
@@ -120,6 +123,7 @@ class FlatState:
 
         Says whether there were any.
         """
+        # most states have no ties, and this runs in C
         if len(set(addresses)) == len(addresses):
             return False
         first: dict[tuple[Any, ...], int] = {}
@@ -128,6 +132,7 @@ class FlatState:
             # an empty tensor has no memory to share
             memory = addresses[number] if tensor.numel() else id(tensor)
             lazy = (tensor.is_conj(), tensor.is_neg())
+            # items are row-major: a transposed view of the same memory has other bytes there
             shape = (tensor.shape, tensor.stride(), self.shards.get(number))
             index = first.setdefault((tensor.device, memory, tensor.dtype, lazy, shape), len(kept))
             if index == len(kept):

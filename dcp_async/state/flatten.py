@@ -42,8 +42,10 @@ def _is_stable(key: object) -> bool:
     """Whether the ``str()`` of a key is the same in another process."""
     if isinstance(key, tuple):
         return all(map(_is_stable, key))
+    # in the order of hashes, which are seeded; a tensor's text depends on print options
     if isinstance(key, (frozenset, torch.Tensor)):
         return False
+    # object's own text has an address in it
     return type(key).__repr__ is not object.__repr__ or type(key).__str__ is not object.__str__
 
 
@@ -97,6 +99,7 @@ class _Flattener:
                 return None
             case Kind.OWN:
                 self.flat.own[name] = value
+                # one level more, as if the caller had put it into a PerRank: names are the same either way
                 self._enter(name, "dict", 1)
                 begun = self._begin_object()
                 node = self._visit_stateful(f"{name}.{self._own}", value)
@@ -160,6 +163,7 @@ class _Flattener:
         flat.distributed[name] = tensor
         for shard, local in distributed.pieces:
             if is_wrapper(local):
+                # without what its class keeps beside the values, scales for one, its bytes mean nothing
                 piece = Piece(name, shard or Shard(distributed.size, (0,) * len(distributed.size)))
                 flat.pieces[piece.leaf] = piece
                 flat.leaf_names.append(piece.leaf)
@@ -175,6 +179,7 @@ class _Flattener:
             flat.tensor_names.append(name)
             flat.tensors.append(local)
         if not distributed.pieces:
+            # named all the same: where no rank holds a piece of it, `.metadata` still says what it is
             flat.bare.append((name, distributed.dtype, distributed.size))
 
     def _visit_stateful(self, name: str, stateful: Any) -> Tree:
@@ -259,8 +264,10 @@ class _Flattener:
             raise CaptureError(
                 f"{below}: a key of type {type(key).__name__} can't be pickled ({error}); use a str or an int"
             ) from error
+        # at save, by name: a load that can't read the key comes too late
         if raw is not None and self._check_key is not None:
             self._check_key(below, key, raw)
+        # 1 and "1" have one name: without this a structure would equal one whose manifest says otherwise
         self.flat.odd_keys.append((below, repr(key).encode() if raw is None else raw))
 
 
@@ -298,6 +305,7 @@ def flatten(
 
 def _why_too_deep(state: Mapping[str, Any], flattener: _Flattener, error: Exception) -> str:
     try:
+        # only now: telling a circle from depth means to keep every container met in mind
         return why_too_deep(state, flattener.flat.statefuls, str(error))
     except ENDINGS:
         raise

@@ -35,6 +35,7 @@ def _is_object(value: object) -> bool:
 
 
 def _attributes(thing: object) -> Iterator[Any]:
+    # a list: an attribute that another thread adds meanwhile would end the iteration with an error
     yield from list(getattr(thing, "__dict__", {}).values())
     for cls in type(thing).__mro__:
         slots = cls.__dict__.get("__slots__", ())
@@ -57,17 +58,20 @@ def holds_memory_for(thing: object, saved: Mapping[str, tuple[torch.Size, torch.
     ``saved`` one, or a distributed tensor; or a module with a tensor of one's name, whose shape must fit.
     Distributed ones are found one object further in as well."""
     wanted = set(saved.values())
+    # by their ends: under which name an object shows its module is its own affair
     tails = {name[dot + 1 :] for name in saved for dot, letter in enumerate(name) if letter == "."}
     for value in _held(thing):
         for tensor in _tensors_in(value):
             if _is_distributed(tensor):
                 return True
+            # a lazy parameter raises where it is asked for its shape
             if not is_lazy(tensor) and (tensor.shape, tensor.dtype) in wanted:
                 return True
         if isinstance(value, torch.nn.Module) and any(
             canonical(value, name) in tails for name, _ in value.named_parameters()
         ):
             return True
+        # unasked, it would be handed whole tensors in place of its distributed ones
         if _is_object(value) and any(
             _is_distributed(tensor) for inner in _held(value) for tensor in _tensors_in(inner)
         ):
@@ -115,8 +119,10 @@ def memory_of_modules(thing: object) -> set[int]:
     for value in _held(thing):
         if isinstance(value, torch.nn.Module):
             for tensor in (*value.parameters(), *value.buffers()):
+                # distributed tensors are strict by their kind; those of other classes may have no address
                 if type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
                     addresses.add(tensor.data_ptr())
+    # empty and meta tensors lie nowhere, so at 0 all of them would be taken for one of a module's
     addresses.discard(0)
     return addresses
 
@@ -135,6 +141,7 @@ def resizable_owners(module: torch.nn.Module) -> set[str]:
 def _loads_by_itself(owner: torch.nn.Module) -> bool:
     if isinstance(owner, LazyModuleMixin) and owner.has_uninitialized_params():
         return True
+    # torch wraps its hooks, and the module of a partial would be functools
     hooks = [getattr(hook, "hook", hook) for hook in owner._load_state_dict_pre_hooks.values()]
     return any(
         not str(getattr(getattr(fn, "func", fn), "__module__", "")).startswith(_FIXED)

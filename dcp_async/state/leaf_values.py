@@ -41,6 +41,7 @@ def is_all_numbers(value: object) -> bool:
 
 def must_be_unpickled(pickled: bytes) -> bool:
     """Whether a load may still refuse ``pickled`` by its values. Raises ValueError if it surely does."""
+    # a load's unpickler counts the hashes that meet; here only the chance of it is looked for
     walk = _KeyWalk(pickled, 0, seeded_keys=True)
     outline = run(walk)
     if walk.has_many_keys and sum(map(pickled.count, _RISKY)) > MAX_ALIKE:

@@ -58,8 +58,10 @@ class LeafRules:
 
     def check_leaf(self, name: str, value: object, item: bytes, made: _Pickled) -> None:
         """Raises CaptureError for a leaf that a load would refuse; ``made`` is what its ``item`` holds."""
+        # vars(): a tensor's attributes are pickled with it, and may be of any class
         if self._trust.unsafe or (type(value) in PLAIN_TENSORS and not vars(value)) or is_all_numbers(value):
             return
+        # no hash(): of two pickles that meet in it the second would pass unchecked
         digest = hashlib.blake2b(made.pickled, digest_size=16).digest()
         if digest in self._admitted:
             return
@@ -68,6 +70,7 @@ class LeafRules:
         except ValueError as error:
             raise _value_error(name, value, error) from error
         named = made.named
+        # of a long leaf only what it names: a list that grows would have a new form in each save
         form = tuple(named if len(named) <= _LONG else dict.fromkeys(named))
         if by_value or form not in self._forms:
             self._load(name, value, item, made.pickled)
@@ -100,6 +103,7 @@ class LeafRules:
 
     def _refusal(self, what: str, pickled: bytes, error: UntrustedGlobal) -> CaptureError:
         names = untrusted_names(_globals_of(pickled), self._trust) if error.allowable else []
+        # with one of these on the list, a checkpoint could run anything
         powerful = [name for name in names if name.partition(".")[0] in _POWERFUL]
         if powerful or not names:
             return CaptureError(
@@ -123,6 +127,7 @@ def _value_error(name: str, value: object, error: Exception) -> CaptureError:
 
 
 def _remember(known: set[T], new: T) -> None:
+    # a leaf that differs in each save would be remembered once for each of them
     if len(known) >= _MAX_KNOWN:
         known.clear()
     known.add(new)
@@ -143,6 +148,7 @@ def _globals_of(pickled: bytes) -> list[tuple[str, str]]:
 def _values() -> frozenset[type]:
     """Classes of values that every load admits, whatever they hold."""
     classes: set[type] = {*_SCALARS, complex, torch.Size, torch.dtype, torch.device}
+    # not imported for this: who holds a value of numpy's has done so
     if "numpy" in sys.modules:
         numpy = sys.modules["numpy"]
         classes.update(kind for kind in numpy.sctypeDict.values() if issubclass(kind, numpy.number))
@@ -229,8 +235,10 @@ class LeafPickler:
         self._made.named.clear()
         try:
             if type(value) in _SCALARS:
+                # by hand: torch.save sets up a zip writer each time, and a state may hold many numbers
                 return object_item(pickle.dumps(value, protocol=2))
             stream = io.BytesIO()
+            # without the recorder, which costs a call for each object in a leaf
             if _is_admitted(value):
                 torch.save(value, stream)
                 return stream.getvalue()
@@ -250,6 +258,7 @@ class LeafPickler:
                 f"{name}: a {type(value).__qualname__} can't be pickled ({words(error)}); "
                 "leave it out of the state or give it a state_dict()"
             ) from error
+        # after pickling, by what was pickled: a __reduce__ may name anything, whatever the class
         if self._rules is not None:
             self._rules.check_leaf(name, detached, item, self._made)
         return item

@@ -91,7 +91,7 @@ class Restorer:
         elif name in self._values:
             container[key] = self._values[name]
         elif isinstance(value, torch.Tensor):
-            return
+            return  # it was filled in place
         elif name in self._targets.flat.own:
             self._give_own(value, name)
         elif isinstance(value, Mapping):
@@ -105,7 +105,8 @@ class Restorer:
 
     def _hand_back_own(self, own: PerRank, name: str) -> None:
         inside = f"{name}.{PerRank.key(self._targets.flat.rank)}"
-        is_once = isinstance(own.value, RNGState) and "torch" in self._taken.get(name, ())  # for all ranks
+        # an earlier release saved generators once, for all ranks
+        is_once = isinstance(own.value, RNGState) and "torch" in self._taken.get(name, ())
         if name in self._read.resized and (own.on_resize is None or is_once):
             self._give_own(own.value, name)
         elif name in self._read.resized:
@@ -117,6 +118,7 @@ class Restorer:
             else:
                 own.value = chosen
         else:
+            # something to assign into: what is PerRank may be a leaf, and gets replaced
             holder = [own.value]
             self._hand_back(holder, 0, inside)
             (own.value,) = holder
@@ -142,6 +144,7 @@ class Restorer:
         self._done.add(name)
         stateful, inner = self._targets.statefuls[name]
         inside = f"{name}."
+        # inner ones first: a load_state_dict() may use the objects that are in its state
         for other in self._in_order(other for other in self._targets.statefuls if other.startswith(inside)):
             self._give(other)
         if name in self._read.absent:
@@ -157,6 +160,7 @@ class Restorer:
                 stateful.load_state_dict(saved)
         if inner is UNASKED or not _left_meta(name, inner, self._values):
             return
+        # asked a second time only where it showed meta tensors: being asked may change an object
         if left := _left_meta(name, stateful.state_dict(), self._values):
             # torch's load_state_dict() fills nothing there, and only warns
             raise ValueError(
@@ -167,6 +171,7 @@ class Restorer:
     def _merged(self, name: str, value: Any) -> Any:
         """``value`` with what was read; containers that change are copied, the trainer's own stay as they
         are."""
+        # an object that lies inside of the state has its own by now, and goes back as it is
         if name in self._done and value is self._targets.statefuls[name][0]:
             return value
         whole = self._targets.wholes.get(name)

@@ -61,9 +61,11 @@ class Schema:
         was_saved, node = locate(self._structure, name)
         if not was_saved:
             return not self._is_of_other_ranks(name)
+        # stock's: it wrote names alone
         if self._contents.manifest is None:
             if _has_doubtful_key(node) or holds_what_stock_changes(stateful):
                 return True
+        # an older release's, or no mapping: nothing says where objects were
         elif node is not None and not is_of_stateful(node):
             if holds_objects(stateful):
                 return True
@@ -73,6 +75,7 @@ class Schema:
         for leaf in leaf_names(node, name):
             meta = self._names[leaf]
             if isinstance(meta, TensorStorageMetadata):
+                # of several ranks: only the live tensor says which part belongs here
                 if len(meta.chunks) != 1:
                     return True
                 saved[leaf] = (meta.size, meta.properties.dtype)
@@ -94,6 +97,7 @@ def _has_stateful_below(node: Tree) -> bool:
 def _has_doubtful_key(node: Tree) -> bool:
     """Whether a key, of which stock writes the text, may have been a number, a tuple or None."""
     is_mapping = kind_of(node) != "list"
+    # text is all that stock keeps of a key: whether "1" was a number only the live object knows
     return any(
         (is_mapping and (key[:1] in _DOUBTFUL_STARTS or key in _DOUBTFUL)) or _has_doubtful_key(child)
         for key, child in children_of(node)
@@ -111,9 +115,12 @@ class Asked:
     def ask(self, schema: Schema, name: str, stateful: Any, wishes: set[str] | None = None) -> Any:
         """What ``stateful`` gives, or UNASKED. With ``wishes`` it is asked only if that is agreed, and its
         name is put there if it needs to be. Raises CaptureError."""
+        # by identity: under two names it is one object, to which being asked may be a change
         if id(stateful) not in self._given:
+            # those three show what is filled in place, so there is no load without asking them
             always = isinstance(stateful, (torch.nn.Module, Optimizer, AppState)) or name in self.agreed
             if not always and schema.needs_memory(name, stateful):
+                # not now: a state_dict() may run collectives, and the other ranks may not have to ask
                 if wishes is not None:
                     wishes.add(name)
                 else:

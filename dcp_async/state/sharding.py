@@ -91,6 +91,7 @@ def sharded(name: str, tensor: torch.Tensor, cache: LayoutCache) -> Sharded:
     elif not hasattr(type(tensor), "__create_chunk_list__") and is_checkpointable(tensor):
         size, places = local_pieces(tensor)
         pieces = [(Shard(size, offsets), local) for offsets, local in places]
+    # DTensor's own hook computes the layout each time, and gives way to hooks of its local tensor
     elif type(tensor) is DTensor and not hasattr(tensor._local_tensor, "__create_chunk_list__"):
         pieces = _dtensor_pieces(size, tensor, cache)
     else:
@@ -110,8 +111,10 @@ def sharded(name: str, tensor: torch.Tensor, cache: LayoutCache) -> Sharded:
         size,
         tensor.dtype,
         [
+            # a piece that is the whole is written like a plain tensor
             (None if tuple(local.shape) == size else shard, local)
             for shard, local in pieces
+            # an empty shard is nothing to store, but a tensor without elements must be there at the load
             if local.numel() or not torch.Size(size).numel() > 0
         ],
     )
@@ -122,6 +125,7 @@ def _dtensor_pieces(size: Offsets, tensor: DTensor, cache: LayoutCache) -> list[
     key = (mesh, placements, size)
     offsets = cache.get(key)
     if offsets is None:
+        # once per layout: placements are part of what it is known by
         for placement in placements:
             if isinstance(placement, Partial):
                 raise PartialError(

@@ -67,6 +67,7 @@ class RNGState:
     def _snapshot(self) -> dict[str, Any]:
         """This process's generators, for the engine, which knows its rank."""
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        # not imported for this: before somebody imports it nobody draws from it
         if "numpy" in sys.modules:
             state["numpy"] = sys.modules["numpy"].random.get_state()
         if torch.accelerator.is_available():
@@ -76,11 +77,14 @@ class RNGState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what ``state_dict()`` gave, or one rank's part of it."""
+        # by ranks: stock hands over what state_dict() gave, the engine one rank's part
         if "torch" not in state:
             (own,) = self.state_dict()
+            # what one rank alone saved is for whoever loads it
             if own not in state and len(state) != 1:
                 raise ValueError(f"RNGState.load_state_dict(): nothing was saved for {own}")
             state = state[own] if own in state else next(iter(state.values()))
+        # generators take CPU tensors alone, wherever a load has put these
         torch.set_rng_state(state["torch"].cpu())
         random.setstate(state["python"])
         if "numpy" in state and "numpy" in sys.modules:

@@ -161,12 +161,14 @@ def capture_targets(
         strict=set(),
         prefixes=set(map(text_of, state)),
         entries=_entries(flat),
+        # under torch.device("meta"), as models are made, new tensors would have no bytes to read into
         device=torch.device("cpu") if device.type == "meta" else device,
         world_size=world_size,
     )
     for prefix, (stateful, inner) in targets.statefuls.items():
         _describe(targets, prefix, stateful, inner)
     _sort_leaves(targets)
+    # before anything is read: else it would be found when half of the state has been replaced
     _check_assignable("", state)
     return targets
 
@@ -187,6 +189,7 @@ def _sort_leaves(targets: Targets) -> None:
     """Note which leaves are tensors to be filled, and which are replaced. Raises CaptureError."""
     flat = targets.flat
     for name, leaf in zip(flat.leaf_names, flat.leaves, strict=True):
+        # a local region of a distributed tensor, which is a target by its own name
         if name in flat.pieces:
             continue
         if is_lazy(leaf):
@@ -204,6 +207,7 @@ def _describe(targets: Targets, prefix: str, stateful: Any, given: Any) -> None:
     """Note what of a Stateful takes what was saved whole, and what must fit."""
     if inspect.iscoroutinefunction(stateful.state_dict) or inspect.isasyncgenfunction(stateful.state_dict):
         raise asynchronous_error(prefix, stateful)
+    # now, by its definition: called when all is read, it would give a coroutine that nobody awaits
     if inspect.iscoroutinefunction(stateful.load_state_dict):
         raise CaptureError(
             f"{prefix}: {type(stateful).__name__}.load_state_dict() is asynchronous and would not be "
@@ -218,6 +222,7 @@ def _describe(targets: Targets, prefix: str, stateful: Any, given: Any) -> None:
         for key, value in given.items():
             if key not in ("model", "optim"):
                 targets.wholes[f"{prefix}.{key}"] = Whole(value)
+        # a subclass may have saved keys of its own beside the two
         if type(stateful) is not AppState:
             targets.grows[prefix] = lambda key: key not in ("model", "optim")
     elif isinstance(stateful, torch.nn.Module):
@@ -252,8 +257,7 @@ def _describe_module(targets: Targets, name: str, module: torch.nn.Module, given
 
 def _describe_options(targets: Targets, name: str, given: Any, *, named: bool = False) -> None:
     """An optimizer takes all that was saved of its options and of what it keeps beside its parameters'
-    entries. ``named``: their parameters have names, by
-    which a group finds its own wherever it lies."""
+    entries. ``named``: their parameters have names, by which a group finds its own wherever it lies."""
     if not isinstance(given, Mapping):
         return
     groups = given.get("param_groups")
@@ -284,6 +288,7 @@ def _strict_below(flat: FlatState, prefix: str, stateful: Any) -> set[str]:
     model."""
     inside = f"{prefix}."
     strict = {name for name in flat.distributed if name.startswith(inside)}
+    # by address: under which names it shows a model's tensors is its own affair (docs/adr/0020)
     if memory := memory_of_modules(stateful):
         strict |= {
             name
@@ -297,6 +302,7 @@ def _entries(flat: FlatState) -> dict[str, torch.Tensor]:
     parameters: dict[str, torch.Tensor] = {}
     for prefix, stateful, _ in flat.statefuls:
         if isinstance(stateful, AppState):
+            # an entry that the live optimizer lacks is cut as the parameter is that it belongs to
             inside = f"{prefix}.model."
             for name, tensor in flat.distributed.items():
                 if name.startswith(inside):

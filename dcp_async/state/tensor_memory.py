@@ -33,7 +33,9 @@ def is_in_bounds(tensors: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) 
     strides = map(torch.Tensor.stride, tensors)
     offsets = map(torch.Tensor.storage_offset, tensors)
     try:
+        # a view of what requires grad would be a node of a graph
         with torch.no_grad():
+            # maxlen=0: C goes over all of them, and no view is kept
             deque(map(torch.Tensor.as_strided, tensors, shapes, strides, offsets), maxlen=0)
     except RuntimeError:
         return False
@@ -60,6 +62,7 @@ class SpotCheck:
 
 def _reach(tensor: torch.Tensor) -> int:
     """Where in its storage the last element ends, in bytes."""
+    # without elements it reaches nowhere, whatever its offset and strides are
     if not tensor.numel():
         return 0
     last = sum((extent - 1) * step for extent, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -69,6 +72,7 @@ def _reach(tensor: torch.Tensor) -> int:
 def lack_of_memory(tensor: torch.Tensor) -> str | None:
     """What is wrong with the memory of a tensor, None if nothing is."""
     try:
+        # inside of a functorch transformation torch refuses to be asked
         held = tensor.untyped_storage().nbytes()
     except RuntimeError as error:
         return (

@@ -35,6 +35,7 @@ def _parts(tensor: Any) -> tuple[dict[str, torch.Tensor], Any]:
 
 def part_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     """``box`` of ``tensor``. Raises ValueError if its class can't cut there."""
+    # a class that can't be cut need not be where all of it is wanted
     if extents(box) == tuple(tensor.shape):
         return tensor
     try:
@@ -47,7 +48,7 @@ def part_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 
 def pairs(target: torch.Tensor, box: Box, value: torch.Tensor, part: Box) -> list[Pair]:
-    """What to copy so that ``at`` of ``target`` is what ``part`` of ``value`` is.
+    """What to copy so that ``box`` of ``target`` is what ``part`` of ``value`` is.
 
     Raises: ValueError for another class, or one that can't be cut so; and where they were made with other
     settings.
@@ -110,10 +111,12 @@ def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     if not all(is_wrapper(part) and type(part) is type(first) for part in parts):
         raise ValueError(f"a {type(first).__name__} can't be put together from parts")
     inner = [_parts(part)[0] for part in parts]
+    # which inner tensors grow with the rows, and which are tables, no class says: all ways are tried
     choices = [_choices(name, parts, inner) for name in inner[0]]
     rows = sum(part.shape[0] for part in parts)
     for chosen in itertools.product(*choices):
         try:
+            # the proof: cut again, it must give back what it was made of
             made = _made(first, dict(zip(inner[0], chosen, strict=True)), rows)
             if _gives_back(made, parts):
                 return made
@@ -125,7 +128,8 @@ def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def _choices(
     name: str, parts: Sequence[torch.Tensor], inner: Sequence[Mapping[str, torch.Tensor]]
 ) -> list[torch.Tensor]:
-    """Side by side, if its length goes with that of its part; or one for all, if they are equal."""
+    """What ``name`` may be in the whole: its tensors side by side, if its length goes with that of its part;
+    or one for all, if they are equal."""
     mine = [tensor[name] for tensor in inner]
     first = mine[0]
     choices = []

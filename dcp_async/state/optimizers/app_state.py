@@ -98,6 +98,7 @@ class AppState:
         return {"model": model, "optim": self._optimizer_state()} if self.optimizers else {"model": model}
 
     def _snapshot(self) -> dict[str, Any]:
+        # an attribute, not a parameter: a subclass may override state_dict() and call this one
         self._as_it_is = True
         try:
             return self.state_dict()
@@ -145,6 +146,7 @@ class AppState:
 
         Raises: ValueError, before anything is touched, for an optimizer's state that does not fit.
         """
+        # before the model: what of the optimizers does not fit is refused while nothing is touched
         if self.optimizers:
             self._load_optimizers(state["optim"])
         self._load_model(state["model"])
@@ -267,8 +269,10 @@ def _distributed(member: Member, named: Mapping[str, Any]) -> dict[str, Any]:
         return dict(named)
 
     def cut(value: Any, like: DTensor) -> Any:
+        # a step count is no part of the parameter, and stays whole
         if type(value) is torch.Tensor and value.shape == like.shape and value.dim():
             mesh, placements = like.device_mesh, like.placements
+            # src_data_rank=None: each rank has the whole and cuts its own; no collective runs
             return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
         return value
 
@@ -296,6 +300,7 @@ def check_before_touch(
     problems: list[str] = []
     if state._options.flatten_optimizer_state_dict:
         takes = state.taker()
+        # in a flat state, options of what is gone lie among those of what is here
         ours = (key for key in entries if takes(key, False))
         unflatten({key: None for key in ours if key.startswith("param_groups.")}, names, problems)
         return problems

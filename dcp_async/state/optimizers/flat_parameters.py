@@ -37,11 +37,12 @@ def _own_names(model: torch.nn.Module) -> dict[torch.Tensor, list[str]]:
 
 
 def context(model: torch.nn.Module, options: StateDictOptions) -> Any:
-    """In it the model's own state is what ``options`` ask for."""
+    """A context in which the model's own state is what ``options`` ask for."""
     return _verify_options(model, (), optim_only=False, options=options).fsdp_context()
 
 
 def _options_for(model: torch.nn.Module, optimizers: Sequence[Optimizer], options: StateDictOptions) -> Any:
+    # torch's own, for the context in it: that sets what kind of state FSDP1 gives
     return _verify_options(model, tuple(optimizers), optim_only=True, options=options)
 
 
@@ -58,6 +59,7 @@ def optimizer_state(
     info = _options_for(model, optimizers, options)
     state: dict[str, Any] = {"state": {}, "param_groups": []}
     for optimizer in optimizers:
+        # only in it does FSDP1 give the state in the form that the options ask for
         with info.fsdp_context():
             own = FullyShardedDataParallel.optim_state_dict(
                 model, optimizer, optimizer.state_dict(), group=_process_group(model, info)
@@ -75,6 +77,7 @@ def to_load(
     model: torch.nn.Module, optimizer: Optimizer, named: Mapping[str, Any], options: StateDictOptions
 ) -> dict[str, Any]:
     """``named``, by canonical names, as ``optimizer.load_state_dict`` takes it. Ranks: all must call it."""
+    # FSDP1 looks entries up by names as it has them, wrappers of activation checkpointing included
     own = {_canonical(name): name for names in _own_names(model).values() for name in names}
     given = {
         "state": {own.get(name, name): dict(entry) for name, entry in named["state"].items()},

@@ -46,12 +46,14 @@ def canonical_name(module: torch.nn.Module, name: str) -> str:
     kept: list[str] = []
     owner: torch.nn.Module | None = module
     for part in name.split("."):
+        # a name need not go through each wrapper: activation checkpointing takes its own out of names
         while owner is not None and (inside := _inside(owner)) is not None:
             owner = owner._modules.get(inside)
             if part == inside:
                 break
         else:
             kept.append(part)
+            # not getattr(): a module may save what it has no attribute for
             owner = owner._modules.get(part) if owner is not None else None
     return ".".join(kept)
 
@@ -77,6 +79,7 @@ def parameter_names(module: torch.nn.Module) -> dict[torch.Tensor, list[str]]:
     """Each parameter's canonical names, the one that files have first; shared ones have several."""
     wrapped = is_wrapped(module)
     names: dict[torch.Tensor, list[str]] = {}
+    # tied parameters have several names, and a file may have been written under any of them
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(canonical_name(module, name) if wrapped else name)
     return names

@@ -58,10 +58,12 @@ def load_optimizer(optimizer: Optimizer, state: Any, *, exact: bool = True) -> N
     given = dict(state)
     groups = given[_GROUPS]
     if isinstance(groups, list) and len(groups) == len(optimizer.param_groups):
+        # torch replaces groups whole: an option that was not saved would be gone, and step() a KeyError
         given[_GROUPS] = [
             {**{key: value for key, value in live.items() if key not in (_PARAMS, _NAMES)}, **group}
             for live, group in zip(optimizer.param_groups, groups, strict=True)
         ]
+    # aside: hooks of the optimizer's own may take out of what they are handed
     expected = dict(given[_STATE])
     optimizer.load_state_dict(given)
     differing = compare_after(optimizer, {**given, _STATE: expected}, exact=exact)
@@ -131,6 +133,7 @@ def _put_right(value: Any, saved: Any, parameter: torch.Tensor | None, key: Any,
             and isinstance(value, torch.Tensor)
             and parameter is not None
             and value.dtype != saved.dtype
+            # to any other dtype it was not torch's policy that cast it
             and value.dtype == parameter.dtype
         )
         return saved.to(value.device) if cast else value
@@ -191,6 +194,7 @@ def _same_tensor(value: torch.Tensor, saved: torch.Tensor, *, exact: bool) -> bo
         # a fused optimizer counts its steps in float32, whatever they were counted in
         return not exact or (value.numel() == 1 and bool(value == saved))
     plain = type(value) is type(saved) and type(value) in (torch.Tensor, torch.nn.Parameter)
+    # a load that compared everything would read its memory once more
     if not plain or value.device != saved.device or value.nbytes > _CHEAP_BYTES or value.is_meta:
         return True
     if value.layout is not torch.strided:

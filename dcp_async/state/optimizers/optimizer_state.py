@@ -95,6 +95,7 @@ class OptimizerNames:
                         f"{tuple(parameter.shape)}, is no parameter of the {self._model}, so it has no "
                         "name; put its module into the model, or its optimizer beside the AppState"
                     )
+            # as Optimizer.state_dict() numbers them
             numbers = {parameter: start + place for place, parameter in enumerate(group[_PARAMS])}
             start += len(group[_PARAMS])
             member.groups.append([names[parameter] for parameter in group[_PARAMS]])
@@ -148,6 +149,7 @@ class OptimizerNames:
     def _saved_name(self, member: Member, names: Mapping[int, tuple[str, ...]], key: Any) -> Any:
         if isinstance(key, int) and key in names:
             return names[key][0]
+        # one optimizer's own state can only be its own
         if len(self.members) > 1 and key not in self._first:
             raise ValueError(
                 f"{member.kind}.state_dict() has an entry {key!r} that is of no parameter; with several "
@@ -174,6 +176,7 @@ class OptimizerNames:
         chosen = _match_groups(places, groups, problems)
         entries = {self.first_name(key): entry for key, entry in saved[_STATE].items()}
         known = {name for _, _, names in places for name in names}
+        # an entry of a parameter that is gone is a misfit; one of no parameter is the optimizer's own
         of_others = {name for _, names in groups for name in names} | set(self._first.values())
         strange = [str(key) for key in entries if key not in known and key in of_others]
         if strange:
@@ -188,6 +191,7 @@ class OptimizerNames:
                 state |= {k: v for k, v in entries.items() if k not in known and k not in of_others}
             for names in chain.from_iterable(member.groups):
                 saved_names = [name for name in names if name in state]
+                # FSDP1 makes one flat entry of all of them, so none may be missing
                 if len(names) > 1 and saved_names and len(saved_names) < len(names):
                     problems.append(
                         f"{few(names)} share one flat parameter here, and only {few(saved_names)} have "
@@ -240,6 +244,7 @@ def _match_groups(
     problems: list[str],
 ) -> list[Mapping[str, Any]]:
     """What was saved for each group: groups are the same if they have the same parameters, in any order."""
+    # by their members: a group's number says nothing when the groups were built in another order
     by_members: dict[frozenset[str], Mapping[str, Any]] = {}
     holder: dict[str, Mapping[str, Any]] = {}
     empty: list[Mapping[str, Any]] = []
@@ -255,6 +260,7 @@ def _match_groups(
     if len(without) != len(empty):
         problems.append(f"{len(without)} groups without parameters here, {len(empty)} in the checkpoint")
     chosen: list[Mapping[str, Any]] = []
+    # without parameters only their order tells them apart
     hollow = iter(empty)
     for member, number, names in places:
         if not names:
@@ -271,6 +277,7 @@ def _match_groups(
                     f"the parameters of group {number} of {member.kind} are in {len(together)} groups of the "
                     "checkpoint"
                 )
+            # a problem by now; with strict=False the group gets the options of one that it was part of
             options = next(iter(together.values()), {})
         chosen.append(options)
     here = {name for _, _, names in places for name in names}
@@ -299,6 +306,7 @@ def _options(live: Mapping[str, Any], saved: Mapping[str, Any], names: list[str]
 def parameter_sizes(optimizer: Optimizer) -> dict[str, torch.Size]:
     """Number -> size of each parameter of one of torch.optim's own classes; nothing of another, nor
     of one that is a part of a larger tensor: what is kept for that may be a part as well or not."""
+    # another class may keep anything under a parameter's number, of any size
     if not type(optimizer).__module__.startswith("torch.optim."):
         return {}
     owned = [parameter for group in optimizer.param_groups for parameter in group[_PARAMS]]
@@ -356,6 +364,7 @@ def owner_of(key: str, names: Collection[str]) -> tuple[str, str, str] | None:
     """(section, parameter, rest) of a flat state's ``key``; None if it is of none of the ``names``."""
     section, _, rest = key.partition(".")
     end = len(rest)
+    # from the right: the longest name first, as one parameter's name may begin another's
     while section in (_STATE, _GROUPS) and (end := rest.rfind(".", 0, end)) > 0:
         if rest[:end] in names:
             return section, rest[:end], rest[end + 1 :]
@@ -378,6 +387,7 @@ def unflatten(flat: Mapping[str, Any], names: OptimizerNames, problems: list[str
         if section == _GROUPS and rest == _NAMES:
             continue  # in the order of a group that a flat state does not tell
         target = (entries if section == _STATE else options).setdefault(names.first_name(name), {})
+        # an entry may hold mappings, whose keys are in the name; an option is one value
         *above, last = rest.split(".") if section == _STATE and rest not in target else (rest,)
         for part in above:
             target = target.setdefault(part, {})
@@ -390,6 +400,7 @@ def unflatten(flat: Mapping[str, Any], names: OptimizerNames, problems: list[str
             own = [names.first_name(name) for name in _names([group])]
             first = options.get(own[0], {}) if own else {}
             for name in own:
+                # a flat state repeats a group's options for each parameter: they may contradict each other
                 other = options.get(name)
                 if other is None:
                     problems.append(f"the checkpoint has no options for {name}")

@@ -57,6 +57,7 @@ def _held(value: object) -> Iterator[object]:
         if name in _HOLDERS:
             yield from _each(inner)
         elif isinstance(inner, (list, tuple, dict, set, frozenset)):
+            # a glance: what is no container of optimizers may hold a million samples
             if any(map(_leads_on, islice(_each(inner), _LOOKED_AT))):
                 yield from _each(inner)
         elif _leads_on(inner):
@@ -71,6 +72,7 @@ def _attributes(value: object) -> Iterable[tuple[str, Any]]:
         slots = cls.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             try:
+                # not getattr(): the __getattr__ of a wrapper may run code, or ask what it wraps
                 yield name, object.__getattribute__(value, name)
             except AttributeError:  # not set, or under a mangled name
                 continue
@@ -91,6 +93,7 @@ def _leads_on(value: object) -> bool:
         return False
     own = getattr(value, "__dict__", {})
     kind: Any = type(value)
+    # known by its class: this is asked for each entry of a container that is looked at
     holds, steps, has_groups = _class_of(kind)
     return holds or any(map(own.__contains__, _HOLDERS)) or (steps and (has_groups or "param_groups" in own))
 
