@@ -54,6 +54,7 @@ class FileLayout:
         """The tensors whose payload overlaps the image's bytes [start, stop)."""
         first = max(bisect_right(self.payload_offsets, start) - 1, 0)
         last = bisect_right(self.payload_offsets, stop - 1)
+        # what begins before `start` may end before it too: a tail or a gap lies there
         while first < last and self.payload_offsets[first] + self.payload_bytes[first] <= start:
             first += 1
         return range(first, last)
@@ -67,6 +68,7 @@ class FileLayout:
         stop = start + len(buffer)
 
         def put(offset: int, blob: bytes) -> None:
+            # clipped: a part may begin or end within a head
             low, high = max(offset, start), min(offset + len(blob), stop)
             if low < high:
                 buffer[low - start : high - start] = blob[low - offset : high - offset]
@@ -83,6 +85,7 @@ class FileLayout:
                 put(offset, head)
                 put(self.payload_offsets[index] + self.payload_bytes[index], tail)
             end = offset + self.item_bytes[index]
+        # to the end of the image: slots are leased again, and hold what an earlier save wrote
         put(end, bytes(self.image_bytes - end))
 
 

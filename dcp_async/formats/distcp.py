@@ -28,7 +28,9 @@ the trainer a few milliseconds in all; at 256 KiB it releases the GIL for each b
 get it back."""
 SECTOR_BYTES = 4096
 """What direct I/O, rooms and the ends of image and file are aligned to."""
+# As torch aligns the records of its own zips.
 _SMALL_ALIGN = 64
+# A gap, of a page at most, is nothing beside a payload of this length.
 _LARGE_BYTES = 1 << 20
 
 _TRAILER = struct.Struct("<8sIIQQQ")
@@ -75,6 +77,7 @@ class DistcpFormat:
             for extent in shape:
                 nbytes *= extent
             align = SECTOR_BYTES if nbytes >= _LARGE_BYTES else _SMALL_ALIGN
+            # the payload is aligned, not the item: the head before it has a length of its own
             payload = _round_up(end + len(frame[0]), align)
             item_offsets.append(payload - len(frame[0]))
             item_lengths.append(len(frame[0]) + nbytes + len(frame[1]))
@@ -148,6 +151,7 @@ class Footer:
             self.image_bytes,
             xxhash.xxh3_64_intdigest(table),
         )
+        # the trailer last, where a reader finds it by the length of the file alone
         return table + bytes(footer_bytes(self.image_bytes) - len(table) - len(trailer)) + trailer
 
     @classmethod
@@ -174,10 +178,12 @@ def read_trailer(raw: bytes, file_bytes: int) -> tuple[int, int, int]:
     if len(raw) < _TRAILER.size:
         raise FooterError("the file is too short for a footer")
     magic, version, block, count, image, table_digest = _TRAILER.unpack(raw[-_TRAILER.size :])
+    # in this order: a newer version may mean other things by the rest, and is no damage
     if magic != _MAGIC:
         raise FooterError("there is no footer at the end of the file")
     if version > FOOTER_VERSION:
         raise FooterError(f"the footer has version {version}; this release reads up to {FOOTER_VERSION}")
+    # by the length of the file: one that was cut or grew is told before any block is read
     if block != BLOCK_BYTES or count != num_blocks(image) or image + footer_bytes(image) != file_bytes:
         raise FooterError("the footer does not describe a file of this size")
     return count, image, table_digest

@@ -16,6 +16,7 @@ PLAIN_KEYS = (str, bool, int, float, type(None))
 
 def has_json(key: object) -> bool:
     """Whether JSON has a word for ``key`` itself: for an infinity or NaN it has none."""
+    # by exact type: JSON would give an IntEnum back as an int
     return type(key) in PLAIN_KEYS and not is_non_finite(key)
 
 
@@ -41,6 +42,7 @@ class PickledKey:
 
 def text_of(key: object) -> str:
     """What names are made of, as DCP makes them: ``str(key)``, and never of a subclass."""
+    # str() of a key may give a subclass of str, whose own methods would be asked from here on
     return key if type(key) is str else str.__str__(str(key))
 
 

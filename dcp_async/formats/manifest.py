@@ -60,7 +60,7 @@ class Manifest:
     strides: Mapping[str, tuple[int, ...]]
     """Original strides, in elements, of tensors that were not row-major."""
     exotic: tuple[str, ...]
-    """Tensors stored as ``torch.save`` bytes in a slot, not as raw payload."""
+    """Tensors stored as ``torch.save`` bytes in a room, not as raw payload."""
     notes: Mapping[str, JSON] = field(default_factory=dict)
 
 
@@ -68,6 +68,7 @@ def structure_json(structure: JSON, strides: Mapping[str, tuple[int, ...]], exot
     """The part of a manifest that stays the same from save to save, encoded once per plan; ``structure`` as
     ``tree_to_json`` encodes it."""
     parts = {"structure": structure, "strides": strides, "exotic": exotic}
+    # without its braces: it is put behind the head of each save
     return json.dumps(parts, separators=(",", ":"))[1:-1]
 
 
@@ -95,7 +96,9 @@ def encode_manifest(*, metadata: bytes, constant: str, **head: Unpack[ManifestHe
         "files": files,
         "notes": dict(head["notes"]),
     }
+    # the tree last, so that a reader who wants the step stops in front of it
     body = (json.dumps(fields, separators=(",", ":"))[:-1] + "," + constant).encode()
+    # over the bytes as they are: one JSON has many spellings
     return body + b',"digest":"' + xxhash.xxh3_64_hexdigest(body).encode() + b'"}'
 
 
@@ -104,9 +107,11 @@ _TAIL = len(b',"digest":"') + 16 + len(b'"}')
 
 def decode_manifest(raw: bytes) -> Manifest:
     """Raises: ManifestError, NewerVersionError."""
+    # first: only of a whole one may be said that a newer release wrote it
     _check_digest(raw)
     with _manifest_errors():
         fields = _Fields(_parsed(raw))
+        # before the other fields, which a newer version may lack or name otherwise
         _check_version(fields)
         return Manifest(
             checkpoint_id=fields.text("checkpoint_id"),
@@ -175,6 +180,7 @@ _MAX_DIMS = 64
 
 def _unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
     fields = dict(pairs)
+    # of two values json keeps the last, and another reader may keep the first
     if len(fields) != len(pairs):
         raise ManifestError("it says something twice")
     return fields
@@ -244,6 +250,7 @@ class _Fields:
     def integer(self, name: str, least: int | None = None) -> int:
         """Any at all without a ``least``: earlier releases saved steps that this one refuses."""
         value = self.found[name]
+        # by exact type: to Python true is a number
         if type(value) is not int or (least is not None and not least <= value <= _MAX_INT):
             raise self._wrong(name)
         return value
@@ -263,6 +270,7 @@ def _shown(value: object) -> str:
     if isinstance(value, (bool, float)) or value is None:
         return repr(value)
     if isinstance(value, int):
+        # CPython refuses to write a number of thousands of digits
         return repr(value) if value.bit_length() < 64 else "a number too large"
     return ascii(value[:40]) if isinstance(value, str) else f"a {type(value).__name__}"
 
@@ -274,11 +282,13 @@ def _files(value: object) -> tuple[FileEntry, ...]:
     for raw in value:
         entry = _Fields(raw)
         name = entry.text("name")
+        # it is joined to the checkpoint's directory, and must not lead out of it
         if not name or "/" in name or name in (".", ".."):
             raise ManifestError(f"a file of it is called {_shown(name)}")
         files.append(
             FileEntry(name=name, nbytes=entry.integer("nbytes", 0), digest=entry.text("digest", _HEX))
         )
+    # two lengths and digests of one file: whichever is taken, the other is wrong
     if len({entry.name for entry in files}) < len(files):
         raise ManifestError("it lists a file twice")
     return tuple(files)

@@ -27,11 +27,11 @@ _MAX_OF_ONE_NAME = 1000
 _MAX_CONSTANTS = 100
 _MAX_HASHED = 16
 _MAX_FAMILIES = 32
-"""So often the expressions are made anew, since more constants are known:"""
+"""How often the expressions are made anew at most, since more constants are known by then."""
 _PATIENCE = 16
-"""after so many misses, if there were new globals;"""
+"""Misses since the last time after which they are made anew, if there were new globals."""
 _RENEWALS = frozenset(4**power for power in range(1, 12))
-"""and at any of these."""
+"""Numbers of misses at which they are made anew in any case."""
 
 
 def check_metadata_pickle(raw: bytes) -> None:
@@ -49,6 +49,7 @@ def check_places(places: object) -> None:
         for index in (places if isinstance(places, dict) else ())
         if type(name := getattr(index, "fqn", None)) is str
     ]
+    # a cheap pass first: hardly any tensor has a thousand chunks
     crowded = {name for name, count in Counter(names).most_common(1) if count > _MAX_OF_ONE_NAME}
     if not crowded:
         return
@@ -129,6 +130,7 @@ class _Vocabulary:
         self.new = cls + b"\\)\x81" + self.put
         self.fields = b"\\}" + self.put + b"\\("
         numbers = b"(?:\\)\x85()|" + _NUMBERS + self.put + b"\x85())" + self.put + b"R" + self.put
+        # a fetched one may be anything: it becomes an attribute, and attributes are not hashed
         self.size = b"(?:" + cls + numbers + b"|" + _GET + b")"
 
     def chunk(self) -> bytes:
@@ -188,6 +190,7 @@ class _Family:
         flat = b"(?:" + _GET + b"|" + _INT + b")"
         tuples = _tuple_of(flat)
         self.loose_path = re.compile(b"(?s:(j....)" + tuples + b"(?=[^\x94qrp]))")
+        # possessive, as all here: backtracking into what was passed would take time by its length
         self.loose_paths = re.compile(b"(?s:(?:j...." + tuples + b"(?=[^\x94qrp]))++)")
         self.short_path = re.compile(b"(?s:(j....)(j....)\x85" + put + b")")
         self.places = re.compile(b"(?s:(?:" + words.place() + b")++)")
@@ -215,6 +218,7 @@ class _Entries:
 
     def __call__(self, walk: Walk) -> None:
         raw, marks, stack = walk.raw, walk.marks, walk.stack
+        # asked after every opcode that an entry may follow: most calls end at this look
         if not marks or not marks[-1] or walk.at >= walk.limit or raw[walk.at] not in _STARTS:
             return
         filled = stack[marks[-1] - 1]
@@ -236,6 +240,7 @@ class _Entries:
         self._left -= 1
         self._num_names, self._made_at = num_names, self._num_misses
         memoizes = walk.raw[:1] == b"\x80" and walk.raw[1:2] >= b"\x04"  # there is no other way from then on
+        # MEMOIZE's numbers are known from counting only as long as nothing was stored by PUT
         if not walk.memory or (memoizes and not walk.is_dense):
             return False
         keys: list[int] = []
@@ -319,6 +324,7 @@ class _Entries:
         else:
             match = family.places.match(walk.raw, walk.at, walk.limit)
             assert match is not None
+            # PUT says its number itself, so nothing has to be counted
             position, number = match.end(), walk.num_stored
         self._passed(walk, position, number, [_PLACE, _VALUE])
 

@@ -173,9 +173,11 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str, /) -> Any:
         known = _stock_globals().get((module, name))
+        # what torch has under such a name, and is no dtype, is as foreign as anything else
         if known is None and module == "torch" and _DTYPE.fullmatch(name) and not hasattr(torch, name):
             return Unknown(f"torch.{name}")
         if known is None:
+            # no refusal yet: a planner's own objects may lie where no load looks
             self.foreign.append(f"{module}.{name}")
             return Inert
         return known
@@ -192,10 +194,12 @@ def decode_metadata(raw: bytes) -> Metadata:
     """
     unpickler = _MetadataUnpickler(raw)
     try:
+        # first: C's unpickler can't be told what not to do, and not be stopped either
         check_metadata_pickle(raw)
         whole = unpickler.load()
         if type(whole) is not _Whole:
             raise ValueError(f"it holds a {type(whole).__name__}, not DCP's Metadata")
+        # while indices are stand-ins, hashed by identity: stock's hash their fields, as the pickle chose them
         check_places(vars(whole).get("storage_data"))
         return _Checker(most_chunks=len(raw), has_foreign=bool(unpickler.foreign)).metadata(whole)
     except (UntrustedGlobal, MemoryError):
@@ -247,6 +251,7 @@ class _Checker:
             elif type(entry) is TensorStorageMetadata:  # under another name once more
                 self._count(entry.chunks)
         if isinstance(stored := fields.get("storage_data"), dict):
+            # a dict anew: the keys have another class now, and so another hash
             places = {self._index(index): self._info(info) for index, info in stored.items()}
             if len(places) != len(stored):  # they differ in what is not known here
                 twice = Counter(index.fqn for index in stored).most_common(1)[0][0]
@@ -297,6 +302,7 @@ class _Checker:
             raise ValueError(f"the properties of {name} are a {type(properties).__name__}")
         if self._has_foreign:
             self._strip(entry, TensorStorageMetadata)
+        # in place: what is shared stays shared, and no object per tensor is made anew
         entry.__class__ = TensorStorageMetadata
 
     def _made_properties(self, name: str, state: Any) -> TensorProperties:
@@ -305,6 +311,7 @@ class _Checker:
         needed = state[: len(_PROPERTIES)] if type(state) is tuple else ()
         types = tuple(map(type, needed))
         if types != _PROPERTIES:
+            # what this torch lacks is refused where that tensor is wanted, not here (docs/adr/0014)
             instead = tuple(
                 known if kind is Unknown and known in (torch.dtype, torch.layout) else kind
                 for kind, known in zip(types, _PROPERTIES, strict=False)
@@ -322,6 +329,7 @@ class _Checker:
         """A torch.Size holds ints; which ones, it does not mind."""
         if type(size) is not torch.Size:
             raise ValueError(f"a size of {name} is a {type(size).__name__}")
+        # thousands of chunks have few sizes
         if size in self._sizes:
             return
         if len(size) > _MAX_DIMS or min(size, default=0) < 0 or math.prod(size) > _MAX_ELEMENTS:
@@ -378,6 +386,7 @@ class _Checker:
 def _holds_inert(whole: object) -> bool:
     """Whether ``whole`` holds an object that could not be made; it may be nested deeply or in circles."""
     seen: set[int] = set()
+    # a list and no recursion: the pickle may nest as deep as its grammar admits
     todo = [whole]
     while todo:
         item = todo.pop()

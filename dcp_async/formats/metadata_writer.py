@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _DCP_VERSION = getattr(_filesystem, "CURRENT_DCP_VERSION", "1.0.0")
 """A torch that has no name for it does not ask for it either."""
 
+# Control characters: the pickle is cut wherever this stands, and no name has it by chance.
 _PLACEHOLDER = "\x01uid-goes-here\x02\x03"
 assert len(_PLACEHOLDER) == UID_DIGITS
 
@@ -79,11 +80,14 @@ def metadata_template(
     items = _Items(constants, [_chunk_heads(constants, group.entry) for group in groups], file_number)
     known = ("state_dict_metadata", "planner_data", "storage_data")
     keys = {key: constants(key) for key in known}
+    # whatever fields this torch's Metadata has, so that its own readers find them
     others = dict(vars(Metadata({})), storage_meta=None, version=_DCP_VERSION)
     rest = [constants(key) + constants(value) for key, value in others.items() if key not in known]
     whole = constants(Metadata) + _NEW
+    # no new constant from here on: names take the memories behind theirs
     strings = _Strings(constants.num_remembered)
     out = io.BytesIO()
+    # the head is asked for last, as each constant above has added to it
     out.writelines((constants.head(), whole, keys["state_dict_metadata"], _DICT))
     for group, entry in zip(groups, entries, strict=True):
         out.writelines(strings[name] + entry for name in group.names)
@@ -149,6 +153,7 @@ class _Constants:
         """``value`` must outlive this object: it is known by its id."""
         reference = self._known.get(id(value))
         if reference is None:
+            # pushed and dropped, only to be remembered: what is encoded again refers to it
             self._head.append(self._encoded(value) + pickle.POP)
             reference = self._known[id(value)] = self._encoded(value)
         return reference
@@ -242,6 +247,7 @@ class _Items:
         self._file_number = file_number
 
     def encoded(self, strings: _Strings, groups: Sequence[Group]) -> Iterator[bytes]:
+        # asked for once per chunk, and there are as many as ranks
         file_name = cache(lambda rank: data_file(rank, self._file_number, _PLACEHOLDER))
         start, numbers, offset_key, length_key = self._start, strings.numbers, self._offset, self._length
         for group, heads in zip(groups, self._heads, strict=True):

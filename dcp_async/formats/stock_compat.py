@@ -53,6 +53,7 @@ def merge_ranks(by_rank: Mapping[int, Metadata]) -> Metadata:
     Raises: ValueError if a rank within the numbering is missing, or if two of them describe a tensor
     differently.
     """
+    # what a missing rank had would be missing without a word
     if len(by_rank) != max(by_rank) + 1:  # which may be any number that a file's name has
         first = islice((rank for rank in count() if rank not in by_rank), _TOLD)
         missing = [str(rank) for rank in first if rank < max(by_rank)]
@@ -66,6 +67,7 @@ def merge_ranks(by_rank: Mapping[int, Metadata]) -> Metadata:
     paths: dict[str, Any] = {}
     for rank, metadata in sorted(by_rank.items()):
         stored = metadata.storage_data if isinstance(metadata.storage_data, dict) else {}
+        # in this order: what a lower rank said stays
         paths = usable_paths(metadata) | paths
         for name, entry in metadata.state_dict_metadata.items():
             first = names.setdefault(name, entry)
@@ -94,6 +96,7 @@ def _merge_chunks(
 ) -> dict[MetadataIndex, Any]:
     """Add a rank's ``chunks`` to those of lower ranks, and give where the new ones lie. Raises ValueError."""
     storage_data: dict[MetadataIndex, Any] = {}
+    # they become keys, and a pickle chose them
     check_hashes([tuple(chunk.offsets) for chunk in chunks])
     for chunk in chunks:
         offsets = tuple(chunk.offsets)
@@ -134,6 +137,7 @@ def usable_paths(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:
             and ".".join(map(str, path)) == name
         ):
             usable[name] = tuple(path)
+    # a path through the end of another would make one name a leaf and a container
     ends = set(usable.values()) | {(name,) for name in metadata.state_dict_metadata if name not in usable}
     return {
         name: path
@@ -167,6 +171,7 @@ def locations_of(name: str, metadata: Metadata) -> dict[ItemKey, tuple[str, int,
     locations: dict[ItemKey, tuple[str, int, int]] = {}
     for index, info in storage_data.items():
         path, offset, length = (getattr(info, field, None) for field in ("relative_path", "offset", "length"))
+        # here, where the item can be named: later they are numbers in a system call
         numbers = isinstance(offset, int) and isinstance(length, int) and offset >= 0 and length >= 0
         if not isinstance(index, MetadataIndex) or not isinstance(path, str) or "\0" in path or not numbers:
             raise CorruptCheckpointError(
@@ -226,6 +231,7 @@ def take_apart(
             continue
         key, child = entry
         below = f"{names[-1]}.{key}" if len(above) > 1 else name
+        # by text: containers that hold one another many times are few objects with endless names
         room -= len(below) + _MIN_TEXT
         if room < 0 or len(above) > _MAX_DEPTH:
             raise ValueError(f"{name} holds containers without end")

@@ -74,6 +74,7 @@ class StoredItem:
             pickle_at = pickle_start(raw)
             if is_zip(raw) and pickle_at is None:
                 return False
+            # a small item is here whole, with the directory that torch goes by
             if len(head) == self.length and not self.descriptors and pickle_at is not None:
                 check_records(memoryview(raw), crcs=False)
             check_globals(raw, pickle_at, self.trust)
@@ -121,6 +122,7 @@ class StoredItem:
         inflated = bytearray()
         try:
             while len(inflated) <= limit and (
+                # one byte more than it may have tells that there is more, and no further one is made
                 part := stream.read(min(_INFLATE_BYTES, limit + 1 - len(inflated)))
             ):
                 inflated += part
@@ -167,11 +169,13 @@ def check_records(item: memoryview, *, crcs: bool) -> None:
         raise ValueError("its zip has a record twice")
     end = 0
     for name, header, _, start, nbytes in sorted(records, key=itemgetter(1)):
+        # two names for the same bytes: what was judged as one could be read as the other
         if header < end:
             raise ValueError(f"its record {name} overlaps another")
         end = start + nbytes
     first = next((name for name, header, *_ in records if header == 0), "")
     pickles = [name for name, *_ in records if name.casefold().endswith("/data.pkl")]
+    # torch finds the pickle by the directory, `judge` by the first bytes: it must be the same one
     if pickle_start(bytes(item[:_FIRST_BYTES])) is not None and pickles != [first]:
         raise ValueError("its zip has another pickle than its first record")
     for name, _, crc, start, nbytes in records:
@@ -210,6 +214,7 @@ def _records(item: memoryview) -> Iterator[tuple[str, int, int, int, int]]:
 def _find_directory(item: memoryview) -> tuple[int, int]:
     """(offset of the central directory, number of entries); the end record may have a comment behind it."""
     before = max(len(item) - END.size - 0xFFFF, 0)
+    # from behind: the bytes of a payload may look like an end record
     end_at = bytes(item[before:]).rfind(b"PK\5\6")
     if end_at < 0:
         raise ValueError("its zip has no end record, as if it was cut off")

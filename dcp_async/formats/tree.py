@@ -25,12 +25,14 @@ that do not know it read a plain dict."""
 
 def mapping_kind(mapping: Mapping[Any, Any]) -> str:
     """What ``mapping`` comes back as: a dict, if it is of no kind that is known here."""
+    # by exact type: a class of the user's would have to be imported, and asked how it is made
     kind = _KINDS.get(type(mapping))
     if kind is not None:
         return kind
     if type(mapping) is defaultdict:
         factory = mapping.default_factory
         name = "" if factory is None else getattr(factory, "__name__", "?")
+        # by identity: a function of the user's may be called list as well
         if factory is None or _FACTORIES.get(name) is factory:
             return f"defaultdict:{name}"
     return "dict"
@@ -48,6 +50,7 @@ def is_of_stateful(node: Tree) -> bool:
 
 def make_mapping(kind: str, entries: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     """Make a mapping of ``kind`` with ``entries``."""
+    # a Counter of pairs would count the pairs
     made = dict(entries)
     kind = kind.removesuffix(_STATEFUL_SUFFIX)
     if kind == "odict":
@@ -126,6 +129,7 @@ def pickled_keys(node: Tree) -> list[PickledKey]:
 
 def heads_of(name: str) -> list[str]:
     """``name`` and everything that it lies below."""
+    # each dot: whether it parts two keys or lies within one, the name does not tell
     return [name[:end] for end, letter in enumerate(name) if letter == "."] + [name]
 
 
@@ -171,6 +175,7 @@ def subtree(node: Tree, name: str, prefix: str | None = None) -> Tree:
         return node
     for key, child in children_of(node):
         below = child_name(prefix, key)
+        # "a.b" may be one key or two, so a branch that fits may still lead nowhere
         if name == below or name.startswith(f"{below}."):
             inner = subtree(child, name, below)
             if inner is not None:
@@ -186,13 +191,15 @@ def locate(node: Tree, name: str, prefix: str | None = None) -> tuple[bool, Tree
             return True, child
         if name.startswith(f"{below}."):
             is_there, inner = locate(child, name, below)
+            # else the next child that fits: keys may have dots
             if is_there:
                 return True, inner
     return False, None
 
 
 def cut(node: Tree, leaves: Collection[str], name: str) -> Tree:
-    """``node``, which lies at ``name``, with a leaf in place of each node whose name is in ``at``."""
+    """``node``, which lies at ``name``, with a leaf in place of each node whose name is in
+    ``leaves``."""
     if name in leaves or node is None:
         return None
     kind, entries = node
@@ -213,6 +220,7 @@ def like(node: Tree, value: Any) -> Tree:
         return list_node([*map(like, node[1][:both], value), *node[1][both:]])
     if node[0] == "list":
         return node
+    # by text, which is all that stock has kept of a key
     keys = {str(key): key for key in value}
     children = []
     for key, child in node[1]:
@@ -243,6 +251,7 @@ def grafted(node: Tree, value: Any, wanted: Collection[str], name: str) -> Tree:
 def _has_leaf(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(map(_has_leaf, value.values()))
+    # an empty list is a leaf to stock, an empty mapping leaves nothing
     return not isinstance(value, list) or not value or any(map(_has_leaf, value))
 
 
@@ -264,6 +273,7 @@ def tree_from_paths(planner_data: object, names: list[str]) -> Tree:
         path = paths.get(name, (name,))
         node = root
         for key in path[:-1]:
+            # no path leads through the end of another: whoever gives them has seen to it (usable_paths)
             node = node.setdefault(key, {})
         node[path[-1]] = None
 

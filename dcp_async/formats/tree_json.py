@@ -62,6 +62,7 @@ def tree_from_json(node: JSON) -> Tree:
 def _tree_from_json(node: JSON, depth_left: int) -> Tree:
     if node is None:
         return None
+    # by count, since Python's own limit depends on how deep the caller is
     if depth_left == 0:
         raise ValueError(f"it nests containers more than {MAX_TREE_DEPTH} deep")
     if not isinstance(node, list) or len(node) != 2:
@@ -81,6 +82,7 @@ def _tree_from_json(node: JSON, depth_left: int) -> Tree:
         if not isinstance(entry, list) or len(entry) != 2:
             raise ValueError(f"a {type(entry).__name__} is no entry of a mapping")
         pairs.append((entry[0], entry[1]))
+    # numbers in JSON may be of any size, and chosen to hash alike
     check_hashes(key for key, _ in pairs if not isinstance(key, (dict, list)))
     entries_by_key: dict[Any, tuple[Any, Tree]] = {}
     for json_key, child in pairs:
@@ -113,6 +115,7 @@ def merged_trees(trees: Sequence[JSON]) -> JSON:
     if not containers:
         return None
     first = containers[0]
+    # mostly each rank holds all of it: compared in C
     if all(other is first or other == first for other in containers):
         return cast(JSON, first)
     kind, entries = first[0], [tree[1] for tree in containers]

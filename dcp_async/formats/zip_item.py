@@ -60,12 +60,14 @@ PLAIN_DTYPES = frozenset(_STORAGE_CLASS) | _UNTYPED
 
 def _local_header(name: bytes, size: int) -> bytes:
     big = size >= LIMIT32
+    # both sizes, though they are equal: in a local header zip64's field must have the two
     extra = struct.pack("<HHQQ", 1, 16, size, size) if big else b""
     size32 = LIMIT32 if big else size
     return LOCAL.pack(b"PK\3\4", 0, _UTF8, 0, 0, 0, 0, size32, size32, len(name), len(extra)) + name + extra
 
 
 def _central_entry(name: bytes, size: int, offset: int) -> bytes:
+    # zip64's field has only what does not fit above, in this order
     wide = [value for value in (size, size, offset) if value >= LIMIT32]
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
     size32 = min(size, LIMIT32)
@@ -131,11 +133,13 @@ def _tensor_pickle(dtype: torch.dtype, shape: Sequence[int], nbytes: int, numel:
         + _pickle_str("storage")
         + storage.encode()
         + _pickle_str("0")
+        # wherever the tensor lay: a load says where it goes
         + _pickle_str("cpu")
         + _pickle_int(numel if typed else nbytes)
         + b"tQ"
     )
     args = persistent_id + _pickle_int(0) + _pickle_ints(shape) + _pickle_ints(contiguous_strides(shape))
+    # requires_grad is False: stock's writer detaches tensors as well
     args += b"\x89" + b"ccollections\nOrderedDict\n)R"
     if not typed:
         args += f"c{str(dtype).replace('.', chr(10), 1)}\n".encode()
@@ -155,6 +159,7 @@ def tensor_frame(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, byt
     head = b""
     entries = []
     for name, content in (
+        # first, so that a load can judge an item by its first kilobyte
         (_PREFIX + b"data.pkl", _tensor_pickle(dtype, shape, nbytes, numel)),
         (_PREFIX + b"version", b"3\n"),
         (_PREFIX + b"byteorder", b"little"),
@@ -184,6 +189,7 @@ def object_item(pickled: bytes) -> bytes:
 def _split(item: bytes) -> tuple[int, bytes, int]:
     """(offset of the central directory, its bytes, number of entries) of a zip without a comment."""
     _, _, _, _, count, size, offset, _ = END.unpack_from(item, len(item) - END.size)
+    # then the real numbers are in a zip64 record, which would have to be moved as well
     if offset == LIMIT32 or size == LIMIT32 or count == 0xFFFF:
         raise ValueError("an item of 4 GiB or 65,535 records has no room for padding")
     return offset, item[offset : offset + size], count
@@ -191,6 +197,7 @@ def _split(item: bytes) -> tuple[int, bytes, int]:
 
 def padded_bytes(item_bytes: int, quantum: int) -> int:
     """The room, a multiple of ``quantum``, that an item of ``item_bytes`` is padded to."""
+    # it stands in the record's header and in the directory
     name = len(_PREFIX) + len(b".pad")
     return -(-(item_bytes + LOCAL.size + CENTRAL.size + 2 * name) // quantum) * quantum
 
