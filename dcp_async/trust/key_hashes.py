@@ -38,5 +38,6 @@ def count_hashes(keys: Iterable[object], counts: Counter[int]) -> None:
 def check_hashes(keys: Iterable[object]) -> None:
     """Raises ValueError if too many of ``keys`` hash alike."""
     unseeded = risky(keys)
+    # fewer can't be too many that are alike, so nothing of them is hashed here
     if len(unseeded) > MAX_ALIKE:
         count_hashes(unseeded, Counter())

@@ -28,6 +28,7 @@ _COUNT_BYTES = 8
 
 def is_legacy(head: bytes | bytearray) -> bool:
     """Whether an item that begins so is in the legacy format."""
+    # behind PROTO and its number, which was the writer's choice
     return head[2:].startswith(_MAGIC)
 
 
@@ -36,6 +37,7 @@ def outlines(raw: bytes) -> list[Outline]:
     ValueError."""
     pickles: list[Outline] = []
     for _ in range(_HEADERS + 2):
+        # seeded_keys: those around the object are read by C's unpickler, which counts no keys
         pickles.append(run(Walk(raw, pickles[-1].end if pickles else 0, seeded_keys=False)))
     return pickles
 
@@ -51,6 +53,7 @@ def load_legacy(raw: bytes, unpickler: Callable[[Any], Any]) -> Any:
         raise ValueError("it is of an unknown version of torch's legacy format")
     keys = _Plain(raw[outline.end : keys_outline.end]).load()
     pickled = raw[headers[2].end : outline.end]
+    # a pass of its own: how long each storage is must be known before any object is made of one
     wanted = _Storages(pickled)
     storages = _filled(raw, keys_outline.end, keys, wanted.found)
 
@@ -66,6 +69,7 @@ class _Plain(pickle.Unpickler):
         super().__init__(io.BytesIO(raw), encoding="latin-1")
 
     def find_class(self, module: str, name: str, /) -> Any:
+        # torch writes numbers, texts, dicts and lists of them around the object, and nothing else
         raise ValueError("it names a class where none belongs")
 
 
@@ -110,6 +114,7 @@ class _Storages(pickle._Unpickler):
         self.load()
 
     def find_class(self, module: str, name: str, /) -> Any:
+        # no name is imported in this pass, whatever it is
         return storage_type(name) or _Anything
 
     def persistent_load(self, pid: Any, /) -> Any:
@@ -139,6 +144,7 @@ def _filled(raw: bytes, position: int, keys: object, wanted: dict[str, _StorageI
         numel = int.from_bytes(raw[position : position + _COUNT_BYTES], "little", signed=True)
         position += _COUNT_BYTES
         nbytes = numel * facts.dtype.itemsize
+        # the count is in the item twice: what the object says must be what lies here
         if numel != facts.numel or position + nbytes > len(raw):
             raise ValueError("it is shorter than its storages")
         made[key] = _typed(raw[position : position + nbytes], facts.dtype)
@@ -148,6 +154,7 @@ def _filled(raw: bytes, position: int, keys: object, wanted: dict[str, _StorageI
 
 def _typed(content: Sequence[int], dtype: torch.dtype) -> Any:
     memory = (
+        # a copy that may be written to, as every tensor of a load
         torch.frombuffer(bytearray(content), dtype=torch.uint8)
         if content
         else torch.empty(0, dtype=torch.uint8)

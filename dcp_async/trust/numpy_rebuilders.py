@@ -33,6 +33,7 @@ def numpy_globals() -> tuple[dict[tuple[str, str], Any], frozenset[Any]]:
         return _checked_dtype(np.dtype(kind, copy=True))
 
     def reconstruct(cls: Any, shape: Any, kind: Any) -> Any:
+        # as numpy writes it: the bytes come with BUILD; another shape would have memory that nobody filled
         if cls is not np.ndarray or shape != (0,):
             raise UntrustedGlobal("numpy.ndarray (rebuilt in an unusual way)")
         return core.multiarray._reconstruct(cls, shape, kind)
@@ -85,6 +86,7 @@ def _checked_dtype(dtype: Any) -> Any:
 
 def check_numpy_state(target: Any, state: Any) -> None:
     """What BUILD may put into an array or a dtype. Anything else could make numpy read foreign memory."""
+    # here, not above: torch runs without numpy
     import numpy as np
 
     if isinstance(target, np.dtype):

@@ -17,6 +17,7 @@ from .pickle_walk import ATOM, Made, Outline, Walk
 _MAX_DIGITS = 4300
 """How long an integer in text may be, as CPython has it: reading more of them takes quadratic time."""
 _RUN = re.compile(rb"(?s:K.|M..|J....|G.{8}|[N\x88\x89])++")
+# The empty group at its end: findall() then makes no bytes of what it counts.
 _ONE = re.compile(rb"(?s:K.|M..|J....|G.{8}|[N\x88\x89])()")
 Entries = Callable[["Walk"], None]
 """Passes over entries of a recognised form, if some begin where the walk is."""
@@ -45,6 +46,7 @@ def _frame(walk: Walk) -> None:
     nbytes = walk.number(8)
     if nbytes > len(walk.raw) - walk.at:
         raise ValueError("the pickle was cut off")
+    # C's unpickler and Python's do not agree on it: what was walked must be what is read
     if walk.limit < len(walk.raw):
         raise ValueError("the pickle has a frame within a frame")
     if nbytes:
@@ -54,6 +56,7 @@ def _frame(walk: Walk) -> None:
 @_on(b"KMJGN\x88\x89")
 def _scalars(walk: Walk) -> None:
     start = walk.at - 1
+    # in runs: lists of numbers are long, and a Python step for each would be felt
     run = _RUN.match(walk.raw, start, walk.limit)
     if run is None:
         raise ValueError("the pickle was cut off")
@@ -65,6 +68,7 @@ def _scalars(walk: Walk) -> None:
 @_on(b"\x8a")
 def _long1(walk: Walk) -> None:
     nbytes = walk.skip(walk.number(1))
+    # as cheap to hash as any number
     walk.stack.append(ATOM if nbytes <= 8 else Made("long", hashed=1 + nbytes // 8, weight=1 + nbytes // 8))
 
 
@@ -79,6 +83,7 @@ def _decimal(walk: Walk) -> None:
     nbytes = len(walk.line())
     if nbytes > _MAX_DIGITS:
         raise ValueError("the pickle has a number of too many digits")
+    # so few digits fit into 64 bits
     walk.stack.append(ATOM if nbytes < 18 else Made("long", hashed=1 + nbytes // 16))
 
 
@@ -132,16 +137,19 @@ def _mark(walk: Walk) -> None:
 
 @_on(b"0")
 def _pop(walk: Walk) -> None:
+    # POP takes a mark as well: C's unpickler and Python's agree in that
     if walk.marks and walk.marks[-1] == len(walk.stack):
         walk.marks.pop()
     else:
         item = walk.pop()
+        # dropped to be remembered, as our own `.metadata` begins: what is fetched later is finished
         if type(item) is Made:
             item.own = False
 
 
 @_on(b"1")
 def _pop_mark(walk: Walk) -> None:
+    # dropped, but they may be remembered: from now on nothing may change them
     walk.put_into(walk.pop_to_mark())
 
 
@@ -261,12 +269,14 @@ def _build(walk: Walk) -> None:
         return  # for whoever unpickles to refuse, by name
     walk.fill(target, *walk.put_into([state]))
     if type(state) is Made:
+        # a __hash__ may go over all that the object was given
         target.hashed += state.weight
 
 
 @_on(b"c")
 def _global(walk: Walk) -> None:
     module, name = walk.line(), walk.line()
+    # noted here, refused by whoever has a policy: this is arithmetic alone
     walk.push_global(module, name)
 
 
@@ -314,6 +324,7 @@ def _persistent_line(walk: Walk) -> None:
 
 @_on(b"Q")
 def _persistent(walk: Walk) -> None:
+    # what it stands for is given by whoever unpickles; counted is what the pickle asks with
     weight, depth = walk.put_into([walk.pop()])
     walk.push_new(Made("object", weight=weight, depth=depth))
 
@@ -375,10 +386,12 @@ def run(walk: Walk, entries: Entries | None = None) -> Outline:
                 _leave_frame(walk)
             if entries is not None and opcode in _BEFORE_ENTRIES:
                 entries(walk)
+                # entries end with the frame at most: they are matched up to its limit
                 if walk.at == walk.limit:
                     _leave_frame(walk)
-    except IndexError:
+    except IndexError:  # cheaper than asking before each opcode whether bytes and stack are enough
         raise ValueError("the pickle was cut off, or takes what it never put there") from None
+    # no pickler leaves anything behind, and unpicklers would not say so (docs/adr/0015)
     if len(walk.stack) != 1 or walk.marks:
         raise ValueError("the pickle ends with things left over")
     walk.outline.end = walk.at + 1
@@ -386,9 +399,9 @@ def run(walk: Walk, entries: Entries | None = None) -> Outline:
 
 
 def check_pickle(raw: bytes | bytearray, start: int = 0) -> Outline:
-    """What the pickle that begins at ``at`` names, and where it ends.
+    """What the pickle that begins at ``start`` names, and where it ends.
 
-    Whoever unpickles it must look after keys that hash alike, as ``trust.py`` does.
+    Whoever unpickles it must look after keys that hash alike, as ``unpickler.py`` does.
 
     Raises: ValueError if what it would build is out of proportion, or if it is damaged.
     """

@@ -122,6 +122,7 @@ class Walk:
 
     def decimal(self) -> int:
         text = self.line()
+        # int() takes signs, blanks and underscores as well, and no pickler writes these
         if len(text) > 20 or not text.isdigit():
             raise ValueError("the pickle numbers what it remembers in an unusual way")
         return int(text)
@@ -151,9 +152,11 @@ class Walk:
         self.stack.append(made)
 
     def store(self, number: int) -> None:
+        # C's memory is an array: one number of four bytes would make it gigabytes long
         if number > self._most_stored:
             raise ValueError("the pickle remembers more objects than it has")
         self.is_dense = self.is_dense and number == self.num_stored
+        # no pickler does, and what was found out about the first would be believed of the second
         if number in self.memory:
             raise ValueError("the pickle remembers two objects under one number")
         self.num_stored += 1
@@ -163,6 +166,7 @@ class Walk:
         made = self.memory.get(number)
         if made is None:
             made = self.passed(number)
+        # what refers to it before it is finished does not count what it gets later
         if type(made) is Made and made.own:
             if made.kind == "object" and made.name is not None and made.name[0] in _FREED_DEEPLY:
                 self._early_left -= 1
@@ -184,6 +188,7 @@ class Walk:
     def put_into(self, items: list[Any]) -> tuple[int, int]:
         """(weight, depth) of ``items``, which belong to another object from now on."""
         weight, depth = len(items), 0
+        # in C: most containers hold nothing but numbers
         if items.count(ATOM) != weight:
             for item in items:
                 if item is ATOM:
@@ -191,6 +196,7 @@ class Walk:
                 if type(item) is bytes:
                     weight += len(item) >> 3
                     continue
+                # it can be met by two ways from here on, so what is known of it must stay true
                 item.own = False
                 weight += item.weight
                 if item.depth > depth:
@@ -211,6 +217,7 @@ class Walk:
                 continue
             steps += key.hashed
             if self._risky_left is not None and not (key.kind == "object" and key.name in _BY_IDENTITY):
+                # hashes of text are seeded per process; those of long numbers and tuples can be chosen
                 self._risky_left -= 1
                 if self._risky_left < 0:
                     raise ValueError("the pickle has too many keys that are no names or numbers")
@@ -231,15 +238,18 @@ class Walk:
         weight, depth = self.put_into(items)
         hashed = weight
         if weight != len(items):
+            # a tuple hashes its parts each time: one of itself twice, sixty times, is hashed for ever
             hashed = 1 + sum(1 if type(item) is bytes else item.hashed for item in items)
         self.stack.append(Made("tuple", weight=weight + 1, hashed=hashed + 1, depth=depth))
 
     def push_call(self, function: Any, *arguments: Any) -> None:
         """What a call gives: no larger than what it was given, which it may copy, and hash."""
         given: list[Any] = list(arguments)
+        # the function too: what was called is in use, and can't be changed any more
         weight, depth = self.put_into([function, *given])
         copied = weight + sum(len(part) if type(part) is bytes else part.weight for part in given)
         self._copy_left -= copied
+        # a call may hash all that it is given, as set() does
         self._hash_left -= copied
         if self._copy_left < 0 or self._hash_left < 0:
             raise ValueError("the pickle makes objects out of proportion to its length")
@@ -253,6 +263,7 @@ class Walk:
         self.stack.append(Made("global", name=full_name))
 
     def push_text(self, nbytes: int) -> None:
+        # kept, as STACK_GLOBAL may take its name from it
         if nbytes < _SHORT:
             self.stack.append(self.take(nbytes))
         else:

@@ -129,6 +129,7 @@ class Rules:
     def __init__(self, trust: Trust, added: Iterable[Any] = ()) -> None:
         """``added``: what the user told ``torch.serialization.add_safe_globals``, as torch lists it."""
         self._users = _qualified(trust.safe_globals) | _users_safe_globals(added)
+        # by identity: no __eq__ of the user's decides on it
         self._trusted = {id(item) for item in self._users.values()}
         numpy_names, numpy_calls = numpy_globals()
         rebuilders = TensorRebuilders(self.is_trusted)
@@ -196,6 +197,7 @@ class Rules:
             type(state) is tuple
             and len(state) == 2
             and isinstance(state[1], dict)
+            # BUILD gives these to setattr() one by one
             and "__class__" in state[1]
         ):
             raise UntrustedGlobal(f"{name} (to change its class)")

@@ -58,6 +58,7 @@ def _hashed(*args: Any) -> bool:
     if not _listed(*args):
         return False
     items = args[0] if args else ()
+    # of pairs the first parts are the keys; of a set the items themselves
     pairs = all(type(item) in (list, tuple) and len(item) == 2 for item in items)
     check_hashes([item[0] for item in items if type(item[0]) is not list] if pairs else [])
     check_hashes(item for item in items if type(item) is not list)
@@ -112,6 +113,7 @@ _FACTORIES: tuple[type, ...] = (
 VALUES: _Tests = {
     **dict.fromkeys((set, frozenset, collections.OrderedDict), _hashed),
     collections.Counter: _is_mapping,
+    # its factory is called for any key that is missing later, by whoever has the value
     collections.defaultdict: lambda *args: (
         not args or (len(args) == 1 and (args[0] is None or args[0] in _FACTORIES))
     ),
@@ -165,6 +167,7 @@ def _check_inside(offset: Any, size: Any, stride: Any, room: int) -> None:
     sizes, strides = _ints(size, "size"), _ints(stride, "stride")
     if type(offset) is not int or offset < 0 or len(sizes) != len(strides):
         raise _refused("an unusual offset")
+    # the last element's place: strides are not negative, so no other lies further
     last = sum((extent - 1) * step for extent, step in zip(sizes, strides, strict=True))
     if offset > room or (0 not in sizes and offset + last >= room):
         raise _refused("elements outside of its storage")
@@ -178,6 +181,7 @@ def _check_typed(storage: Any) -> int:
 
 def _check_rest(requires_grad: Any, hooks: Any, metadata: Any, dtype: torch.dtype) -> None:
     """Hooks would be called in a backward pass."""
+    # an empty one is what torch itself writes
     if type(requires_grad) is not bool or (hooks is not None and (not isinstance(hooks, dict) or hooks)):
         raise _refused("hooks")
     if metadata and (
@@ -270,6 +274,7 @@ def _rebuild_nested_tensor(buffer: Any, sizes: Any, strides: Any, offsets: Any) 
             raise _refused("unusual parts")
     if not sizes.shape == strides.shape or len(offsets) != len(sizes):
         raise _refused("unusual parts")
+    # each is a view of the buffer, at a place that the pickle chose
     for offset, size, stride in zip(offsets.tolist(), sizes.tolist(), strides.tolist(), strict=True):
         _check_inside(offset, size, stride, buffer.numel())
     return torch._nested_view_from_buffer(buffer, sizes, strides, offsets)
@@ -294,6 +299,7 @@ def _rebuild_njt(options: Any) -> Any:
             raise _refused("unusual parts")
     if offsets is None or not len(offsets) or (lengths is not None and len(lengths) != len(offsets) - 1):
         raise _refused("unusual parts")
+    # rows are found by these numbers alone: each must lie within the values
     starts = offsets.tolist()
     pairs = [(0, starts[0]), *itertools.pairwise(starts)]
     if lengths is not None:
@@ -320,6 +326,7 @@ def _rebuild_parameter_with_state(data: Any, requires_grad: Any, hooks: Any, sta
 def _rebuild_from_cpu_tensor(data: Any, dtype: Any, device: Any, requires_grad: Any) -> torch.Tensor:
     if not isinstance(data, torch.Tensor):
         raise _refused("no tensor")
+    # whatever device the pickle names: a load says where it goes
     return data.to(dtype=dtype, device="cpu").requires_grad_(bool(requires_grad))
 
 
@@ -332,6 +339,7 @@ def _set_state(tensor: torch.Tensor, state: Any) -> None:
     """Attributes of a tensor's own, none that mean something to torch."""
     for part in state if isinstance(state, tuple) else (state,):
         for name, value in (part or {}).items():
+            # grad, data or a method of this name would change what torch does with the tensor
             if not isinstance(name, str) or hasattr(torch.Tensor, name):
                 raise _refused(
                     f"the attribute {str(name)[:40] if type(name) is str else type(name).__name__}"
@@ -358,6 +366,7 @@ class TensorRebuilders:
             "_rebuild_parameter_with_state": _rebuild_parameter_with_state,
             "_rebuild_device_tensor_from_cpu_tensor": _rebuild_from_cpu_tensor,
             "_rebuild_device_tensor_from_numpy": _rebuild_from_numpy,
+            # as it is: without memory any size will do
             "_rebuild_meta_tensor_no_storage": _utils._rebuild_meta_tensor_no_storage,
             "_rebuild_wrapper_subclass": self._wrapper_subclass,
         }
@@ -365,10 +374,12 @@ class TensorRebuilders:
             ("torch._utils", name): function for name, function in plain.items()
         }
         self.names[_NESTED, "_rebuild_njt"] = _rebuild_njt
+        # before the last one, so that it can't be asked to call itself
         self._inner = frozenset(self.names.values())
         self.names["torch._tensor", "_rebuild_from_type_v2"] = self._from_type
 
     def _wrapper_subclass(self, cls: Any, *args: Any) -> Any:
+        # a subclass runs code of its own from here on: its __new__, its __torch_dispatch__
         if not self._trusted(cls):
             raise UntrustedGlobal(f"{cls.__module__}.{cls.__qualname__}", allowable=True)
         return _utils._rebuild_wrapper_subclass(cls, *args)
@@ -378,6 +389,7 @@ class TensorRebuilders:
             raise _refused("a function that is none of torch's")
         made = function(*args)
         if self._trusted(cls):
+            # made already, by a function that was checked: torch is left its class and state
             return _tensor._rebuild_from_type_v2(lambda: made, cls, (), state)
         if function is _rebuild_njt and cls is type(made):
             return made  # its state repeats its parts

@@ -63,6 +63,7 @@ class LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows i
 
     def load(self) -> Any:
         raw = self._whole.read()
+        # before an opcode runs: overrides can refuse a call, but not how much it is asked to make
         check_pickle(raw)
         self._hashes = {}
         # of the base's, the part that reads; this one is made before anything can be read
@@ -83,6 +84,7 @@ class LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows i
         return self.rules.find(module, name)
 
     def _instantiate(self, klass: Any, args: Any) -> None:
+        # INST and OBJ of the old protocols come here, and do not call REDUCE
         self.rules.check_call(klass, tuple(args))
         super()._instantiate(klass, args)
 
@@ -124,6 +126,7 @@ class LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows i
         super().load_setitems()
 
     def load_dict(self) -> None:
+        # made at once of what is on the stack: there is no container yet to count for
         check_hashes(self.stack[::2])
         super().load_dict()
 
@@ -234,6 +237,7 @@ def is_zip(head: bytes | bytearray) -> bool:
 def _refuse_torchscript(item: IO[bytes]) -> None:
     """Raises UntrustedGlobal for what torch.load would hand to TorchScript."""
     start = item.tell()
+    # torch.load would pass it to torch.jit.load, whatever unpickler it was given
     records = set(torch._C.PyTorchFileReader(item).get_all_records())
     item.seek(start)
     if "constants.pkl" in records or any(record.startswith("code/") for record in records):
