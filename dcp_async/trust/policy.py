@@ -208,14 +208,18 @@ class Rules:
             raise UntrustedGlobal(f"{type(target).__qualname__} (to fill it)")
 
     def _reconstruct(self, cls: Any, base: Any, state: Any) -> object:
-        """copyreg's rebuilder for protocol 2."""
+        """What copyreg rebuilds by: of ``object.__reduce__``, and of protocols before 2."""
         if not self.is_trusted(cls) and not (base is object and cls in VALUES):
             raise UntrustedGlobal(f"{cls.__qualname__} (to call it so)")
         if base is object:
             return object.__new__(cls)
         if base not in (*NAMED, set, frozenset, bytes, complex):
             raise UntrustedGlobal(f"{base.__qualname__} (to call it so)")
-        return base.__new__(cls, state)
+        made = base.__new__(cls, state)
+        # a list, a dict and a set take what they hold only here, as copyreg has it
+        if base.__init__ != object.__init__:
+            base.__init__(made, state)
+        return made
 
 
 MAPPINGS = (dict, OrderedDict, Counter, defaultdict)

@@ -198,3 +198,43 @@ def test_honest_numpy_values_pass(value: Any) -> None:
     loaded = _load(pickle.dumps(value, protocol=2))
     assert type(loaded) is type(value)
     assert repr(loaded) == repr(value)
+
+
+class _OwnList(list[Any]):
+    """Its ``object.__reduce__`` is what copyreg gives in the protocols before 2, whatever the protocol."""
+
+    def __reduce__(self) -> Any:
+        return object.__reduce__(self)
+
+
+class _OwnDict(dict[str, Any]):
+    def __reduce__(self) -> Any:
+        return object.__reduce__(self)
+
+
+class _OwnTuple(tuple[Any, ...]):
+    def __reduce__(self) -> Any:
+        return object.__reduce__(self)
+
+
+class _OwnSet(set[Any]):
+    def __reduce__(self) -> Any:
+        return object.__reduce__(self)
+
+
+class _OwnText(str):
+    def __reduce__(self) -> Any:
+        return object.__reduce__(self)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [_OwnList([1, 2]), _OwnDict(a=1), _OwnTuple((1, 2)), _OwnSet({1, 2}), _OwnText("ab")],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_trusted_class_that_extends_a_builtin_is_rebuilt_with_what_it_holds(value: Any) -> None:
+    raw = pickle.dumps(value, protocol=2)
+    assert b"_reconstructor" in raw
+    loaded = load_item(io.BytesIO(object_item(raw)), Trust(safe_globals=(type(value),)))
+    assert type(loaded) is type(value)
+    assert loaded == value
