@@ -73,6 +73,7 @@ class FileLayout:
             if low < high:
                 buffer[low - start : high - start] = blob[low - offset : high - offset]
 
+        # from the last one that begins before: its tail may reach in here
         item = max(bisect_right(self.item_offsets, start) - 1, 0)
         end = self.item_offsets[item - 1] + self.item_bytes[item - 1] if item else 0
         for index in range(item, len(self.item_offsets)):

@@ -162,6 +162,7 @@ class Footer:
         Raises: FooterError.
         """
         count, image, table_digest = read_trailer(raw, file_bytes)
+        # from behind: `raw` may begin within the image, since only the trailer tells how long the footer is
         table = raw[len(raw) - footer_bytes(image) :][: 8 * count]
         if len(table) != 8 * count or xxhash.xxh3_64_intdigest(table) != table_digest:
             raise FooterError("the footer's table does not match its own checksum")
@@ -191,6 +192,7 @@ def read_trailer(raw: bytes, file_bytes: int) -> tuple[int, int, int]:
 
 def footer_span(file_bytes: int) -> int:
     """An upper bound of the footer's length in a file of ``file_bytes``, so that one read fetches it."""
+    # by the file's length, as that of the image is known from the footer alone
     return min(file_bytes, footer_bytes(file_bytes) + SECTOR_BYTES)
 
 

@@ -162,7 +162,7 @@ def _check_version(fields: _Fields) -> None:
 def _manifest_errors() -> Iterator[None]:
     try:
         yield
-    except ManifestError:
+    except ManifestError:  # a ValueError too, and it says already what is wrong
         raise
     except KeyError as error:
         raise ManifestError(f"it lacks {error}") from error
@@ -188,6 +188,7 @@ def _unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
 
 def _leading_fields(text: str, wanted: Set[str]) -> dict[str, JSON]:
     """The fields of an object, up to the last of those that are wanted. Raises ValueError."""
+    # one value at a time: json.loads() would decode the tree as well
     scan = json.JSONDecoder(object_pairs_hook=_unique).raw_decode
     fields: list[tuple[str, JSON]] = []
     position = _behind(("{",), text, 0)
@@ -260,6 +261,7 @@ class _Fields:
 
     def seconds(self, name: str) -> float:
         value = self.found[name]
+        # no comparison with NaN holds, so it is refused as well
         if type(value) not in (int, float) or not -_MAX_INT <= value <= _MAX_INT:
             raise self._wrong(name)
         return float(value)

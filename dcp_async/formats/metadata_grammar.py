@@ -64,6 +64,7 @@ def check_places(places: object) -> None:
 def _text(memoizes: bool, below: int) -> bytes:
     """A text of less than ``below`` bytes, as a pickle of that kind writes it."""
     zeros = b"" if memoizes else b"\0\0\0"
+    # a branch per length: no expression counts by a number that it has read
     lengths = b"|".join(re.escape(bytes([n])) + zeros + b".{%d}" % n for n in range(below))
     return (b"\x8c(?:" if memoizes else b"X(?:") + lengths + b")"
 
@@ -222,9 +223,11 @@ class _Entries:
         if not marks or not marks[-1] or walk.at >= walk.limit or raw[walk.at] not in _STARTS:
             return
         filled = stack[marks[-1] - 1]
+        # in use already: the walk refuses to fill it
         if type(filled) is not Made or not filled.own:
             return
         if filled.kind == "dict":
+            # only where a key is due: what stands there for a value is no entry
             if not (len(stack) - marks[-1]) % 2 and not self._pass_entries(walk) and self._renew(walk):
                 self._pass_entries(walk)
         elif filled.kind == "list" and self._family is not None and raw[walk.at] in b"hj":

@@ -205,6 +205,7 @@ def decode_metadata(raw: bytes) -> Metadata:
     except (UntrustedGlobal, MemoryError):
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
+        # most likely the cause: something inert stands where it should have been
         if unpickler.foreign:
             raise UntrustedGlobal(unpickler.foreign[0]) from error
         raise ValueError(

@@ -283,6 +283,7 @@ def tree_from_paths(planner_data: object, names: list[str]) -> Tree:
         nonlocal holes_left
         if node is None:
             return None
+        # in DCP's paths a number is an index; a mapping's key is text
         last = max(cast("dict[int, Any]", node)) if all(isinstance(key, int) for key in node) and node else -1
         if last >= 0 and last + 1 - len(node) <= holes_left:
             # a list; stock drops empty containers, which leave holes in it

@@ -25,6 +25,7 @@ def tree_to_json(node: Tree) -> JSON:
     if kind == "list":
         return [kind, [tree_to_json(child) for child in entries]]
     if all(type(key) is str for key, _ in entries):
+        # JSON's own objects where nothing is lost by it, since their keys are text
         return [kind, {key: tree_to_json(child) for key, child in entries}]
     return [kind, [[_key_to_json(key), tree_to_json(child)] for key, child in entries]]
 
@@ -55,6 +56,7 @@ def tree_from_json(node: JSON) -> Tree:
     Raises: ValueError for what is no tree of containers within MAX_TREE_DEPTH.
     """
     if node is None:
+        # the root is a mapping, never a leaf
         raise ValueError("there is nothing in it")
     return _tree_from_json(node, MAX_TREE_DEPTH)
 

@@ -40,6 +40,7 @@ def numpy_globals() -> tuple[dict[tuple[str, str], Any], frozenset[Any]]:
 
     def scalar(kind: Any, raw: Any) -> Any:
         if _checked_dtype(kind).hasobject:
+            # its bytes would be taken for a pointer
             raise UntrustedGlobal("numpy scalar (of objects)")
         if isinstance(raw, str):  # protocol 2 of Python 2
             raw = raw.encode("latin-1")

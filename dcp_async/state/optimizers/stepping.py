@@ -40,6 +40,7 @@ def stepped_by(stateful: object) -> list[Optimizer]:
     waiting: list[object] = [stateful]
     while waiting:
         value = waiting.pop()
+        # wrappers may refer to one another
         if id(value) in seen:
             continue
         seen.add(id(value))
