@@ -1,4 +1,4 @@
-"""`.metadata`: DCP's pickle of stock classes, encoded once per plan and reused with another uid in its file
+"""Encodes `.metadata`, DCP's pickle of stock classes, once per plan; each save puts its uid into the file
 names.
 
 Enters: what DCP's Metadata says of each name, and where each item lies. Leaves: bytes that stock reads.

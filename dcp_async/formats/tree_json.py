@@ -1,4 +1,4 @@
-"""Trees as the manifest holds them: JSON, also where ranks hold different parts of one.
+"""Trees in JSON, as the manifest holds them, also where ranks hold different parts of one.
 
 A mapping whose keys are all str is [kind, {key: node}], any other [kind, [[key, node], ...]]; a key that JSON
 has no word for is {"text": str(key), "pickle": base64}, and one of a class that extends str, int or float

@@ -25,6 +25,7 @@ def versions_of(tensors: Sequence[torch.Tensor]) -> list[int | None]:
 
 def version_of(tensor: torch.Tensor) -> int | None:
     """How often a tensor of any kind was changed; None where nobody counts."""
+    # to ask a ShardedTensor raises
     if not is_known_to_autograd(tensor):
         return None
     try:

@@ -1,5 +1,5 @@
-"""What of a distributed tensor lies on this rank: DTensor, ShardedTensor, and whatever has DCP's own hooks
-or carries its protocol.
+"""What of a distributed tensor lies on this rank, be it a DTensor, a ShardedTensor, or one with DCP's own
+hooks or protocol.
 
 Enters: a tensor that represents more than its local memory. Leaves: its global size and, per local piece,
 where that piece begins in the whole. Invariant: nothing is gathered, no collective runs.

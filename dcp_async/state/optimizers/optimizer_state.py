@@ -80,6 +80,7 @@ class OptimizerNames:
             made._member(optimizer, {parameter: tuple(known) for parameter, known in names.items()})
             for optimizer in optimizers
         ]
+        # in files each of them has an entry of its own, under its own name
         made._first = {name: name for known in names.values() for name in known}
         made._check_apart()
         return made
@@ -176,7 +177,6 @@ class OptimizerNames:
         chosen = _match_groups(places, groups, problems)
         entries = {self.first_name(key): entry for key, entry in saved[_STATE].items()}
         known = {name for _, _, names in places for name in names}
-        # an entry of a parameter that is gone is a misfit; one of no parameter is the optimizer's own
         of_others = {name for _, names in groups for name in names} | set(self._first.values())
         strange = [str(key) for key in entries if key not in known and key in of_others]
         if strange:
@@ -191,7 +191,6 @@ class OptimizerNames:
                 state |= {k: v for k, v in entries.items() if k not in known and k not in of_others}
             for names in chain.from_iterable(member.groups):
                 saved_names = [name for name in names if name in state]
-                # FSDP1 makes one flat entry of all of them, so none may be missing
                 if len(names) > 1 and saved_names and len(saved_names) < len(names):
                     problems.append(
                         f"{few(names)} share one flat parameter here, and only {few(saved_names)} have "
@@ -218,6 +217,7 @@ def by_number(member: Member, named: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {
         name: number
         for group, of_group in zip(member.groups, member.numbers, strict=True)
+        # one name each: what stands for several goes by names (flat_parameters.to_load)
         for (name, *_), number in zip(group, of_group, strict=True)
     }
     groups = [
@@ -244,7 +244,6 @@ def _match_groups(
     problems: list[str],
 ) -> list[Mapping[str, Any]]:
     """What was saved for each group: groups are the same if they have the same parameters, in any order."""
-    # by their members: a group's number says nothing when the groups were built in another order
     by_members: dict[frozenset[str], Mapping[str, Any]] = {}
     holder: dict[str, Mapping[str, Any]] = {}
     empty: list[Mapping[str, Any]] = []
@@ -336,6 +335,7 @@ def flatten(state: Mapping[str, Any]) -> dict[str, Any]:
                 put(f"{name}.{key}", inner)
             if value:
                 return
+        # as in torch's own form: more than these it does not take
         if not isinstance(value, (torch.Tensor, int, float)) or name in made:
             raise ValueError(
                 f"{name} is a {type(value).__name__}: a flat optimizer state holds one tensor or number of "
