@@ -211,7 +211,7 @@ class StoreChannel:
             return False
         number = self._next
         key = f"{self._box}/{number}"
-        # counted and no such key: whoever took the number died before it wrote
+        # a gap is counted and has no key: whoever took the number died before it wrote
         if self._call(self._post_store.add, self._box, 0) < number or self._call(
             self._post_store.check, [key]
         ):
