@@ -98,6 +98,28 @@ async def test_a_descriptor_that_a_hanging_read_may_still_use_is_never_closed(
     await storage.close()
 
 
+async def test_a_descriptor_that_a_hanging_give_back_may_still_use_is_never_closed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(*args: object) -> None:
+        raise StuckThreadError("it hangs")
+
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save({"w": torch.zeros(9)}, step=1)).upload_completion
+    storage = LocalStorage(root)
+    reader = await storage.open("step-00000001")
+    (path,) = data_files(root / "step-00000001")
+    await reader.size(path.name)
+    (opened,) = reader._files.values()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "run", hang)
+        await reader.give_back()
+    await reader.close()
+    os.fstat(opened.fd)
+    opened.close()
+    await storage.close()
+
+
 def test_what_the_disk_must_bring_is_not_announced(fd: int, tmp_path: Path) -> None:
     give_back(fd, [(0, 8 * MIB + 5)])
     file = ReadFile(tmp_path / "file")

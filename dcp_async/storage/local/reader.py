@@ -132,6 +132,8 @@ class LocalReader:
         try:
             await self._calls.run("close", self._path, give_back)
         except (StorageError, StuckThreadError) as error:
+            # a call that hangs uses the descriptors of the files, as a read does
+            self._reading_hangs = self._reading_hangs or isinstance(error, StuckThreadError)
             logger.debug("what was read stays in the page cache: %s", error)
 
     async def close(self) -> None:
