@@ -86,8 +86,8 @@ class CheckpointHandle(Generic[T]):
             )
         if blocking and self._waits_for_caller():
             raise EngineStateError(
-                f"{self._what}: nothing is committed before its save() has returned, and this thread is "
-                "inside of that (a signal handler that interrupted it): waiting here would never end"
+                f"{self._what}: it is not done before its save() has returned, or at least gone on, and "
+                "this thread is inside of that (a signal handler interrupted it): waiting would never end"
             )
 
     def done(self) -> bool:
@@ -217,13 +217,17 @@ class ResponseWriter:
         self._cancel = cancel
         self._saver: int | None = threading.get_ident()
         """The thread that is inside of ``save()``; None once that has returned or given up."""
+        self._starter: int | None = self._saver
+        """The thread that has yet to hand the save to the engine's loop; None once it has."""
         self.staging: HandleWriter[None] = HandleWriter(
-            f"staging of {checkpoint_id!r}", on_own_thread=on_own_thread, waits_for_caller=lambda: False
+            f"staging of {checkpoint_id!r}",
+            on_own_thread=on_own_thread,
+            waits_for_caller=lambda: self._starter == threading.get_ident(),
         )
         self.upload: HandleWriter[CheckpointInfo] = HandleWriter(
             f"upload of {checkpoint_id!r}",
             on_own_thread=on_own_thread,
-            waits_for_caller=lambda: self._saver == threading.get_ident(),
+            waits_for_caller=lambda: threading.get_ident() in (self._saver, self._starter),
         )
         self.response = AsyncSaveResponse(
             checkpoint_id=checkpoint_id,
@@ -235,6 +239,10 @@ class ResponseWriter:
 
     def __repr__(self) -> str:
         return f"<ResponseWriter {self.response!r}>"
+
+    def started(self) -> None:
+        """The engine's loop has the save: what may be done before ``save()`` returns needs no caller."""
+        self._starter = None
 
     def returned(self) -> None:
         """``save()`` has returned to its caller, or raised: nobody is inside of it any more."""

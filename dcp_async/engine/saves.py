@@ -188,6 +188,7 @@ class SaveRunner:
             # inside: interrupted between this and a try behind it, nobody would give the place back
             self._life.book.started(writer)
             job = self._life.submit(self._run(request))
+            writer.started()
         except BaseException as error:
             self.cancel(request.cancellation)  # an interrupt may come when it was submitted already
             writer.failed(save_error(error, "capture", writer.response))

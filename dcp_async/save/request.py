@@ -80,5 +80,7 @@ class SaveRequest:
 
     def allow_commit(self) -> None:
         """``save()`` returns to its caller."""
-        self.writer.returned()
+        # in this order: a signal handler that comes in between is told not to wait, where in the other it
+        # would wait for what only this thread allows
         self.has_returned.set_result(None)
+        self.writer.returned()

@@ -145,6 +145,31 @@ def test_a_handler_between_any_two_bytecodes_of_a_save_is_answered_at_once(root:
         assert_same(engine.read(2), STATE)
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["staged", "overlap"])
+@pytest.mark.parametrize("handle", ["staging_completion", "upload_completion"])
+def test_a_handler_within_a_save_may_wait_for_it_or_is_told_that_it_would_for_ever(
+    root: Path, handle: str, overlap: bool
+) -> None:
+    refusals: list[EngineStateError] = []
+    with sync.CheckpointEngine(root, staging=StagingOptions(overlap=overlap)) as engine:
+
+        def handler() -> None:
+            for response in engine.pending:
+                try:
+                    getattr(response, handle).result(PATIENCE)
+                except EngineStateError as error:
+                    refusals.append(error)
+
+        def save() -> None:
+            with Between(1, handler, modules=(*OURS, "save/request")):
+                engine.save(STATE, step=1)
+
+        in_thread(save)
+        assert refusals
+        engine.wait()
+        assert committed(root) == ["step-00000001"]
+
+
 @pytest.mark.parametrize("outer", ["pending", "done", "add_done_callback", "cancel", "result"])
 def test_a_handler_may_save_between_any_two_bytecodes_that_only_look(root: Path, outer: str) -> None:
     with sync.CheckpointEngine(root) as engine:
