@@ -209,7 +209,7 @@ class SaveBook:
         _discard(self._places, place)
         return False
 
-    def give_back(self, place: Place) -> None:
+    def release(self, place: Place) -> None:
         """The place is not needed: the save did not start, or has ended. A second call changes nothing."""
         if _discard(self._places, place):
             # all of them: one that was interrupted has stopped waiting, and would keep the word to itself
@@ -267,7 +267,7 @@ class SaveBook:
                 self._failed.append(other)
             elif not is_unseen and other is not writer:
                 _discard(self._failed, other)
-        self.give_back(writer.place)
+        self.release(writer.place)
 
     def holds(self, writer: ResponseWriter) -> bool:
         """Whether this save is in flight."""

@@ -96,7 +96,7 @@ class Saves:
             yield from self._life.finishing(request.writer)
         except BaseException:
             if request is None or not book.holds(request.writer):
-                book.give_back(place)  # it did not start, or has ended: then nobody minds
+                book.release(place)  # it did not start, or has ended: then nobody minds
             else:
                 request.response.cancel()
                 request.writer.returned()
