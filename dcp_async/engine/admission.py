@@ -43,6 +43,7 @@ def normal_step(step: object) -> int:
     try:
         if is_bool:
             raise TypeError
+        # not int(): that would take a float and a text as well
         number = int(operator.index(step))  # type: ignore[arg-type]  # that is the question
     except Exception as error:  # a tensor's own code may raise anything: on meta, of many elements
         hint = "; pass int(step)" if isinstance(step, float) else ""
@@ -84,6 +85,7 @@ def checkpoint_name(step: int | None, checkpoint_id: str | None) -> str:
             f"{told} must be a plain name (it becomes a directory): no line break or other control"
         )
     try:
+        # in bytes: file systems count those, not characters
         length = len(name.encode())
     except UnicodeEncodeError as error:
         raise ValueError(f"{told} has a lone surrogate, which is no character") from error
@@ -99,6 +101,7 @@ def normal_notes(notes: object) -> dict[str, JSON]:
         return {}
     if not isinstance(notes, Mapping):
         raise TypeError(f"notes must be a mapping of names to JSON, not {type(notes).__name__}")
+    # copied at once: the trainer may change its mapping before the manifest is written
     copied: dict[str, JSON] = {}
     for key, value in notes.items():
         copied[_note_key(key, "notes")] = _plain_json(value, f"notes[{brief(key)}]", 1)

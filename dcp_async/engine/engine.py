@@ -160,6 +160,7 @@ class CheckpointEngine(EngineVerbs):
 
         Raises: as ``latest``.
         """
+        # one by one: a caller that has found what it looks for reads no further
         for name in await self._run("checkpoints", self._loads.listing()):
             info = await self._run("checkpoints", self._loads.describing(name))
             if info is not None:

@@ -89,10 +89,12 @@ class ExitGuard:
     @staticmethod
     def _end(why: str) -> NoReturn:
         logger.critical("the process ends with status 1: %s", why)
+        # what follows ends the process without handlers and flushes, so that the reason would be lost
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:  # pythonw has none
                 stream.flush()
+        # not sys.exit(): a thread and an `atexit` callback can't change the status of the process by raising
         os._exit(1)
 
 

@@ -182,6 +182,7 @@ class Loads:
     ) -> Verb[dict[str, Any]]:
         """``CheckpointEngine.read``. Each rank reads by itself."""
         self._life.check_open()
+        # a text is a sequence of its characters, and none of them would be a key
         wanted = [keys] if isinstance(keys, str) else keys
         ref = reference(source)
         yield from self._after_saves_of(ref)
@@ -231,6 +232,8 @@ class Loads:
                 gone = error
                 logger.info("%s any more; trying the next older one", error)
             except (LoadError, StorageError) as error:
+                # targets that an earlier checkpoint has touched are what the caller must hear of, whatever
+                # ends the search
                 if not touched:
                     raise
                 raise _overwritten(

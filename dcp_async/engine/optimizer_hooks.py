@@ -54,11 +54,13 @@ class _Save:
                 return True
         except RuntimeError:  # a tensor without a storage
             return True
+        # noted, so that each further step of it costs a look into a set
         self._apart.add(optimizer)
         return False
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[int]:
+    # without storages of no bytes: at address 0 all of them would be the same
     return filter(None, (tensor.untyped_storage().data_ptr() for tensor in tensors))
 
 

@@ -44,6 +44,7 @@ def _is_newer(version: str) -> bool:
     """Whether the release is, whatever is built of it: nightlies and local builds count as what they are to
     become."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
+    # a version that can't be read is taken for a newer one: that costs a proof, the other might cost a run
     return numbers is None or (int(numbers[1]), int(numbers[2])) > NEWEST
 
 
@@ -98,6 +99,7 @@ def prove_small_state() -> None:
             meant, read = meant.to_dense().tolist(), read.to_dense().tolist()
         if read != meant:
             raise ValueError(f"{name} was saved as {meant!r} and reads as {read!r}")
+    # the guards that know a state again are private to torch, and may change with any release
     again = capture(state, captured.known)
     if again.is_new or not all(map(is_, again.tensors, captured.tensors)):
         raise ValueError("the same state is not known again")

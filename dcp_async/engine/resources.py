@@ -44,6 +44,7 @@ class Setup:
     def configuration(self) -> str:
         """What ranks have to configure alike, since they wait for each other."""
         save = self.planning.save
+        # by name: it is compared with those of other processes, where the class is another object
         planner = getattr(save, "__qualname__", type(save).__qualname__)
         return (
             f"pending_saves={self.limits.pending_saves} overlap={self.stager.options.overlap} "
