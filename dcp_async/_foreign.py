@@ -94,6 +94,7 @@ class Activity:
         return text, time.monotonic() - since
 
     def _enter(self, text: str) -> None:
+        # no lock: a thread changes no entry but its own, by one operation at a time
         self._calls.setdefault(threading.get_ident(), []).append((text, time.monotonic()))
 
     def _leave(self) -> None:

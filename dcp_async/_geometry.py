@@ -48,6 +48,7 @@ def extents(box: Box) -> tuple[int, ...]:
     return tuple(high - low for low, high in box)
 
 
+# a box has two to their power corners
 MAX_CUT_DIMS = 16
 """In so many dimensions a tensor may be cut into pieces."""
 
@@ -62,6 +63,7 @@ def first_fault(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[tuple[int, 
     Raises: ValueError if the boxes cut more than ``MAX_CUT_DIMS`` dimensions.
     """
     whole = tuple((0, extent) for extent in shape)
+    # a dimension that no box cuts adds nothing but twice the corners
     cut = [dim for dim, side in enumerate(whole) if any(box[dim] != side for box in boxes)]
     if len(cut) > MAX_CUT_DIMS:
         raise ValueError(f"it is cut in {len(cut)} dimensions, more than {MAX_CUT_DIMS}")
@@ -130,6 +132,7 @@ def cut_box(
     row_first, row_stop = _reach(row, strides)
     step = strides[dim] * itemsize
     if step - (row_stop - row_first) * itemsize >= gap_bytes:
+        # one row at a time: what lies between two is worth skipping
         rows = 1
     elif span <= limit_bytes:
         yield box, first * itemsize, span
@@ -167,6 +170,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Row-major strides, in elements, as torch gives them to a fresh tensor of ``shape``."""
     strides = [1] * len(shape)
     for dim in range(len(shape) - 2, -1, -1):
+        # an extent of 0 counts as 1, as it does in torch
         strides[dim] = strides[dim + 1] * max(shape[dim + 1], 1)
     return tuple(strides)
 
@@ -175,6 +179,7 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether a tensor fills its memory once, in whatever order; slices and expanded tensors do not."""
     expected = 1
     for stride, extent in sorted(zip(strides, shape, strict=True)):
+        # with one index there is no step, and torch lets the stride be anything
         if extent != 1:
             if stride != expected:
                 return False
@@ -198,6 +203,8 @@ def flat_slices(
     row = 1
     for extent in shape[1:]:
         row *= extent
+    # the whole rows in the middle are one box; what is left before and behind them is cut likewise, by one
+    # dimension less
     first, last = -(-start // row), stop // row
     if first > last:  # within one row
         for index, low, high in flat_slices(shape[1:], start - last * row, stop - last * row):

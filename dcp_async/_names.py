@@ -18,6 +18,7 @@ UID_DIGITS = 16
 Kind: TypeAlias = Literal["data", "manifest", "temporary", "lease"]
 
 _UID = f"[0-9a-f]{{{UID_DIGITS}}}"
+# [0-9], not \d, which takes the digits of every script: no file that somebody else named may look like ours
 _DATA_FILE = rf"__[0-9]+_[0-9]+-(?P<data>{_UID})\.distcp"
 _OWNED = re.compile(
     rf"{_DATA_FILE}|manifest-(?P<manifest>{_UID})\.json"
@@ -26,6 +27,7 @@ _OWNED = re.compile(
 _DATA_FILE_BYTES = re.compile(_DATA_FILE.encode())
 _RANK_METADATA = re.compile(r"__([0-9]+)\.metadata")
 _ANY_MANIFEST = re.compile(r"manifest-.*\.json", re.DOTALL)
+# eight digits or more: a number that has outgrown them is written out, not cut
 _STEP_DIRECTORY = re.compile(r"step-[0-9]{8,}")
 
 

@@ -51,6 +51,7 @@ class CheckpointInfo:
 def plain_fields(info: CheckpointInfo) -> dict[str, Any]:
     """Everything of ``info`` but the way to its metadata, to be told to other ranks."""
     names = (part.name for part in fields(info) if part.name != "_metadata")
+    # a plain dict of notes: what travels between ranks holds no other mapping
     return {name: getattr(info, name) for name in names} | {"notes": dict(info.notes)}
 
 

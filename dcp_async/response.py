@@ -59,6 +59,7 @@ class CheckpointHandle(Generic[T]):
         self._future = future
         self._on_own_thread = on_own_thread
         self._waits_for_caller = waits_for_caller
+        # a forked child has the handle, but no thread that will ever settle it
         self._pid = os.getpid()
         self.observed = False
         """Whether somebody has been given this handle's failure."""
@@ -157,6 +158,7 @@ class HandleWriter(Generic[T]):
 
     def settle(self, outcome: T | SaveError) -> None:
         """Set the outcome, once; a later one changes nothing."""
+        # a save that fails once it is staged settles both handles, and what was said of staging stands
         if not self.future.done():
             self.future.set_result(outcome)
 

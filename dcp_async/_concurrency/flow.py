@@ -27,6 +27,7 @@ async def run_unless(failing: Callable[[], Coroutine[Any, Any, Never]], fn: Call
     failed: BaseException | None = None
     try:
         async with anyio.create_task_group() as group:
+            # before ``fn``: a failure that is known already stops it at its first wait
             group.start_soon(failing)
             value = await fn()
             group.cancel_scope.cancel()  # ``failing`` would wait for ever
@@ -51,6 +52,7 @@ class Pipe(Generic[T]):
     def __init__(self, bound: int, *, producers: int = 1) -> None:
         if bound < 1 or producers < 1:
             raise ValueError("a Pipe needs a bound and a number of producers of at least 1")
+        # bounded: or what comes before a slow disk would run ahead of it without end
         self._queue: asyncio.Queue[T | _Closed] = asyncio.Queue(bound)
         self._producers = producers
 

@@ -38,6 +38,7 @@ class _Pause:
 
     def forget(self) -> None:
         """In a forked child: the threads that were in a block do not exist there."""
+        # anew: a thread that the child does not have may have held it at the fork
         self._lock = threading.Lock()
         if self._blocks and self._was_enabled:
             gc.enable()

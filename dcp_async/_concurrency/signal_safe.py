@@ -30,6 +30,7 @@ class SignalSafeFuture(concurrent.futures.Future[T]):
     def __init__(self) -> None:
         super().__init__()
         self._outcome: tuple[T | None, BaseException | None] | None = None
+        # a deque: append and popleft are one operation each, which no handler can come into
         self._callbacks: deque[Callable[[concurrent.futures.Future[T]], object]] = deque()
 
     def __repr__(self) -> str:

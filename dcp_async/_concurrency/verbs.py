@@ -66,6 +66,7 @@ async def drive(name: str, verb: Verb[T], inside: Inside) -> T:
             try:
                 value = await wait.wait()
             except BaseException as error:
+                # into the verb, which alone knows what it has taken
                 wait = inside.run(name, verb.throw, error)
             else:
                 wait = inside.run(name, verb.send, value)

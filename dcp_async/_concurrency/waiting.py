@@ -52,6 +52,7 @@ class Wait(Generic[T]):
         waiter = asyncio.wrap_future(self._future)
         try:
             with anyio.CancelScope(shield=self._shielded):
+                # wait() cancels nothing that it waits for, as awaiting the future itself would
                 await asyncio.wait((waiter,), timeout=self._timeout)
         except asyncio.CancelledError:
             if self._cancel is not None:
