@@ -157,6 +157,7 @@ class AllPlans:
         for number, cohort in enumerate(self.tensor_cohorts):
             for name, index in cohort.ties:
                 tied.setdefault(name, []).append((number, index))
+        # own pieces first: they count more than those of what a name is tied to
         return own | {name: (*own.get(name, ()), *refs) for name, refs in tied.items()} if tied else own
 
     @cached_property

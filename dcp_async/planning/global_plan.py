@@ -109,6 +109,8 @@ class GlobalPlan:
         strides, exotic = _strides(all_plans), _exotic(all_plans)
         template = DISTCP.index(groups, dcp_paths(tree))
         constant = structure_json(tree, strides, exotic)
+        # from what ranks told, not from ``groups``: a proof of these would not see what went wrong in making
+        # them
         promised = Promised(self._promised(all_plans), tree, strides, exotic)
         return Publication(template, constant, prove(template, constant, promised))
 

@@ -204,6 +204,7 @@ class PlannerDraft:
             (piece.name, piece.shard.offsets): leaves[leaf] for leaf, piece in structure.pieces.items()
         }
         mine = Assignment(tensors=[], leaves=[], groups=groups, replicas=replicas)
+        # every item is looked up in the state: what a planner made up itself has no bytes here to copy
         for item in self._planner.finish_plan(plan).items:
             name, is_tensor = item.index.fqn, item.type is not WriteItemType.BYTE_IO
             key = name, tuple(item.index.offset or ())

@@ -100,6 +100,7 @@ def prove(template: MetadataTemplate, manifest_json: str, promised: Promised) ->
         raise ProofError("the manifest has another structure or other strides")
     if list(manifest.exotic) != list(promised.exotic):
         raise ProofError(f"the manifest's list of tensors in slots is {manifest.exotic}")
+    # the two are written apart, and a load goes by both
     leaves = leaf_names(tree_from_json(manifest.structure))
     if len(leaves) != len(names) or not names.issuperset(leaves):
         odd = sorted(names.symmetric_difference(leaves)) or ["a name occurs twice"]
@@ -116,6 +117,7 @@ def _prove_metadata(template: MetadataTemplate, promised: Promised) -> tuple[set
         raise ProofError(f".metadata names {error.name}") from error
     except (ValueError, LoadError) as error:
         raise ProofError(f".metadata can't be read ({error})") from error
+    # whoever reads an item with a descriptor decompresses it, and we compress nothing
     if transforms:
         raise ProofError(f"{next(iter(transforms))[0]} would be read as compressed")
     entries = metadata.state_dict_metadata

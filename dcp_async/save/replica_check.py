@@ -165,6 +165,8 @@ class _Kept:
             stride = -(-total // group["blocks"])
             pieces = []
             for block in range(turn % stride, total, stride):
+                # blocks are numbered through all tensors of the group: one that is as long as a thousand gets
+                # as many turns
                 position = bisect_right(before, block) - 1
                 index, nbytes = large[position]
                 low = (block - before[position]) * _BLOCK_BYTES
@@ -193,6 +195,7 @@ class ReplicaCheck:
         if kept is None:
             kept = self._kept[id(plan)] = _Kept(plan, self._mode)
             if len(self._kept) > _KEPT_PLANS:
+                # a sample in use holds what it needs of it
                 self._kept.popitem(last=False)
         reads: list[_Read] = []
         small: SideBuffer | None = None

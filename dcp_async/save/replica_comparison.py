@@ -88,6 +88,7 @@ class ReplicaComparison:
         """The save was committed."""
         if self._dealt is not None:
             rotation, _ = self._dealt
+            # only now: what was compared in a save that is not committed proves nothing to later ones
             rotation.matched()
             self._dealt = None
 

@@ -83,6 +83,7 @@ class MutationWatch:
     def share(self, indices: Sequence[int]) -> MutationWatch:
         """The watch over these tensors alone, by their new indices."""
         renumbered = {old: new for new, old in enumerate(indices)}
+        # a share has indices of its own, by which it is asked from here on
         return MutationWatch(
             [self.versions[index] for index in indices],
             {renumbered[index]: layers for index, layers in self.layers.items() if index in renumbered},

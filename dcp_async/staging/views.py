@@ -63,6 +63,7 @@ class ViewCache:
         known = self._plans.get(id(plan))
         key = (first, id(lease.arena), lease.first, lease.count, vectored)
         if known is not None and key in known.batches:
+            # used again: the plan that goes first is the one that no save has asked for the longest
             self._plans.move_to_end(id(plan))
             return known.batches[key][1]
         start = first * lease.slot_bytes
