@@ -52,7 +52,7 @@ class SignalSafeFuture(concurrent.futures.Future[T]):
         return self._outcome is not None
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Until it is done, ``timeout`` seconds at most; whether it is."""
+        """Wait until it is done, ``timeout`` seconds at most; whether it is."""
         if self._outcome is None:
             # of this call alone: whatever interrupts it holds no lock that the loop needs
             bell = allocate_lock()

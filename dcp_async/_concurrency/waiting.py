@@ -48,7 +48,7 @@ class Wait(Generic[T]):
         return f"<Wait for {self._future!r}>"
 
     async def wait(self) -> T | None:
-        """For a coroutine."""
+        """Wait in a coroutine."""
         waiter = asyncio.wrap_future(self._future)
         try:
             with anyio.CancelScope(shield=self._shielded):
@@ -68,7 +68,7 @@ class Wait(Generic[T]):
         return waiter.result() if waiter.done() else None
 
     def result(self) -> T | None:
-        """For a thread without a loop."""
+        """Wait in a thread without a loop."""
         try:
             self._future.wait(self._timeout)
         except BaseException:  # an interrupt, or what else a signal handler raises

@@ -192,7 +192,7 @@ class SaveBook:
         """Ordinal -> name, of what this rank has not called in time."""
 
     def seen_steps(self, steps: Iterable[int]) -> None:
-        """Steps that lie under the root, committed or not. Before the first save."""
+        """Count on from ``steps``, which lie under the root, committed or not; before the first save."""
         self._next_step = max([self._next_step, *(step + 1 for step in steps)])
 
     def take_place(self, place: Place) -> SignalSafeFuture[None] | None:

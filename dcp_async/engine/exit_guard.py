@@ -29,7 +29,7 @@ def main_has_ended() -> bool:
 
 
 class _GuardThread(threading.Thread):
-    """Other guards need not wait for it."""
+    """A guard's thread, which other guards need not wait for."""
 
 
 class ExitGuard:

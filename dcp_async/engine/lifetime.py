@@ -144,7 +144,7 @@ class Lifetime:
                 logger.error("the block ended by %s; besides, %s", exc_type.__name__, error)
 
     def waiting(self) -> Verb[None]:
-        """Until no save is in flight. Raises what nobody has looked at."""
+        """Wait until no save is in flight. Raises what nobody has looked at."""
         # cancelled, the drain ends and the saves go on
         yield self.submit(self._drain(None)).join()
         self._raise_unobserved()
@@ -350,7 +350,7 @@ class Lifetime:
         )
 
     async def _end_jobs(self, patience: float | None) -> None:
-        """Loads in flight: waited for as long as saves were, then cancelled."""
+        """Wait for the loads in flight as long as for the saves, then cancel them."""
         waiting = [asyncio.wrap_future(job.future) for job in self._jobs]
         if waiting:
             _, late = await asyncio.wait(waiting, timeout=patience)

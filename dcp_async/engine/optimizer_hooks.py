@@ -125,7 +125,8 @@ class OptimizerHooks:
             return [staging for staging in self._staging.get(optimizer, ()) if not staging.done()]
 
     def wait_for_others(self, optimizer: Optimizer) -> None:
-        """Before a step of any optimizer of the process; those that are watched wait by themselves."""
+        """Hold a step of ``optimizer`` back while it would change what is read; watched ones wait by
+        themselves."""
         # without the lock: every step of every optimizer of the process comes through here
         if not self._saves or os.getpid() != self._pid:
             return
@@ -160,7 +161,7 @@ class OptimizerHooks:
 
 
 def _hook_for_others(hooks: OptimizerHooks) -> Callable[[Optimizer, Any, Any], None]:
-    """torch keeps it for the whole process: it does not keep the engine."""
+    """A hook that does not keep the engine: torch keeps it for the whole process."""
     reference = weakref.ref(hooks)
 
     def wait(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

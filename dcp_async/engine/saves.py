@@ -162,7 +162,7 @@ class Saves:
         return prepared
 
     def _started(self, request: SaveRequest) -> Verb[None]:
-        """Until the state may be mutated, or its optimizers wait for that."""
+        """Start the save, and wait until the state may be mutated or its optimizers wait for that."""
         if self._life.setup.stager.options.overlap:
             request.allow_commit()  # save() returns as soon as it is started
             self._runner.start(request)

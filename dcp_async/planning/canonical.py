@@ -170,7 +170,7 @@ class _Encoder:
         return self.encode(entry[0]) + self.encode(entry[1])
 
     def _object(self, value: Any, cls: type) -> bytes:
-        """By what it would be pickled as."""
+        """A digest of what it would be pickled as."""
         reduced = _reduced(value, cls)
         if isinstance(reduced, str):
             return _hash(b"global", _name(value) if hasattr(value, "__qualname__") else reduced.encode())

@@ -171,7 +171,7 @@ class Commit:
         return now, len(files), sum(file.nbytes for file in files)
 
     async def _publication(self, shared: GlobalPlan) -> Publication:
-        """Made by the first of the saves that share a plan; others in flight wait for it."""
+        """What is published, made by the first save of a plan; others that are in flight wait for it."""
         # in a thread: tens of thousands of tensors take a second, and the loop serves other saves
         async with self._carryover.publishing:
             return await self._services.threads.run(_published, shared)

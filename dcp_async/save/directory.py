@@ -34,7 +34,7 @@ class SaveDirectory:
 
     @property
     def transaction(self) -> Transaction:
-        """From ``open`` on."""
+        """The save's transaction, from ``open`` on."""
         assert self._transaction is not None
         return self._transaction
 

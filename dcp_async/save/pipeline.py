@@ -224,7 +224,7 @@ class _Flow:
         self._replicas: list[Digest] = []
 
     async def run(self, is_agreed: Callable[[], Awaitable[bool]] | None) -> Written | None:
-        """None if ``is_agreed`` says no."""
+        """Stage and write all parts; None if ``is_agreed`` says no."""
         pool = self._services.stager.pool
         # as much as all saves that may be pending want at once, so that staging never waits for the disk
         pool.reserve(self._services, self._num_parts * self._services.pending_saves)

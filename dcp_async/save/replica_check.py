@@ -125,7 +125,7 @@ class _Kept:
         """Memory for blocks, which are others in each save."""
         self.small: list[_Region] = []
         self.whole: list[_Region] = []
-        """Until the plan is proven."""
+        """What is read as a whole until the plan is proven."""
         self.always: list[_Region] = []
         """What nothing but its bytes tells from another layer of the same name: equal at first, as zeros are,
         is not equal for good."""
@@ -165,8 +165,7 @@ class _Kept:
             stride = -(-total // group["blocks"])
             pieces = []
             for block in range(turn % stride, total, stride):
-                # blocks are numbered through all tensors of the group: one that is as long as a thousand gets
-                # as many turns
+                # numbered through all tensors of the group: each byte has its turn as often as any other
                 position = bisect_right(before, block) - 1
                 index, nbytes = large[position]
                 low = (block - before[position]) * _BLOCK_BYTES

@@ -98,7 +98,7 @@ class ReplicaComparison:
             self._sample = None
 
     def close(self) -> None:
-        """However the save ended."""
+        """Drop the sample; a turn that no commit has compared goes back, however the save ended."""
         self._drop()
         if self._dealt is not None:
             # what it read was compared by nobody, so a later save has to
