@@ -62,9 +62,10 @@ def _separate_aliases(tensors: TensorMatcher, contents: Contents) -> None:
     """Find targets that share memory with others, of which more than these names was saved. What is only
     offered gives way to new tensors; what is left is compared when its bytes are read."""
     match = tensors.match
+    names = contents.names  # of leaves that were taken apart, it is put together anew at each look
     for group in groups_in_memory(match.tensors, match.gappy):
         # tied in the state and saved as one tensor: whichever is read last, the bytes are the same
-        if are_one_view(group) and len({_locations(name, contents) for name, _ in group}) == 1:
+        if are_one_view(group) and len({_locations(name, names[name], contents) for name, _ in group}) == 1:
             continue
         for name in sorted({name for name, _ in group} & match.offered):
             del match.tensors[name]
@@ -74,9 +75,10 @@ def _separate_aliases(tensors: TensorMatcher, contents: Contents) -> None:
             match.aliases.append(left)
 
 
-def _locations(name: str, contents: Contents) -> tuple[object, ...]:
+def _locations(
+    name: str, meta: TensorStorageMetadata | BytesStorageMetadata, contents: Contents
+) -> tuple[object, ...]:
     """Where the bytes of a tensor lie; names that were saved as one tensor have the same."""
-    meta = contents.names[name]
     chunks = meta.chunks if isinstance(meta, TensorStorageMetadata) else ()
     locations = tuple(contents.locations.get((name, chunk.offsets)) for chunk in chunks)
     return locations if locations and None not in locations else (name,)

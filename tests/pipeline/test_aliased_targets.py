@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import DefaultSavePlanner
 
 from dcp_async import CheckpointEngine, IncompatibleStateError
+from dcp_async.catalog import Contents
 from tests.support.doubles import assert_same, frozen
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -171,3 +173,30 @@ async def test_the_root_is_read_back_as_what_it_was(root: Path, kind: str) -> No
     assert type(found) is type(state)
     assert list(found.items()) == [("b", 2), ("a", 1)]
     assert type(part) is type(state)
+
+
+async def test_tied_targets_that_stock_wrote_inside_of_leaves_cost_no_look_at_all_names_each(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+    look = vars(Contents)["names"].fget
+
+    def counted(contents: Contents) -> Any:
+        nonlocal looks
+        looks += 1
+        return look(contents)
+
+    async def looks_of_a_load(name: str, count: int) -> int:
+        nonlocal looks
+        saved = {f"p{number}": torch.ones(2) for number in range(count)}
+        whole = DefaultSavePlanner(flatten_state_dict=False)
+        dcp.save({"a": saved, "b": saved}, checkpoint_id=root / name, no_dist=True, planner=whole)
+        state = {f"p{number}": torch.zeros(2) for number in range(count)}
+        looks = 0
+        await engine.load({"a": state, "b": state}, name)
+        assert_same(state, saved)
+        return looks
+
+    monkeypatch.setattr(Contents, "names", property(counted))
+    async with CheckpointEngine(root) as engine:
+        assert await looks_of_a_load("many", 20) == await looks_of_a_load("few", 2)
