@@ -151,9 +151,12 @@ class LocalTransaction:
         await self._write_small(self._directory / manifest_file(self._uid), manifest)
         await self._write_small(temporary, metadata)
 
-        def named(published: bytes, uids: Set[str]) -> Set[str] | None:
-            # another replace may have published since: what its `.metadata` names is for others to say
-            return uids & {self._uid} if published == metadata else None
+        def named(published: bytes, uids: Set[str]) -> Set[str]:
+            if published == metadata:
+                return uids & {self._uid}
+            # another replace has published since. It could not sweep ours, whose lease was held, so that is
+            # done here; what else its `.metadata` names is for others to say
+            return uids if self._uid.encode() in published else uids - {self._uid}
 
         def publish() -> None:
             # the names of the data files, before `.metadata` names them

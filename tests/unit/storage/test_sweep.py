@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from collections.abc import AsyncIterator, Set
 from pathlib import Path
 
@@ -10,7 +12,10 @@ import pytest_asyncio
 
 from dcp_async._names import METADATA, data_file, lease_file, manifest_file, temporary_metadata
 from dcp_async.storage import LocalStorage
+from dcp_async.storage.local.files import sync_directory
 from dcp_async.storage.local.lease import take_lease
+from dcp_async.storage.local.transaction import LocalTransaction
+from tests.support.doubles import PATIENCE
 
 OLD, NEW = "0" * 16, "1" * 16
 BYTES = b"no pickle at all"
@@ -95,3 +100,38 @@ async def test_removing_a_checkpoint_takes_the_files_of_every_save_along(
 ) -> None:
     await storage.remove(directory.name)
     assert not directory.exists()
+
+
+async def _written(storage: LocalStorage, name: str, uid: str) -> LocalTransaction:
+    file = data_file(0, 0, uid)
+    transaction = await storage.begin(name, {file: 4}, uid=uid, replace=True)
+    await transaction.put(file, 0, memoryview(b"data"))
+    await transaction.seal(file)
+    await transaction.verify({file: 4})
+    return transaction
+
+
+def _metadata_of(uid: str) -> bytes:
+    return f"names {data_file(0, 0, uid)}".encode()
+
+
+async def test_a_replace_that_is_replaced_before_it_has_ended_takes_its_files_away(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = await _written(storage, "once", OLD), await _written(storage, "once", NEW)
+    loop, calls = asyncio.get_running_loop(), itertools.count(1)
+
+    def sync_and_publish(path: Path) -> None:
+        sync_directory(path)
+        if next(calls) == 2:  # the first comes before the older save publishes
+            publishing = newer.commit(_metadata_of(NEW), b"{}", replace=True)
+            asyncio.run_coroutine_threadsafe(publishing, loop).result(PATIENCE)
+
+    monkeypatch.setattr("dcp_async.storage.local.transaction.sync_directory", sync_and_publish)
+    await older.commit(_metadata_of(OLD), b"{}", replace=True)
+    assert {path.name for path in (storage.root / "once").iterdir()} == {
+        METADATA,
+        data_file(0, 0, NEW),
+        manifest_file(NEW),
+    }
+    assert not caplog.records
