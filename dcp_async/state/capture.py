@@ -165,7 +165,14 @@ def capture(
     # a process alone has nobody to agree with on an order: flatten() asks as it goes, and a pass is saved
     if world_size > 1:
         ask_in_order(state, rank, given)
-    flat = flatten(state, rank, given, check_key=rules.check_key if rules else None)
+    # a tree has an object per tensor, for the garbage collector to go over, and most structures are known
+    flat = flatten(
+        state,
+        rank,
+        given,
+        check_key=rules.check_key if rules else None,
+        wants_tree=previous is None,
+    )
     return _captured(state, flat, previous, LeafPickler(rules))
 
 
@@ -184,11 +191,13 @@ def _captured(
     # here, in the caller's thread: the trainer may change a leaf as soon as it has its call back
     items = list(map(pickler.item, flat.leaf_names, flat.leaves))
     structure = _structure(flat, shapes)
+    tree: Tree = None
     is_new = previous is None or structure != previous.structure
     if is_new:  # names of a structure that is known were looked at when it was new
         # a distributed tensor has its name among the tensors once per piece that lies here
         whole = [name for name in every_name if name not in flat.distributed]
         check_unique([*whole, *flat.distributed, *flat.leaf_names])
+        tree = flat.tree if previous is None else _tree(state, flat)
     known = KnownStructure(structure, CaptureCache()) if previous is None or is_new else previous
     # staging copies by address: where a storage was freed, as FSDP1 does, it would read foreign memory
     if not known.cache.is_in_bounds(flat.tensors, stored):
@@ -198,13 +207,19 @@ def _captured(
     known.cache.record(state, flat, every_tensor, every_leaf, raw=raw)
     return Captured(
         known=known,
-        tree=flat.tree if is_new else None,
+        tree=tree,
         tensors=flat.tensors,
         leaf_items=items,
         optimizers=flat.optimizers,
         live=flat.distributed | dict(zip(flat.leaf_names, flat.leaves, strict=True)),
         pointers=stored if raw else None,
     )
+
+
+def _tree(state: Mapping[str, Any], flat: FlatState) -> Tree:
+    """The tree of ``state``, which was flattened without; nobody is asked again."""
+    given = (inner for _, _, inner in flat.statefuls)  # they are met in the same order
+    return flatten(state, flat.rank, ask=lambda _name, _stateful: next(given)).tree
 
 
 def _is_raw(tensors: Sequence[torch.Tensor]) -> bool:

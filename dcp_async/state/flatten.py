@@ -236,7 +236,9 @@ class _Flattener:
                 if self._wants_tree:  # one more object each, for the garbage collector to go over
                     entries.append([key, None])
             else:
-                entries.append([key, self._visit(below, value)])
+                node = self._visit(below, value)
+                if self._wants_tree:
+                    entries.append([key, node])
         self._depth -= 1
         return [kind, entries]
 

@@ -74,6 +74,21 @@ def test_each_is_asked_once(kind: str, rank: int) -> None:
     assert sorted(asked) == sorted(alone * 2)
 
 
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_each_is_asked_once_where_the_structure_proves_to_be_new(kind: str, world_size: int) -> None:
+    asked: list[str] = []
+    state = STATES[kind](asked)
+    known = capture(state, None, world_size=world_size).known
+    state["new"] = [{"x": torch.ones(1)}, 1]
+    asked.clear()
+    again = capture(state, known, world_size=world_size)
+    assert again.is_new
+    assert sorted(asked) == sorted(set(asked))
+    assert again.tree == capture(state, None, world_size=world_size).tree
+    assert capture(state, again.known, world_size=world_size).tree is None
+
+
 BESIDE: dict[str, Callable[[], dict[str, Any]]] = {
     "a dotted key": lambda: {"a": PerRank(3), "a.b": Generators([])},
     "below a dotted key": lambda: {"a": PerRank({"x": 1}), "a.b": {"c": Generators([])}},
