@@ -28,10 +28,13 @@ class MutatedTensors(Exception):
 
 @dataclass(slots=True)
 class MutationWatch:
-    """A state's counters as they were at capture. Refers to what wraps its tensors, not to them."""
+    """A state's counters and addresses as they were at capture. Refers to what wraps its tensors, not to
+    them."""
 
     versions: list[int | None]
     """How often each tensor had been changed; None for an inference tensor, which autograd ignores."""
+    addresses: Sequence[int]
+    """Where each tensor lay, on whatever device: ``parameter.data = other`` moves no counter."""
     layers: dict[int, list[tuple[torch.Tensor, int | None]]]
     """Index of a tensor -> what wraps it, and how often that had been changed."""
     sample: ByteSample | None
@@ -49,7 +52,10 @@ class MutationWatch:
         if captured.pointers is not None:
             with contextlib.suppress(RefusedError):  # then there is no sample, and the counters alone tell
                 sample = ByteSample.take(places, captured.pointers)
-        return cls(versions_of(captured.tensors), _layers(captured, aside), sample)
+            addresses: Sequence[int] = captured.pointers
+        else:
+            addresses = list(map(torch.Tensor.data_ptr, captured.tensors))
+        return cls(versions_of(captured.tensors), addresses, _layers(captured, aside), sample)
 
     def wrappers_changed(self, indices: Iterable[int]) -> set[int]:
         """Those of ``indices`` whose wrappers were changed: an operation counts on what it was called with,
@@ -86,6 +92,7 @@ class MutationWatch:
         # a share has indices of its own, by which it is asked from here on
         return MutationWatch(
             [self.versions[index] for index in indices],
+            [self.addresses[index] for index in indices],
             {renumbered[index]: layers for index, layers in self.layers.items() if index in renumbered},
             self.sample.share(renumbered) if self.sample is not None else None,
         )

@@ -1,7 +1,8 @@
 """A captured state on its way to be staged: what may change behind it was copied or is watched.
 
 Enters: a Captured, in the trainer's thread and in the same piece as its capture. Leaves: Prepared, from which
-the copying thread reads. Invariant: bytes that are not those of the capture are never staged in silence.
+the copying thread reads. Invariant: what a counter, an address or the sample tells to be other than at the
+capture is never staged in silence; what none of them tells is listed in docs/howto/overlap.md.
 """
 
 from __future__ import annotations
@@ -52,19 +53,11 @@ class Prepared:
 
     def displaced(self, selection: Selection) -> set[int]:
         """Those that have other memory than was captured, or none."""
-        captured = self.captured
-        now = list(map(torch.Tensor.data_ptr, selection.pick(captured.tensors)))
-        if captured.pointers is not None:
-            return selection.differing(now, selection.pick(captured.pointers))
-        # no addresses were kept, so only a storage that was freed shows: it is at address 0, as an empty one
-        # always is
-        if all(now):
+        known = self.watch.addresses if self.watch is not None else self.captured.pointers
+        if known is None:  # the trainer waits
             return set()
-        return {
-            index
-            for index, address in zip(selection.indices, now, strict=True)
-            if not address and self._shape(index).numel()
-        }
+        now = list(map(torch.Tensor.data_ptr, selection.pick(self.captured.tensors)))
+        return selection.differing(now, selection.pick(known))
 
     def changed(self, selection: Selection) -> set[int]:
         """Those whose counters moved, or that lie elsewhere by now."""

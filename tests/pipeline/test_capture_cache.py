@@ -322,6 +322,26 @@ async def test_memory_that_was_swapped_during_staging_fails_the_save(
             await response.staging_completion
 
 
+@pytest.mark.parametrize("view", [torch.Tensor.conj, lambda tensor: tensor.conj().imag])
+async def test_memory_that_was_swapped_beside_a_lazy_view_fails_the_save(
+    root: Path, faulty: FaultyStorage, view: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """No address is handed to the kernel then; what was swapped is found all the same."""
+    options = StagingOptions(part_bytes=PART, budget_bytes=ASIDE_BYTES + 8 * PART, overlap=True)
+    state = {f"w{index:04d}": torch.ones(16 * KIB // 4) for index in range(2 * ASIDE_BYTES // (16 * KIB))}
+    state["lazy"] = view(torch.ones(4, dtype=torch.complex64))
+    async with CheckpointEngine(faulty, staging=options) as engine:
+        with faulty.hold("put") as gate:
+            response = await engine.save(state)
+            await gate.until_arrived()
+            assert not response.staging_completion.done()
+            state["w1023"].data = torch.zeros(16 * KIB // 4)
+        with pytest.raises(StateMutatedError, match="w1023"):
+            await response.upload_completion
+        with pytest.raises(SaveError):
+            await response.staging_completion
+
+
 def test_gather_refuses_memory_that_is_not_there() -> None:
     buffer = torch.zeros(4 * MIB, dtype=torch.uint8)
     gather = VectoredCopy([buffer.data_ptr()], [4096], [0])
