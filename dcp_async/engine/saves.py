@@ -97,6 +97,8 @@ class Saves:
         except BaseException:
             if request is None or not book.holds(request.writer):
                 book.release(place)  # it did not start, or has ended: then nobody minds
+                if request is not None:
+                    _end_staging(request.writer)
             else:
                 request.response.cancel()
                 request.writer.returned()
@@ -120,25 +122,28 @@ class Saves:
         plan, known = latest if latest is not None else (None, None)
         try:
             prepared = self._capture(state, asked, writer, known)
+            # inside: interrupted behind it, nobody would know of the writer that optimizers wait for
+            return SaveRequest(
+                writer=writer,
+                ordinal=ordinal,
+                prepared=prepared,
+                plan=None if prepared.captured.is_new else plan,
+                notes=asked.notes,
+                replace=asked.replace,
+                started=started,
+                cancellation=cancellation,
+            )
         except ENDINGS as error:
+            _end_staging(writer)
             runner.refuse_at_once(ordinal, writer.response.checkpoint_id, error)
             raise
         except BaseException as error:  # the trainer's own code, which may raise anything
+            _end_staging(writer)
             rank, verdict = self._life.resources.coordinator.rank, {}
             with contextlib.suppress(EngineStateError):  # closed meanwhile: the others are told by that
                 refusing = self._life.submit(runner.refuse(ordinal, writer.response.checkpoint_id, error))
                 verdict = yield refusing.join()
             raise save_error(error, "capture", writer.response, rank=rank, verdict=verdict) from error
-        return SaveRequest(
-            writer=writer,
-            ordinal=ordinal,
-            prepared=prepared,
-            plan=None if prepared.captured.is_new else plan,
-            notes=asked.notes,
-            replace=asked.replace,
-            started=started,
-            cancellation=cancellation,
-        )
 
     def _capture(
         self,
@@ -171,6 +176,11 @@ class Saves:
             yield Wait(request.writer.staging.future)
             request.response.staging_completion.result()  # raises its failure
             request.allow_commit()
+
+
+def _end_staging(writer: ResponseWriter) -> None:
+    """The save does not start: an optimizer that waits for its staging would wait for ever."""
+    writer.staging.settle(cancelled_error(writer.response))
 
 
 class SaveRunner:

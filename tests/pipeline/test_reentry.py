@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import linecache
+import re
 import signal
 import sys
 import threading
@@ -224,39 +225,46 @@ def test_a_handler_may_wait_for_an_earlier_save_between_any_two_bytecodes_of_a_l
             faulty.heal()
 
 
+class Interrupt(KeyboardInterrupt):
+    """No other part of the test raises it."""
+
+
+class AtLine:
+    """Interrupts the traced thread at the ``at``-th line of some modules of ours."""
+
+    def __init__(self, at: int, modules: tuple[str, ...]) -> None:
+        self.at, self.seen = at, 0
+        self._files = {f"{PACKAGE}/{name}.py" for name in modules}
+
+    def trace(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if frame.f_code.co_filename not in self._files:
+            return None
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        # before the release of a lock the interpreter lets no handler run, only a trace function
+        if event == "line" and not re.search("with self._(numbering|lock)", line):
+            self.seen += 1
+            if self.seen == self.at:
+                raise Interrupt
+        return self.trace
+
+    def during(self, work: Callable[[], object]) -> int:
+        """How many lines ``work`` came by."""
+        sys.settrace(self.trace)
+        try:
+            work()
+        except Interrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        return self.seen
+
+
 def test_an_interrupt_at_any_line_of_a_save_costs_no_place(root: Path) -> None:
-    class Interrupt(KeyboardInterrupt):
-        pass
-
-    class AtLine:
-        def __init__(self, at: int) -> None:
-            self.at, self.seen = at, 0
-            self._files = {f"{PACKAGE}/{name}.py" for name in ("engine/saves", "engine/admission")}
-
-        def trace(self, frame: FrameType, event: str, arg: Any) -> Any:
-            if frame.f_code.co_filename not in self._files:
-                return None
-            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-            # before the release of a lock the interpreter lets no handler run, only a trace function
-            if event == "line" and "with self._numbering" not in line:
-                self.seen += 1
-                if self.seen == self.at:
-                    raise Interrupt
-            return self.trace
-
     with sync.CheckpointEngine(root) as engine:
         engine.save(STATE).upload_completion.result(PATIENCE)
 
         def save_at(at: int) -> int:
-            line = AtLine(at)
-            sys.settrace(line.trace)
-            try:
-                engine.save(STATE)
-            except Interrupt:
-                pass
-            finally:
-                sys.settrace(None)
-            return line.seen
+            return AtLine(at, ("engine/saves", "engine/admission")).during(lambda: engine.save(STATE))
 
         def all_lines() -> None:
             total = save_at(0)
@@ -264,6 +272,29 @@ def test_an_interrupt_at_any_line_of_a_save_costs_no_place(root: Path) -> None:
             for at in range(1, total + 1):
                 save_at(at)
                 engine.save(STATE).upload_completion.result(PATIENCE)
+            engine.wait()
+
+        in_thread(all_lines)
+
+
+def test_an_interrupt_at_any_line_of_a_save_leaves_no_optimizer_waiting(root: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    watched, other = (torch.optim.SGD([weight], lr=0.1) for _ in range(2))
+    with sync.CheckpointEngine(root, staging=StagingOptions(overlap=True)) as engine:
+
+        def save() -> None:
+            engine.save({"w": weight, "optim": watched})
+
+        def save_at(at: int) -> int:
+            return AtLine(at, ("engine/saves", "engine/optimizer_hooks")).during(save)
+
+        def all_lines() -> None:
+            total = save_at(0)
+            assert total > 40
+            for at in range(1, total + 1):
+                save_at(at)
+                watched.step()
+                other.step()
             engine.wait()
 
         in_thread(all_lines)
