@@ -198,8 +198,7 @@ def locate(node: Tree, name: str, prefix: str | None = None) -> tuple[bool, Tree
 
 
 def cut(node: Tree, leaves: Collection[str], name: str) -> Tree:
-    """``node``, which lies at ``name``, with a leaf in place of each node whose name is in
-    ``leaves``."""
+    """``node``, which lies at ``name``, with a leaf in place of each node that ``leaves`` names."""
     if name in leaves or node is None:
         return None
     kind, entries = node
