@@ -198,9 +198,10 @@ def _leading_fields(text: str, wanted: Set[str]) -> dict[str, JSON]:
         if type(name) is not str:
             raise ValueError("a field of it has no name")
         value, position = scan(text, _behind((":",), text, position))
-        position = _behind((",", "}"), text, position)
         fields.append((name, value))
         missing.discard(name)
+        # behind the object's end nothing is a field of it, whatever it looks like
+        position = _behind((",",) if missing else (",", "}"), text, position)
     return _unique(fields)
 
 
