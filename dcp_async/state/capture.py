@@ -194,9 +194,7 @@ def _captured(
     tree: Tree = None
     is_new = previous is None or structure != previous.structure
     if is_new:  # names of a structure that is known were looked at when it was new
-        # a distributed tensor has its name among the tensors once per piece that lies here
-        whole = [name for name in every_name if name not in flat.distributed]
-        check_unique([*whole, *flat.distributed, *flat.leaf_names])
+        check_unique(flat, every_name)
         tree = flat.tree if previous is None else _tree(state, flat)
     known = KnownStructure(structure, CaptureCache()) if previous is None or is_new else previous
     # staging copies by address: where a storage was freed, as FSDP1 does, it would read foreign memory
@@ -270,12 +268,20 @@ def _exotic(leaves: Sequence[Any]) -> list[tuple[int, str, tuple[int, ...]]]:
     ]
 
 
-def check_unique(names: Sequence[str]) -> None:
+def check_unique(flat: FlatState, tensor_names: Sequence[str]) -> None:
     """Raises CaptureError for a name that occurs twice: DCP's dotted names do not tell {"a.b": x} from {"a":
-    {"b": x}}."""
+    {"b": x}}. ``tensor_names``: of all tensors, ties too."""
+    # a distributed tensor has its name among the tensors once per piece that lies here
+    whole = [name for name in tensor_names if name not in flat.distributed]
+    names = [*whole, *flat.distributed, *flat.leaf_names]
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise CaptureError(f"two leaves have the name {twice!r}; rename one of their keys")
+    if name := flat.ambiguous_name():
+        raise CaptureError(
+            f"an object and something beside it have the name {name!r}, since a key has a dot; rename one of "
+            "their keys"
+        )
 
 
 def _structure(flat: FlatState, shapes: list[torch.Size]) -> Structure:

@@ -71,10 +71,24 @@ class FlatState:
     extents: dict[str, Extent] = field(default_factory=dict)
     """What lies inside of a Stateful and of what is PerRank: names alone do not tell, since keys may have
     dots."""
+    same_name: str = ""
+    """A name that two objects have which do not lie in each other."""
     asked: list[str] = field(default_factory=list)
     """Names of the Statefuls in the order in which they were asked."""
     tree: Tree = None
     """The containers, for the manifest."""
+
+    def ambiguous_name(self) -> str:
+        """A name that an object has and something outside of it as well; empty if there is none."""
+        if self.same_name:
+            return self.same_name
+        names = set(self.order) if self.extents else set()
+        for name, extent in self.extents.items():
+            inside = self.order[extent.leaves.start : extent.leaves.stop]
+            # an object whose whole state is a leaf shares its name with that
+            if name in names and (name not in inside or self.order.count(name) > 1):
+                return name
+        return ""
 
     def shapes(self) -> list[torch.Size]:
         """The shapes of ``tensors``; nested ones, which have none, become leaves."""

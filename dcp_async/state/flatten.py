@@ -214,6 +214,9 @@ class _Flattener:
     def _end_object(self, name: str, begun: tuple[int, int]) -> None:
         first_leaf, number = begun
         objects = range(number, self._num_objects + 1)
+        known = self.flat.extents.get(name)
+        if known is not None and known.objects.start not in objects:
+            self.flat.same_name = name
         self.flat.extents[name] = Extent(range(first_leaf, len(self.flat.order)), objects)
 
     def _visit_mapping(self, name: str, mapping: Mapping[Any, Any], kind: str) -> Tree:

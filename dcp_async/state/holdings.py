@@ -64,8 +64,10 @@ def holds_memory_for(thing: object, saved: Mapping[str, tuple[torch.Size, torch.
         for tensor in _tensors_in(value):
             if _is_distributed(tensor):
                 return True
-            # a lazy parameter raises where it is asked for its shape
-            if not is_lazy(tensor) and (tensor.shape, tensor.dtype) in wanted:
+            # these raise where they are asked for their shape, and no load reads into them
+            if is_lazy(tensor) or tensor.is_nested:
+                continue
+            if (tensor.shape, tensor.dtype) in wanted:
                 return True
         if isinstance(value, torch.nn.Module) and any(
             canonical(value, name) in tails for name, _ in value.named_parameters()

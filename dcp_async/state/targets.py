@@ -140,8 +140,7 @@ def capture_targets(
     flat = flatten(state, rank, given, ask=ask, wants_tree=False)
     flat.check_memory(flat.shapes())  # which sorts nested tensors out
     # before a dict: that would keep one of two tensors of a name, and leave the other as it is
-    whole = [name for name in flat.tensor_names if name not in flat.distributed]
-    check_unique([*whole, *flat.distributed, *flat.leaf_names])
+    check_unique(flat, flat.tensor_names)
     plain = {
         name: tensor
         for name, tensor in zip(flat.tensor_names, flat.tensors, strict=True)

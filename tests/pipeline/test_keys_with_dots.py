@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dcp_async import AppState, CheckpointEngine, IncompatibleStateError, PerRank, RNGState
+from dcp_async import AppState, CheckpointEngine, IncompatibleStateError, PerRank, RNGState, SaveError
 from tests.support.doubles import Net, assert_same
 from tests.support.saves import Value, saved
 
@@ -106,3 +106,55 @@ async def test_what_stock_wrote_comes_back(root: Path) -> None:
     async with CheckpointEngine(root) as engine:
         await engine.load(target)
     assert_same(pictured(target), pictured(whole))
+
+
+AMBIGUOUS: dict[str, dict[str, Any]] = {
+    "a Stateful and a leaf": {"a": {"b": 1}, "a.b": Holder(1.0)},
+    "a Stateful without state and a leaf": {"a.b": Value({}), "a": {"b": ones(1.0)}},
+    "a module and a tensor": {"a.b": torch.nn.Linear(2, 2), "a": {"b": ones(1.0)}},
+    "two Statefuls": {"a": {"b": Holder(1.0)}, "a.b": Holder(2.0)},
+    "what is PerRank and a leaf": {"a": {"b": PerRank(1)}, "a.b": 2},
+    "an entry of a list": {"a": [Holder(1.0)], "a.0": ones(1.0)},
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+async def test_an_object_whose_name_something_else_has_is_refused(root: Path, name: str) -> None:
+    """Names are all that tells whose a saved value is: such a state came back mixed up."""
+    state = AMBIGUOUS[name]
+    twice = "a.0" if "list" in name else "a.b"
+    async with CheckpointEngine(root) as engine:
+        with pytest.raises(SaveError, match=f"{twice}.*rename"):
+            await saved(engine, state)
+        await saved(engine, {"a": {"b": 1}})
+        with pytest.raises(IncompatibleStateError, match=f"{twice}.*rename"):
+            await engine.load(state)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a": Value(1.5)},
+        {"a": Value(ones(1.0))},
+        {"a": Value(PerRank(1))},
+        {"a": Value(Value({"x": 1}))},
+        {"a": [Value(1), Value(2)], "b": PerRank({"c": Value(3)})},
+    ],
+    ids=str,
+)
+async def test_an_object_may_share_its_name_with_all_that_it_has(root: Path, state: dict[str, Any]) -> None:
+    async with CheckpointEngine(root) as engine:
+        await saved(engine, state)
+        await engine.load(state)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+async def test_a_nested_tensor_in_an_objects_state_is_in_nobodys_way(root: Path) -> None:
+    """It raises where it is asked for its shape, as a load does that looks for memory."""
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)])
+    whole, target = {"v": Value({"n": nested, "w": ones(1.0)})}, {"v": Value({"n": nested, "w": ones(0.0)})}
+    async with CheckpointEngine(root) as engine:
+        await saved(engine, whole)
+        await engine.load(target)
+    assert_same(target["v"].value["w"], ones(1.0))
+    assert [part.tolist() for part in target["v"].value["n"].unbind()] == [[1, 1], [0, 0, 0]]

@@ -344,10 +344,13 @@ class State:
         return dict(_build_entries(self.entries, builder))
 
 
-def leaf_names(state: State) -> list[str]:
-    """DCP's dotted names of what is stored, which may occur twice: {"a.b": 1} and {"a": {"b": 1}}."""
+def told_names(state: State) -> list[str]:
+    """DCP's dotted names of what is stored and of objects, which may occur twice: {"a.b": 1} and {"a": {"b":
+    1}}."""
 
     def below(name: str, recipe: Recipe) -> Iterator[str]:
+        if isinstance(recipe, (Module, Stateful)):
+            yield name
         if isinstance(recipe, Module):
             builder = Builder()
             yield from (f"{name}.{key}" for key in recipe.build(builder).state_dict())
@@ -474,7 +477,7 @@ def _trees(
 
 def _state(draw: st.DrawFn, top: st.SearchStrategy[Recipe]) -> State:
     state = State(draw(_entries(TEXT_KEYS, top)), POOL)
-    names = leaf_names(state)
+    names = told_names(state)
     assume(len(set(names)) == len(names))
     return state
 
