@@ -90,13 +90,20 @@ def holds_objects(thing: object) -> bool:
 
 
 def holds_what_stock_changes(thing: object) -> bool:
-    """Whether ``thing`` holds an empty container, which stock drops, or a mapping other than a dict, which
-    it makes one."""
-    return any(
-        (isinstance(value, Mapping) and (type(value) is not dict or not value))
-        or (isinstance(value, list) and not value)
-        for value in _held(thing)
-    )
+    """Whether ``thing`` holds, at whatever depth, an empty container, which stock drops, or a mapping other
+    than a dict, which it makes one."""
+    todo = [value for value in _attributes(thing) if isinstance(value, (Mapping, list))]
+    seen: set[int] = set()
+    while todo and len(seen) < _MAX_ENTRIES:
+        value = todo.pop()
+        if id(value) in seen:  # containers in circles
+            continue
+        seen.add(id(value))
+        if not value or (isinstance(value, Mapping) and type(value) is not dict):
+            return True
+        entries = islice(value.values() if isinstance(value, Mapping) else value, _MAX_ENTRIES)
+        todo += [entry for entry in entries if isinstance(entry, (Mapping, list))]
+    return False
 
 
 def _tensors_in(value: object) -> Iterator[torch.Tensor]:
