@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from .._geometry import Offsets
-from ..formats import DISTCP, Group, MetadataTemplate, Place, dcp_paths, structure_json
+from ..formats import DISTCP, Format, Group, MetadataTemplate, Place, dcp_paths, structure_json
 from .all_plans import AllPlans, Signature, dtype_of
 from .conflicts import ConflictError
 from .local_plan import Kind
@@ -86,20 +86,22 @@ class GlobalPlan:
         names = self._leaf_cohort_of[rank].names
         self._leaves.update(zip((names[index] for index in leaves), places[len(tensors) :], strict=True))
 
-    def publication(self) -> Publication:
+    def publication(self, format: Format = DISTCP) -> Publication:
         """What is published, made once. For one thread at a time: it takes a while, and lets go of the rest.
+
+        ``format`` is that of the plan, which laid the files out.
 
         Raises: ConflictError if an item has no place; ProofError if what would be published does not read
         back as it was planned.
         """
         if self._publication is None:
-            self._publication = self._publish()
+            self._publication = self._publish(format)
             # what all ranks hold may be larger than what is published of it
             self._all_plans, self._metadata, self._written, self._leaves = None, None, [], {}
             self._tensor_cohort_of, self._leaf_cohort_of = {}, {}
         return self._publication
 
-    def _publish(self) -> Publication:
+    def _publish(self, format: Format) -> Publication:
         assert self._all_plans is not None
         all_plans, tree = self._all_plans, self._all_plans.tree()
         # without a planner of the user's no object per item is needed: ten times faster (docs/adr/0007)
@@ -107,7 +109,7 @@ class GlobalPlan:
             self._alike(all_plans) if self._metadata is None else self._planned(all_plans, self._metadata)
         )
         strides, exotic = _strides(all_plans), _exotic(all_plans)
-        template = DISTCP.index(groups, dcp_paths(tree))
+        template = format.index(groups, dcp_paths(tree))
         constant = structure_json(tree, strides, exotic)
         # from what ranks told, not from ``groups``: a proof of these would not see what went wrong in making
         # them

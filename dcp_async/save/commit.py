@@ -19,7 +19,7 @@ import torch
 
 from .._concurrency import collection_paused
 from ..formats import BLOCK_BYTES, FileEntry, Footer, ManifestHead, encode_manifest
-from ..planning import CompiledPlan, GlobalPlan, Publication, prove_head
+from ..planning import CompiledPlan, Publication, prove_head
 from .directory import SaveDirectory
 from .failures import in_phase
 from .replica_check import Digest, Kind, differing
@@ -139,10 +139,9 @@ class Commit:
         return Conclusion(published=published, differing=[])
 
     async def _publish(self, plan: CompiledPlan, entries: Sequence[File | None]) -> tuple[float, int, int]:
-        assert plan.shared is not None
         request, response = self._request, self._request.response
         coordinator, transaction = self._services.coordinator, self._directory.transaction
-        publication = await self._publication(plan.shared)
+        publication = await self._publication(plan)
         metadata = publication.metadata.render(self._uid)
         now = time.time()
         ranks = [entry and FileEntry(name=entry[0], nbytes=entry[1], digest=entry[2]) for entry in entries]
@@ -170,13 +169,14 @@ class Commit:
             await transaction.commit(metadata, manifest, replace=request.replace)
         return now, len(files), sum(file.nbytes for file in files)
 
-    async def _publication(self, shared: GlobalPlan) -> Publication:
+    async def _publication(self, plan: CompiledPlan) -> Publication:
         """What is published, made by the first save of a plan; others that are in flight wait for it."""
         # in a thread: tens of thousands of tensors take a second, and the loop serves other saves
         async with self._carryover.publishing:
-            return await self._services.threads.run(_published, shared)
+            return await self._services.threads.run(_published, plan)
 
 
-def _published(shared: GlobalPlan) -> Publication:
+def _published(plan: CompiledPlan) -> Publication:
     with collection_paused():  # to prove it makes as many objects as it has tensors
-        return shared.publication()
+        assert plan.shared is not None
+        return plan.shared.publication(plan.format)

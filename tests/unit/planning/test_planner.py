@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dcp_async._geometry import is_dense
-from dcp_async.formats import dcp_paths, tree_to_json
+from dcp_async.formats import Group, dcp_paths, tree_to_json
+from dcp_async.formats.distcp import DistcpFormat
 from dcp_async.formats.metadata_writer import MetadataTemplate
 from dcp_async.planning.planner import CompiledPlan, PlanningOptions, compile_plan, draft_plan
 from dcp_async.state import CaptureError
@@ -152,3 +154,30 @@ def test_a_leaf_that_outgrew_its_room_asks_for_a_plan_not_for_another_structure(
     shrunk = capture(state, first.known)
     assert larger.has_room_for(shrunk)
     assert compiled(shrunk, larger).rooms == larger.rooms
+
+
+class Wide(DistcpFormat):
+    """Rooms of a page more; notes what it was told to index."""
+
+    def __init__(self) -> None:
+        self.indexed: list[str] = []
+
+    def room(self, item_bytes: int) -> int:
+        return super().room(item_bytes) + 4096
+
+    def index(self, groups: Sequence[Group], paths: Mapping[str, Sequence[str | int]]) -> MetadataTemplate:
+        self.indexed += paths
+        return super().index(groups, paths)
+
+
+def test_the_format_that_lays_a_file_out_indexes_it() -> None:
+    captured, wide = capture({"w": torch.ones(3), "text": "x"}, None), Wide()
+    draft = draft_plan(captured, None, PlanningOptions(), is_coordinator=True)
+    (answer,), shared = draft.merge([draft.message])
+    mine = draft.assigned(answer)
+    plan, locations = compile_plan(captured, draft.local_plan, mine, "0" * 16, shared, format=wide)
+    shared.locate(0, locations)
+    assert plan.rooms == [8192]
+    assert [len(item) for item in plan.padded(captured.leaf_items)] == [8192]
+    shared.publication(plan.format)
+    assert wide.indexed == ["w", "text"]
