@@ -99,7 +99,7 @@ def prove(template: MetadataTemplate, manifest_json: str, promised: Promised) ->
     if manifest.structure != promised.tree or manifest.strides != promised.strides:
         raise ProofError("the manifest has another structure or other strides")
     if list(manifest.exotic) != list(promised.exotic):
-        raise ProofError(f"the manifest's list of tensors in slots is {manifest.exotic}")
+        raise ProofError(f"the manifest's list of tensors in rooms is {manifest.exotic}")
     # the two are written apart, and a load goes by both
     leaves = leaf_names(tree_from_json(manifest.structure))
     if len(leaves) != len(names) or not names.issuperset(leaves):

@@ -72,7 +72,8 @@ class KnownStructure:
 
 @dataclass(slots=True, kw_only=True)
 class Captured:
-    """A state at one moment: tensors by reference, everything else by value. Nobody writes to it."""
+    """A state at one moment: tensors by reference, everything else by value. Its lists are
+    shared and never changed; ``release`` alone takes them away."""
 
     known: KnownStructure
     tree: Tree

@@ -112,7 +112,7 @@ def _lost_leaf_of_the_tree(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(publication, "structure_json", without)
 
 
-def _forgotten_slots(patch: pytest.MonkeyPatch) -> None:
+def _forgotten_rooms(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         publication, "structure_json", lambda tree, strides, exotic: structure_json(tree, strides, ())
     )
@@ -144,7 +144,7 @@ WRONG: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "a size": (_other_size, r"is torch\.\w+ \(.*not torch"),
     "a chunk": (_other_chunk, r"in chunks .* not torch"),
     "the tree": (_lost_leaf_of_the_tree, "another structure"),
-    "the list of slots": (_forgotten_slots, "tensors in slots"),
+    "the list of rooms": (_forgotten_rooms, "tensors in rooms"),
     "the length of a file": (_short_file, "items of rank 0 end at"),
     "an item": (_item_of_another_layout, r"an item of torch\.\w+"),
 }
