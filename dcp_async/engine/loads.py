@@ -147,6 +147,16 @@ class Loads:
     def _load_one(
         self, attempt: Attempt, state: Mapping[str, Any], asked: Asked, how: LoadOptions, *, refill: bool
     ) -> Verb[tuple[CheckpointInfo, Targets, Loaded]]:
+        try:
+            return (yield from self._tried(attempt, state, asked, how, refill=refill))
+        except BaseException as error:
+            # what is open is closed by the step that fails; a cancellation may come between two of them
+            self._life.resources.loop.call_soon(attempt.leave, error)
+            raise
+
+    def _tried(
+        self, attempt: Attempt, state: Mapping[str, Any], asked: Asked, how: LoadOptions, *, refill: bool
+    ) -> Verb[tuple[CheckpointInfo, Targets, Loaded]]:
         contents = yield from self._ask(attempt.open())
         schema, coordinator = Schema(contents), self._life.resources.coordinator
         rank, world_size = coordinator.rank, coordinator.world_size

@@ -8,6 +8,7 @@ finished its checks. With one rank it is the catalog alone.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -172,7 +173,7 @@ def _unexpected_of_all(reports: Sequence[tuple[Sequence[str], Sequence[str]]]) -
 
 class Attempt:
     """One checkpoint that a load tries: first opened, then loaded; in between the caller's thread looks at
-    what it holds. Owns what it opened until ``load`` or ``give_up`` ends.
+    what it holds. Owns what it opened until ``load``, ``give_up`` or ``leave`` ends.
 
     Ranks: all must call ``open``, ``agree`` as often as each other, and ``load``; each raises on every rank
     what it raises on one.
@@ -188,11 +189,17 @@ class Attempt:
         self._uid = coordinator.uid(ordinal, _LOAD, variant=f"{number} {name}")
         self._ranks = Together(coordinator, self._uid)
         self._contents: Contents | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     async def open(self) -> Contents:
         """The checkpoint as the coordinator sees it."""
-        self._contents = await self._together(lambda: self._agreement.open(self._uid, self._name))
-        return self._contents
+
+        async def open_it() -> Contents:
+            # kept at once: a cancellation that comes now loses what is handed on
+            self._contents = await self._agreement.open(self._uid, self._name)
+            return self._contents
+
+        return await self._together(open_it)
 
     async def agree(self, wishes: Sequence[str]) -> list[str]:
         """The names that any rank wishes to ask for their state."""
@@ -216,6 +223,13 @@ class Attempt:
             return await self._agreement.common(failed, "load", error, self._name, flag=self._ranks.are_ready)
         finally:
             await self._end()
+
+    def leave(self, error: BaseException) -> None:
+        """The caller goes no further, because of ``error``, which may have come between two steps. On the
+        engine's loop."""
+        if self._contents is not None:
+            self._coordinator.fail(self._uid, "load", error)
+            self._ending = asyncio.get_running_loop().create_task(self._end())
 
     async def _load(self, load: Callable[[Contents, Together], Awaitable[T]]) -> T:
         assert self._contents is not None

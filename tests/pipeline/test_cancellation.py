@@ -17,6 +17,8 @@ from dcp_async import (
     Limits,
     SaveCancelled,
 )
+from dcp_async.catalog import Contents
+from dcp_async.load import Attempt
 from tests.support.doubles import (
     PATIENCE,
     FaultyStorage,
@@ -26,6 +28,7 @@ from tests.support.doubles import (
     assert_holds_only,
     assert_same,
     committed,
+    open_descriptors,
     random_tensor,
     replace_loops,
 )
@@ -321,3 +324,26 @@ async def test_cancelled_after_k_turns_for_every_k(
         for survivor in expected:
             assert_same(await engine.read(survivor), WIDE)
     assert_holds_only(root, [*expected, "step-00005000"])
+
+
+@pytest.mark.usefixtures("both_loops")
+async def test_a_load_that_is_cancelled_between_two_steps_leaves_no_file_open(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens, loop = Attempt.open, asyncio.get_running_loop()
+
+    async def open_and_cancel(attempt: Attempt) -> Contents:
+        contents = await opens(attempt)
+        loop.call_soon_threadsafe(loading.cancel)  # arrives before what was opened does
+        return contents
+
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save(STATE, step=1)).upload_completion
+        monkeypatch.setattr(Attempt, "open", open_and_cancel)
+        loading = asyncio.ensure_future(engine.load({"w": torch.zeros(1)}, 1))
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+        deadline = loop.time() + PATIENCE
+        while left := [path for path in open_descriptors().values() if str(root) in path]:
+            assert loop.time() < deadline, left
+            await asyncio.sleep(0.01)
