@@ -216,7 +216,9 @@ def like(node: Tree, value: Any) -> Tree:
         if node[0] != "list":
             return node
         both = min(len(node[1]), len(value))
-        return list_node([*map(like, node[1][:both], value), *node[1][both:]])
+        rest = value[both:]
+        beyond = [] if any(map(_has_leaf, rest)) else map(_of_empty, rest)
+        return list_node([*map(like, node[1][:both], value), *node[1][both:], *beyond])
     if node[0] == "list":
         return node
     # by text, which is all that stock has kept of a key

@@ -21,6 +21,8 @@ STATES: dict[str, Any] = {
     "a level down": {"a": {"b": {}, "n": 1}},
     "two levels down": {"a": {"b": {"c": {}, "l": []}, "n": 1}},
     "in a list": {"a": [{"b": {}, "n": 1}, 2]},
+    "at the end of a list": {"a": [1, {}], "n": 1},
+    "at the end of a list, deep": {"a": {"b": [1, {"c": {}}]}, "n": 1},
     "an ordered mapping, deep": {"a": {"b": {"c": OrderedDict(x=1, y=2)}}},
     "deep, beside a tensor": {"a": {"b": {"c": {}, "w": torch.ones(3)}}},
 }
