@@ -20,6 +20,14 @@ def test_private_names_of_torch_are_those_that_the_documentation_lists() -> None
     assert house_figures.foreign_privates(MODULES) == house_figures.listed_privates()
 
 
+def test_no_module_reaches_into_another_ones_objects() -> None:
+    reaches = [
+        f"{place.path.relative_to(house_figures.REPOSITORY)}:{place.line} {place.what}"
+        for place in house_figures.private_reaches(MODULES)
+    ]
+    assert reaches == []
+
+
 REACHES = {
     "an annotated parameter": "from .b import B\ndef f(b: B) -> None: b._x",
     "an annotation in quotes": "from .b import B\ndef f(b: 'B | None') -> None: b._x",
