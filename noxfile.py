@@ -381,7 +381,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(reuse_venv=is_current(LINT, *LINT_INPUTS))
 def lint(session: nox.Session) -> None:
-    """Check style and format, and print the house's figures; --fix repairs what it can, paths narrow it."""
+    """Check style, format and the house's figures; --fix repairs what it can, paths narrow it."""
     if not is_current(LINT, *LINT_INPUTS):
         install(session, *group("lint"))
         stamp(session, *LINT_INPUTS)
@@ -390,7 +390,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", *(["--fix"] if fix else []), *paths)
     session.run("ruff", "format", *([] if fix else ["--check"]), *paths)
     if not paths:
-        session.run("python", "tests/support/house_figures.py", "--report")
+        session.run("python", "tests/support/house_figures.py")
 
 
 @nox.session(reuse_venv=False, default=False)

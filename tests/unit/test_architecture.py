@@ -169,13 +169,6 @@ def test_pure_folders_know_neither_loops_nor_threads(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_module_is_of_one_size_with_one_subject(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 520, (
-        "past about 500 lines a module holds two subjects: split it"
-    )
-
-
-@pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_queues_are_made_in_pipelines_only(path: Path) -> None:
     makers = {
         node.func.id
