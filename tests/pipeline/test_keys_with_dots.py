@@ -131,21 +131,20 @@ async def test_an_object_whose_name_something_else_has_is_refused(root: Path, na
             await engine.load(state)
 
 
-@pytest.mark.parametrize(
-    "state",
-    [
-        {"a": Value(1.5)},
-        {"a": Value(ones(1.0))},
-        {"a": Value(PerRank(1))},
-        {"a": Value(Value({"x": 1}))},
-        {"a": [Value(1), Value(2)], "b": PerRank({"c": Value(3)})},
-    ],
-    ids=str,
-)
-async def test_an_object_may_share_its_name_with_all_that_it_has(root: Path, state: dict[str, Any]) -> None:
+SHARED: dict[str, dict[str, Any]] = {
+    "a leaf": {"a": Value(1.5)},
+    "a tensor": {"a": Value(ones(1.0))},
+    "what is PerRank": {"a": Value(PerRank(1))},
+    "an object": {"a": Value(Value({"x": 1}))},
+    "each of several": {"a": [Value(1), Value(2)], "b": PerRank({"c": Value(3)})},
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+async def test_an_object_may_share_its_name_with_all_that_it_has(root: Path, name: str) -> None:
     async with CheckpointEngine(root) as engine:
-        await saved(engine, state)
-        await engine.load(state)
+        await saved(engine, SHARED[name])
+        await engine.load(SHARED[name])
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
