@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import math
+import time
 from _thread import allocate_lock
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.2
+"""How long a thread waits at a stretch. A signal that comes just before it begins to wait, or that the system
+gives to another thread, wakes it not at all; its handler runs once the interpreter is back."""
 
 T = TypeVar("T")
 
@@ -58,7 +64,10 @@ class SignalSafeFuture(concurrent.futures.Future[T]):
             bell = allocate_lock()
             bell.acquire()
             self.add_done_callback(lambda _: bell.release())
-            bell.acquire(timeout=-1 if timeout is None else max(timeout, 0.0))
+            deadline = math.inf if timeout is None else time.monotonic() + timeout
+            left = min(deadline - time.monotonic(), _LOOK_SECONDS)
+            while not bell.acquire(timeout=max(left, 0.0)) and left > 0:
+                left = min(deadline - time.monotonic(), _LOOK_SECONDS)
         return self._outcome is not None
 
     def result(self, timeout: float | None = None) -> T:
