@@ -65,9 +65,9 @@ class SignalSafeFuture(concurrent.futures.Future[T]):
             bell.acquire()
             self.add_done_callback(lambda _: bell.release())
             deadline = math.inf if timeout is None else time.monotonic() + timeout
-            left = min(deadline - time.monotonic(), _LOOK_SECONDS)
-            while not bell.acquire(timeout=max(left, 0.0)) and left > 0:
-                left = min(deadline - time.monotonic(), _LOOK_SECONDS)
+            rings = False
+            while not rings and (left := deadline - time.monotonic()) > 0:
+                rings = bell.acquire(timeout=min(left, _LOOK_SECONDS))
         return self._outcome is not None
 
     def result(self, timeout: float | None = None) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from dcp_async._concurrency.threads import StuckThreadError
 from dcp_async.storage.local import page_cache
 from dcp_async.storage.local.files import ReadFile
 from dcp_async.storage.local.page_cache import absent_ranges, give_back, overlaps
+from dcp_async.storage.local.reader import LocalReader
 from dcp_async.storage.local.storage import LocalStorage
 from tests.support.doubles import assert_same, data_files, random_tensor
 
@@ -75,8 +76,21 @@ def test_empty_buffers_are_filled(fd: int, tmp_path: Path) -> None:
     assert content == os.pread(fd, 4 * MIB, 0)
 
 
-async def test_a_descriptor_that_a_hanging_read_may_still_use_is_never_closed(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+async def read_once(reader: LocalReader, file: str) -> None:
+    with pytest.raises(StuckThreadError):
+        await reader.read_into(file, [])
+
+
+async def give_back_once(reader: LocalReader, file: str) -> None:
+    await reader.give_back()
+
+
+@pytest.mark.parametrize(("runs_in", "call"), [("run_bulk", read_once), ("run", give_back_once)])
+async def test_a_descriptor_that_a_hanging_call_may_still_use_is_never_closed(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    runs_in: str,
+    call: Callable[[LocalReader, str], Awaitable[None]],
 ) -> None:
     async def hang(*args: object) -> None:
         raise StuckThreadError("it hangs")
@@ -89,31 +103,8 @@ async def test_a_descriptor_that_a_hanging_read_may_still_use_is_never_closed(
     await reader.size(path.name)
     (opened,) = reader._files.values()
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "run_bulk", hang)
-        with pytest.raises(StuckThreadError):
-            await reader.read_into(path.name, [])
-    await reader.close()
-    os.fstat(opened.fd)
-    opened.close()
-    await storage.close()
-
-
-async def test_a_descriptor_that_a_hanging_give_back_may_still_use_is_never_closed(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def hang(*args: object) -> None:
-        raise StuckThreadError("it hangs")
-
-    async with CheckpointEngine(root) as engine:
-        await (await engine.save({"w": torch.zeros(9)}, step=1)).upload_completion
-    storage = LocalStorage(root)
-    reader = await storage.open("step-00000001")
-    (path,) = data_files(root / "step-00000001")
-    await reader.size(path.name)
-    (opened,) = reader._files.values()
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "run", hang)
-        await reader.give_back()
+        patch.setattr(storage, runs_in, hang)
+        await call(reader, path.name)
     await reader.close()
     os.fstat(opened.fd)
     opened.close()
