@@ -109,8 +109,12 @@ def run_world(directory: Path, world_size: int, jobs: Sequence[str], python: str
         for rank in ranks:
             rank.kill()
             rank.wait()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)
-    (directory / "rendezvous").unlink(missing_ok=True)
+    # by what they wrote, not by how they ended: gloo's threads, taken down, now and then abort a process that
+    # has done all of its work
+    ended = [directory / f"done-{rank}" for rank in range(world_size)]
+    assert all(map(Path.is_file, ended)), "\n".join(said)
+    for path in (directory / "rendezvous", *ended):
+        path.unlink(missing_ok=True)
 
 
 def _main(directory: str, world_size: str, rank: str, *jobs: str) -> None:
@@ -120,6 +124,7 @@ def _main(directory: str, world_size: str, rank: str, *jobs: str) -> None:
     for job in jobs:
         JOBS[job](Path(directory) / job)
     dist.barrier()
+    (Path(directory) / f"done-{rank}").touch()
     dist.destroy_process_group()
 
 
