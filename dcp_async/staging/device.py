@@ -1,105 +1,222 @@
-"""Accelerators: events, side streams, pinned memory. The only module that speaks to ``torch.accelerator``.
+"""Accelerators: streams, events, pinned memory. The only module that queues work on a device.
 
-Enters: tensors on a device and views of host memory. Leaves: filled host memory, after the device has written
-it. Invariant: a copy starts after everything that was queued when the state was captured, and runs beside
-whatever is queued later.
+Enters: tensors on a device, views of host memory, events. Leaves: copies, queued on streams of our own.
+Invariant: what is queued here runs after the events that it was told to wait for, and beside whatever the
+trainer queues; nothing waits for a device but ``synchronize``, and that sleeps.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, Protocol
 
 import torch
 
+from . import cuda_runtime
+
 logger = logging.getLogger(__name__)
+
+Purpose = Literal["save", "load"]
+"""What a stream of ours is for: saves and loads run beside each other."""
+
+
+class CaptureInProgressError(RuntimeError):
+    """The caller's stream is recording a graph: what is queued now would run at each replay, and not now."""
 
 
 class Event(Protocol):
-    """A point in a device's queue."""
+    """A point in one of a device's queues."""
+
+    def synchronize(self) -> None:
+        """Return once the device has come there. The calling thread sleeps. Raises the device's error."""
+
+
+class Stream(Protocol):
+    """A queue of ours on one device, beside the trainer's. Methods queue work at its end and return."""
+
+    def wait_event(self, event: Event) -> None:
+        """What is queued from here on runs after ``event``, which may be of any stream of any device."""
+
+    def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        """Copy each of ``sources`` into its target, as one batch: to the device, from it or on it.
+
+        Host memory has to be pinned for the copy to be asynchronous; with other memory this returns when the
+        bytes are there. Both must live until the copy is done. If this raises, part of the batch may be
+        queued.
+        """
+
+    def allocating(self) -> AbstractContextManager[None]:
+        """Memory of the device that is allocated inside may be written by this stream at once."""
+
+    def record(self) -> Event:
+        """Mark the present end of the queue."""
+
+    def synchronize(self) -> None:
+        """Return once all that was queued is done. The calling thread sleeps. Raises the device's error."""
 
 
 class Backend(Protocol):
-    """What staging needs of devices; the tests pass a fake."""
+    """What the package needs of accelerators; the tests pass a fake."""
 
-    def devices(self, tensors: Iterable[torch.Tensor]) -> set[torch.device]:
-        """The accelerators on which any of ``tensors`` lies."""
+    def device_of(self, tensor: torch.Tensor) -> torch.device | None:
+        """The accelerator on which the bytes of ``tensor`` lie; None where the CPU can read them."""
 
-    def is_on_host(self, tensor: torch.Tensor) -> bool:
-        """Whether the CPU can read its bytes."""
+    def resolve(self, device: torch.device | str) -> torch.device:
+        """``device`` with an index: that of the caller's current one where none was given."""
 
     def record(self, device: torch.device) -> Event:
-        """Mark the present end of the device's current stream."""
+        """Mark the present end of the caller's current stream of ``device``. Raises
+        CaptureInProgressError."""
 
-    def copy_to_host(
-        self,
-        device: torch.device,
-        event: Event,
-        targets: Sequence[torch.Tensor],
-        sources: Sequence[torch.Tensor],
-    ) -> None:
-        """Copy on a side stream after ``event``; return when the bytes are in host memory."""
+    def current_wait(self, device: torch.device, event: Event) -> None:
+        """What the caller queues on its current stream of ``device`` from here on runs after ``event``."""
 
-    def pin(self, address: int, nbytes: int) -> bool:
-        """Register host memory for fast copies; False where that is refused."""
+    def lend(self, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+        """The caller's current stream of ``device`` will use ``tensors``, which a stream of ours allocated:
+        once they are dropped their memory is given out again only when that stream is through with them."""
 
-    def unpin(self, address: int) -> None:
-        """Undo ``pin``."""
+    def stream(self, device: torch.device, purpose: Purpose) -> Stream:
+        """The stream of that purpose, one per device as long as the backend lives."""
+
+    def can_pin(self, device: torch.device) -> bool:
+        """Whether ``pin`` may succeed for copies from and to ``device``."""
+
+    def pin(self, device: torch.device, address: int, nbytes: int) -> bool:
+        """Register host memory for copies from and to ``device``; False where that is refused, after which
+        nothing of the attempt is left."""
+
+    def unpin(self, device: torch.device, address: int) -> None:
+        """Undo ``pin``. Never raises: the memory goes, whatever the device says."""
+
+    def pinned_buffer(self, device: torch.device, nbytes: int) -> torch.Tensor | None:
+        """Host memory, uint8, that was pinned when it was allocated; None where there is no such thing."""
 
 
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch has no annotation for it
+class TorchStream:
+    """A side stream as torch has it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = _module(device).Stream(device)
+
+    def wait_event(self, event: Event) -> None:
+        with _on(self._device):
+            self._stream.wait_event(event)
+
+    def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        with _on(self._device), self._current():
+            torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+
+    @contextmanager
+    def allocating(self) -> Iterator[None]:
+        with _on(self._device), self._current():
+            yield
+
+    def record(self) -> Event:
+        with _on(self._device):
+            return _recorded(self._device, self._stream)
+
+    def synchronize(self) -> None:
+        # not the stream's own synchronize(), which spins on CUDA: a core would burn until the queue is empty
+        self.record().synchronize()
+
+    def _current(self) -> AbstractContextManager[Any]:
+        if self._device.type == "cuda":
+            return torch.cuda.stream(self._stream)
+        stream: AbstractContextManager[Any] = self._stream
+        return stream
 
 
 class TorchBackend:
-    """Devices as ``torch.accelerator`` shows them. Owns a side stream per device."""
+    """Devices as ``torch.accelerator`` shows them. Owns a stream per device and purpose."""
 
     def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.Stream] = {}
+        self._streams: dict[tuple[torch.device, Purpose], TorchStream] = {}
+        self._lock = threading.Lock()
 
-    def devices(self, tensors: Iterable[torch.Tensor]) -> set[torch.device]:
-        # each device has a queue, and so needs an event, of its own
-        return {tensor.device for tensor in tensors if not tensor.is_cpu}
+    def device_of(self, tensor: torch.Tensor) -> torch.device | None:
+        return None if tensor.is_cpu else tensor.device
 
-    def is_on_host(self, tensor: torch.Tensor) -> bool:
-        return tensor.is_cpu
+    def resolve(self, device: torch.device | str) -> torch.device:
+        wanted = torch.device(device)
+        index: int | None = wanted.index
+        accelerator = torch.accelerator.current_accelerator()
+        if index is None and accelerator is not None and accelerator.type == wanted.type:
+            return torch.device(wanted.type, torch.accelerator.current_device_index())
+        return wanted
 
     def record(self, device: torch.device) -> Event:
-        event = torch.Event(device)
-        # of the caller's stream: what it has queued there so far makes up the state that it saves
-        event.record(torch.accelerator.current_stream(device))
-        return event
-
-    def copy_to_host(
-        self,
-        device: torch.device,
-        event: Event,
-        targets: Sequence[torch.Tensor],
-        sources: Sequence[torch.Tensor],
-    ) -> None:
-        assert isinstance(event, torch.Event)
-        # a thread of ours sits on device 0 until told otherwise
-        with torch.accelerator.device_index(device.index):
-            stream = self._streams.setdefault(device, torch.Stream(device))
-            stream.wait_event(event)
-            with stream:
-                torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
-            # the side stream alone is waited for, so what the trainer queues meanwhile goes on; and the bytes
-            # must be there, since the slots go to the disk next
-            stream.synchronize()
-
-    def pin(self, address: int, nbytes: int) -> bool:
-        # torch has no call that pins memory which is there already but CUDA's
-        if not torch.cuda.is_available():
-            return False
-        status = _cudart().cudaHostRegister(address, nbytes, 0)
-        if int(status) != 0:
-            logger.info(
-                "the staging pool could not be pinned (CUDA status %s); copies go through pageable memory",
-                status,
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise CaptureInProgressError(
+                "a CUDA graph is being captured on the current stream; save before or after the capture"
             )
-        return int(status) == 0
+        return _recorded(device, _current_stream(device))
 
-    def unpin(self, address: int) -> None:
-        _cudart().cudaHostUnregister(address)
+    def current_wait(self, device: torch.device, event: Event) -> None:
+        _current_stream(device).wait_event(event)
+
+    def lend(self, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+        stream = _current_stream(device)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+
+    def stream(self, device: torch.device, purpose: Purpose) -> Stream:
+        with self._lock:
+            # made once: torch deals the same 32 streams of a device out in turn
+            if (known := self._streams.get((device, purpose))) is None:
+                with _on(device):
+                    known = self._streams[device, purpose] = TorchStream(device)
+            return known
+
+    def can_pin(self, device: torch.device) -> bool:
+        # torch has no call that pins memory which is there already but CUDA's
+        return device.type == "cuda"
+
+    def pin(self, device: torch.device, address: int, nbytes: int) -> bool:
+        with _on(device):
+            return cuda_runtime.register(address, nbytes)
+
+    def unpin(self, device: torch.device, address: int) -> None:
+        with _on(device):
+            cuda_runtime.unregister(address)
+
+    def pinned_buffer(self, device: torch.device, nbytes: int) -> torch.Tensor | None:
+        try:
+            with _on(device):
+                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            logger.info("no pinned memory for %s: %s", device, error)
+            return None
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """With ``device`` as the thread's current one: a thread of ours sits on device 0 until told otherwise,
+    and would make a context there."""
+    with torch.accelerator.device_index(device.index):
+        if device.type == "cuda":
+            cuda_runtime.relax_capture()
+        yield
+
+
+def _module(device: torch.device) -> Any:
+    # on CUDA its own classes: torch.Event ignores blocking=True (2.11 to 2.15), and the two do not mix
+    return torch.cuda if device.type == "cuda" else torch
+
+
+def _current_stream(device: torch.device) -> Any:
+    if device.type == "cuda":
+        return torch.cuda.current_stream(device)
+    return torch.accelerator.current_stream(device)
+
+
+def _recorded(device: torch.device, stream: Any) -> Event:
+    # blocking: whoever waits for it sleeps, where CUDA would spin
+    module = _module(device)
+    event: Any = module.Event(blocking=True) if device.type == "cuda" else module.Event(device)
+    event.record(stream)
+    known: Event = event
+    return known

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
@@ -23,7 +23,7 @@ from ..formats import BLOCK_BYTES
 from ..planning import CompiledPlan
 from ..state import Captured, meta_error
 from .buffer_pool import Arena, BufferPool, Lease
-from .device import Backend, Event, TorchBackend
+from .device import Backend, Event, Stream, TorchBackend
 from .mutation_watch import MutationWatch
 from .prepared import ASIDE_BYTES, Prepared, watched
 from .vectored_copy import RefusedError
@@ -98,6 +98,7 @@ class Stager:
         """Whether the kernel copies small tensors for us."""
         self._views = ViewCache(keeps=options.budget_bytes is None)
         self._pinned: Arena | None = None
+        self._pinned_at: tuple[torch.device, int] = (torch.device("cpu"), 0)
 
     def __repr__(self) -> str:
         return f"<Stager {'open' if self._threads else 'closed'} {self.pool!r}>"
@@ -121,7 +122,7 @@ class Stager:
             self._helper = None
         # before the pool lets its pages go: CUDA must not keep a registration of what is unmapped
         if self._pinned is not None:
-            self.backend.unpin(self._pinned.tensor.data_ptr())
+            self.backend.unpin(*self._pinned_at)
             self._pinned = None
         self._views.clear()
         self.pool.close()
@@ -147,7 +148,8 @@ class Stager:
         cache = captured.known.cache
         devices = cache.devices
         if devices is None:
-            devices = cache.devices = self.backend.devices(captured.tensors)
+            lie_on = set(map(self.backend.device_of, captured.tensors))
+            devices = cache.devices = {device for device in lie_on if device is not None}
         # here, so that save() itself raises: what has no bytes would fail in the copying thread at best
         if any(device.type == "meta" for device in devices):
             names = captured.structure.tensor_names
@@ -187,7 +189,7 @@ class Stager:
         start = first * lease.slot_bytes
         stop = min(start + lease.count * lease.slot_bytes, layout.image_bytes)
         # in each copy, since a pool that grew has another arena
-        self._pin(arena)
+        self._pin(arena, job.prepared.events)
         marks = [(job.plan, first + number) for number in range(lease.count)]
         slots = slice(lease.first, lease.first + lease.count)
         if arena.resident[slots] != marks:
@@ -290,15 +292,23 @@ class Stager:
         """Copy, from the devices as they were at ``events``; in the thread that copies."""
         if events:
             pairs = list(zip(targets, sources, strict=True))
-            away = [pair for pair in pairs if not self.backend.is_on_host(pair[1])]
-            for device, event in events.items():
-                on_device = away if len(events) == 1 else [pair for pair in away if pair[1].device == device]
-                if on_device:
-                    self.backend.copy_to_host(device, event, *map(list, zip(*on_device, strict=True)))
-            pairs = [pair for pair in pairs if self.backend.is_on_host(pair[1])]
+            streams = [self._enqueue(device, event, pairs) for device, event in events.items()]
+            for stream in streams:
+                stream.synchronize()
+            pairs = [pair for pair in pairs if self.backend.device_of(pair[1]) is None]
             targets, sources = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         if sources:
             torch._foreach_copy_(targets, sources)
+
+    def _enqueue(
+        self, device: torch.device, event: Event, pairs: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> Stream:
+        stream = self.backend.stream(device, "save")
+        stream.wait_event(event)
+        on_device = [pair for pair in pairs if self.backend.device_of(pair[1]) == device]
+        if on_device:
+            stream.copy(*map(list, zip(*on_device, strict=True)))
+        return stream
 
     def _check_memory(self, prepared: Prepared, views: BatchViews) -> None:
         """A storage may have been freed since capture. Of the small tensors the kernel tells; of the others
@@ -318,14 +328,15 @@ class Stager:
             changed |= prepared.changed_unseen()
         prepared.refuse(changed)
 
-    def _pin(self, arena: Arena) -> None:
-        wanted = torch.accelerator.is_available() if self.options.pinned is None else self.options.pinned
-        if wanted and self._pinned is not arena:
-            if self._pinned is not None:
-                self.backend.unpin(self._pinned.tensor.data_ptr())
-                self._pinned = None
-            if self.backend.pin(arena.tensor.data_ptr(), arena.tensor.nbytes):
-                self._pinned = arena
+    def _pin(self, arena: Arena, devices: Collection[torch.device]) -> None:
+        if self.options.pinned is False or self._pinned is arena or not devices:
+            return
+        if self._pinned is not None:
+            self.backend.unpin(*self._pinned_at)
+            self._pinned = None
+        device = next(iter(devices))
+        if self.backend.pin(device, arena.tensor.data_ptr(), arena.tensor.nbytes):
+            self._pinned, self._pinned_at = arena, (device, arena.tensor.data_ptr())
 
 
 def parts_between(first: int, count: int, slot_bytes: int, image_bytes: int) -> Iterator[tuple[int, int]]:
