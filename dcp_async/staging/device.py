@@ -64,6 +64,9 @@ class Backend(Protocol):
     def device_of(self, tensor: torch.Tensor) -> torch.device | None:
         """The accelerator on which the bytes of ``tensor`` lie; None where the CPU can read them."""
 
+    def devices(self, tensors: Iterable[torch.Tensor]) -> set[torch.device]:
+        """The accelerators on which any of ``tensors`` lies."""
+
     def resolve(self, device: torch.device | str) -> torch.device:
         """``device`` with an index: that of the caller's current one where none was given."""
 
@@ -139,6 +142,9 @@ class TorchBackend:
 
     def device_of(self, tensor: torch.Tensor) -> torch.device | None:
         return None if tensor.is_cpu else tensor.device
+
+    def devices(self, tensors: Iterable[torch.Tensor]) -> set[torch.device]:
+        return {tensor.device for tensor in tensors if not tensor.is_cpu}
 
     def resolve(self, device: torch.device | str) -> torch.device:
         wanted = torch.device(device)

@@ -148,8 +148,7 @@ class Stager:
         cache = captured.known.cache
         devices = cache.devices
         if devices is None:
-            lie_on = set(map(self.backend.device_of, captured.tensors))
-            devices = cache.devices = {device for device in lie_on if device is not None}
+            devices = cache.devices = self.backend.devices(captured.tensors)
         # here, so that save() itself raises: what has no bytes would fail in the copying thread at best
         if any(device.type == "meta" for device in devices):
             names = captured.structure.tensor_names

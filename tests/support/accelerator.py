@@ -171,7 +171,7 @@ class FakeAccelerator:
 
     def __init__(self, num_devices: int = 1, *, seed: int | None = None) -> None:
         self.lock = threading.RLock()
-        self.devices = [torch.device(KIND, index) for index in range(num_devices)]
+        self.all_devices = [torch.device(KIND, index) for index in range(num_devices)]
         self.contexts: set[torch.device] = set()
         """On which devices somebody made a context."""
         self.pinned: dict[int, tuple[torch.device, int]] = {}
@@ -184,9 +184,9 @@ class FakeAccelerator:
         self.streams: list[FakeStream] = []
         self._random = random.Random(seed) if seed is not None else None
         self._local = threading.local()
-        self._default = {device: self.new_stream(device, "default") for device in self.devices}
+        self._default = {device: self.new_stream(device, "default") for device in self.all_devices}
         self._own: dict[tuple[torch.device, str], FakeStream] = {}
-        self._memory = {device: _DeviceMemory() for device in self.devices}
+        self._memory = {device: _DeviceMemory() for device in self.all_devices}
 
     # The trainer's side.
 
@@ -227,7 +227,7 @@ class FakeAccelerator:
         self, *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> torch.Tensor:
         """Memory of a device, with whatever lies there."""
-        device = device or self.devices[getattr(self._local, "device", 0)]
+        device = device or self.all_devices[getattr(self._local, "device", 0)]
         numel = 1
         for extent in shape:
             numel *= extent
@@ -243,7 +243,7 @@ class FakeAccelerator:
 
     def launch(self, work: Operation, device: torch.device | None = None) -> None:
         """What a training step does: it returns before the device has done anything."""
-        self.current_stream(device or self.devices[getattr(self._local, "device", 0)]).launch(work)
+        self.current_stream(device or self.all_devices[getattr(self._local, "device", 0)]).launch(work)
 
     def fill(self, tensor: torch.Tensor, value: float) -> None:
         """``tensor.fill_(value)`` on the current stream, later; the version counter moves now."""
@@ -324,10 +324,14 @@ class FakeAccelerator:
     def device_of(self, tensor: torch.Tensor) -> torch.device | None:
         return self.device_at(tensor.data_ptr())
 
+    def devices(self, tensors: Iterable[torch.Tensor]) -> set[torch.device]:
+        lie_on = set(map(self.device_of, tensors))
+        return {device for device in lie_on if device is not None}
+
     def resolve(self, device: torch.device | str) -> torch.device:
         wanted = torch.device(device)
         index: int | None = wanted.index
-        return self.devices[getattr(self._local, "device", 0)] if index is None else wanted
+        return self.all_devices[getattr(self._local, "device", 0)] if index is None else wanted
 
     def record(self, device: torch.device) -> FakeEvent:
         self.contexts.add(device)

@@ -26,7 +26,7 @@ async def test_copies_follow_the_event_of_the_capture(root: Path) -> None:
         saved = await engine.read()
     assert torch.equal(saved["w"], torch.ones(100_000))
     assert torch.equal(saved["h"], on_host)
-    assert fake.stream(fake.devices[0], "save").copies
+    assert fake.stream(fake.all_devices[0], "save").copies
 
 
 @pytest.mark.parametrize("pinned", [True, False])
