@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from .._geometry import contiguous_strides
 from . import cuda_runtime
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,11 @@ class Stream(Protocol):
         queued.
         """
 
-    def allocating(self) -> AbstractContextManager[None]:
-        """Memory of the device that is allocated inside may be written by this stream at once."""
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Memory of the device, which this stream may write at once: freed, it comes back to this stream.
+        Row-major without ``strides``. Raises what the device does if it has none left."""
 
     def record(self) -> Event:
         """Mark the present end of the queue."""
@@ -69,6 +73,9 @@ class Backend(Protocol):
 
     def resolve(self, device: torch.device | str) -> torch.device:
         """``device`` with an index: that of the caller's current one where none was given."""
+
+    def current_stream(self, device: torch.device) -> Stream:
+        """The stream that the caller queues on at present. Raises CaptureInProgressError."""
 
     def record(self, device: torch.device) -> Event:
         """Mark the present end of the caller's current stream of ``device``. Raises
@@ -99,11 +106,12 @@ class Backend(Protocol):
 
 
 class TorchStream:
-    """A side stream as torch has it."""
+    """A stream as torch has it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: Any = None) -> None:
+        """``stream``: one of torch's; None for a new one."""
         self._device = device
-        self._stream: Any = _module(device).Stream(device)
+        self._stream: Any = _module(device).Stream(device) if stream is None else stream
 
     def wait_event(self, event: Event) -> None:
         with _on(self._device):
@@ -113,10 +121,12 @@ class TorchStream:
         with _on(self._device), self._current():
             torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
 
-    @contextmanager
-    def allocating(self) -> Iterator[None]:
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        strides = contiguous_strides(shape) if strides is None else strides
         with _on(self._device), self._current():
-            yield
+            return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=self._device)
 
     def record(self) -> Event:
         with _on(self._device):
@@ -154,12 +164,15 @@ class TorchBackend:
             return torch.device(wanted.type, torch.accelerator.current_device_index())
         return wanted
 
-    def record(self, device: torch.device) -> Event:
+    def current_stream(self, device: torch.device) -> Stream:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise CaptureInProgressError(
                 "a CUDA graph is being captured on the current stream; save before or after the capture"
             )
-        return _recorded(device, _current_stream(device))
+        return TorchStream(device, _current_stream(device))
+
+    def record(self, device: torch.device) -> Event:
+        return self.current_stream(device).record()
 
     def current_wait(self, device: torch.device, event: Event) -> None:
         _current_stream(device).wait_event(event)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dcp_async._geometry import contiguous_strides
 from dcp_async.staging.device import CaptureInProgressError, Purpose
 
 KIND = "cuda"
@@ -145,10 +146,13 @@ class FakeStream:
                 self.launch(work)
                 self.record().synchronize()
 
-    @contextlib.contextmanager
-    def allocating(self) -> Iterator[None]:
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        made = Memory(0, dtype, tuple(shape), tuple(strides or contiguous_strides(shape)))
         with self.fake.on_stream(self):
-            yield
+            memory = self.fake.empty(made.nbytes, dtype=torch.uint8, device=self.device)
+        return memory.view(dtype).as_strided(made.shape, made.strides)
 
     def record(self) -> FakeEvent:
         event = FakeEvent(self.fake, self)
@@ -198,7 +202,10 @@ class FakeAccelerator:
 
     def current_stream(self, device: torch.device) -> FakeStream:
         current: dict[torch.device, FakeStream] = self._local.__dict__.setdefault("streams", {})
-        return current.get(device, self._default[device])
+        stream = current.get(device, self._default[device])
+        if stream.is_capturing:
+            raise CaptureInProgressError("a graph is being captured on the current stream")
+        return stream
 
     @contextlib.contextmanager
     def on_stream(self, stream: FakeStream) -> Iterator[None]:
@@ -335,11 +342,8 @@ class FakeAccelerator:
 
     def record(self, device: torch.device) -> FakeEvent:
         self.contexts.add(device)
-        stream = self.current_stream(device)
-        if stream.is_capturing:
-            raise CaptureInProgressError("a graph is being captured on the current stream")
         self.stir()
-        return stream.record()
+        return self.current_stream(device).record()
 
     def current_wait(self, device: torch.device, event: Any) -> None:
         self.current_stream(device).wait_event(event)
