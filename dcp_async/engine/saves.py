@@ -22,6 +22,7 @@ from ..coordination import RemoteError, RemoteFailure
 from ..errors import EngineStateError, SaveCancelled, SaveError
 from ..events import SaveCommitted, SaveFailed, SaveStarted
 from ..info import JSON, CheckpointInfo
+from ..planning import CompiledPlan
 from ..response import AsyncSaveResponse, Place, ResponseWriter
 from ..save import (
     Cancellation,
@@ -119,9 +120,9 @@ class Saves:
             place=place,
         )
         latest = runner.carryover.latest if self._life.setup.planning.cache else None
-        plan, known = latest if latest is not None else (None, None)
+        plan = latest[0] if latest is not None else None
         try:
-            prepared = self._capture(state, asked, writer, known)
+            prepared = self._capture(state, asked, writer, latest)
             # inside: interrupted behind it, nobody would know of the writer that optimizers wait for
             return SaveRequest(
                 writer=writer,
@@ -150,18 +151,19 @@ class Saves:
         state: Mapping[str, Any],
         asked: SaveArguments,
         writer: ResponseWriter,
-        known: KnownStructure | None,
+        latest: tuple[CompiledPlan, KnownStructure] | None,
     ) -> Prepared:
         """The state as it is now."""
         life, name = self._life, writer.response.checkpoint_id
         if not asked.replace and life.book.in_flight(name) is not None:
             raise FileExistsError(name)
+        plan, known = latest if latest is not None else (None, None)
         ranks, stager = life.resources.coordinator, life.setup.stager
         with ranks.activity.watched():
             captured = capture(
                 state, known, rank=ranks.rank, world_size=ranks.world_size, rules=self._leaf_rules
             )
-        prepared = stager.prepare(captured)
+        prepared = stager.prepare(captured, None if captured.is_new else plan)
         if stager.options.overlap:
             life.hooks.watch(captured.optimizers, writer.staging.future, lambda: prepared.captured.tensors)
         return prepared

@@ -1,8 +1,8 @@
 """The path of a tensor, as coroutines joined by bounded queues. With load's pipeline the only module that
 makes queues and starts tasks.
 
-    save   capture() -[SaveRequest]-> plan -[part]-> stage -[StagedPart]-> write -[WrittenPart]-> digest ->
-    commit
+    save   capture() -[SaveRequest]-> plan -> stage -[Run]-> arrive -[StagedPart]-> write -[WrittenPart]->
+    digest -> commit
 
 Data goes one way. Queues bound items, the stager's pool bounds bytes. A rank stages under the plan that it
 has while the ranks agree on whether that still holds; before they do, nothing is written and nobody told
@@ -26,7 +26,7 @@ from ..coordination import PhaseFailure, RemoteError, RemoteFailure
 from ..events import SaveProgress, SaveStaged
 from ..formats import block_digests
 from ..planning import CompiledPlan
-from ..staging import Lease, Prepared, StageJob, num_parts, parts_between
+from ..staging import Lease, Prepared, Run, StageJob, num_parts, parts_between
 from .commit import Commit, CommitOutcome, Written
 from .directory import SaveDirectory
 from .failures import in_phase
@@ -36,9 +36,9 @@ from .replica_comparison import ReplicaComparison
 from .request import SaveRequest
 from .services import Carryover, SaveServices
 
-_BATCH_PARTS = 8
-"""How many parts one copy fills at most: writing starts after the first batch, so it is a compromise between
-few calls and an early start."""
+_RUNS_AHEAD = 1
+"""How many runs are queued on devices, under a budget, beside the one that is waited for and the one that is
+being queued: a device never waits for us, and no more memory is taken than that needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class SavePipeline:
 
     async def _clean_up(self) -> None:
         if self._flow is not None:
-            self._flow.drop_staged()
+            await self._flow.drop_staged()
         self._comparison.close()
         await self._directory.close()
 
@@ -214,7 +214,10 @@ class _Flow:
         self._comparison = comparison
         self._on_staged = on_staged
         self._num_parts = num_parts(plan.layout.image_bytes, services.stager.pool.slot_bytes)
+        self._job = StageJob(plan=plan, prepared=self.share)
         self._leases: list[Lease] = []
+        self._in_flight: set[Run] = set()
+        """Runs into whose slots a device may still write."""
         self._begun = anyio.Event()
         """The plan holds, and the directory is leased: parts may be written."""
         self._calm = anyio.Event()
@@ -231,26 +234,34 @@ class _Flow:
         writers = self._services.io_concurrency
         # each staged part holds a slot, so these bounds are never felt: only the pool makes staging wait
         slots = pool.num_slots
-        parts: Pipe[int] = Pipe(_BATCH_PARTS)
+        # as far ahead as there is memory, but under a budget, which other saves want their share of
+        ahead = _RUNS_AHEAD if pool.has_budget else max(self._num_parts, 1)
+        runs: Pipe[Run] = Pipe(ahead)
         staged: Pipe[StagedPart] = Pipe(slots)
         written: Pipe[StagedPart] = Pipe(slots, producers=writers)
         async with anyio.create_task_group() as group:
             group.start_soon(self._begin, is_agreed, group.cancel_scope)
-            group.start_soon(self._emit, parts)
-            group.start_soon(self._stage, parts, staged)
+            group.start_soon(self._stage, runs)
+            group.start_soon(self._arrive, runs, staged)
             for _ in range(writers):  # one writer waits for the disk while another hands over
                 group.start_soon(self._write, staged, written)
             # one: it hashes faster than disks write, and a second would take a core from the trainer
             group.start_soon(self._digest, written)
         if not self._begun.is_set():
-            self.drop_staged()
+            with anyio.CancelScope(shield=True):
+                await self.drop_staged()
             return None
         return Written(plan=self._plan, digests=self._digests, replicas=self._replicas)
 
-    def drop_staged(self) -> None:
-        """Free the slots that are still leased."""
+    async def drop_staged(self) -> None:
+        """Free the slots that are still leased, once no device writes into them."""
+        pool, lost = self._services.stager.pool, set[int]()
+        in_flight, self._in_flight = self._in_flight, set()
+        if in_flight and not await self._services.stager.settle(self._job, patience=self._services.timeout):
+            lost = {id(run.lease) for run in in_flight}
         while self._leases:  # emptied, so that an error's frames do not keep the pool's memory
-            self._services.stager.pool.release_all(self._leases.pop())
+            lease = self._leases.pop()
+            pool.release_all(lease, lost=id(lease) in lost)
 
     async def _begin(
         self, is_agreed: Callable[[], Awaitable[bool]] | None, staging: anyio.CancelScope
@@ -268,17 +279,39 @@ class _Flow:
             await self._directory.open(self._plan.layout)
         self._begun.set()
 
-    async def _emit(self, parts: Pipe[int]) -> None:
-        for number in range(self._num_parts):
-            await parts.put(number)
-        await parts.close()
+    async def _stage(self, runs: Pipe[Run]) -> None:
+        """Copy runs of parts, or queue their copies on devices; the first thing a caller waits for, so
+        nothing else may compete with it for cores."""
+        stager = self._services.stager
+        first = 0
+        while first < self._num_parts:
+            if stager.pool.full:
+                # the copy has to wait for slots, so whoever frees them need not hold back any more
+                self._calm.set()
+            with in_phase("stage"):
+                queued = await stager.enqueue(
+                    self._job, first, self._num_parts - first, patience=self._services.timeout
+                )
+            # before any of them is handed on, which may be cancelled
+            self._leases += [run.lease for run in queued]
+            self._in_flight |= {run for run in queued if run.arrivals}
+            for run in queued:
+                await runs.put(run)
+                first += run.lease.count
+        await runs.close()
 
-    async def _stage(self, parts: Pipe[int], staged: Pipe[StagedPart]) -> None:
-        """Copy runs of parts; the first thing a caller waits for, so nothing else may compete with it for
-        cores."""
-        job = StageJob(plan=self._plan, prepared=self.share)
-        while batch := await parts.batch(_BATCH_PARTS):
-            await self._stage_run(job, batch[0], len(batch), staged)
+    async def _arrive(self, runs: Pipe[Run], staged: Pipe[StagedPart]) -> None:
+        """Hand on parts as their bytes have come."""
+        stager, pool = self._services.stager, self._services.stager.pool
+        async for run in runs:
+            with in_phase("stage"):
+                await stager.arrive(run, patience=self._services.timeout)
+            self._in_flight.discard(run)
+            spans = parts_between(run.first, run.lease.count, pool.slot_bytes, self._plan.layout.image_bytes)
+            for slot, (offset, nbytes) in enumerate(spans):
+                start = slot * pool.slot_bytes
+                memory = run.lease.memory(start, start + nbytes)
+                await staged.put(StagedPart(run.first + slot, offset, memory, run.lease, slot))
         await staged.close()
         # replicas are read last: the share that is written goes to the disk meanwhile
         with in_phase("stage"):
@@ -290,24 +323,6 @@ class _Flow:
         self._on_staged(self._plan.layout.image_bytes)
         # hashed when the caller has its state back: what was read lies in buffers of the check's own
         self._replicas = await self._comparison.digests()
-
-    async def _stage_run(self, job: StageJob, first: int, count: int, staged: Pipe[StagedPart]) -> None:
-        """Stage ``count`` parts from ``first`` on, in as few copies as the pool has consecutive slots for."""
-        stager = self._services.stager
-        pool = stager.pool
-        while count:
-            if pool.full:
-                # the copy has to wait for slots, so whoever frees them need not hold back any more
-                self._calm.set()
-            with in_phase("stage"):
-                lease = await stager.stage(job, first, count, patience=self._services.timeout)
-            self._leases.append(lease)
-            spans = parts_between(first, lease.count, pool.slot_bytes, self._plan.layout.image_bytes)
-            for slot, (offset, nbytes) in enumerate(spans):
-                start = slot * pool.slot_bytes
-                memory = lease.memory(start, start + nbytes)
-                await staged.put(StagedPart(first + slot, offset, memory, lease, slot))
-            first, count = first + lease.count, count - lease.count
 
     async def _write(self, staged: Pipe[StagedPart], written: Pipe[StagedPart]) -> None:
         """Hand parts to the storage as they are. Direct writes take hardly any CPU, so they need not wait for

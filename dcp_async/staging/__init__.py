@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from .buffer_pool import Lease
 from .device import Event
+from .job import Run, StageJob
 from .mutation_watch import MutatedTensors
 from .prepared import Prepared
 from .selection import Selection
 from .side_buffer import Piece, SideBuffer
-from .stager import StageJob, Stager, StagingOptions, num_parts, parts_between
+from .stager import Stager, StagingOptions, num_parts, parts_between
 
 __all__ = [
     "Event",
@@ -16,6 +17,7 @@ __all__ = [
     "MutatedTensors",
     "Piece",
     "Prepared",
+    "Run",
     "Selection",
     "SideBuffer",
     "StageJob",

@@ -202,6 +202,10 @@ class BufferPool:
             arena.taken[first : first + count] = bytes([1]) * count
             return Lease(arena, first, count, self.slot_bytes, set(range(count)))
 
+    def lease_now(self, wanted: int) -> Lease | None:
+        """As ``lease``, but None instead of a wait."""
+        return self._try_lease(wanted)
+
     async def lease(self, wanted: int) -> Lease:
         """Between 1 and ``wanted`` consecutive slots, as many as there are; waits while there are none.
 
@@ -245,10 +249,10 @@ class BufferPool:
             lease.arena.taken[lease.first + index] = 2 if lost else 0
         self._wake()
 
-    def release_all(self, lease: Lease) -> None:
-        """Give back whatever of ``lease`` is still out."""
+    def release_all(self, lease: Lease, *, lost: bool = False) -> None:
+        """Give back whatever of ``lease`` is still out; ``lost`` as for ``release``."""
         for index in list(lease.held):
-            self.release(lease, index)
+            self.release(lease, index, lost=lost)
 
     def close(self) -> None:
         """Let go of the arena; leases that are out stay valid until they are dropped."""

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..state import Captured, versions_of
-from .byte_sample import places_to_sample
 from .device import Event
 from .mutation_watch import MutatedTensors, MutationWatch
+from .packing import Located, Snapshot
 from .selection import Selection
-
-ASIDE_BYTES = 8 << 20
-"""How much is copied aside at most."""
-_ASIDE_TENSOR_BYTES = 64 * 1024
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,6 +29,10 @@ class Prepared:
     """Per accelerator, the moment of capture."""
     watch: MutationWatch | None
     """None while the trainer waits for staging: then nothing changes."""
+    located: Located = ()
+    """Where the tensors of the structure lie."""
+    snapshots: dict[torch.device, Snapshot] = field(default_factory=dict)
+    """What the small tensors of a device were copied to; shared with what a rank writes of it."""
     indices: Sequence[int] | None = None
     """Where the tensors of a share stand in the structure; None if they are all of it."""
 
@@ -43,13 +43,16 @@ class Prepared:
         if captured is self.captured:
             return self
         watch = self.watch.share(tensors) if self.watch is not None else None
-        return Prepared(captured=captured, events=self.events, watch=watch, indices=tensors)
+        return dataclasses.replace(self, captured=captured, watch=watch, indices=tensors)
 
     def release(self) -> None:
         """Drop every reference to the trainer's tensors."""
         self.captured.release()
         # its layers are the trainer's tensors, too
         self.watch = None
+        while self.snapshots:
+            _, snapshot = self.snapshots.popitem()
+            snapshot.release()
 
     def displaced(self, selection: Selection) -> set[int]:
         """Those that have other memory than was captured, or none."""
@@ -90,34 +93,3 @@ class Prepared:
 
     def _shape(self, index: int) -> torch.Size:
         return self.captured.structure.shapes[self._in_structure(index)]
-
-
-def copy_aside(captured: Captured) -> tuple[Captured, list[int]]:
-    """``captured`` with its small tensors replaced by copies, smallest first, and which these are.
-
-    A forward changes small ones (BatchNorm's counters), and they are cheap. To be called before the events
-    are recorded, so that copies on a device come first.
-    """
-    smallest = captured.known.cache.smallest(captured.tensors, _ASIDE_TENSOR_BYTES, ASIDE_BYTES)
-    tensors = captured.tensors.copy()
-    with torch.no_grad():  # a copy of a Parameter would record autograd
-        copies = list(map(torch.Tensor.clone, [tensors[index] for index in smallest]))
-    for index, copy in zip(smallest, copies, strict=True):
-        tensors[index] = copy
-    pointers = captured.pointers
-    if pointers is not None:
-        # the list is the capture cache's, which compares the next state's addresses with it
-        pointers = pointers.copy()
-        for index, pointer in zip(smallest, map(torch.Tensor.data_ptr, copies), strict=True):
-            pointers[index] = pointer
-    return dataclasses.replace(captured, tensors=tensors, pointers=pointers), smallest
-
-
-def watched(captured: Captured) -> tuple[Captured, MutationWatch]:
-    """``captured`` as a trainer that goes on may leave it: small tensors are copied, the others watched."""
-    copied, aside = copy_aside(captured)
-    cache = captured.known.cache
-    if cache.places is None:  # once, as all tensors of one structure have the same sizes
-        row_major = [strides is None for strides in captured.structure.strides]
-        cache.places = places_to_sample([tensor.nbytes for tensor in copied.tensors], row_major, aside)
-    return copied, MutationWatch.begin(copied, aside, cache.places)

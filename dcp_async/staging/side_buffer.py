@@ -59,7 +59,9 @@ class SideBuffer:
 
     def fill(self, prepared: Prepared, stager: Stager) -> None:
         """Read all pieces. Raises: MutatedTensors, for memory that is not there any more."""
-        vectored = stager.has_vectored_copy and prepared.captured.pointers is not None and not prepared.events
+        vectored = (
+            stager.copier.has_vectored_copy and prepared.captured.pointers is not None and not prepared.events
+        )
         # divided once, and anew only after the kernel has stopped copying for us
         if self._rest is None or (self._vectored is not None and not vectored):
             self._divide(vectored=vectored)
@@ -69,7 +71,7 @@ class SideBuffer:
             # memory that is gone concerns this state alone, a call that is forbidden every later save
             small = Selection(self.pieces[number][0] for number in self._small)
             prepared.refuse(prepared.displaced(small))
-            stager.give_up_vectored_copy(error)
+            stager.copier.give_up_vectored_copy(error)
             self._divide(vectored=False)
         self._copy_rest(prepared, stager)
 
@@ -123,7 +125,7 @@ class SideBuffer:
                 for target, source in self._boxes(prepared.captured.tensors, number):
                     targets.append(target)
                     sources.append(source)
-            stager.copy_tensors(prepared.events, targets, sources)
+            stager.copier.copy_tensors(prepared.events, targets, sources)
         except (RuntimeError, IndexError):
             # a tensor that was resized meanwhile fails in torch's words: say which one was changed
             prepared.refuse(prepared.changed(rest) | prepared.reshaped(rest))

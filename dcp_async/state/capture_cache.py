@@ -224,6 +224,8 @@ class CaptureCache:
     def __init__(self) -> None:
         self.devices: set[torch.device] | None = None
         """The accelerators on which tensors lie that are built so; None before somebody has looked."""
+        self.located: list[torch.device | None] = []
+        """Which of ``devices`` each tensor lies on, None for host memory; empty if there are none."""
         self.places: list[tuple[int, int, int]] | None = None
         """Where tensors that are built so are sampled; None before somebody has looked."""
         self.in_bounds: list[int] | None = None

@@ -244,7 +244,7 @@ class EngineAgent(Agent):
         def tell(*_: object) -> None:  # on the engine's loop
             loop.call_soon_threadsafe(copied.set)
 
-        _after(stager, "stage", tell)
+        _after(stager, "enqueue", tell)
 
     async def until_copied(self) -> None:
         """Until a part has been staged."""
@@ -395,7 +395,7 @@ class EngineAgent(Agent):
         elif point == "restore":
             self._trap.act_on_load = act
         elif point == "stage":
-            _before(life.setup.stager, "stage", lambda *_: act())
+            _before(life.setup.stager, "enqueue", lambda *_: act())
         elif point in ("verdict", "plan", "place", "commit", "ready", "done"):
             _before(
                 life.resources.coordinator,
@@ -434,7 +434,7 @@ class EngineAgent(Agent):
         elif point.startswith("after "):
             del self._checkpoints["main"]._life.resources.coordinator.exchange
         else:
-            del self._checkpoints["main"]._life.setup.stager.stage
+            del self._checkpoints["main"]._life.setup.stager.enqueue
 
     # Hosts.
 

@@ -83,9 +83,9 @@ class Copying(Stager):
         super().__init__()
         self._disk = disk
 
-    async def stage(self, *args: Any, **kwargs: Any) -> Any:
+    async def enqueue(self, *args: Any, **kwargs: Any) -> Any:
         with self._disk.at_work():
-            return await super().stage(*args, **kwargs)
+            return await super().enqueue(*args, **kwargs)
 
 
 class Disk:

@@ -34,6 +34,6 @@ async def test_freed_memory_does_not_end_the_gathering_of_small_tensors(
                 tensors[at].data = torch.ones(EACH, dtype=torch.uint8)
         with pytest.raises(StateMutatedError):
             await response.upload_completion
-        assert stager.has_vectored_copy
+        assert stager.copier.has_vectored_copy
         await (await engine.save({"m": dict(enumerate(tensors))}, step=2)).upload_completion
-        assert stager.has_vectored_copy
+        assert stager.copier.has_vectored_copy

@@ -87,13 +87,13 @@ async def test_what_was_changed_meanwhile_is_no_difference_between_ranks(
     if change is cut and name != "strided" and vectored:
         pytest.skip("the memory that was captured is still there, and read")
     captured = capture(state, None)
-    stager.has_vectored_copy = vectored and sys.platform == "linux"
+    stager.copier.has_vectored_copy = vectored and sys.platform == "linux"
     prepared = stager.prepare(captured)
     change(state[name])
     # all blocks, so that the tensor is among what this turn reads
     with pytest.raises(MutatedTensors, match=name):
         ReplicaCheck("check", stager).take(plan_of(captured, blocks=1000), prepared, turn)
-    assert stager.has_vectored_copy == (vectored and sys.platform == "linux")
+    assert stager.copier.has_vectored_copy == (vectored and sys.platform == "linux")
 
 
 async def test_what_was_copied_aside_may_change(stager: Stager) -> None:

@@ -139,12 +139,12 @@ ROWS_WRITES: dict[str, Change] = {
 
 @pytest.mark.parametrize("kind", ROWS_WRITES)
 def test_a_wrapper_with_dcps_hooks_is_watched(kind: str) -> None:
-    from dcp_async.staging.prepared import watched
+    from dcp_async.staging.aside import watched
     from dcp_async.state.capture import capture
 
     rows = Rows(torch.zeros(ROWS, ROWS))
     captured = capture({"w": rows, "other": torch.zeros(ROWS, ROWS)}, None)
-    captured, watch = watched(captured)
+    captured, watch = watched(captured, [], {}, {})
     index = captured.structure.tensor_names.index("w")
     assert watch.wrappers_changed(range(2)) == set()
     with torch.no_grad():
