@@ -2,88 +2,19 @@
 
 Enters: requests for consecutive slots. Leaves: leases. Invariant: bytes in flight never exceed the budget,
 and a slot is given out again only after whoever leased it has released it; one that a hanging thread may
-still touch is never given out again. The arena is shared memory, or else MADV_DONTFORK: direct I/O on private
-memory that a concurrent fork() marks for copying may corrupt it (open(2)).
+still touch is never given out again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import mmap
-import os
-import sys
 import threading
 from collections import deque
 from dataclasses import dataclass, field
 
-import torch
-
 from .._concurrency import settle
 from ..errors import StorageError
-
-
-class Arena:
-    """A mapping of ``num_slots`` slots. Owns the memory; it goes when the last view of it goes."""
-
-    def __init__(self, num_slots: int, slot_bytes: int) -> None:
-        nbytes = num_slots * slot_bytes
-        try:
-            self._mapping = self._map(nbytes)
-        except (OSError, MemoryError) as error:
-            raise StorageError(
-                f"cannot reserve {nbytes} bytes of memory for staging: {error}; "
-                "lower StagingOptions(budget_bytes=...)",
-                verb="stage",
-                path="",
-            ) from error
-        self.memory = memoryview(self._mapping)
-        self.tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
-        self.taken = bytearray(num_slots)
-        """Per slot: 0 free, 1 leased, 2 lost to a thread that hangs."""
-        self.resident: list[object] = [None] * num_slots
-        """Per slot: whose constant bytes it holds, if any."""
-        self._typed: dict[torch.dtype, torch.Tensor] = {}
-
-    @staticmethod
-    def _map(nbytes: int) -> mmap.mmap:
-        if sys.platform != "linux":
-            return mmap.mmap(-1, nbytes)
-        # /dev/zero gives anonymous memory that /proc/self/maps can tell from the trainer's; its first touch
-        # costs less than that of shared memory
-        fd = os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE)
-        finally:
-            os.close(fd)
-        mapping.madvise(mmap.MADV_DONTFORK)
-        # no MADV_HUGEPAGE: where a host backs memory late, the first save took three times as long (ADR 0011)
-        return mapping
-
-    @property
-    def idle(self) -> bool:
-        return not any(state == 1 for state in self.taken)
-
-    def typed(self, dtype: torch.dtype) -> torch.Tensor:
-        """The whole arena as a flat tensor of ``dtype``."""
-        if dtype not in self._typed:
-            self._typed[dtype] = self.tensor.view(dtype)
-        return self._typed[dtype]
-
-    def free_run(self, wanted: int) -> tuple[int, int]:
-        """(first slot, length) of the first run of ``wanted`` free slots, or of the longest there is."""
-        # consecutive slots are filled by one copy, so a long run is worth the search
-        best = (0, 0)
-        first = self.taken.find(0)
-        while first >= 0:
-            end = first
-            while end < len(self.taken) and not self.taken[end] and end - first < wanted:
-                end += 1
-            if end - first > best[1]:
-                best = (first, end - first)
-            if best[1] == wanted:
-                break
-            first = self.taken.find(0, end)
-        return best
+from .arena import Arena
 
 
 @dataclass(slots=True, eq=False)
@@ -247,6 +178,8 @@ class BufferPool:
                 return
             lease.held.discard(index)
             lease.arena.taken[lease.first + index] = 2 if lost else 0
+            if lost:
+                lease.arena.keep()
         self._wake()
 
     def release_all(self, lease: Lease, *, lost: bool = False) -> None:

@@ -18,10 +18,12 @@ import torch
 from .._concurrency import BlockingThreads
 from .._geometry import flat_slices
 from ..state import Captured
-from .buffer_pool import Arena, Lease
+from .bounce import Bounce
+from .buffer_pool import Lease
 from .device import Backend, Event, Stream
 from .job import Run, StageJob
 from .packing import Packs
+from .pinning import Pinner
 from .prepared import Prepared
 from .vectored_copy import RefusedError
 from .views import BatchViews, DeviceViews, Placement, ViewCache
@@ -40,10 +42,20 @@ class UnsettledError(Exception):
 class Copier:
     """Owns what is made once for the copies of a plan: views and packs."""
 
-    def __init__(self, backend: Backend, *, keeps_views: bool, overlaps: bool, pins: bool) -> None:
-        """``overlaps``: whether the trainer goes on meanwhile. ``pins``: whether what devices copy to is
-        pinned."""
+    def __init__(
+        self,
+        backend: Backend,
+        pinner: Pinner | None,
+        bounce: Bounce,
+        *,
+        keeps_views: bool,
+        overlaps: bool,
+    ) -> None:
+        """``pinner``: what pins the memory that devices copy to; None where it is not to be pinned.
+        ``overlaps``: whether the trainer goes on meanwhile."""
         self._backend = backend
+        self._pinner = pinner
+        self._bounce = bounce
         self._overlaps = overlaps
         self._views = ViewCache(keeps=keeps_views)
         self.packs = Packs()
@@ -51,14 +63,9 @@ class Copier:
         """Takes half of the small tensors, while the trainer waits."""
         self.has_vectored_copy = True
         """Whether the kernel copies small tensors for us."""
-        self._pins = pins
-        self._pinned: tuple[Arena, torch.device] | None = None
 
     def clear(self) -> None:
         """Let memory go."""
-        if self._pinned is not None:
-            self._backend.unpin(self._pinned[1], self._pinned[0].tensor.data_ptr())
-            self._pinned = None
         self._views.clear()
         self.packs.clear()
 
@@ -73,7 +80,9 @@ class Copier:
         try:
             self._pack(job, streams)
             for lease in leases:
-                self._pin(lease.arena, streams)
+                if self._pinner is not None and streams:
+                    # in each copy, since a pool that grew has another arena
+                    self._pinner.want(lease.arena, min(streams, key=str))
                 runs.append(self._copy(job, first, lease, streams))
                 first += lease.count
         except BaseException as error:
@@ -99,8 +108,8 @@ class Copier:
             for device, pairs in self._sorted(events, targets, sources).items():
                 if device is None:
                     torch._foreach_copy_(*pairs)
-                else:
-                    streams[device].copy(*pairs)
+                else:  # into memory that is not the pool's, so it is not pinned
+                    self._bounce.copy_to_host(streams[device], *pairs)
         finally:
             for stream in streams.values():
                 stream.synchronize()
@@ -132,13 +141,18 @@ class Copier:
             streams[device].wait_event(event)
         return streams
 
-    def _pin(self, arena: Arena, devices: Iterable[torch.device]) -> None:
-        for device in devices:
-            if self._pins and (self._pinned is None or self._pinned[0] is not arena):
-                if self._pinned is not None:
-                    self._backend.unpin(self._pinned[1], self._pinned[0].tensor.data_ptr())
-                self._backend.pin(device, arena.tensor.data_ptr(), arena.tensor.nbytes)
-                self._pinned = arena, device
+    def _to_host(
+        self,
+        stream: Stream,
+        lease: Lease,
+        targets: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+    ) -> None:
+        start = lease.offset
+        if lease.arena.is_pinned(start, start + lease.count * lease.slot_bytes):
+            stream.copy(targets, sources)
+        else:
+            self._bounce.copy_to_host(stream, targets, sources)
 
     def _drain(self, streams: Iterable[Stream], cause: BaseException | None) -> None:
         for stream in streams:
@@ -184,7 +198,7 @@ class Copier:
             targets += cut[device][0]
             sources += cut[device][1]
             if sources:
-                streams[device].copy(targets, sources)
+                self._to_host(streams[device], lease, targets, sources)
                 run.arrivals.append(streams[device].record())
         run.views = self._copy_small(run, stop)
         targets, sources = cut[None]

@@ -21,12 +21,14 @@ from ..formats import BLOCK_BYTES
 from ..planning import CompiledPlan
 from ..state import Captured, meta_error
 from .aside import ASIDE_BYTES, take_snapshots, watched
+from .bounce import Bounce
 from .buffer_pool import BufferPool
 from .copier import Copier, UnsettledError
 from .device import Backend, TorchBackend
 from .job import Run, StageJob
 from .mutation_watch import MutationWatch
 from .packing import Snapshot
+from .pinning import Pinner
 from .prepared import Prepared
 
 logger = logging.getLogger(__name__)
@@ -85,11 +87,14 @@ class Stager:
         self.backend: Backend = backend or TorchBackend()
         self.pool = BufferPool(slot_bytes=options.part_bytes, budget_bytes=options.pool_bytes)
         self._threads: BlockingThreads | None = None
+        self.pinner = Pinner(self.backend, insists=options.pinned is True)
+        self.bounce = Bounce(self.backend)
         self.copier = Copier(
             self.backend,
+            None if options.pinned is False else self.pinner,
+            self.bounce,
             keeps_views=options.budget_bytes is None,
             overlaps=options.overlap,
-            pins=options.pinned is not False,
         )
 
     def __repr__(self) -> str:
@@ -112,6 +117,9 @@ class Stager:
         if self.copier.helper is not None:
             self.copier.helper.shutdown()
             self.copier.helper = None
+        # behind the threads, since no copy may run, and before the pool lets its pages go
+        self.pinner.close()
+        self.bounce.close()
         self.copier.clear()
         self.pool.close()
 
@@ -121,6 +129,7 @@ class Stager:
             self._threads.abandon()
         if self.copier.helper is not None:
             self.copier.helper.abandon()
+        self.pinner.abandon()
 
     async def __aenter__(self) -> Self:
         return await self.open()

@@ -15,7 +15,8 @@ import torch
 
 from .._geometry import contiguous_strides
 from ..planning import CompiledPlan
-from .buffer_pool import Arena, Lease
+from .arena import Arena
+from .buffer_pool import Lease
 from .packing import Located, Pack, Stretch
 from .selection import Selection
 from .vectored_copy import VectoredCopy

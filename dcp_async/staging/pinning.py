@@ -1,0 +1,193 @@
+"""Registering the pool's memory with a device, early and beside everything else.
+
+Enters: arenas that a state with device tensors is staged in. Leaves: arenas whose slots are pinned chunk by
+chunk, or a refusal, remembered. Invariant: one thread makes all calls, so that CUDA's last error, its current
+device and its capture mode are nobody else's; what it registered it unregisters, in order, before memory is
+unmapped, and never under a copy.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import logging
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from .._concurrency import BlockingThreads
+from .arena import Arena, Ranges, touch
+from .device import Backend
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 1 << 30
+"""What one call registers: the first slots are usable before the last ones, and drivers refuse single calls
+of 512 GiB."""
+
+_Order = Callable[[], None]
+"""What the thread is to do next; None ends it."""
+
+
+class Pinner:
+    """Registers arenas. Owns the thread, and what it registered."""
+
+    def __init__(self, backend: Backend, *, chunk_bytes: int = _CHUNK_BYTES, insists: bool = False) -> None:
+        """``insists``: whether a refusal is worth a warning."""
+        self._backend = backend
+        self._chunk_bytes = chunk_bytes
+        self._level = logging.WARNING if insists else logging.INFO
+        # its put() may be called by the collector, in the middle of anything
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._threads: BlockingThreads | None = None
+        self._lock = threading.Lock()
+        self._wanted: weakref.WeakKeyDictionary[Arena, concurrent.futures.Future[bool]]
+        self._wanted = weakref.WeakKeyDictionary()
+        self._is_closing = False
+        self._has_told = False
+
+    def __repr__(self) -> str:
+        return f"<Pinner of {len(self._wanted)} arenas>"
+
+    def want(self, arena: Arena, device: torch.device) -> concurrent.futures.Future[bool]:
+        """Begin to register ``arena`` for copies from and to ``device``, unless that was asked before.
+
+        Never waits. The future tells when it was done whole, or (False) refused; an arena that was refused is
+        not tried again.
+        """
+        with self._lock:
+            if (known := self._wanted.get(arena)) is not None:
+                return known
+            done = self._wanted[arena] = _running()
+            if self._is_closing or not self._backend.can_pin(device):
+                done.set_result(False)
+                return done
+            if self._threads is None:
+                self._threads = BlockingThreads("dcp_async-pin", 1)
+                self._threads.submit(_serve, self._orders)
+        self._orders.put(_Pinning(self, weakref.ref(arena), device, done))
+        return done
+
+    def abandon(self) -> None:
+        """Stop waiting for a call that hangs."""
+        if self._threads is not None:
+            self._threads.abandon()
+
+    def close(self) -> None:
+        """Unregister what no copy can touch any more, and end the thread. Whoever copies has ended."""
+        with self._lock:
+            self._is_closing = True
+            threads, self._threads = self._threads, None
+        if threads is not None:
+            # by the thread: it may be about to register a chunk
+            self._orders.put(self._unpin_all)
+            threads.shutdown()
+
+    def _unpin_all(self) -> None:
+        for arena in list(self._wanted):
+            arena.unpin()  # an order as well
+        self._orders.put(None)
+
+    def register(self, arena: Arena, device: torch.device, start: int) -> int:
+        """Register the chunk that begins at ``start``, in the thread; gives where it ends, or ``start`` where
+        that is refused."""
+        if self._is_closing:
+            return start
+        step = max(self._chunk_bytes // arena.slot_bytes, 1) * arena.slot_bytes
+        stop = min(start + step, arena.nbytes)
+        touch(arena, start, stop)
+        if not self._backend.pin(device, arena.tensor.data_ptr() + start, stop - start):
+            self._tell(arena.nbytes - start)
+            return start
+        arena.pinned(start, stop, _Unpinning(self._backend, device, self._orders))
+        return stop
+
+    def _tell(self, nbytes: int) -> None:
+        if self._has_told:
+            return
+        self._has_told = True
+        logger.log(
+            self._level,
+            "the system refuses to pin %d MiB of the staging pool; they are copied through a pinned buffer "
+            "instead, which takes longer and a core: raise the limit of locked memory (ulimit -l, or "
+            "memlock in a container), or leave more memory free",
+            nbytes >> 20,
+        )
+
+
+class _Pinning:
+    """Registers an arena chunk by chunk for as long as anybody else refers to it, and to the pinner."""
+
+    def __init__(
+        self,
+        pinner: Pinner,
+        arena: weakref.ref[Arena],
+        device: torch.device,
+        done: concurrent.futures.Future[bool],
+    ) -> None:
+        self._pinner = weakref.ref(pinner)
+        self._arena = arena
+        self._device = device
+        self._done = done
+
+    def __call__(self) -> None:
+        start, is_whole = 0, False
+        try:
+            while (stop := self._next(start)) is not None and stop > start:
+                start = stop
+            is_whole = stop is None
+        finally:
+            self._done.set_result(is_whole)
+
+    def _next(self, start: int) -> int | None:
+        """Where the chunk at ``start`` ends, None behind the last one."""
+        # a function of its own: between two chunks no local keeps the arena, which may be let go of
+        arena, pinner = self._arena(), self._pinner()
+        if arena is None or pinner is None:
+            return start
+        if start == arena.nbytes:
+            return None
+        return pinner.register(arena, self._device, start)
+
+
+class _Unpinning:
+    """What an arena calls when it goes."""
+
+    def __init__(
+        self, backend: Backend, device: torch.device, orders: queue.SimpleQueue[_Order | None]
+    ) -> None:
+        self._backend = backend
+        self._device = device
+        self._orders = orders
+
+    def __call__(self, address: int, ranges: Ranges, memory: object) -> None:
+        # not here: the caller may be the collector, in a thread that captures a graph or sits on another
+        # device
+        self._orders.put(functools.partial(self._unpin, address, ranges, memory))
+
+    def _unpin(self, address: int, ranges: Ranges, memory: object) -> None:
+        """``memory`` stays mapped until this has returned."""
+        for start, _ in ranges:
+            self._backend.unpin(self._device, address + start)
+        ranges.clear()
+
+
+def _serve(orders: queue.SimpleQueue[_Order | None]) -> None:
+    """The thread. It refers to neither pinner nor arena while it waits."""
+    while (order := orders.get()) is not None:
+        try:
+            order()
+        except Exception:
+            # whatever the device says: there is memory to unregister still
+            logger.exception("the staging pool could not be pinned")
+        del order
+
+
+def _running() -> concurrent.futures.Future[bool]:
+    """A future that no waiter can cancel."""
+    future: concurrent.futures.Future[bool] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+    return future
