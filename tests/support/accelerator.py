@@ -2,8 +2,8 @@
 
 Enters: the package's calls (it is a ``Backend``) and a test's, which plays the trainer. Leaves: tensors whose
 bytes change only when their device gets to it. Several devices; streams as queues that run as late as they
-may, or at random; a caching allocator that gives freed memory out again at once on the stream that it
-belongs to; a table of pinned memory. A queued operation knows addresses, not tensors, as a real one does.
+may, the trainer's or the package's first, or at random; a caching allocator (device_memory.py); a table of
+pinned memory. What no device may meet, as a copy into memory that was unpinned, is kept in ``violations``.
 """
 
 from __future__ import annotations
@@ -13,155 +13,29 @@ import ctypes
 import random
 import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 
-from dcp_async._geometry import contiguous_strides
 from dcp_async.staging.device import CaptureInProgressError, Purpose
+from tests.support.device_memory import DeviceMemory, Memory
+from tests.support.device_queue import (
+    DeviceError,
+    FakeEvent,
+    FakeStream,
+    Operation,
+    Wait,
+    is_waiting,
+    touched,
+    void,
+)
 
 KIND = "cuda"
 """What the fake's devices call themselves."""
-_ARENA_BYTES = 1 << 28
-_ALIGN = 512
 
-
-class DeviceError(RuntimeError):
-    """What a device that fails says, at the next synchronisation."""
-
-
-@dataclass(eq=False)
-class FakeEvent:
-    """A point in a fake stream."""
-
-    fake: FakeAccelerator
-    stream: FakeStream | None = None
-    done: bool = False
-
-    def synchronize(self) -> None:
-        self.fake.run_until(self)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """A strided range of bytes by address: what a queued operation knows of a tensor."""
-
-    address: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Memory:
-        return cls(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
-
-    @property
-    def nbytes(self) -> int:
-        """From the first byte to the last."""
-        if 0 in self.shape:
-            return 0
-        last = sum((extent - 1) * step for extent, step in zip(self.shape, self.strides, strict=True))
-        return (last + 1) * self.dtype.itemsize
-
-    def tensor(self) -> torch.Tensor:
-        """A tensor over these bytes, whoever owns them by now."""
-        if not self.nbytes:
-            return torch.empty(self.shape, dtype=self.dtype)
-        memory = (ctypes.c_char * self.nbytes).from_address(self.address)
-        return torch.frombuffer(memory, dtype=self.dtype).as_strided(self.shape, self.strides)
-
-
-Operation = Callable[[], None]
-
-
-@dataclass(eq=False)
-class FakeStream:
-    """A queue of one device. Its head runs when the device gets to it, not when it is put there."""
-
-    fake: FakeAccelerator
-    device: torch.device
-    name: str
-    queue: deque[Operation | FakeEvent | tuple[str, FakeEvent]] = field(default_factory=deque)
-    is_capturing: bool = False
-    broken: bool = False
-    fail_copy_after: int | None = None
-    """The next batch raises after so many of its pairs were queued."""
-    copies: list[int] = field(default_factory=list)
-    """How many pairs each batch had."""
-
-    def wait_event(self, event: Any) -> None:
-        assert isinstance(event, FakeEvent)
-        with self.fake.lock:
-            self.queue.append(("wait", event))
-
-    def launch(self, work: Operation) -> None:
-        """Queue a kernel."""
-        with self.fake.lock:
-            self.queue.append(work)
-
-    def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        assert len(targets) == len(sources) > 0
-        self.fake.contexts.add(self.device)
-        self.copies.append(len(targets))
-        limit, self.fail_copy_after = self.fail_copy_after, None
-        for number, (target, source) in enumerate(zip(targets, sources, strict=True)):
-            if number == limit:
-                raise DeviceError("out of memory")
-            assert target.shape == source.shape, (target.shape, source.shape)
-            assert self.fake.device_of(target) in (None, self.device)
-            assert self.fake.device_of(source) in (None, self.device)
-            assert {self.fake.device_of(target), self.fake.device_of(source)} != {None}, (
-                "nothing of it is on a device"
-            )
-            to, out = Memory.of(target), Memory.of(source)
-            is_neg, is_conj = source.is_neg(), source.is_conj()
-
-            def work(
-                to: Memory = to, out: Memory = out, is_neg: bool = is_neg, is_conj: bool = is_conj
-            ) -> None:
-                value = out.tensor()
-                value = value.conj() if is_conj else value
-                to.tensor().copy_(-value if is_neg else value)
-
-            hosts = [
-                memory
-                for memory in (to, out)
-                if self.fake.device_at(memory.address) is None and memory.nbytes
-            ]
-            if all(map(self.fake.is_pinned, hosts)):
-                for memory in hosts:
-                    self.fake.in_flight.append(memory)
-
-                def checked(work: Operation = work, hosts: list[Memory] = hosts) -> None:
-                    for memory in hosts:
-                        self.fake.in_flight.remove(memory)
-                        assert self.fake.is_pinned(memory), "memory was unpinned under a copy"
-                    work()
-
-                self.launch(checked)
-            else:  # through pageable memory: the call returns when the bytes are there
-                self.launch(work)
-                self.record().synchronize()
-
-    def empty(
-        self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        made = Memory(0, dtype, tuple(shape), tuple(strides or contiguous_strides(shape)))
-        with self.fake.on_stream(self):
-            memory = self.fake.empty(made.nbytes, dtype=torch.uint8, device=self.device)
-        return memory.view(dtype).as_strided(made.shape, made.strides)
-
-    def record(self) -> FakeEvent:
-        event = FakeEvent(self.fake, self)
-        with self.fake.lock:
-            self.queue.append(event)
-        return event
-
-    def synchronize(self) -> None:
-        self.record().synchronize()
+Order = Literal["late", "trainer first", "package first"]
+"""Who runs ahead: nobody until waited for, or all of one side's streams at each call."""
 
 
 class FakeAccelerator:
@@ -169,11 +43,11 @@ class FakeAccelerator:
 
     Args:
         num_devices: how many.
-        seed: None: each stream runs as late as it may. Else: streams also run at random whenever the CPU
-            calls.
+        seed: streams run at random whenever the CPU calls, each seed in another order.
+        order: who runs ahead, where there is no seed.
     """
 
-    def __init__(self, num_devices: int = 1, *, seed: int | None = None) -> None:
+    def __init__(self, num_devices: int = 1, *, seed: int | None = None, order: Order = "late") -> None:
         self.lock = threading.RLock()
         self.all_devices = [torch.device(KIND, index) for index in range(num_devices)]
         self.contexts: set[torch.device] = set()
@@ -183,14 +57,15 @@ class FakeAccelerator:
         self.pin_calls: list[tuple[torch.device, int, int]] = []
         self.refuses_pins = False
         self.has_pinned_buffers = True
-        self.in_flight: list[Memory] = []
-        """Host memory that a queued copy will touch."""
+        self.violations: list[str] = []
+        """What no real device may meet; a test of many steps ends with a look at it."""
         self.streams: list[FakeStream] = []
         self._random = random.Random(seed) if seed is not None else None
+        self._order = order
         self._local = threading.local()
         self._default = {device: self.new_stream(device, "default") for device in self.all_devices}
         self._own: dict[tuple[torch.device, str], FakeStream] = {}
-        self._memory = {device: _DeviceMemory() for device in self.all_devices}
+        self._memory = {device: DeviceMemory() for device in self.all_devices}
 
     # The trainer's side.
 
@@ -201,14 +76,18 @@ class FakeAccelerator:
         return stream
 
     def current_stream(self, device: torch.device) -> FakeStream:
-        current: dict[torch.device, FakeStream] = self._local.__dict__.setdefault("streams", {})
-        stream = current.get(device, self._default[device])
+        stream = self._current_stream(device)
         if stream.is_capturing:
             raise CaptureInProgressError("a graph is being captured on the current stream")
         return stream
 
+    def _current_stream(self, device: torch.device) -> FakeStream:
+        current: dict[torch.device, FakeStream] = self._local.__dict__.setdefault("streams", {})
+        return current.get(device, self._default[device])
+
     @contextlib.contextmanager
     def on_stream(self, stream: FakeStream) -> Iterator[None]:
+        """With ``stream`` as the thread's current one of its device."""
         current: dict[torch.device, FakeStream] = self._local.__dict__.setdefault("streams", {})
         before = current.get(stream.device)
         current[stream.device] = stream
@@ -234,23 +113,26 @@ class FakeAccelerator:
         self, *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> torch.Tensor:
         """Memory of a device, with whatever lies there."""
-        device = device or self.all_devices[getattr(self._local, "device", 0)]
-        numel = 1
-        for extent in shape:
-            numel *= extent
-        stream = self.current_stream(device)
+        device = device or self._current_device()
+        return self.allocate(Memory.row_major(shape, dtype), self._current_stream(device))
+
+    def allocate(self, like: Memory, stream: FakeStream) -> torch.Tensor:
+        """Memory that belongs to ``stream``."""
+        self.contexts.add(stream.device)
         with self.lock:
-            return self._memory[device].allocate(numel * dtype.itemsize, stream).view(dtype).view(shape)
+            return self._memory[stream.device].allocate(like, id(stream))
 
     def tensor(self, value: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-        """``value`` on a device, there already; strides kept where they are row-major."""
+        """``value`` on a device, row-major, there already."""
         made = self.empty(*value.shape, dtype=value.dtype, device=device)
+        # what was queued on its stream may still write what lay here before
+        self._current_stream(device or self._current_device()).synchronize()
         Memory.of(made).tensor().copy_(value)
         return made
 
     def launch(self, work: Operation, device: torch.device | None = None) -> None:
         """What a training step does: it returns before the device has done anything."""
-        self.current_stream(device or self.all_devices[getattr(self._local, "device", 0)]).launch(work)
+        self._current_stream(device or self._current_device()).launch(work)
 
     def fill(self, tensor: torch.Tensor, value: float) -> None:
         """``tensor.fill_(value)`` on the current stream, later; the version counter moves now."""
@@ -258,20 +140,32 @@ class FakeAccelerator:
         assert device is not None
         memory = Memory.of(tensor)
         torch.autograd.graph.increment_version([tensor])
+        self.launch(lambda: void(memory.tensor().fill_(value)), device)
 
-        def work() -> None:
-            memory.tensor().fill_(value)
-
-        self.launch(work, device)
+    def values(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor.cpu()``: what it holds once the current stream has come here."""
+        device = self.device_of(tensor)
+        assert device is not None
+        self.current_stream(device).synchronize()
+        return Memory.of(tensor).tensor().clone()
 
     @contextlib.contextmanager
     def capturing(self, stream: FakeStream) -> Iterator[None]:
-        """Record a graph of what is queued on ``stream``."""
+        """Kernels that are launched on ``stream`` go into a graph, which nobody replays."""
         stream.is_capturing = True
         try:
             yield
         finally:
             stream.is_capturing = False
+
+    def lose(self, device: torch.device) -> None:
+        """Each call of this device fails from here on."""
+        with self.lock:
+            for stream in self.streams:
+                stream.broken = stream.broken or stream.device == device
+
+    def _current_device(self) -> torch.device:
+        return self.all_devices[getattr(self._local, "device", 0)]
 
     # How the devices run.
 
@@ -280,45 +174,60 @@ class FakeAccelerator:
         with self.lock:
             self.stir()
             while not event.done:
-                assert event.stream is not None
-                self._advance(event.stream, set())
-            if event.stream is not None and event.stream.broken:
+                self._advance(event.stream)
+            if event.stream.broken:
                 raise DeviceError("the device is lost")
 
-    def _advance(self, stream: FakeStream, waited: set[int]) -> None:
+    def _advance(self, stream: FakeStream) -> None:
         """Run the head of ``stream``, and before it what it waits for."""
-        assert id(stream) not in waited, "streams wait for each other"
+        if stream.broken:
+            raise DeviceError("the device is lost")
         head = stream.queue[0]
-        if isinstance(head, tuple):
-            waiting = head[1]
-            while not waiting.done:
-                assert waiting.stream is not None
-                self._advance(waiting.stream, {*waited, id(stream)})
+        if isinstance(head, Wait):
+            # in the order of their calls: what is waited for was recorded before, so this comes to an end
+            while not head.event.done:
+                self._advance(head.event.stream)
             stream.queue.popleft()
         elif isinstance(head, FakeEvent):
             stream.queue.popleft()
             head.done = True
         else:
             stream.queue.popleft()
-            if not stream.broken:
-                head()
+            if not all(map(self.is_pinned, head.hosts)):
+                self._violated(f"{stream.name}: memory was unpinned under a copy")
+            head.run()
 
     def stir(self, most: int = 8) -> None:
-        """Let the devices run a little, at random."""
-        if self._random is None:
-            return
+        """Let the devices run as far as the order has it."""
         with self.lock:
-            for _ in range(self._random.randrange(most + 1)):
-                busy = [stream for stream in self.streams if stream.queue]
-                if not busy:
-                    return
-                self._advance(self._random.choice(busy), set())
+            if self._random is not None:
+                for _ in range(self._random.randrange(most + 1)):
+                    if not (ready := self._ready(lambda stream: True)):
+                        return
+                    self._advance(self._random.choice(ready))
+            elif self._order != "late":
+                ours = self._order == "package first"
+                while ready := self._ready(lambda stream: (stream in self._own.values()) == ours):
+                    self._advance(ready[0])
+
+    def _ready(self, belongs: Callable[[FakeStream], bool]) -> list[FakeStream]:
+        """Streams of that kind whose head waits for nobody."""
+        return [
+            stream
+            for stream in self.streams
+            if stream.queue and not stream.broken and belongs(stream) and not is_waiting(stream.queue[0])
+        ]
 
     def finish(self) -> None:
-        """Run everything."""
+        """Run everything that can."""
         with self.lock:
-            while busy := [stream for stream in self.streams if stream.queue]:
-                self._advance(busy[0], set())
+            while ready := self._ready(lambda stream: True):
+                self._advance(ready[0])
+
+    def _violated(self, what: str) -> None:
+        # kept as well as raised: it may be raised in a thread of the package, as a save's failure
+        self.violations.append(what)
+        raise AssertionError(what)
 
     # The package's side.
 
@@ -338,19 +247,23 @@ class FakeAccelerator:
     def resolve(self, device: torch.device | str) -> torch.device:
         wanted = torch.device(device)
         index: int | None = wanted.index
-        return self.all_devices[getattr(self._local, "device", 0)] if index is None else wanted
+        return self._current_device() if index is None and wanted.type == KIND else wanted
 
     def record(self, device: torch.device) -> FakeEvent:
-        self.contexts.add(device)
-        self.stir()
         return self.current_stream(device).record()
 
     def current_wait(self, device: torch.device, event: Any) -> None:
         self.current_stream(device).wait_event(event)
 
     def lend(self, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+        stream = self.current_stream(device)
+
+        def mark() -> Callable[[], bool]:
+            event = stream.record()
+            return lambda: event.done
+
         for tensor in tensors:
-            self._memory[device].lend(tensor, self.current_stream(device))
+            self._memory[device].lend(tensor, mark)
 
     def stream(self, device: torch.device, purpose: Purpose) -> FakeStream:
         self.contexts.add(device)
@@ -367,20 +280,31 @@ class FakeAccelerator:
         self.pin_calls.append((device, address, nbytes))
         if self.refuses_pins:
             return False
-        assert address not in self.pinned
-        self.pinned[address] = (device, nbytes)
+        with self.lock:
+            for known, (_, length) in self.pinned.items():
+                if known < address + nbytes and address < known + length:
+                    self._violated("memory is pinned that is pinned already")
+            self.pinned[address] = (device, nbytes)
         return True
 
     def unpin(self, device: torch.device, address: int) -> None:
         self.contexts.add(device)
-        _, nbytes = self.pinned.pop(address)
         with self.lock:
-            busy = [memory for memory in self.in_flight if address <= memory.address < address + nbytes]
-        assert not busy, "memory is unpinned while a copy may run"
+            if address not in self.pinned:
+                self._violated("memory is unpinned that is not pinned")
+            _, nbytes = self.pinned.pop(address)
+            if any(
+                memory.overlaps(address, nbytes)
+                for stream in self.streams
+                if not stream.broken  # its copies may never end, and the memory has to go some time
+                for memory in touched(stream)
+            ):
+                self._violated("memory is unpinned while a copy may run")
 
     def pinned_buffer(self, device: torch.device, nbytes: int) -> torch.Tensor | None:
         if not self.has_pinned_buffers:
             return None
+        self.contexts.add(device)
         block = (ctypes.c_char * nbytes)()
         address = ctypes.addressof(block)
         self.pinned[address] = (device, nbytes)
@@ -388,45 +312,22 @@ class FakeAccelerator:
         return torch.frombuffer(block, dtype=torch.uint8)
 
     def is_pinned(self, memory: Memory) -> bool:
-        return any(
-            address <= memory.address and memory.address + memory.nbytes <= address + nbytes
-            for address, (_, nbytes) in self.pinned.items()
-        )
+        with self.lock:
+            return any(
+                address <= memory.address and memory.address + memory.nbytes <= address + nbytes
+                for address, (_, nbytes) in self.pinned.items()
+            )
 
+    # What a test asks.
 
-class _DeviceMemory:
-    """One device's memory and its caching allocator: what is freed is given out again at once to the stream
-    that it belongs to, and to others never, as torch's pools do."""
+    @property
+    def in_flight(self) -> list[Memory]:
+        """Host memory that a queued copy will touch."""
+        with self.lock:
+            return [memory for stream in self.streams for memory in touched(stream)]
 
-    def __init__(self) -> None:
-        self._memory = ctypes.create_string_buffer(_ARENA_BYTES)
-        self._base = ctypes.addressof(self._memory)
-        self._used = 0
-        self._free: dict[tuple[str, int, int], list[int]] = {}
-        """(stream's name and id, size) -> offsets."""
-        self._lent: dict[int, list[FakeStream]] = {}
-
-    def holds(self, address: int) -> bool:
-        return self._base <= address < self._base + _ARENA_BYTES
-
-    def allocate(self, nbytes: int, stream: FakeStream) -> torch.Tensor:
-        size = max(-(-nbytes // _ALIGN) * _ALIGN, _ALIGN)
-        key = (stream.name, id(stream), size)
-        free = self._free.setdefault(key, [])
-        if free:
-            offset = free.pop()  # the last one freed, as early as can be
-        else:
-            offset, self._used = self._used, self._used + size
-            assert self._used <= _ARENA_BYTES, "the fake device has no more memory"
-        block = (ctypes.c_char * max(nbytes, 1)).from_address(self._base + offset)
-        weakref.finalize(block, self._release, key, offset)
-        return torch.frombuffer(block, dtype=torch.uint8)[:nbytes]
-
-    def _release(self, key: tuple[str, int, int], offset: int) -> None:
-        lent = self._lent.pop(self._base + offset, [])
-        # a stream that it was lent to is through with it first: an event, which is not looked at here
-        if not any(stream.queue for stream in lent):
-            self._free[key].append(offset)
-
-    def lend(self, tensor: torch.Tensor, stream: FakeStream) -> None:
-        self._lent.setdefault(tensor.untyped_storage().data_ptr(), []).append(stream)
+    def assert_idle(self, address: int, nbytes: int) -> None:
+        """No queued copy will touch these bytes of the host."""
+        with self.lock:
+            if any(memory.overlaps(address, nbytes) for memory in self.in_flight):
+                self._violated("host memory is given out while a copy may run")
