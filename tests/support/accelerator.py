@@ -99,6 +99,10 @@ class FakeAccelerator:
             else:
                 current[stream.device] = before
 
+    def set_stream(self, stream: FakeStream) -> None:
+        """``stream`` is the thread's current one of its device, from here on."""
+        self._local.__dict__.setdefault("streams", {})[stream.device] = stream
+
     @contextlib.contextmanager
     def on_device(self, index: int) -> Iterator[None]:
         """With that device as the thread's current one."""
@@ -134,13 +138,17 @@ class FakeAccelerator:
         """What a training step does: it returns before the device has done anything."""
         self._current_stream(device or self._current_device()).launch(work)
 
-    def fill(self, tensor: torch.Tensor, value: float) -> None:
-        """``tensor.fill_(value)`` on the current stream, later; the version counter moves now."""
+    def change(self, tensor: torch.Tensor, kernel: Callable[[torch.Tensor], object]) -> None:
+        """An operation in place on the current stream, later; the version counter moves now."""
         device = self.device_of(tensor)
         assert device is not None
         memory = Memory.of(tensor)
         torch.autograd.graph.increment_version([tensor])
-        self.launch(lambda: void(memory.tensor().fill_(value)), device)
+        self.launch(lambda: void(kernel(memory.tensor())), device)
+
+    def fill(self, tensor: torch.Tensor, value: float) -> None:
+        """``tensor.fill_(value)`` on the current stream, later."""
+        self.change(tensor, lambda values: values.fill_(value))
 
     def values(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor.cpu()``: what it holds once the current stream has come here."""
