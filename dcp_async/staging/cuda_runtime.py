@@ -1,7 +1,7 @@
 """What torch does not show of the CUDA runtime: registering memory, the last error, a thread's capture mode.
 
 Enters: addresses. Leaves: registered memory, or a refusal that leaves nothing behind. Loads the library that
-torch has loaded; where it can't be found, torch's own binding is used and the rest is left undone.
+torch has loaded; where it can't be found, torch's own binding is used, and the capture mode is left as it is.
 Source: CUDA Runtime API, sections 6.9 (memory management), 6.3 (error handling) and 6.4 (stream management).
 """
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
@@ -20,8 +22,6 @@ _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for all devices."""
 _RELAXED = 2
 """cudaStreamCaptureModeRelaxed"""
-
-_threads = threading.local()
 
 
 @functools.cache
@@ -33,9 +33,7 @@ def _library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(name)
     except OSError as error:
-        logger.info(
-            "%s can't be loaded (%s); CUDA's last error is not cleared after a refused pin", name, error
-        )
+        logger.info("%s can't be loaded (%s); saves beside a graph capture may disturb it", name, error)
         return None
 
 
@@ -43,8 +41,9 @@ def register(address: int, nbytes: int) -> bool:
     """Pin memory for copies; False where CUDA refuses. The caller sets the device."""
     library = _library()
     if library is None:
-        binding = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch has no annotation for it
-        return int(binding.cudaHostRegister(address, nbytes, _PORTABLE)) == 0
+        # the last error is a thread's own: what a refusal leaves behind ends with this one
+        with ThreadPoolExecutor(1, "dcp_async-pin") as thread:
+            return thread.submit(_register, torch.cuda.current_device(), address, nbytes).result()
     status = library.cudaHostRegister(
         ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(_PORTABLE)
     )
@@ -53,6 +52,12 @@ def register(address: int, nbytes: int) -> bool:
         library.cudaGetLastError()
         logger.debug("CUDA refuses to pin %d bytes (status %d)", nbytes, status)
     return bool(status == 0)
+
+
+def _register(device: int, address: int, nbytes: int) -> bool:
+    with torch.cuda.device(device):
+        binding = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch has no annotation for it
+        return int(binding.cudaHostRegister(address, nbytes, _PORTABLE)) == 0
 
 
 def unregister(address: int) -> None:
@@ -67,14 +72,21 @@ def unregister(address: int) -> None:
         logger.warning("CUDA could not unpin a staging buffer (status %d)", status)
 
 
-def relax_capture() -> None:
-    """Let this thread call what is forbidden while any thread captures a graph in CUDA's global mode; once.
+@contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """Allow what is forbidden while any thread captures a graph in CUDA's global mode, the default: pinning,
+    allocations, waiting. For calls of which nothing goes into a capture.
 
-    Capturing threads are the trainer's; nothing of this thread is captured, so nothing of it is forbidden.
+    The thread's mode is as it was afterwards: it may be the trainer's, which captures later.
     """
-    if getattr(_threads, "is_relaxed", False):
+    library = _library()
+    if library is None:
+        yield
         return
-    _threads.is_relaxed = True
-    if (library := _library()) is not None:
-        mode = ctypes.c_int(_RELAXED)
+    mode = ctypes.c_int(_RELAXED)
+    # it swaps the two
+    library.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    try:
+        yield
+    finally:
         library.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))

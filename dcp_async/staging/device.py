@@ -7,6 +7,7 @@ trainer queues; nothing waits for a device but ``synchronize``, and that sleeps.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,6 +106,26 @@ class Backend(Protocol):
         """Host memory, uint8, that was pinned when it was allocated; None where there is no such thing."""
 
 
+class TorchEvent:
+    """An event as torch has it."""
+
+    def __init__(self, device: torch.device, stream: Any) -> None:
+        """Recorded in ``stream``, one of torch's."""
+        self._device = device
+        module = _module(device)
+        # blocking: whoever waits for it sleeps, where CUDA would spin
+        self._event: Any = module.Event(blocking=True) if device.type == "cuda" else module.Event(device)
+        self._event.record(stream)
+
+    def synchronize(self) -> None:
+        with _on(self._device):
+            self._event.synchronize()
+
+    def hold_back(self, stream: Any) -> None:
+        """What is queued on ``stream``, one of torch's, from here on runs after this event."""
+        self._event.wait(stream)
+
+
 class TorchStream:
     """A stream as torch has it."""
 
@@ -114,8 +135,9 @@ class TorchStream:
         self._stream: Any = _module(device).Stream(device) if stream is None else stream
 
     def wait_event(self, event: Event) -> None:
+        assert isinstance(event, TorchEvent)
         with _on(self._device):
-            self._stream.wait_event(event)
+            event.hold_back(self._stream)
 
     def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         with _on(self._device), self._current():
@@ -124,17 +146,21 @@ class TorchStream:
     def empty(
         self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None
     ) -> torch.Tensor:
-        strides = contiguous_strides(shape) if strides is None else strides
         with _on(self._device), self._current():
-            return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=self._device)
+            return _empty(shape, dtype, strides, self._device)
 
     def record(self) -> Event:
         with _on(self._device):
-            return _recorded(self._device, self._stream)
+            return TorchEvent(self._device, self._stream)
 
     def synchronize(self) -> None:
         # not the stream's own synchronize(), which spins on CUDA: a core would burn until the queue is empty
         self.record().synchronize()
+
+    def borrow(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Memory of ``tensors`` is given out again only when this stream is through with it."""
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
 
     def _current(self) -> AbstractContextManager[Any]:
         if self._device.type == "cuda":
@@ -143,11 +169,50 @@ class TorchStream:
         return stream
 
 
+class Passed:
+    """An event of a device without streams: it has passed."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+class PlainStream:
+    """The one queue of a device that gives no other: work of ours is in the order of the calls, and each call
+    returns when it is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def wait_event(self, event: Event) -> None:
+        event.synchronize()
+
+    def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        torch._foreach_copy_(list(targets), list(sources))
+        self.synchronize()  # copies on the device do not wait for themselves
+
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        return _empty(shape, dtype, strides, self._device)
+
+    def record(self) -> Event:
+        self.synchronize()
+        return Passed()
+
+    def synchronize(self) -> None:
+        # of the whole device: what the caller queued on a stream that we do not know counts as well
+        torch.get_device_module(self._device).synchronize()
+
+    def borrow(self, tensors: Iterable[torch.Tensor]) -> None:
+        """All work is in one queue, and so is what comes after it."""
+
+
 class TorchBackend:
-    """Devices as ``torch.accelerator`` shows them. Owns a stream per device and purpose."""
+    """Devices as ``torch.accelerator`` shows them; plain copies where it shows no streams. Owns a stream per
+    device and purpose."""
 
     def __init__(self) -> None:
-        self._streams: dict[tuple[torch.device, Purpose], TorchStream] = {}
+        self._streams: dict[tuple[torch.device, Purpose], TorchStream | PlainStream] = {}
         self._lock = threading.Lock()
 
     def device_of(self, tensor: torch.Tensor) -> torch.device | None:
@@ -165,29 +230,39 @@ class TorchBackend:
         return wanted
 
     def current_stream(self, device: torch.device) -> Stream:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise CaptureInProgressError(
-                "a CUDA graph is being captured on the current stream; save before or after the capture"
-            )
-        return TorchStream(device, _current_stream(device))
+        return self._current_stream(device)
+
+    def _current_stream(self, device: torch.device) -> TorchStream | PlainStream:
+        if not _has_streams(device.type):
+            return PlainStream(device)
+        if device.type != "cuda":
+            return TorchStream(device, torch.accelerator.current_stream(device))
+        with torch.cuda.device(device):  # the question is of the current device's stream
+            if torch.cuda.is_current_stream_capturing():
+                raise CaptureInProgressError(
+                    "a CUDA graph is being captured on the current stream; save before or after the capture"
+                )
+        return TorchStream(device, torch.cuda.current_stream(device))
 
     def record(self, device: torch.device) -> Event:
-        return self.current_stream(device).record()
+        return self._current_stream(device).record()
 
     def current_wait(self, device: torch.device, event: Event) -> None:
-        _current_stream(device).wait_event(event)
+        self._current_stream(device).wait_event(event)
 
     def lend(self, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-        stream = _current_stream(device)
-        for tensor in tensors:
-            tensor.record_stream(stream)
+        self._current_stream(device).borrow(tensors)
 
     def stream(self, device: torch.device, purpose: Purpose) -> Stream:
         with self._lock:
             # made once: torch deals the same 32 streams of a device out in turn
             if (known := self._streams.get((device, purpose))) is None:
-                with _on(device):
-                    known = self._streams[device, purpose] = TorchStream(device)
+                if _has_streams(device.type):
+                    with _on(device):
+                        known = TorchStream(device)
+                else:
+                    known = PlainStream(device)
+                self._streams[device, purpose] = known
             return known
 
     def can_pin(self, device: torch.device) -> bool:
@@ -195,12 +270,17 @@ class TorchBackend:
         return device.type == "cuda"
 
     def pin(self, device: torch.device, address: int, nbytes: int) -> bool:
+        if not self.can_pin(device):
+            return False
         with _on(device):
             return cuda_runtime.register(address, nbytes)
 
     def unpin(self, device: torch.device, address: int) -> None:
-        with _on(device):
-            cuda_runtime.unregister(address)
+        try:
+            with _on(device):
+                cuda_runtime.unregister(address)
+        except RuntimeError as error:  # a device that is lost, or this is the child of a fork
+            logger.warning("a staging buffer stays registered with %s: %s", device, error)
 
     def pinned_buffer(self, device: torch.device, nbytes: int) -> torch.Tensor | None:
         try:
@@ -213,12 +293,14 @@ class TorchBackend:
 
 @contextmanager
 def _on(device: torch.device) -> Iterator[None]:
-    """With ``device`` as the thread's current one: a thread of ours sits on device 0 until told otherwise,
-    and would make a context there."""
+    """With ``device`` as the thread's current one, which else is 0 in a thread of ours, and would get a
+    context there; beside a capture of the trainer's, which our calls are no part of."""
     with torch.accelerator.device_index(device.index):
-        if device.type == "cuda":
-            cuda_runtime.relax_capture()
-        yield
+        if device.type != "cuda":
+            yield
+            return
+        with cuda_runtime.relaxed_capture():
+            yield
 
 
 def _module(device: torch.device) -> Any:
@@ -226,16 +308,25 @@ def _module(device: torch.device) -> Any:
     return torch.cuda if device.type == "cuda" else torch
 
 
-def _current_stream(device: torch.device) -> Any:
-    if device.type == "cuda":
-        return torch.cuda.current_stream(device)
-    return torch.accelerator.current_stream(device)
+@functools.cache
+def _has_streams(kind: str) -> bool:
+    """Whether torch makes further streams, and events, on devices of that kind."""
+    if kind == "cuda":
+        return True
+    accelerator = torch.accelerator.current_accelerator()
+    # whoever asks for a stream of mps is given the only one
+    if accelerator is None or accelerator.type != kind or kind == "mps":
+        return False
+    try:
+        torch.Event(torch.device(kind)).record(torch.Stream(torch.device(kind)))
+    except (RuntimeError, NotImplementedError) as error:
+        logger.info("%s has no streams of ours (%s); copies from and to it are synchronous", kind, error)
+        return False
+    return True
 
 
-def _recorded(device: torch.device, stream: Any) -> Event:
-    # blocking: whoever waits for it sleeps, where CUDA would spin
-    module = _module(device)
-    event: Any = module.Event(blocking=True) if device.type == "cuda" else module.Event(device)
-    event.record(stream)
-    known: Event = event
-    return known
+def _empty(
+    shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None, device: torch.device
+) -> torch.Tensor:
+    strides = contiguous_strides(shape) if strides is None else strides
+    return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=device)
