@@ -10,7 +10,9 @@ import torch
 
 from dcp_async.staging.bounce import Bounce
 from dcp_async.staging.device import Purpose
-from tests.support.accelerator import DeviceError, FakeAccelerator, FakeStream, Memory
+from tests.support.accelerator import FakeAccelerator
+from tests.support.device_memory import Memory
+from tests.support.device_queue import DeviceError, FakeStream
 
 BUFFER = 4096
 
