@@ -10,12 +10,13 @@ steps, does not wait for itself, and what the handler adds is not lost.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch.optim import Optimizer
@@ -24,6 +25,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .._concurrency import SignalSafeFuture
 from ..state import layers_of
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Staging = SignalSafeFuture[Any]
 """Done when a state may be mutated, or its save has failed; nobody here looks at which."""
@@ -77,6 +81,21 @@ def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
                     yield layer
 
 
+def _locked(
+    method: Callable[Concatenate[OptimizerHooks, P], T],
+) -> Callable[Concatenate[OptimizerHooks, P], T]:
+    """``method`` while its object's lock is held."""
+
+    # around the call, not inside of it: in CPython 3.13 an interrupt between two rounds of a loop passes by a
+    # `with` of the same frame, and nobody would release the lock
+    @functools.wraps(method)
+    def call(hooks: OptimizerHooks, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with hooks._lock:
+            return method(hooks, *args, **kwargs)
+
+    return call
+
+
 class OptimizerHooks:
     """The hooks of one engine. ``remove()`` takes them off again."""
 
@@ -91,6 +110,7 @@ class OptimizerHooks:
         self._saves: list[_Save] = []
         self._for_others: list[RemovableHandle] = []
 
+    @_locked
     def watch(
         self,
         optimizers: Iterable[Optimizer],
@@ -99,19 +119,18 @@ class OptimizerHooks:
     ) -> None:
         """Make each of ``optimizers`` wait for ``staging`` before its next step, and each other one that
         changes what ``tensors`` gives: the tensors that are read until then."""
-        with self._lock:
-            self._saves.append(_Save(staging, tensors))
-            if not self._for_others:
-                self._for_others.append(register_optimizer_step_pre_hook(_hook_for_others(self)))
-            for optimizer in optimizers:
-                waiting = self._staging.setdefault(optimizer, [])
-                waiting.append(staging)
-                for earlier in [other for other in waiting if other.done() and other is not staging]:
-                    with contextlib.suppress(ValueError):  # a handler was faster
-                        waiting.remove(earlier)
-                if not self._handles.setdefault(optimizer, []):
-                    self._handles[optimizer].append(optimizer.register_step_pre_hook(self._wait))
-            self._forget_staged()
+        self._saves.append(_Save(staging, tensors))
+        if not self._for_others:
+            self._for_others.append(register_optimizer_step_pre_hook(_hook_for_others(self)))
+        for optimizer in optimizers:
+            waiting = self._staging.setdefault(optimizer, [])
+            waiting.append(staging)
+            for earlier in [other for other in waiting if other.done() and other is not staging]:
+                with contextlib.suppress(ValueError):  # a handler was faster
+                    waiting.remove(earlier)
+            if not self._handles.setdefault(optimizer, []):
+                self._handles[optimizer].append(optimizer.register_step_pre_hook(self._wait))
+        self._forget_staged()
 
     def _wait(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if os.getpid() != self._pid:
@@ -120,9 +139,9 @@ class OptimizerHooks:
             for staging in waiting:
                 staging.wait()
 
+    @_locked
     def _waiting(self, optimizer: Optimizer) -> list[Staging]:
-        with self._lock:
-            return [staging for staging in self._staging.get(optimizer, ()) if not staging.done()]
+        return [staging for staging in self._staging.get(optimizer, ()) if not staging.done()]
 
     def wait_for_others(self, optimizer: Optimizer) -> None:
         """Hold a step of ``optimizer`` back while it would change what is read; watched ones wait by
@@ -134,30 +153,30 @@ class OptimizerHooks:
             for staging in waiting:
                 staging.wait()
 
+    @_locked
     def _concerned(self, optimizer: Optimizer) -> list[Staging]:
-        with self._lock:
-            self._forget_staged()
-            known = self._staging.get(optimizer, ())
-            saves = [save for save in self._saves if save.staging not in known]
-            return [save.staging for save in saves if save.concerns(optimizer)]
+        self._forget_staged()
+        known = self._staging.get(optimizer, ())
+        saves = [save for save in self._saves if save.staging not in known]
+        return [save.staging for save in saves if save.concerns(optimizer)]
 
     def _forget_staged(self) -> None:
         for save in [save for save in self._saves if save.staging.done()]:
             with contextlib.suppress(ValueError):  # a signal handler was faster
                 self._saves.remove(save)
 
+    @_locked
     def remove(self) -> None:
         """Take the hooks off. Not while a step is running: torch iterates over its table of hooks."""
-        with self._lock:
-            for handles in list(self._handles.values()):
-                for handle in list(handles):
-                    handle.remove()
-            for handle in self._for_others:
+        for handles in list(self._handles.values()):
+            for handle in list(handles):
                 handle.remove()
-            self._handles.clear()
-            self._staging.clear()
-            self._saves.clear()
-            self._for_others.clear()
+        for handle in self._for_others:
+            handle.remove()
+        self._handles.clear()
+        self._staging.clear()
+        self._saves.clear()
+        self._for_others.clear()
 
 
 def _hook_for_others(hooks: OptimizerHooks) -> Callable[[Optimizer, Any, Any], None]:

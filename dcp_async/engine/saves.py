@@ -87,11 +87,7 @@ class Saves:
         book, place = self._life.book, Place()
         request: SaveRequest | None = None
         try:
-            while asked.replace and asked.name and (earlier := book.in_flight(asked.name)) is not None:
-                yield Wait(earlier.upload.future)  # two of one name must land in order
-            while (room := book.take_place(place)) is not None:
-                yield Wait(room)
-                self._life.check_open()
+            yield from self._waiting(asked, place)
             request = yield from self._captured(state, asked, place)
             yield from self._started(request)
             yield from self._life.finishing(request.writer)
@@ -105,6 +101,16 @@ class Saves:
                 request.writer.returned()
             raise
         return request.response
+
+    # apart: in CPython 3.13 an interrupt between two rounds of a loop passes by a `try` of the same frame
+    def _waiting(self, asked: SaveArguments, place: Place) -> Verb[None]:
+        """Until no save of this name is in flight, and ``place`` is taken."""
+        book = self._life.book
+        while asked.replace and asked.name and (earlier := book.in_flight(asked.name)) is not None:
+            yield Wait(earlier.upload.future)  # two of one name must land in order
+        while (room := book.take_place(place)) is not None:
+            yield Wait(room)
+            self._life.check_open()
 
     def _captured(self, state: Mapping[str, Any], asked: SaveArguments, place: Place) -> Verb[SaveRequest]:
         """Admission and capture, in the caller's thread and in one piece."""

@@ -241,7 +241,7 @@ class AtLine:
             return None
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
         # before the release of a lock the interpreter lets no handler run, only a trace function
-        if event == "line" and not re.search("with self._(numbering|lock)", line):
+        if event == "line" and not re.search(r"with \w+\._(numbering|lock)", line):
             self.seen += 1
             if self.seen == self.at:
                 raise Interrupt
