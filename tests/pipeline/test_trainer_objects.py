@@ -543,6 +543,8 @@ def compiled(module: nn.Module) -> Any:
     return torch.compile(module, backend="eager")
 
 
+# a warning of torch about one release of CPython, not about what is saved
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 async def test_a_compiled_module_comes_back(root: Path) -> None:
     plain, other = nn.Linear(4, 3), nn.Linear(4, 3)
     source, target = compiled(plain), compiled(other)
