@@ -77,6 +77,8 @@ def main(arguments: list[str]) -> None:
     """Become `nox -s SESSION -- ARGUMENTS`, so that signals and the exit status are nox's own."""
     if sys.version_info < (3, 11):  # noqa: UP036 - said to those who run it with an older one
         raise SystemExit(f"noxfile.py: CPython 3.11 or later is needed, this is {sys.version.split()[0]}")
+    if arguments[:1] == ["gpu"]:
+        run_on_this_machine(arguments[1:])
     command = [str(bootstrap()), "-m", "nox", "--noxfile", str(ROOT / "noxfile.py")]
     if not arguments or arguments[0].startswith("-"):
         command.append("--list")  # which prints this module's docstring, the usage, as well
@@ -84,6 +86,27 @@ def main(arguments: list[str]) -> None:
         session, *rest = arguments
         command += ["--session", session, "--", *(rest[1:] if rest[:1] == ["--"] else rest)]
     os.execv(command[0], command)
+
+
+def run_on_this_machine(arguments: list[str]) -> None:
+    """Become the tests of tests/gpu, if the interpreter that runs this has a torch; needs no nox, no network.
+
+    With --prepare [3.N] first: fetch what such an interpreter may lack, for a machine without a network.
+    """
+    sys.path.insert(0, str(ROOT))
+    from bench import packages
+
+    if arguments[:1] == ["--prepare"]:
+        target = packages.fill(*(arguments[1:] or ["3.12"]))
+        print(f"noxfile.py: {target.relative_to(ROOT)} is ready; bring it along with this tree")
+        raise SystemExit
+    if packages.missing(["torch"]):
+        return
+    packages.require({**packages.ENGINE, **packages.TESTS})
+    os.chdir(ROOT)
+    # torch runs without numpy, says so once, and warnings are errors
+    options = ("-W", "ignore:Failed to initialize NumPy:UserWarning")
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", *options, "tests/gpu", *arguments])
 
 
 if __name__ == "__main__":
@@ -263,8 +286,12 @@ def property(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)
 def gpu(session: nox.Session) -> None:
-    """Run the tests that need an accelerator, with the torch that is in the environment."""
-    session.run(DEV_PYTHON, "-m", "pytest", "tests/gpu", *session.posargs, external=True)
+    """Run the tests of devices, by the Python that runs this if it has torch; --device cpu needs none.
+
+    Needs neither nox nor a network then; figures: `python3 -m bench.gpu`. What that Python lacks besides,
+    `gpu --prepare 3.12` fetches for version 3.12 into .nox/gpu-py3.12, on a machine that has a network.
+    """
+    session.run(DEV_PYTHON, str(ROOT / "noxfile.py"), "gpu", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)

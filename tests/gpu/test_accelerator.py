@@ -9,14 +9,10 @@ import torch
 from dcp_async import CheckpointEngine, RNGState, StagingOptions
 
 
-def _device() -> torch.device:
-    device = torch.accelerator.current_accelerator()
-    assert device is not None, "this suite needs an accelerator"
-    return device
-
-
-async def test_save_holds_the_state_of_the_call_and_not_what_was_queued_later(tmp_path: Path) -> None:
-    weights = torch.zeros(64 << 20, device=_device())
+async def test_save_holds_the_state_of_the_call_and_not_what_was_queued_later(
+    tmp_path: Path, device: torch.device
+) -> None:
+    weights = torch.zeros(64 << 20, device=device)
     for overlap in (False, True):
         async with CheckpointEngine(tmp_path, staging=StagingOptions(overlap=overlap)) as engine:
             for step in range(3):
@@ -29,12 +25,12 @@ async def test_save_holds_the_state_of_the_call_and_not_what_was_queued_later(tm
                 assert torch.equal(saved["w"], torch.full_like(saved["w"], float(step)))
 
 
-async def test_load_fills_device_tensors_and_generators(tmp_path: Path) -> None:
-    weights = torch.randn(1000, 1000, device=_device())
+async def test_load_fills_device_tensors_and_generators(tmp_path: Path, device: torch.device) -> None:
+    weights = torch.randn(1000, 1000, device=device)
     async with CheckpointEngine(tmp_path) as engine:
         await (await engine.save({"w": weights, "rng": RNGState()})).upload_completion
-        drawn = torch.randn(8, device=_device())
+        drawn = torch.randn(8, device=device)
         target = torch.zeros_like(weights)
         await engine.load({"w": target, "rng": RNGState()})
         assert torch.equal(target, weights)
-        assert torch.equal(torch.randn(8, device=_device()), drawn)
+        assert torch.equal(torch.randn(8, device=device), drawn)

@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import ctypes
 import inspect
 import json
 import math
 import os
 import re
 import struct
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,8 +58,7 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     if flat.numel() == 0:
         return b""
-    data: bytes = flat.view(torch.uint8).numpy().tobytes()
-    return data
+    return ctypes.string_at(flat.data_ptr(), flat.nbytes)
 
 
 def random_tensor(dtype: torch.dtype, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
@@ -83,7 +83,7 @@ def difference(left: Any, right: Any, path: str = "") -> str | None:
         if left.is_sparse:
             left, right = left.to_dense(), right.to_dense()
         return None if raw_bytes(left) == raw_bytes(right) else f"{where}: tensor bytes differ"
-    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
+    if _is_array(left) and _is_array(right):
         same = left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
         return None if same else f"{where}: arrays differ"
     if isinstance(left, Mapping) and isinstance(right, Mapping):
@@ -107,6 +107,12 @@ def difference(left: Any, right: Any, path: str = "") -> str | None:
     return None if left == right else f"{where}: {left!r} against {right!r}"
 
 
+def _is_array(value: Any) -> bool:
+    # not imported: the machines of tests/gpu may have torch without numpy
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
 def _first(found: Iterator[str | None]) -> str | None:
     return next((text for text in found if text is not None), None)
 
@@ -122,7 +128,7 @@ def frozen(value: Any) -> Any:
         return value.detach().clone()
     if hasattr(value, "state_dict"):
         return frozen(value.state_dict())
-    if isinstance(value, np.ndarray):
+    if _is_array(value):
         return value.copy()
     if isinstance(value, Mapping):
         return {key: frozen(item) for key, item in value.items()}
