@@ -4,8 +4,8 @@
     python -m bench.report RESULTS.json --readme                   the README's table, printed
     python -m bench.report RESULTS.json --docs docs/performance    the tables and charts that the docs show
 
-In: results.json of `bench.run` or growth.json of `bench.growth`, whole or of a run that was cut. Out: text
-and PNG files.
+In: results.json of `bench.run`, growth.json of `bench.growth` or gpu.json of `bench.gpu`, whole or of a run
+that was cut. Out: text and PNG files.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from .files import drop_cache, sync, warm_cache
 from .roster import (
     CORE,
     ENGINES,
+    ON_DEVICES,
     OTHERS,
     OURS,
     RAW,
@@ -25,6 +26,7 @@ from .roster import (
 __all__ = [
     "CORE",
     "ENGINES",
+    "ON_DEVICES",
     "OTHERS",
     "OURS",
     "RAW",

@@ -32,7 +32,8 @@ def make(name: str, state: dict[str, Any], root: Path, *, joined: bool = False) 
                 state,
                 root,
                 how="sync" if "sync" in options else "process" if "process" in options else "thread",
-                best="best" in options,
+                best="best" in options or "pinned" in options,
+                pinned="pinned" in options,
                 overlap="overlap" in options,
                 joined=joined,
             )

@@ -5,6 +5,7 @@ In: which executor, and whether tuned. Out: an `Engine`.
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,15 +17,16 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.staging import DefaultStager
     from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
-THREADS = 2
+THREADS = min(4, len(os.sched_getaffinity(0)))
 """Threads of stock's writer at its best: on two cores one was slower for large tensors, four no faster."""
 
 
 class Stock(Adapter):
     """`torch.distributed.checkpoint` over a gloo group of one rank, or over the one that was `joined`.
 
-    `best` reuses one `DefaultStager`, tunes the writer and caches plans; `overlap` lets that stager copy on
-    its own thread; `how` is `save`, or `async_save` with its thread or its process.
+    `best` reuses one `DefaultStager`, tunes the writer and caches plans; `pinned` has that stager copy into
+    pinned memory, where there is an accelerator; `overlap` lets it copy on its own thread; `how` is `save`,
+    or `async_save` with its thread or its process.
     """
 
     def __init__(
@@ -34,16 +36,18 @@ class Stock(Adapter):
         *,
         how: Literal["sync", "thread", "process"],
         best: bool,
+        pinned: bool = False,
         overlap: bool,
         joined: bool = False,
     ) -> None:
         super().__init__(state, root)
+        import torch.distributed.checkpoint  # before the baseline of the memory figure is taken
+
+        self._pinned = pinned and torch.accelerator.is_available()
         self._how = how
         self._best = best
         self._overlap = overlap
         self._joined = joined
-        import torch.distributed.checkpoint  # noqa: F401 - loaded before the baseline of the memory figure is taken
-
         self._stager: DefaultStager | None = None
 
     def describe(self) -> str:
@@ -56,6 +60,8 @@ class Stock(Adapter):
         stager = ""
         if self._how != "sync":
             shared = "shared memory" if self._how == "process" else "nothing pinned or shared"
+            if self._pinned:
+                shared = "pinned memory, copies that do not block"
             options = f"use_async_staging={self._overlap}, {shared}"
             stager = f", async_stager=one DefaultStager for all saves ({options})"
         return f"dcp.{verb}(state, storage_writer={writer}, planner={planner}{stager}{process})"
@@ -69,12 +75,14 @@ class Stock(Adapter):
             # Pinned memory and non-blocking copies need an accelerator; shared memory serves only the process
             # executor.
             options = StagingOptions(
-                use_pinned_memory=False,
+                use_pinned_memory=self._pinned,
                 use_shared_memory=self._how == "process",
                 use_async_staging=self._overlap,
-                use_non_blocking_copy=False,
+                use_non_blocking_copy=self._pinned,
             )
             self._stager = DefaultStager(options)
+            # torch 2.11 calls it behind each save, after which the stager can't be used again
+            setattr(self._stager._state_dict_stager, "close", lambda: None)  # noqa: B010 - a method, to mypy
 
     def save(self, step: int) -> Pending:
         from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse

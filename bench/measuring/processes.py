@@ -65,16 +65,27 @@ class Child:
         *,
         label: str | None = None,
         tree: Path = ROOT,
+        device: str | None = None,
+        patience: float = ANSWER_SECONDS,
     ) -> None:
         """``label`` is what its samples are kept under, by default ``engine``.
 
-        ``tree`` holds the package, and no bench but this one.
+        ``tree`` holds the package, and no bench but this one. ``device`` is where the state lies, and the
+        commands are those of devices then; None is the host. After ``patience`` seconds without an answer
+        the process is killed.
         """
         self.engine = label or engine
+        self._patience = patience
         root = directory / self.engine.replace(" ", "-")
         root.mkdir(parents=True)
         self._log = root.with_suffix(".log")
-        arguments = {"engine": engine, "workload": workload, "scale": scale, "root": str(root)}
+        arguments = {
+            "engine": engine,
+            "workload": workload,
+            "scale": scale,
+            "device": device,
+            "root": str(root),
+        }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command("worker", arguments),
@@ -113,7 +124,7 @@ class Child:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        timer = threading.Timer(ANSWER_SECONDS, self._process.kill)
+        timer = threading.Timer(self._patience, self._process.kill)
         timer.start()
         line = self._process.stdout.readline()
         timer.cancel()

@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,21 +26,34 @@ NUM_THREADS = 2
 COPIES_A_SAMPLE = 3
 
 
+def packed_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """How much memory they take one behind the other, whole pages of it."""
+    return -(-_offsets(tensors)[-1] // ALIGNMENT) * ALIGNMENT
+
+
+def packed_views(whole: torch.Tensor, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """A tensor like each of these, one behind the other in ``whole``, which is bytes."""
+    return tuple(
+        whole[offset : offset + t.nbytes].view(t.dtype).view(t.shape)
+        for offset, t in zip(_offsets(tensors), tensors, strict=False)
+    )
+
+
+def _offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
+    return list(itertools.accumulate((-(-t.nbytes // 64) * 64 for t in tensors), initial=0))
+
+
 class Raw:
     """The floors over one state; owns its arena and its file, closes both in `close()`."""
 
     def __init__(self, tensors: tuple[torch.Tensor, ...], directory: Path) -> None:
         self._sources = list(tensors)
-        offsets = list(itertools.accumulate((-(-t.nbytes // 64) * 64 for t in tensors), initial=0))
-        self.nbytes = -(-offsets[-1] // ALIGNMENT) * ALIGNMENT
+        self.nbytes = packed_bytes(tensors)
         self._arena = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._view = memoryview(self._arena)
         whole = torch.frombuffer(self._arena, dtype=torch.uint8)
         whole.zero_()
-        self.copies = tuple(
-            whole[offset : offset + t.nbytes].view(t.dtype).view(t.shape)
-            for offset, t in zip(offsets, tensors, strict=False)
-        )
+        self.copies = packed_views(whole, tensors)
         self._directory = directory
         self.path = directory / "raw.bin"
         self.direct = self._takes_direct()

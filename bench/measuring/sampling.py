@@ -46,7 +46,7 @@ def lost_time(engine: Engine, step: int, *, loop: Literal["tiny", "python"], sec
     and one save. Its operations, divided by its rate with no save in flight (the mean of before and after),
     are the time it really had; the rest of the wall time, less the time blocked in `save()`, was lost.
     """
-    work = _tiny_operations if loop == "tiny" else _python_operations
+    work = _tiny_operations if loop == "tiny" else python_operations
     before = _rate(work, min(1.5, seconds / 2))
     first = step
     blocked = 0.0
@@ -160,7 +160,8 @@ def _tiny_operations() -> int:
     return 100
 
 
-def _python_operations() -> int:
+def python_operations() -> int:
+    """Keep the interpreter busy for a moment; how many operations that were."""
     count = 0
     for _ in range(1000):
         count += 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,20 @@ def build(name: str, scale: float = 1.0) -> Workload:
     return Workload(name=name, state=state, tensors=tensors, nbytes=sum(t.nbytes for t in tensors))
 
 
+def on_device(workload: Workload, device: torch.device) -> Workload:
+    """The workload with its tensors on that device; the one that was given holds none of them there."""
+
+    def moved(node: Any) -> Any:
+        if isinstance(node, torch.Tensor):
+            return node.to(device)
+        if isinstance(node, dict):
+            return {key: moved(child) for key, child in node.items()}
+        return [moved(child) for child in node] if isinstance(node, list) else node
+
+    state = moved(workload.state)
+    return replace(workload, state=state, tensors=tuple(iter_tensors(state)))
+
+
 def iter_tensors(node: Any) -> Iterator[torch.Tensor]:
     """The tensors below `node` in insertion order."""
     if isinstance(node, torch.Tensor):
@@ -76,7 +90,7 @@ def iter_tensors(node: Any) -> Iterator[torch.Tensor]:
 def num_different(tensors: tuple[torch.Tensor, ...]) -> int:
     """How many tensors do not hold exactly the bits that `build` wrote."""
     with _one_thread():
-        return sum(not _holds_pattern(tensor, index) for index, tensor in enumerate(tensors))
+        return sum(not _holds_pattern(tensor.cpu(), index) for index, tensor in enumerate(tensors))
 
 
 @contextmanager

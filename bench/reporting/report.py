@@ -1,16 +1,17 @@
 """The files that a run's JSON turns into: pages, what the documentation includes, and charts.
 
-In: results.json of `bench.run` or growth.json of `bench.growth`, whole or of a run that was cut. Out: text
-and PNG files.
+In: results.json of `bench.run`, growth.json of `bench.growth` or gpu.json of `bench.gpu`, whole or of a run
+that was cut. Out: text and PNG files; figures of devices have no charts.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import goals, growth_page, run_page
+from . import device_page, goals, growth_page, run_page
 from .results import Data
 from .run_page import readme
 
@@ -19,11 +20,17 @@ __all__ = ["readme", "write_all", "write_docs"]
 BARS = "Bars: stall, time to durable, load and extra memory of every engine"
 STEPS = "Distribution of the training step's time, and how long save() keeps the trainer"
 CURVES = "Curves: seconds against bytes, tensors and ranks"
+PAGES: Mapping[str, tuple[str, Callable[[Data], str]]] = {
+    "run": ("report", run_page.whole),
+    "growth": ("growth", growth_page.whole),
+    "gpu": ("gpu", device_page.whole),
+}
+"""By kind of run: the page's name, and what makes it."""
 
 
 def write_all(data: Data, directory: Path) -> str:
     """The whole report and its charts in `directory`; returns the text."""
-    name, whole = ("growth", growth_page.whole) if _is_growth(data) else ("report", run_page.whole)
+    name, whole = PAGES[_kind(data)]
     text = whole(data)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.md").write_text(text, encoding="ascii")
@@ -34,18 +41,19 @@ def write_all(data: Data, directory: Path) -> str:
 def write_docs(data: Data, directory: Path) -> None:
     """What docs/performance.md includes, and the charts that these show."""
     directory.mkdir(parents=True, exist_ok=True)
-    if not _is_growth(data):
+    if _kind(data) == "run":
         # A workload that this run has not must not keep the chart of an earlier one.
         for name in run_page.DESCRIPTIONS:
             (directory / f"{name}.png").unlink(missing_ok=True)
     _draw(data, directory)
-    included = _growth_includes(data, directory) if _is_growth(data) else _run_includes(data, directory)
-    for name, text in included.items():
+    includes = {"run": _run_includes, "growth": _growth_includes, "gpu": _device_includes}
+    for name, text in includes[_kind(data)](data, directory).items():
         (directory / f"{name}.inc").write_text(text + "\n", encoding="ascii")
 
 
-def _is_growth(data: Data) -> bool:
-    return data.get("kind") == "growth"
+def _kind(data: Data) -> str:
+    kind: str = data.get("kind", "run")
+    return kind
 
 
 def _run_includes(data: Data, directory: Path) -> dict[str, str]:
@@ -71,12 +79,18 @@ def _growth_includes(data: Data, directory: Path) -> dict[str, str]:
     }
 
 
+def _device_includes(data: Data, directory: Path) -> dict[str, str]:
+    return {"gpu": device_page.included(data)}
+
+
 def _picture(path: Path, words: str) -> str:
     # The link starts at the page that includes this, which lies beside the directory.
     return f"\n\n![{words}]({path.parent.name}/{path.name})" if path.exists() else ""
 
 
 def _draw(data: Data, directory: Path) -> None:
+    if _kind(data) == "gpu":
+        return
     if importlib.util.find_spec("matplotlib") is None:
         print(
             "no charts: matplotlib is not installed here (`python3 noxfile.py bench` has it)", file=sys.stderr
@@ -84,4 +98,4 @@ def _draw(data: Data, directory: Path) -> None:
         return
     from . import charts
 
-    (charts.draw_growth if _is_growth(data) else charts.draw_run)(data, directory)
+    (charts.draw_growth if _kind(data) == "growth" else charts.draw_run)(data, directory)

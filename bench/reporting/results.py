@@ -45,8 +45,10 @@ def add(data: Data, workload: str, group: Group, **more: Any) -> None:
     """Take in what one group of engines gave."""
     entry = data["workloads"].setdefault(workload, {"groups": []})
     for engine, fact in group.facts.items():
-        data["engines"][engine] = {"call": fact["call"], "mark": ENGINES[engine].mark}
+        mark = ENGINES[engine].mark if engine in ENGINES else ""
+        data["engines"][engine] = {"call": fact["call"], "mark": mark}
         data["machine"] |= {"torch": fact["torch"], "torch_threads": fact["threads"]}
+        data["machine"] |= {"device": fact["device"]} if "device" in fact else {}
         entry |= {"num_tensors": fact["num_tensors"], "nbytes": fact["nbytes"]}
     entry["groups"].append({"samples": group.samples, "failures": group.failures, **more})
 

@@ -1,0 +1,158 @@
+"""What does a checkpoint of a state on an accelerator cost: dcp_async beside stock DCP and the bare link.
+
+Run as `python3 -m bench.gpu`, by an interpreter that has torch; it needs no network and installs nothing.
+Writes gpu.json (every sample) after each workload, then gpu.md, which is printed. Each engine has a process
+of its own; one round asks each in turn for one sample. `--device cpu` runs every line on small states.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import cli, packages, reporting
+from .engines import ON_DEVICES, OURS, RAW
+from .measuring import WRONG_BITS, Child, Group, machine_facts, progress, running
+
+WORKLOADS = ("large", "many", "llm")
+SLOW_MANY = "stock pinned overlap"
+"""Left out of `many`: thousands of tensors take stock seconds, and the other stock engine shows them."""
+PATIENCE = 90.0
+"""Seconds without an answer after which an engine is given up: several times the slowest sample."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The run that was asked for."""
+
+    device: str
+    workloads: tuple[str, ...]
+    runs: int
+    """Rounds, after the first save; each gives one sample of each figure and engine."""
+    minutes: float
+    """No workload and no further round is begun after its share of this."""
+    scale: float
+    out: Path
+    directory: Path | None
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """The options of this process; the device is the one that torch finds if none was named."""
+    parser = cli.parser(__doc__)
+    cli.add_directory(parser)
+    parser.add_argument("--device", help="of the states, as torch names it (the accelerator that it finds)")
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="default: %(default)s")
+    parser.add_argument("--runs", type=int, default=3, help="rounds (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=4.5, help="about how long (%(default)s)")
+    parser.add_argument("--scale", type=float, help="fraction of each workload's tensors (1; on cpu 0.05)")
+    given = parser.parse_args(arguments)
+    workloads = tuple(given.workloads.split(","))
+    if unknown := set(workloads) - set(WORKLOADS):
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(WORKLOADS)}")
+    device = given.device or _accelerator()
+    if device is None:
+        parser.error("torch finds no accelerator here; --device cpu runs every line on the CPU")
+    scale = (0.05 if device == "cpu" else 1.0) if given.scale is None else given.scale
+    if given.runs < 1 or not 0 < scale <= 1 or given.minutes <= 0:
+        parser.error("--runs is at least 1, --scale above 0 and at most 1, --minutes above 0")
+    return Options(
+        device=device,
+        workloads=workloads,
+        runs=given.runs,
+        minutes=given.minutes,
+        scale=scale,
+        out=given.out,
+        directory=given.dir,
+    )
+
+
+def _accelerator() -> str | None:
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else found.type
+
+
+def measure(group: Group, given: Options, until: float) -> None:
+    """All samples of one workload; rounds past the first end at that moment."""
+    group.take("link", only=[RAW])
+    saving = group.engines(but=[RAW])
+    group.take("first", prefix="first_", only=saving)
+    for round_ in _rounds(given, until):
+        group.take("save", rotate=round_, only=saving)
+        group.take("disk", only=[RAW])
+    group.take("memory", only=saving)
+    group.take("beside", only=saving, seconds=1.0, saves=given.runs)
+    # stock loads alike whatever it staged with, and so do ours
+    loading = [engine for engine in saving if "overlap" not in engine]
+    group.take("prepare_load", only=loading)
+    group.take("load", prefix="first_", only=loading, cold=False)
+    for round_ in _rounds(given, until):
+        group.take("load", rotate=round_, only=loading, cold=False)
+    group.take("check", only=[engine for engine in saving if engine not in loading])
+    group.fail_wrong()
+
+
+def _rounds(given: Options, until: float) -> Iterator[int]:
+    for round_ in range(given.runs):
+        if round_ and time.monotonic() > until:
+            progress(f"  the time of this workload is up after {round_} rounds")
+            return
+        yield round_
+
+
+def run(given: Options, directory: Path) -> reporting.Data:
+    """Measure everything; gpu.json is whole after each workload."""
+    configuration = {
+        "device": given.device,
+        "runs": given.runs,
+        "scale": given.scale,
+        "quick": False,
+        "minutes": given.minutes,
+    }
+    data = reporting.new(configuration, machine_facts(directory))
+    data["kind"] = "gpu"
+    ends = time.monotonic() + 60 * given.minutes
+    for number, workload in enumerate(given.workloads):
+        left = ends - time.monotonic()
+        if left <= 0:
+            progress(f"{workload}: not measured, the time is up")
+            continue
+        until = time.monotonic() + left / (len(given.workloads) - number)
+        engines = [engine for engine in ON_DEVICES if (workload, engine) != ("many", SLOW_MANY)]
+        progress(f"{workload}: {', '.join(engines)}")
+        children = (
+            Child(
+                *(engine, workload, given.scale, directory / workload),
+                device=given.device,
+                patience=PATIENCE,
+            )
+            for engine in engines
+        )
+        with running(children) as group:
+            measure(group, given, until)
+        reporting.add(data, workload, group)
+        reporting.write(data, given.out / "gpu.json")
+    return data
+
+
+def main() -> int:
+    packages.require(packages.ENGINE)
+    given = parse()
+    with cli.scratch(given.directory) as directory:
+        data = run(given, directory)
+    print(reporting.write_all(data, given.out))
+    progress(f"written: {given.out / 'gpu.json'}, gpu.md beside it")
+    return cli.exit_status(
+        f"{workload}, {engine}: {reason}"
+        for workload in data["workloads"]
+        for engine, reason in reporting.failures(data, workload).items()
+        if engine.startswith(OURS) or engine == RAW or reason.startswith(WRONG_BITS)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
