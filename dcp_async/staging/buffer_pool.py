@@ -22,11 +22,14 @@ class Lease:
     """Consecutive slots, to be released one by one."""
 
     arena: Arena
+    """Until all are released: who keeps a lease longer keeps no memory."""
     first: int
     count: int
     slot_bytes: int
     held: set[int] = field(default_factory=set)
     """Indices (from 0) that were not released yet."""
+    is_lost: bool = False
+    """A thread that hangs may still touch some of it."""
 
     @property
     def offset(self) -> int:
@@ -103,16 +106,21 @@ class BufferPool:
         return max(self._target_slots() - self._total(), 0)
 
     def _grow(self) -> None:
-        """One arena is best, since runs do not reach over two; while slots are out another is added."""
-        growth = self._growth()
-        if growth and all(arena.idle for arena in self._arenas):
-            lost = sum(arena.taken.count(2) for arena in self._arenas)
-            if lost:  # what a hanging thread may touch stays off the budget for good
-                return
-            growth += self._total()
-            self._arenas.clear()  # the old memory goes before the new comes
-        if growth:  # while slots are out their arena can't be replaced, so another comes beside it
-            self._arenas.append(Arena(growth, self.slot_bytes))
+        """One arena is best, since runs do not reach over two: while slots are out another is added, and when
+        none is all become one."""
+        # one that has lost slots stays: its memory can't go, and counts as long as the process lives
+        kept = [arena for arena in self._arenas if arena.has_lost]
+        others = [arena for arena in self._arenas if not arena.has_lost]
+        wanted = self._target_slots() - sum(len(arena.taken) for arena in kept)
+        have = sum(len(arena.taken) for arena in others)
+        idle = all(arena.idle for arena in others)
+        if idle and wanted > 0 and (len(others) > 1 or wanted > have):
+            # nothing else refers to an idle arena, so the old memory goes before the new comes
+            self._arenas = kept
+            others.clear()
+            have = 0
+        if wanted > have:
+            self._arenas.append(Arena(wanted - have, self.slot_bytes))
 
     def _try_lease(self, wanted: int) -> Lease | None:
         with self._lock:
@@ -179,7 +187,10 @@ class BufferPool:
             lease.held.discard(index)
             lease.arena.taken[lease.first + index] = 2 if lost else 0
             if lost:
+                lease.is_lost = True
                 lease.arena.keep()
+            elif not lease.held and not lease.is_lost:  # a thread that hangs may come back and look at it
+                del lease.arena
         self._wake()
 
     def release_all(self, lease: Lease, *, lost: bool = False) -> None:

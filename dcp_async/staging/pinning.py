@@ -28,8 +28,35 @@ _CHUNK_BYTES = 1 << 30
 """What one call registers: the first slots are usable before the last ones, and drivers refuse single calls
 of 512 GiB."""
 
-_Order = Callable[[], None]
-"""What the thread is to do next; None ends it."""
+
+class _Registrations:
+    """What the thread has to do, and whether it can end. It refers to neither pinner nor arena."""
+
+    def __init__(self) -> None:
+        # its put() may be called by the collector, in the middle of anything
+        self.orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.num_arenas = 0
+        """How many are registered, be it in part. For the thread, and for who has made sure that it rests."""
+        self._is_ending = False
+
+    def serve(self) -> None:
+        """The thread, until there is nothing left to unregister and nobody to register for."""
+        while not self._is_ending or self.num_arenas:
+            order = self.orders.get()
+            try:
+                order()
+            except Exception:  # the device's: there is memory to unregister still
+                logger.exception("the staging pool can't be pinned")
+            del order  # while it waits it must keep no memory
+
+    def end(self, done: concurrent.futures.Future[bool]) -> None:
+        """There is nobody to register for any more. ``done`` tells when all that was ordered before is
+        done."""
+        self.orders.put(functools.partial(self._end, done))
+
+    def _end(self, done: concurrent.futures.Future[bool]) -> None:
+        self._is_ending = True
+        done.set_result(True)
 
 
 class Pinner:
@@ -40,8 +67,7 @@ class Pinner:
         self._backend = backend
         self._chunk_bytes = chunk_bytes
         self._level = logging.WARNING if insists else logging.INFO
-        # its put() may be called by the collector, in the middle of anything
-        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._registrations = _Registrations()
         self._threads: BlockingThreads | None = None
         self._lock = threading.Lock()
         self._wanted: weakref.WeakKeyDictionary[Arena, concurrent.futures.Future[bool]]
@@ -62,14 +88,22 @@ class Pinner:
             if (known := self._wanted.get(arena)) is not None:
                 return known
             done = self._wanted[arena] = _running()
-            if self._is_closing or not self._backend.can_pin(device):
+            if self._is_closing or not self._backend.can_pin(device) or not self._has_thread():
                 done.set_result(False)
-                return done
-            if self._threads is None:
+            else:
+                self._registrations.orders.put(_Pinning(self, arena, device, done))
+            return done
+
+    def _has_thread(self) -> bool:
+        """Start the thread; a process that never asks has none. False where the interpreter is ending."""
+        if self._threads is None:
+            try:
                 self._threads = BlockingThreads("dcp_async-pin", 1)
-                self._threads.submit(_serve, self._orders)
-        self._orders.put(_Pinning(self, weakref.ref(arena), device, done))
-        return done
+            except RuntimeError as error:
+                logger.info("the staging pool is not pinned: %s", error)
+                return False
+            self._threads.submit(self._registrations.serve)
+        return True
 
     def abandon(self) -> None:
         """Stop waiting for a call that hangs."""
@@ -77,19 +111,26 @@ class Pinner:
             self._threads.abandon()
 
     def close(self) -> None:
-        """Unregister what no copy can touch any more, and end the thread. Whoever copies has ended."""
+        """Unregister what is idle, and end the thread; it goes on for as long as somebody holds a lease of
+        the rest."""
         with self._lock:
             self._is_closing = True
             threads, self._threads = self._threads, None
-        if threads is not None:
-            # by the thread: it may be about to register a chunk
-            self._orders.put(self._unpin_all)
-            threads.shutdown()
+        if threads is None:
+            return
+        done = _running()
+        self._registrations.orders.put(functools.partial(self._unpin_idle, done))
+        # abandoned, the thread hangs in a call, and will not come to it
+        if not threads.is_abandoned:
+            done.result()
+        threads.shutdown(wait=self._registrations.num_arenas == 0)
 
-    def _unpin_all(self) -> None:
+    def _unpin_idle(self, done: concurrent.futures.Future[bool]) -> None:
+        """In the thread: it may have been about to register a chunk."""
         for arena in list(self._wanted):
-            arena.unpin()  # an order as well
-        self._orders.put(None)
+            if arena.idle:
+                arena.unpin()
+        self._registrations.end(done)
 
     def register(self, arena: Arena, device: torch.device, start: int) -> int:
         """Register the chunk that begins at ``start``, in the thread; gives where it ends, or ``start`` where
@@ -102,7 +143,9 @@ class Pinner:
         if not self._backend.pin(device, arena.tensor.data_ptr() + start, stop - start):
             self._tell(arena.nbytes - start)
             return start
-        arena.pinned(start, stop, _Unpinning(self._backend, device, self._orders))
+        if not start:
+            self._registrations.num_arenas += 1
+        arena.pinned(start, stop, _Unpinning(self._backend, device, self._registrations))
         return stop
 
     def _tell(self, nbytes: int) -> None:
@@ -124,12 +167,12 @@ class _Pinning:
     def __init__(
         self,
         pinner: Pinner,
-        arena: weakref.ref[Arena],
+        arena: Arena,
         device: torch.device,
         done: concurrent.futures.Future[bool],
     ) -> None:
         self._pinner = weakref.ref(pinner)
-        self._arena = arena
+        self._arena = weakref.ref(arena)
         self._device = device
         self._done = done
 
@@ -156,34 +199,22 @@ class _Pinning:
 class _Unpinning:
     """What an arena calls when it goes."""
 
-    def __init__(
-        self, backend: Backend, device: torch.device, orders: queue.SimpleQueue[_Order | None]
-    ) -> None:
+    def __init__(self, backend: Backend, device: torch.device, registrations: _Registrations) -> None:
         self._backend = backend
         self._device = device
-        self._orders = orders
+        self._registrations = registrations
 
     def __call__(self, address: int, ranges: Ranges, memory: object) -> None:
         # not here: the caller may be the collector, in a thread that captures a graph or sits on another
         # device
-        self._orders.put(functools.partial(self._unpin, address, ranges, memory))
+        self._registrations.orders.put(functools.partial(self._unpin, address, ranges, memory))
 
     def _unpin(self, address: int, ranges: Ranges, memory: object) -> None:
         """``memory`` stays mapped until this has returned."""
         for start, _ in ranges:
             self._backend.unpin(self._device, address + start)
         ranges.clear()
-
-
-def _serve(orders: queue.SimpleQueue[_Order | None]) -> None:
-    """The thread. It refers to neither pinner nor arena while it waits."""
-    while (order := orders.get()) is not None:
-        try:
-            order()
-        except Exception:
-            # whatever the device says: there is memory to unregister still
-            logger.exception("the staging pool could not be pinned")
-        del order
+        self._registrations.num_arenas -= 1
 
 
 def _running() -> concurrent.futures.Future[bool]:

@@ -7,6 +7,7 @@ they lie in.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,8 @@ _VECTORED_BYTES = 64 * 1024
 _KEPT_PLANS = 4
 """For how many plans views are kept: several engines may share a stager."""
 
-_Key = tuple[int, int, int, int, bool]
-"""(first part, id of the arena, first slot, number of slots, whether the kernel copies)"""
+_Key = tuple[int, int, int, bool]
+"""(first part, first slot, number of slots, whether the kernel copies)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,55 +68,58 @@ class DeviceViews:
 
 @dataclass(slots=True)
 class _PlanViews:
-    """The views of one plan. Holding plan and arena keeps their ids from being used again."""
+    """The views of one plan. Holding the plan keeps its id from being used again."""
 
     plan: CompiledPlan
     located: Located
-    batches: dict[_Key, tuple[Arena, BatchViews]] = field(default_factory=dict)
+    batches: dict[_Key, BatchViews] = field(default_factory=dict)
 
 
 class ViewCache:
-    """The views of the last few plans. For the copying thread alone."""
+    """The views of the last few plans, for as long as the memory that they lie in. For the copying thread
+    alone."""
 
     def __init__(self, *, keeps: bool) -> None:
         """``keeps``: whether to keep any. A small budget deals slots out in ever new combinations, and views
         of those would only pile up."""
         self._keeps = keeps
-        self._plans: OrderedDict[int, _PlanViews] = OrderedDict()
+        # weakly: a view keeps memory mapped, and memory that left the pool has to go
+        self._arenas: weakref.WeakKeyDictionary[Arena, OrderedDict[int, _PlanViews]]
+        self._arenas = weakref.WeakKeyDictionary()
 
     def views(
         self, plan: CompiledPlan, first: int, stop: int, lease: Lease, placement: Placement, *, vectored: bool
     ) -> BatchViews:
         """Where the tensors go that lie in ``plan``'s image between the start of part ``first`` and byte
         ``stop``. ``vectored``: whether the kernel copies small ones."""
-        known = self._plans.get(id(plan))
-        key = (first, id(lease.arena), lease.first, lease.count, vectored)
+        plans = self._arenas.setdefault(lease.arena, OrderedDict())
+        known = plans.get(id(plan))
+        key = (first, lease.first, lease.count, vectored)
         # equal is not enough to look at first: a state has as many entries as tensors
         if (
             known is not None
             and known.located is not placement.located
             and known.located != placement.located
         ):
-            del self._plans[id(plan)]
+            del plans[id(plan)]
             known = None
         if known is not None and key in known.batches:
             # used again: the plan that goes first is the one that no save has asked for the longest
-            self._plans.move_to_end(id(plan))
-            return known.batches[key][1]
+            plans.move_to_end(id(plan))
+            return known.batches[key]
         start = first * lease.slot_bytes
         sorting = _Sorting(plan, start, stop, lease, placement, _VECTORED_BYTES if vectored else 0)
         views = sorting.views()
         if self._keeps:
-            known = self._plans.setdefault(id(plan), _PlanViews(plan, placement.located))
-            # the arena is kept beside the views: its id is part of the key, and must not be used again
-            known.batches[key] = (lease.arena, views)
-            if len(self._plans) > _KEPT_PLANS:
-                self._plans.popitem(last=False)
+            known = plans.setdefault(id(plan), _PlanViews(plan, placement.located))
+            known.batches[key] = views
+            if len(plans) > _KEPT_PLANS:
+                plans.popitem(last=False)
         return views
 
     def clear(self) -> None:
-        """Let the arenas go."""
-        self._plans.clear()
+        """Drop them all."""
+        self._arenas.clear()
 
 
 @dataclass(frozen=True, slots=True)
