@@ -33,10 +33,10 @@ async def test_copies_follow_the_event_of_the_capture(root: Path) -> None:
 async def test_pool_is_pinned_once_and_unpinned_at_the_end(root: Path, pinned: bool) -> None:
     fake = FakeAccelerator()
     state = {"w": fake.tensor(torch.ones(1000))}
-    async with Stager(StagingOptions(pinned=pinned), backend=fake) as stager:
-        async with CheckpointEngine(root, staging=stager) as engine:
-            for step in range(3):
-                await (await engine.save(state, step=step)).upload_completion
+    options = StagingOptions(pinned=pinned)
+    async with Stager(options, backend=fake) as stager, CheckpointEngine(root, staging=stager) as engine:
+        for step in range(3):
+            await (await engine.save(state, step=step)).upload_completion
     assert len(fake.pin_calls) == (1 if pinned else 0)
     assert {address for _, address, _ in fake.pin_calls}.isdisjoint(fake.pinned)
 
