@@ -30,6 +30,8 @@ T = TypeVar("T")
 ASIDE_BYTES = 8 << 20
 """How much is copied aside at most, but for what is packed on a device."""
 _TENSOR_BYTES = 64 * 1024
+# a device that is full must not fail the trainer
+_FULL = "no room on %s for a copy of small tensors: they are watched instead, and may not change (%s)"
 _ALIGN = 64
 """Where a copy on a device begins: vectorised kernels take no less."""
 
@@ -44,8 +46,7 @@ def take_snapshots(
         try:
             snapshot = Snapshot(pack, pack.take(streams[device]))
         except RuntimeError as error:
-            # a device that is full must not fail the trainer: its tensors are watched instead
-            logger.warning("no memory on %s for a copy of small tensors (%s)", device, error)
+            logger.warning(_FULL, device, error)
             continue
         pack.snapshot(snapshot.scratch, streams[device], captured.tensors)
         snapshots[device] = snapshot
@@ -74,9 +75,13 @@ def copy_aside(
     # no step per tensor that calls anything: this is the trainer's time
     for device in (None, *streams):
         indices = [index for index in rest if located[index] == device] if located else rest
-        aside += indices
         sources = [captured.tensors[index] for index in indices]
-        copies += _copies(sources, None if device is None else streams[device])
+        try:
+            copies += _copies(sources, None if device is None else streams[device])
+        except RuntimeError as error:
+            logger.warning(_FULL, device, error)
+            continue
+        aside += indices
     tensors = _replaced(captured.tensors, aside, copies)
     pointers = captured.pointers
     if pointers is not None:

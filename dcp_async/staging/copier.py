@@ -22,7 +22,7 @@ from .bounce import Bounce
 from .buffer_pool import Lease
 from .device import Backend, Event, Stream
 from .job import Run, StageJob
-from .packing import Packs
+from .packing import NO_PACKS, Packs
 from .pinning import Pinner
 from .prepared import Prepared
 from .vectored_copy import RefusedError
@@ -167,14 +167,22 @@ class Copier:
             return
         prepared = job.prepared
         for device, pack in self.packs.made(job.plan, prepared.located).items():
-            if self._overlaps:
-                pack.keep_spare(streams[device])
             taken = prepared.snapshots.get(device)
             if taken is not None and taken.pack is pack:
                 job.scratches[device] = taken.scratch
-            else:
-                job.scratches[device] = pack.own(streams[device])
-                pack.fill(job.scratches[device], streams[device], prepared.captured.tensors)
+                continue
+            try:
+                scratch = pack.own(streams[device])
+                if self._overlaps:
+                    pack.keep_spare(streams[device])
+            except RuntimeError as error:
+                logger.warning(
+                    "no room on %s to pack small tensors, they travel one by one: %s", device, error
+                )
+                self.packs.give_up(job.plan, device)
+                continue
+            job.scratches[device] = scratch
+            pack.fill(scratch, streams[device], prepared.captured.tensors)
         job.is_packed = True
 
     def _copy(self, job: StageJob, first: int, lease: Lease, streams: Mapping[torch.device, Stream]) -> Run:
@@ -230,7 +238,7 @@ class Copier:
         prepared = job.prepared
         # to the kernel the address of an accelerator's memory means nothing
         vectored = self.has_vectored_copy and prepared.captured.pointers is not None and not prepared.events
-        packs = self.packs.known(job.plan, prepared.located) if prepared.events else {}
+        packs = self.packs.known(job.plan, prepared.located) if prepared.events else NO_PACKS
         placement = Placement(prepared.located, packs)
         return self._views.views(job.plan, first, stop, lease, placement, vectored=vectored)
 

@@ -34,6 +34,8 @@ _ALIGN = 64
 _KEPT_PLANS = 4
 """For how many plans packs are kept: several engines may share a stager."""
 
+NO_PACKS: dict[torch.device, Pack] = {}
+
 Located = Sequence[torch.device | None]
 """Per tensor of a structure, on which accelerator it lies; None in host memory. Empty: all of them there."""
 
@@ -227,7 +229,7 @@ class Packs:
         with self._lock:
             kept = self._plans.get(id(plan))
             if kept is None or (kept.located is not located and kept.located != located):
-                return {}
+                return NO_PACKS
             self._plans.move_to_end(id(plan))
             return kept.packs
 
@@ -241,6 +243,14 @@ class Packs:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(id(plan))
             return kept.packs
+
+    def give_up(self, plan: CompiledPlan, device: torch.device) -> None:
+        """Nothing is packed on ``device`` any more under ``plan``."""
+        with self._lock:
+            kept = self._plans.get(id(plan))
+            if kept is not None:
+                # another mapping: views that were made for this one are no use any more
+                kept.packs = {other: pack for other, pack in kept.packs.items() if other != device}
 
     def clear(self) -> None:
         """Let the scratches go."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
+import anyio
 import torch
 
 from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
@@ -190,6 +191,9 @@ class Stager:
         except BaseException as error:
             # the thread that hangs, or a device, may still write into them
             lost = isinstance(error, (StuckThreadError, UnsettledError))
+            if not lost:  # a cancellation comes when all is queued
+                with anyio.CancelScope(shield=True):
+                    lost = not await self.settle(job, patience=patience)
             for lease in leases:
                 self.pool.release_all(lease, lost=lost)
             raise

@@ -71,7 +71,7 @@ class _PlanViews:
     """The views of one plan. Holding the plan keeps its id from being used again."""
 
     plan: CompiledPlan
-    located: Located
+    placement: Placement
     batches: dict[_Key, BatchViews] = field(default_factory=dict)
 
 
@@ -95,12 +95,7 @@ class ViewCache:
         plans = self._arenas.setdefault(lease.arena, OrderedDict())
         known = plans.get(id(plan))
         key = (first, lease.first, lease.count, vectored)
-        # equal is not enough to look at first: a state has as many entries as tensors
-        if (
-            known is not None
-            and known.located is not placement.located
-            and known.located != placement.located
-        ):
+        if known is not None and not known.placement.is_as(placement):
             del plans[id(plan)]
             known = None
         if known is not None and key in known.batches:
@@ -111,7 +106,7 @@ class ViewCache:
         sorting = _Sorting(plan, start, stop, lease, placement, _VECTORED_BYTES if vectored else 0)
         views = sorting.views()
         if self._keeps:
-            known = plans.setdefault(id(plan), _PlanViews(plan, placement.located))
+            known = plans.setdefault(id(plan), _PlanViews(plan, placement))
             known.batches[key] = views
             if len(plans) > _KEPT_PLANS:
                 plans.popitem(last=False)
@@ -128,6 +123,12 @@ class Placement:
 
     located: Located
     packs: Mapping[torch.device, Pack]
+
+    def is_as(self, other: Placement) -> bool:
+        """Whether views that were made for the one fit the other."""
+        # by identity first: to compare is to go over all tensors
+        same_places = self.located is other.located or self.located == other.located
+        return self.packs is other.packs and same_places
 
 
 class _Sorting:

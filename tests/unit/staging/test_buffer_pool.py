@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, Limits, Stager, StagingOptions
+from dcp_async import CheckpointEngine, Stager, StagingOptions
 from dcp_async.errors import StorageError
 from dcp_async.staging.arena import Arena
 from dcp_async.staging.buffer_pool import BufferPool, Lease
