@@ -101,7 +101,8 @@ class Pack:
         """Its members by their index in the structure."""
         self._plan = plan
         self._stretches, self._offsets = _stretches(plan, members)
-        self._nbytes = self._stretches[-1].offset + self._stretches[-1].stop - self._stretches[-1].start
+        end = self._stretches[-1].offset + self._stretches[-1].stop - self._stretches[-1].start
+        self._nbytes = -(-end // _ALIGN) * _ALIGN  # it is viewed as each of its dtypes
         dtypes: defaultdict[torch.dtype, list[int]] = defaultdict(list)
         for number, index in enumerate(self.in_structure):
             dtypes[plan.structure.dtypes[index]].append(number)

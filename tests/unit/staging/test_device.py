@@ -47,3 +47,13 @@ async def test_host_tensors_record_no_event(root: Path) -> None:
         await (await engine.save({"w": torch.ones(5)})).upload_completion
     assert fake.contexts == set()
     assert fake.pin_calls == []
+
+
+async def test_small_tensors_of_several_dtypes_are_packed_whatever_the_size_of_the_last(root: Path) -> None:
+    fake = FakeAccelerator()
+    values = {"a": torch.ones(3, dtype=torch.int64), "b": torch.ones(7, dtype=torch.uint8)}
+    state = {name: fake.tensor(value) for name, value in values.items()}
+    async with Stager(backend=fake) as stager, CheckpointEngine(root, staging=stager) as engine:
+        await (await engine.save(state)).upload_completion
+        saved = await engine.read()
+    assert all(torch.equal(saved[name], value) for name, value in values.items())
