@@ -246,7 +246,7 @@ class FakeAccelerator:
         return None
 
     def device_of(self, tensor: torch.Tensor) -> torch.device | None:
-        return self.device_at(tensor.data_ptr())
+        return self.device_at(tensor.untyped_storage().data_ptr())  # that of no elements points nowhere
 
     def devices(self, tensors: Iterable[torch.Tensor]) -> set[torch.device]:
         lie_on = set(map(self.device_of, tensors))
