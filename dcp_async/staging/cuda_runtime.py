@@ -25,8 +25,8 @@ _RELAXED = 2
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The runtime, as the process has it."""
+def library() -> ctypes.CDLL | None:
+    """The runtime, as the process has it; None if it can't be loaded, or on ROCm."""
     if torch.version.cuda is None:
         return None
     name = f"libcudart.so.{torch.version.cuda.split('.')[0]}"
@@ -39,17 +39,17 @@ def _library() -> ctypes.CDLL | None:
 
 def register(address: int, nbytes: int) -> bool:
     """Pin memory for copies; False where CUDA refuses. The caller sets the device."""
-    library = _library()
-    if library is None:
+    runtime = library()
+    if runtime is None:
         # the last error is a thread's own: what a refusal leaves behind ends with this one
         with ThreadPoolExecutor(1, "dcp_async-pin") as thread:
             return thread.submit(_register, torch.cuda.current_device(), address, nbytes).result()
-    status = library.cudaHostRegister(
+    status = runtime.cudaHostRegister(
         ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(_PORTABLE)
     )
     if status != 0:
         # it stays behind for this thread, and the next kernel that is launched here would raise it as its own
-        library.cudaGetLastError()
+        runtime.cudaGetLastError()
         logger.debug("CUDA refuses to pin %d bytes (status %d)", nbytes, status)
     return bool(status == 0)
 
@@ -62,13 +62,13 @@ def _register(device: int, address: int, nbytes: int) -> bool:
 
 def unregister(address: int) -> None:
     """Undo ``register``. Never raises."""
-    library = _library()
-    if library is None:
+    runtime = library()
+    if runtime is None:
         binding = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch has no annotation for it
         binding.cudaHostUnregister(address)
         return
-    if (status := library.cudaHostUnregister(ctypes.c_void_p(address))) != 0:
-        library.cudaGetLastError()
+    if (status := runtime.cudaHostUnregister(ctypes.c_void_p(address))) != 0:
+        runtime.cudaGetLastError()
         logger.warning("CUDA could not unpin a staging buffer (status %d)", status)
 
 
@@ -79,14 +79,14 @@ def relaxed_capture() -> Iterator[None]:
 
     The thread's mode is as it was afterwards: it may be the trainer's, which captures later.
     """
-    library = _library()
-    if library is None:
+    runtime = library()
+    if runtime is None:
         yield
         return
     mode = ctypes.c_int(_RELAXED)
     # it swaps the two
-    library.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    runtime.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))
     try:
         yield
     finally:
-        library.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        runtime.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))

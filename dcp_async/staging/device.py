@@ -7,7 +7,6 @@ trainer queues; nothing waits for a device but ``synchronize``, and that sleeps.
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -213,6 +212,8 @@ class TorchBackend:
 
     def __init__(self) -> None:
         self._streams: dict[tuple[torch.device, Purpose], TorchStream | PlainStream] = {}
+        self._has_streams: dict[str, bool] = {}
+        """By kind of device."""
         self._lock = threading.Lock()
 
     def device_of(self, tensor: torch.Tensor) -> torch.device | None:
@@ -233,7 +234,7 @@ class TorchBackend:
         return self._current_stream(device)
 
     def _current_stream(self, device: torch.device) -> TorchStream | PlainStream:
-        if not _has_streams(device.type):
+        if not self._gives_streams(device):
             return PlainStream(device)
         if device.type != "cuda":
             return TorchStream(device, torch.accelerator.current_stream(device))
@@ -257,13 +258,18 @@ class TorchBackend:
         with self._lock:
             # made once: torch deals the same 32 streams of a device out in turn
             if (known := self._streams.get((device, purpose))) is None:
-                if _has_streams(device.type):
+                if self._gives_streams(device):
                     with _on(device):
                         known = TorchStream(device)
                 else:
                     known = PlainStream(device)
                 self._streams[device, purpose] = known
             return known
+
+    def _gives_streams(self, device: torch.device) -> bool:
+        if (known := self._has_streams.get(device.type)) is None:
+            known = self._has_streams[device.type] = _makes_streams(device.type)
+        return known
 
     def can_pin(self, device: torch.device) -> bool:
         # torch has no call that pins memory which is there already but CUDA's
@@ -308,8 +314,7 @@ def _module(device: torch.device) -> Any:
     return torch.cuda if device.type == "cuda" else torch
 
 
-@functools.cache
-def _has_streams(kind: str) -> bool:
+def _makes_streams(kind: str) -> bool:
     """Whether torch makes further streams, and events, on devices of that kind."""
     if kind == "cuda":
         return True
