@@ -134,7 +134,9 @@ class TorchStream:
         self._stream: Any = _module(device).Stream(device) if stream is None else stream
 
     def wait_event(self, event: Event) -> None:
-        assert isinstance(event, TorchEvent)
+        if not isinstance(event, TorchEvent):  # of a device of another kind, which gives no streams
+            event.synchronize()
+            return
         with _on(self._device):
             event.hold_back(self._stream)
 
