@@ -18,10 +18,10 @@ import torch
 
 from .._geometry import contiguous_strides
 from ..state import Captured
-from .byte_sample import places_to_sample
 from .device import Stream
 from .mutation_watch import MutationWatch
 from .packing import Located, Pack, Snapshot
+from .samples import Sampled
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +126,5 @@ def watched(
 ) -> tuple[Captured, MutationWatch]:
     """``captured`` as a trainer that goes on may leave it: small tensors are copied, the others watched."""
     copied, aside = copy_aside(captured, located, snapshots, streams)
-    cache = captured.known.cache
-    if cache.places is None:  # once, as all tensors of one structure have the same sizes
-        row_major = [strides is None for strides in captured.structure.strides]
-        cache.places = places_to_sample([tensor.nbytes for tensor in copied.tensors], row_major, aside)
-    return copied, MutationWatch.begin(copied, aside, cache.places)
+    sampled = Sampled.of(copied, located, aside)
+    return copied, MutationWatch.begin(copied, aside, sampled, streams)

@@ -17,7 +17,7 @@ import torch
 from .vectored_copy import RefusedError, VectoredCopy
 
 Place = tuple[int, int, int]
-"""(index of a tensor, offset in its bytes, length) of a sampled block."""
+"""(index of a tensor, offset in its row-major bytes, length) of a sampled block."""
 
 SAMPLE_BYTES = 64
 _TENSORS = 64
@@ -26,11 +26,11 @@ _BLOCKS = 4
 """How many places of each; a write to all elements is seen at any of them."""
 
 
-def places_to_sample(nbytes: Sequence[int], row_major: Sequence[bool], aside: Collection[int]) -> list[Place]:
-    """Where to look in tensors of these sizes, but for those that are copied ``aside``. Only row-major ones:
-    between the elements of another may lie somebody else's."""
+def places_to_sample(nbytes: Sequence[int], can_look: Sequence[bool], aside: Collection[int]) -> list[Place]:
+    """Where to look in tensors of these sizes, but for those that are copied ``aside``; ``can_look`` says at
+    which of them one can."""
     skipped = set(aside)
-    able = [index for index, size in enumerate(nbytes) if size and row_major[index] and index not in skipped]
+    able = [index for index, size in enumerate(nbytes) if size and can_look[index] and index not in skipped]
     chosen = able
     if len(able) > _TENSORS:
         # half of them the largest, which hold most of the bytes; half among the others, so that a change of
@@ -61,8 +61,8 @@ class ByteSample:
 
     @classmethod
     def take(cls, places: list[Place], pointers: Sequence[int]) -> ByteSample:
-        """The blocks at ``places`` now; ``pointers`` are the tensors'. Raises RefusedError where the kernel
-        does not copy."""
+        """The blocks at ``places`` now, of row-major tensors on the host; ``pointers`` are all tensors'.
+        Raises RefusedError where the kernel does not copy."""
         own = [pointers[index] for index, *_ in places]
         return cls(places, own, _read(places, own))
 

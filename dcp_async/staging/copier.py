@@ -78,6 +78,8 @@ class Copier:
         streams = self._ordered(job.prepared.events)
         runs: list[Run] = []
         try:
+            if job.sample is None and job.prepared.watch is not None:
+                job.sample = job.prepared.watch.device_sample.fetch(self._backend, streams)
             self._pack(job, streams)
             for lease in leases:
                 if self._pinner is not None and streams:
@@ -332,4 +334,8 @@ class Copier:
         # not before: of what changes between a look and a later copy nothing would be seen
         if run.is_last:
             changed |= prepared.changed_unseen()
+        if (sample := run.job.sample) is not None:
+            layout, start = run.job.plan.layout, run.first * run.lease.slot_bytes
+            nbytes = min(run.lease.count * run.lease.slot_bytes, layout.image_bytes - start)
+            changed |= sample.differing(layout, start, run.lease.memory(0, nbytes))
         prepared.refuse(changed)

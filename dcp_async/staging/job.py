@@ -12,6 +12,7 @@ import torch
 from ..planning import CompiledPlan
 from .buffer_pool import Lease
 from .device import Event
+from .element_sample import FetchedSample
 from .packing import Scratch
 from .prepared import Prepared
 from .views import BatchViews
@@ -30,7 +31,9 @@ class StageJob:
     """What holds the packed tensors of each device."""
     is_packed: bool = False
     """Whether ``scratches`` are filled, or what fills them is queued."""
-
+    sample: FetchedSample | None = None
+    """What tensors on devices held at capture, to be compared with what is staged; None before the first
+    copy."""
     is_stuck: bool = False
     """Whether a device was waited for in vain."""
 

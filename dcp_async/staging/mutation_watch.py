@@ -7,15 +7,16 @@ where one moved, that is judged when the tensor is copied. Costs are per save an
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..state import Captured, layers_of, version_of, versions_of, wrappers_in
-from .byte_sample import ByteSample, Place
-from .vectored_copy import RefusedError
+from .byte_sample import ByteSample
+from .device import Stream
+from .element_sample import ElementSample
+from .samples import Sampled
 
 
 class MutatedTensors(Exception):
@@ -37,25 +38,32 @@ class MutationWatch:
     """Where each tensor lay, on whatever device: ``parameter.data = other`` moves no counter."""
     layers: dict[int, list[tuple[torch.Tensor, int | None]]]
     """Index of a tensor -> what wraps it, and how often that had been changed."""
-    sample: ByteSample | None
-    """What notices changes that move no counter; None where the kernel reads no memory for us."""
+    host_sample: ByteSample
+    """What notices changes on the host that move no counter."""
+    device_sample: ElementSample
+    """What notices them on devices."""
 
     @classmethod
-    def begin(cls, captured: Captured, aside: Collection[int], places: list[Place]) -> MutationWatch:
+    def begin(
+        cls,
+        captured: Captured,
+        aside: Collection[int],
+        sampled: Sampled,
+        streams: Mapping[torch.device, Stream],
+    ) -> MutationWatch:
         """Take note of ``captured`` as it is now.
 
         Args:
             aside: the tensors that were copied; the originals may change.
-            places: which bytes to sample.
+            sampled: where to look at the others.
+            streams: the caller's current ones.
         """
-        sample: ByteSample | None = None
         if captured.pointers is not None:
-            with contextlib.suppress(RefusedError):  # then there is no sample, and the counters alone tell
-                sample = ByteSample.take(places, captured.pointers)
             addresses: Sequence[int] = captured.pointers
         else:
             addresses = list(map(torch.Tensor.data_ptr, captured.tensors))
-        return cls(versions_of(captured.tensors), addresses, _layers(captured, aside), sample)
+        samples = sampled.take(captured.tensors, addresses, streams)
+        return cls(versions_of(captured.tensors), addresses, _layers(captured, aside), *samples)
 
     def wrappers_changed(self, indices: Iterable[int]) -> set[int]:
         """Those of ``indices`` whose wrappers were changed: an operation counts on what it was called with,
@@ -70,11 +78,9 @@ class MutationWatch:
         }
 
     def changed_unseen(self, tensors: Sequence[torch.Tensor]) -> set[int]:
-        """Which sampled ones of ``tensors`` have other bytes although no counter of theirs moved. To be asked
-        once all of them are copied: what is changed after that is the trainer's."""
-        if self.sample is None:
-            return set()
-        indices = self.sample.indices()
+        """Which sampled ones of ``tensors`` on the host have other bytes although no counter of theirs moved.
+        To be asked once all of them are copied: what is changed after that is the trainer's."""
+        indices = self.host_sample.indices()
         sampled = [tensors[index] for index in indices]
         # a counter that moved was judged when its tensor was copied: after that the trainer may change it
         wrapped = self.wrappers_changed(indices)
@@ -84,7 +90,7 @@ class MutationWatch:
             for index, address, version in zip(indices, addresses, versions_of(sampled), strict=True)
             if version == self.versions[index] and index not in wrapped
         }
-        return self.sample.differing(current)
+        return self.host_sample.differing(current)
 
     def share(self, indices: Sequence[int]) -> MutationWatch:
         """The watch over these tensors alone, by their new indices."""
@@ -94,7 +100,8 @@ class MutationWatch:
             [self.versions[index] for index in indices],
             [self.addresses[index] for index in indices],
             {renumbered[index]: layers for index, layers in self.layers.items() if index in renumbered},
-            self.sample.share(renumbered) if self.sample is not None else None,
+            self.host_sample.share(renumbered),
+            self.device_sample.share(renumbered),
         )
 
 

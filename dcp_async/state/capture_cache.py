@@ -226,8 +226,8 @@ class CaptureCache:
         """The accelerators on which tensors lie that are built so; None before somebody has looked."""
         self.located: list[torch.device | None] = []
         """Which of ``devices`` each tensor lies on, None for host memory; empty if there are none."""
-        self.places: list[tuple[int, int, int]] | None = None
-        """Where tensors that are built so are sampled; None before somebody has looked."""
+        self.sampled: object = None
+        """Staging's, on where tensors that are built so are sampled; None before it has looked."""
         self.in_bounds: list[int] | None = None
         """Addresses of the last tensors that were found to end within their memory."""
         self._recording: _Recording | None = None

@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import SGD, AdamW
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_async import CheckpointEngine, StagingOptions, StateMutatedError
+from dcp_async.staging import vectored_copy
 from dcp_async.staging.byte_sample import places_to_sample
 from tests.support.doubles import KIB, MIB, FaultyStorage, assert_same
 from tests.support.saves import HELD
@@ -152,6 +154,59 @@ def test_a_wrapper_with_dcps_hooks_is_watched(kind: str) -> None:
     assert watch.wrappers_changed(range(2)) == {index}
 
 
+# --- sharded modules ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(mesh: DeviceMesh) -> torch.nn.Linear:
+    """FSDP2's, on one rank."""
+    linear = torch.nn.Linear(ROWS, ROWS, bias=False)
+    fully_shard(linear, mesh=mesh)
+    return linear
+
+
+SHARDED_WRITES: dict[str, Change] = {
+    "add_": lambda weight: weight.add_(1),
+    "foreach": lambda weight: torch._foreach_add_([weight], 1.0),
+    "a foreach optimizer that runs no hooks": _step(AdamW, foreach=True),
+    "a fused optimizer that runs no hooks": _step(AdamW, fused=True),
+    "data": lambda weight: weight.data.add_(1),
+}
+
+
+@pytest.mark.parametrize("by_kernel", [True, False], ids=["the kernel samples", "the kernel refuses"])
+@pytest.mark.parametrize("write", SHARDED_WRITES)
+async def test_a_sharded_module_saved_without_its_optimizer_is_watched(
+    faulty: FaultyStorage,
+    sharded: torch.nn.Linear,
+    write: str,
+    by_kernel: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not by_kernel:
+        monkeypatch.setattr(vectored_copy, "_copy", None)
+    with pytest.raises(StateMutatedError, match=r"\bweight\b"):
+        await changed_while_staged(
+            faulty, {"m": sharded}, lambda: SHARDED_WRITES[write](sharded.weight.detach())
+        )
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=str)
+async def test_an_optimizer_of_dtensors_that_is_not_in_the_state_waits(
+    root: Path, sharded: torch.nn.Linear, options: dict[str, Any]
+) -> None:
+    optim = AdamW(sharded.parameters(), lr=0.1, **options)
+    for weight in sharded.parameters():
+        weight.grad = torch.ones_like(weight)
+    module: Any = sharded
+    before = module.weight.to_local().clone()
+    async with CheckpointEngine(root, staging=StagingOptions(overlap=True)) as engine:
+        response = await engine.save({"m": sharded})
+        optim.step()
+        await response.upload_completion
+        assert torch.equal((await engine.read())["m"]["weight"], before)
+
+
 # --- what moves no counter ------------------------------------------------------------------------
 
 
@@ -189,6 +244,13 @@ async def test_a_fused_optimizer_that_runs_no_hooks_is_seen(faulty: FaultyStorag
     unhooked: Any = AdamW.step
     with pytest.raises(StateMutatedError, match=r"\bw\b"):
         await changed_while_staged(faulty, {"w": weight}, lambda: unhooked.__wrapped__(optim))
+
+
+async def test_a_conjugate_view_elsewhere_in_the_state_hides_no_write(faulty: FaultyStorage) -> None:
+    view = torch.zeros(ROWS, ROWS, dtype=torch.complex64).conj()
+    state = {"view": view, "w": torch.zeros(ROWS, ROWS)}
+    with pytest.raises(StateMutatedError, match=r"\bw\b"):
+        await changed_while_staged(faulty, state, lambda: state["w"].data.add_(1))
 
 
 async def test_a_write_to_an_inference_tensor_is_seen(faulty: FaultyStorage) -> None:
