@@ -7,6 +7,7 @@ Source: torch/distributed/checkpoint/stateful.py.
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from .optimizers import AppState, snapshot_of_app
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["AppState", "PerRank", "RNGState", "is_stateful", "snapshot_of_ours"]
 
@@ -50,8 +53,11 @@ class PerRank:
 
 
 class RNGState:
-    """A Stateful that brings the random number generators back to where they were: torch's, Python's, and
-    numpy's if it is used.
+    """A Stateful that brings the random number generators back to where they were: torch's, Python's,
+    numpy's if it is used, and those of all devices of the accelerator once it is initialised.
+
+    When a checkpoint is loaded, the current device's takes what the current device's was; each other device's
+    takes that of its number, or stays as it is if the process that saved had fewer.
 
     Each rank's are its own, as if it stood in ``PerRank``. When a checkpoint of another world size is loaded,
     a rank takes what the rank of its number had saved; one that had no counterpart keeps its generators as
@@ -70,10 +76,7 @@ class RNGState:
         # not imported for this: before somebody imports it nobody draws from it
         if "numpy" in sys.modules:
             state["numpy"] = sys.modules["numpy"].random.get_state()
-        if torch.accelerator.is_available():
-            device = torch.accelerator.current_device_index()
-            state["accelerator"] = torch.get_device_module().get_rng_state(device)
-        return state
+        return state | _device_generators()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what ``state_dict()`` gave, or one rank's part of it."""
@@ -90,8 +93,37 @@ class RNGState:
         if "numpy" in state and "numpy" in sys.modules:
             sys.modules["numpy"].random.set_state(state["numpy"])
         if "accelerator" in state and torch.accelerator.is_available():
-            device = torch.accelerator.current_device_index()
-            torch.get_device_module().set_rng_state(state["accelerator"].cpu(), device)
+            _set_device_generators(state["accelerator"], state.get("accelerators", []))
+
+
+def _device_generators() -> dict[str, Any]:
+    """The current device's by itself, as all releases save it, and a list of all if there are several."""
+    if not torch.accelerator.is_available():
+        return {}
+    module = torch.get_device_module()
+    # asked for its generator it would be initialised; nobody has drawn from one that is not. MPS, which is
+    # always, has no such question
+    if hasattr(module, "is_initialized") and not module.is_initialized():
+        return {}
+    state: dict[str, Any] = {"accelerator": module.get_rng_state()}
+    if (count := torch.accelerator.device_count()) > 1:
+        state["accelerators"] = [module.get_rng_state(index) for index in range(count)]
+    return state
+
+
+def _set_device_generators(current: torch.Tensor, every: list[torch.Tensor]) -> None:
+    """``every`` is empty where only one device's was saved."""
+    module, count = torch.get_device_module(), torch.accelerator.device_count()
+    for index, state in enumerate(every[:count]):
+        module.set_rng_state(state.cpu(), index)
+    if 0 < len(every) < count:
+        logger.warning(
+            "RNGState: the checkpoint has generators of %d devices; those from %d on stay as they are",
+            *(len(every), len(every)),
+        )
+    # last, and by no number: which one is current may differ, and a device that was not initialised yet takes
+    # it when it is
+    module.set_rng_state(current.cpu())
 
 
 def snapshot_of_ours(stateful: AppState | RNGState) -> Any:
