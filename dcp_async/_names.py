@@ -20,11 +20,12 @@ Kind: TypeAlias = Literal["data", "manifest", "temporary", "lease"]
 _UID = f"[0-9a-f]{{{UID_DIGITS}}}"
 # [0-9], not \d, which takes the digits of every script: no file that somebody else named may look like ours
 _DATA_FILE = rf"__[0-9]+_[0-9]+-(?P<data>{_UID})\.distcp"
+_MANIFEST = rf"manifest-(?P<manifest>{_UID})\.json"
 _OWNED = re.compile(
-    rf"{_DATA_FILE}|manifest-(?P<manifest>{_UID})\.json"
+    rf"{_DATA_FILE}|{_MANIFEST}"
     rf"|\.metadata-(?P<temporary>{_UID})\.tmp|\.lease-(?P<lease>{_UID})"
 )
-_DATA_FILE_BYTES = re.compile(_DATA_FILE.encode())
+_PUBLISHED = re.compile(rf"{_DATA_FILE}|{_MANIFEST}".encode())
 _RANK_METADATA = re.compile(r"__([0-9]+)\.metadata")
 _ANY_MANIFEST = re.compile(r"manifest-.*\.json", re.DOTALL)
 # eight digits or more: a number that has outgrown them is written out, not cut
@@ -53,9 +54,9 @@ def data_file(rank: int, number: int, uid: str) -> str:
     return f"__{rank}_{number}-{uid}.distcp"
 
 
-def names_data_file(metadata: bytes) -> bool:
-    """Whether a file of ours is named somewhere in ``metadata``."""
-    return _DATA_FILE_BYTES.search(metadata) is not None
+def names_file_of_ours(metadata: bytes) -> bool:
+    """Whether a file of ours is named somewhere in ``metadata``, as each of ours names its manifest."""
+    return _PUBLISHED.search(metadata) is not None
 
 
 def manifest_file(uid: str) -> str:

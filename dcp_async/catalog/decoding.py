@@ -14,7 +14,7 @@ import xxhash
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import BlockingThreads, collection_paused
-from .._names import names_data_file
+from .._names import names_file_of_ours
 from ..errors import CorruptCheckpointError, LoadError, StorageError, UntrustedCheckpointError
 from ..formats import (
     Manifest,
@@ -81,7 +81,7 @@ async def manifest_of(name: str, reader: Reader, seen: RawMetadata) -> Manifest 
             return manifest
         problems.append("the manifest belongs to another .metadata")
     # taken for one of stock's, it would be read without a checksum
-    if names_data_file(raw):
+    if names_file_of_ours(raw):
         raise CorruptCheckpointError(
             f"checkpoint {name!r}: .metadata and manifest do not belong together "
             f"({'; '.join(problems) or 'there is no manifest'}); load an older checkpoint",

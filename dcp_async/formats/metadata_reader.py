@@ -406,7 +406,7 @@ def _holds_inert(whole: object) -> bool:
 
 
 def uids_named_in(metadata: bytes, uids: Set[str]) -> Set[str] | None:
-    """Which of ``uids`` the file names in `.metadata` bear; None if it can't be decoded."""
+    """Which of ``uids`` the names of files in `.metadata` bear; None if it can't be decoded."""
     # decoding is slow, and after a crash alone some are not named
     if all(uid.encode() in metadata for uid in uids):
         return uids

@@ -1,5 +1,5 @@
-"""Encodes `.metadata`, DCP's pickle of stock classes, once per plan; each save puts its uid into the file
-names.
+"""Encodes `.metadata`, DCP's pickle of stock classes, once per plan; each save puts its uid into the names of
+files.
 
 Enters: what DCP's Metadata says of each name, and where each item lies. Leaves: bytes that stock reads.
 Invariant: nothing but the uid changes from save to save until the layout does.
@@ -24,11 +24,12 @@ from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 
-from .._names import UID_DIGITS, data_file
+from .._names import UID_DIGITS, data_file, manifest_file
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,9 @@ def metadata_template(
     known = ("state_dict_metadata", "planner_data", "storage_data")
     keys = {key: constants(key) for key in known}
     # whatever fields this torch's Metadata has, so that its own readers find them
-    others = dict(vars(Metadata({})), storage_meta=None, version=_DCP_VERSION)
+    # of a state without bytes no data file is named: the manifest tells all the same whose `.metadata` it is
+    saved = StorageMeta(save_id=manifest_file(_PLACEHOLDER))
+    others = dict(vars(Metadata({})), storage_meta=saved, version=_DCP_VERSION)
     rest = [constants(key) + constants(value) for key, value in others.items() if key not in known]
     whole = constants(Metadata) + _NEW
     # no new constant from here on: names take the memories behind theirs

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine
+from dcp_async import CheckpointEngine, CorruptCheckpointError
 from dcp_async.storage.local.storage import LocalStorage
 from dcp_async.storage.local.transaction import LocalTransaction
 from tests.support.doubles import (
@@ -49,6 +49,16 @@ async def test_a_checkpoint_is_three_kinds_of_files_of_one_uid(root: Path) -> No
     assert ".metadata" in names
     assert len({match["uid"] for match in [*data, *manifests] if match}) == 1
     assert any(name.startswith("__0_0-") for name in names)
+
+
+async def test_the_metadata_names_the_manifest(root: Path) -> None:
+    async with CheckpointEngine(root) as engine:
+        directory = root / await save(engine)
+        (info,) = [info async for info in engine.checkpoints()]
+        meta = (await info.metadata()).storage_meta
+    assert meta is not None
+    assert (directory / (meta.save_id or "")).is_file()
+    assert meta.save_id == f"manifest-{manifest_of(directory)['uid']}.json"
 
 
 async def test_two_saves_have_two_uids(root: Path) -> None:
@@ -87,7 +97,6 @@ async def test_the_metadata_holds_stock_classes_only(root: Path) -> None:
         directory = root / await save(engine)
     content = (directory / ".metadata").read_bytes()
     assert isinstance(pickle.loads(content), Metadata)
-    assert pickle.loads(content).storage_meta is None
     strings = {str(argument) for _, argument, _ in pickletools.genops(content) if argument is not None}
     assert not any("dcp_async" in string for string in strings)
 
@@ -157,6 +166,41 @@ async def test_the_files_of_a_dead_replace_are_swept_and_the_checkpoint_stays(ro
         await save(engine, step=2)
         assert_same(await engine.read(1), STATE)
     assert_holds_only(root, ["step-00000001", "step-00000002"])
+
+
+async def test_a_dead_save_takes_nothing_of_a_checkpoint_of_no_bytes(root: Path) -> None:
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save({"a": {}}, step=1, notes={"loss": 0.25})).upload_completion
+        plant(root / "step-00000001")
+        await save(engine, step=2)
+        assert leftovers(root) == []
+        (info,) = [info async for info in engine.checkpoints() if info.step == 1]
+        assert (info.producer, info.notes) == ("dcp_async", {"loss": 0.25})
+        assert await engine.read(1) == {"a": {}}
+
+
+async def test_of_two_saves_of_no_bytes_the_manifest_of_the_published_one_counts(root: Path) -> None:
+    """The other one's is what a replace leaves that was killed right before or behind its rename."""
+    manifests: dict[str, bytes] = {}
+    async with CheckpointEngine(root) as engine:
+        for number in range(3):
+            saving = await engine.save({}, checkpoint_id="x", notes={"number": number}, replace=True)
+            await saving.upload_completion
+            (manifest,) = (root / "x").glob("manifest-*")
+            manifests[manifest.name] = manifest.read_bytes()
+        for name, content in manifests.items():
+            (root / "x" / name).write_bytes(content)
+        (info,) = [info async for info in engine.checkpoints()]
+        assert info.notes == {"number": 2}
+
+
+async def test_a_checkpoint_of_no_bytes_without_its_manifest_is_damaged(root: Path) -> None:
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save({"a": {}}, step=1)).upload_completion
+        (manifest,) = (root / "step-00000001").glob("manifest-*")
+        manifest.unlink()
+        with pytest.raises(CorruptCheckpointError, match="there is no manifest"):
+            await engine.read(1)
 
 
 async def test_the_files_of_a_living_save_are_left_alone(root: Path) -> None:

@@ -23,7 +23,9 @@ def test_what_is_written_is_recognised_with_its_kind_and_uid(uid: str, rank: int
     for name, kind in written.items():
         assert names.owned_file(name) == (kind, uid)
     assert names.is_manifest(names.manifest_file(uid))
-    assert names.names_data_file(b"\x80\x02X" + names.data_file(rank, number, uid).encode() + b"q\x00")
+    for name, kind in written.items():
+        is_published = kind in ("data", "manifest")
+        assert names.names_file_of_ours(b"\x80\x02X" + name.encode() + b"q\x00") is is_published
 
 
 @pytest.mark.parametrize(

@@ -443,7 +443,7 @@ def test_published_bytes_equal_a_pickle_of_the_same_metadata() -> None:
         ]
     entry = planned.metadata.state_dict_metadata["n"]
     assert isinstance(entry, BytesStorageMetadata)
-    assert len(planned.publication.metadata.pieces) == 3, "each of the two files is named once"
+    assert len(planned.publication.metadata.pieces) == 4, "each of the three files is named once"
 
 
 def test_trees_of_ranks_that_hold_different_parts_are_published_as_one() -> None:
