@@ -27,6 +27,7 @@ STYLE = """
 """
 INK, PAPER, CALLER, SAVE, LOAD, MEDIUM = "#52606d", "#ffffff", "#fff4e0", "#2166ac", "#1b7837", "#eceff3"
 SAVE_FRAME, LOAD_FRAME = "#e8f1fa", "#e7f4ea"
+STALL, COPY, SMALL, WRITE, VERIFY = "#c04a37", "#f4a582", "#fddbc7", "#92c5de", "#a6dba0"
 
 
 class Drawing:
@@ -236,9 +237,97 @@ def beside_training() -> Drawing:
     return d
 
 
+class Queues:
+    """One line for each of several queues, and what runs in them from left to right."""
+
+    LEFT, ROW = 126, 30
+
+    def __init__(self, drawing: Drawing, top: float, title: str, names: tuple[str, ...]) -> None:
+        self._drawing, self._top = drawing, top
+        drawing.text(16, top + 16, title, "head")
+        for row, name in enumerate(names):
+            drawing.text(self.LEFT - 10, self._y(row) + 16, name, "end")
+            drawing.line((self.LEFT, self._y(row) + 27), (744, self._y(row) + 27), color="#e3e8ed", width=1)
+
+    def _y(self, row: int) -> float:
+        return self._top + 28 + self.ROW * row
+
+    def run(self, row: int, start: float, end: float, words: str, fill: str) -> None:
+        self._drawing.box(self.LEFT + start, self._y(row), end - start - 3, 24, fill=fill)
+        dark = fill in (SAVE, LOAD, STALL)
+        x = self.LEFT + (start + end - 3) / 2
+        self._drawing.text(x, self._y(row) + 16, words, "middle on" if dark else "middle")
+
+    def event(self, moment: float, row: int, waiting: int) -> None:
+        """What comes next in the other row waits for what ended in this one."""
+        x = self.LEFT + moment - 1
+        ends = self._y(waiting) + (1 if waiting > row else 24)
+        self._drawing.arrow((x, self._y(row) + 12), (x, ends))
+
+
+def streams_of_a_device() -> Drawing:
+    """Saves and a load where the state lies on an accelerator. Not to scale."""
+    d = Drawing(578, "Streams over time: a save without and with overlap, and a load; not to scale")
+    names = ("your thread", "your stream", "our stream", "copying thread", "writers")
+
+    q = Queues(d, 6, "save() returns when the copies have arrived", names)
+    for row, start in ((0, 0), (1, 32)):
+        q.run(row, start, start + 96, "step 1", SAVE)
+        q.run(row, start + 366, start + 462, "step 2", SAVE)
+        q.run(row, start + 462, start + 558, "step 3", SAVE)
+    q.run(0, 96, 366, "save()", STALL)
+    q.event(128, 1, 2)
+    q.run(2, 130, 178, "pack", SMALL)
+    q.run(3, 102, 160, "queues", COPY)
+    q.run(3, 160, 362, "sleeps until each run has arrived", MEDIUM)
+    _runs(q, copied=178, written=242, width=66)
+    q.run(4, 440, 570, "hash, sync, commit", LOAD)
+
+    q = Queues(d, 204, "save() with overlap=True returns when the small tensors are packed", names)
+    for row, start in ((0, 0), (1, 32)):
+        q.run(row, start, start + 96, "step 1", SAVE)
+        q.run(row, start + 400, start + 496, "step 3", SAVE)
+    q.run(0, 96, 146, "save()", STALL)
+    q.run(0, 146, 268, "forward, backward", SAVE)
+    q.run(0, 268, 400, "step() waits", STALL)
+    q.run(1, 128, 176, "pack", SMALL)
+    q.run(1, 176, 298, "forward, backward", SAVE)
+    q.run(1, 370, 432, "update", SAVE)
+    q.event(176, 1, 2)
+    q.run(3, 148, 206, "queues", COPY)
+    q.run(3, 206, 362, "sleeps", MEDIUM)
+    _runs(q, copied=178, written=242, width=76)
+    q.run(4, 470, 600, "hash, sync, commit", LOAD)
+
+    names = ("your thread", "your stream", "readers", "our stream")
+    q = Queues(d, 402, "load() comes after what you had queued, and before what you queue next", names)
+    q.run(0, 0, 64, "init", SAVE)
+    q.run(0, 64, 460, "load()", STALL)
+    q.run(0, 460, 556, "step 1", SAVE)
+    q.run(1, 24, 160, "init", SAVE)
+    q.run(1, 482, 578, "step 1", SAVE)
+    for number in range(3):
+        q.run(2, 72 + 88 * number, 160 + 88 * number, f"read, verify {number + 1}", VERIFY)
+        q.run(3, 164 + 88 * number, 226 + 88 * number, f"run {number + 1}", COPY)
+    q.event(160, 1, 3)
+    q.run(3, 402, 458, "unpack", SMALL)
+    q.event(460, 3, 0)
+    return d
+
+
+def _runs(queues: Queues, *, copied: float, written: float, width: float) -> None:
+    """A save's runs of parts: through the stream of the copies, then to the disk."""
+    for number in range(3):
+        arrival = copied + 62 * (number + 1)
+        queues.run(2, arrival - 62, arrival, f"run {number + 1}", COPY)
+        queues.event(arrival - 1, 2, 3)
+        queues.run(4, written + width * number, written + width * (number + 1), f"run {number + 1}", WRITE)
+
+
 DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "path-of-a-tensor.svg": path_of_a_tensor,
     "beside-training.svg": beside_training,
+    "streams-of-a-device.svg": streams_of_a_device,
 }
 
 
