@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -30,14 +30,28 @@ from ..errors import (
     StorageError,
 )
 from ..info import CheckpointInfo, CheckpointRef, LoadReport
-from ..load import Agreement, Attempt, Loaded, LoadOptions, LoadServices, Together, load_into, read_fresh
+from ..load import (
+    Agreement,
+    Attempt,
+    DeviceWrites,
+    Loaded,
+    LoadOptions,
+    LoadServices,
+    Together,
+    load_into,
+    read_fresh,
+)
 from ..options import Dtypes
+from ..staging import CaptureInProgressError
 from ..state import Asked, CaptureError, Restorer, Schema, Targets, capture_targets, wishes_of
 from .lifetime import Lifetime
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_HOST = ("cpu", "meta")
+"""Kinds of devices that nothing is queued on."""
 
 Trial = Callable[[str, bool], Verb[T]]
 """Loads a checkpoint by name; told whether an earlier one touched the targets."""
@@ -134,6 +148,8 @@ class Loads:
         restorer = Restorer(targets, loaded.read, strict=how.strict, exact=how.dtypes == "exact")
         try:
             with self._life.resources.coordinator.activity.watched():
+                if loaded.writes is not None:
+                    loaded.writes.hand_out()
                 restorer.restore(state)
         except ENDINGS:
             raise
@@ -166,13 +182,22 @@ class Loads:
             if not agreed:
                 break
             asked.agreed.update(agreed)
-        targets = yield from self._look(
-            attempt, lambda: capture_targets(state, schema, asked, rank=rank, world_size=world_size)
-        )
+        services = self._services()
+
+        def look() -> tuple[Targets, DeviceWrites | None]:
+            targets = capture_targets(state, schema, asked, rank=rank, world_size=world_size)
+            # after the state's own code, which may queue work on a device
+            return targets, _writes(
+                services, services.stager.backend.devices(targets.memory()), targets.device
+            )
+
+        targets, writes = yield from self._look(attempt, look)
 
         async def load(contents: Contents, ranks: Together) -> Loaded:
             with _load_errors(contents.info.checkpoint_id, lambda: refill or ranks.are_ready):
-                return await load_into(contents, targets, self._services(), how, refill=refill, ranks=ranks)
+                return await load_into(
+                    contents, targets, services, how, refill=refill, ranks=ranks, writes=writes
+                )
 
         return contents.info, targets, (yield from self._ask(attempt.load(load)))
 
@@ -197,20 +222,34 @@ class Loads:
         ref = reference(source)
         yield from self._after_saves_of(ref)
         names = yield from self._ask(self._life.resources.catalog.resolve(ref))
-        value, _ = yield from self._try_each(
-            names,
-            lambda name, _: self._ask(self._read_one(name, wanted, device)),
-            falls_back=ref == "latest",
-        )
+        services = self._services()
+        # here, since the engine's own thread sits on device 0 whatever the caller has chosen
+        place = torch.device(device)
+        if place.type not in _HOST:
+            place = services.stager.backend.resolve(place)
+
+        def read(name: str, touched: bool) -> Verb[dict[str, Any]]:
+            writes = _writes(services, (), place)
+            value = yield from self._ask(self._read_one(name, services, wanted, place, writes))
+            if writes is not None:
+                writes.hand_out()
+            return value
+
+        value, _ = yield from self._try_each(names, read, falls_back=ref == "latest")
         return value
 
     async def _read_one(
-        self, name: str, keys: Sequence[str] | None, device: torch.device | str
+        self,
+        name: str,
+        services: LoadServices,
+        keys: Sequence[str] | None,
+        device: torch.device,
+        writes: DeviceWrites | None,
     ) -> dict[str, Any]:
         contents = await self._life.resources.catalog.open(name)
         try:
             with _load_errors(name, lambda: False):
-                return await read_fresh(contents, self._services(), keys=keys, device=device)
+                return await read_fresh(contents, services, keys=keys, device=device, writes=writes)
         finally:
             await contents.close()
 
@@ -297,11 +336,25 @@ class Loads:
         have = self._life.resources
         return LoadServices(
             threads=have.threads,
-            part_bytes=have.stager.options.part_bytes,
+            stager=have.stager,
             io_concurrency=have.io_concurrency,
             timeout=have.timeout,
             trust=have.setup.trust,
         )
+
+
+def _writes(
+    services: LoadServices, devices: Iterable[torch.device], fresh: torch.device
+) -> DeviceWrites | None:
+    """What writes to ``devices``, and to ``fresh``, where tensors are made; None where all is host memory. In
+    the caller's thread."""
+    wanted = {device for device in (*devices, fresh) if device.type not in _HOST}
+    if not wanted:
+        return None
+    try:
+        return DeviceWrites(services.stager, wanted, services.threads, services.timeout)
+    except CaptureInProgressError as error:
+        raise LoadError(f"nothing can be loaded while a graph is captured: {error}") from error
 
 
 def _has_touched(error: LoadError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .device_writes import DeviceWrites
 from .operations import Loaded, LoadOptions, load_into, read_fresh
 from .pipeline import LoadServices
 from .rank_agreement import Agreement, Attempt, Together
@@ -9,6 +10,7 @@ from .rank_agreement import Agreement, Attempt, Together
 __all__ = [
     "Agreement",
     "Attempt",
+    "DeviceWrites",
     "LoadOptions",
     "LoadServices",
     "Loaded",

@@ -86,15 +86,16 @@ def are_one_view(group: Sequence[NamedRegion]) -> bool:
 
 
 def conflict(group: Sequence[NamedRegion], values: Sequence[torch.Tensor]) -> tuple[str, str] | None:
-    """Names of two of ``group`` whose ``values`` can't both be in the memory that they share."""
+    """Names of two of ``group`` whose ``values``, in host memory, can't both be in the memory that they
+    share."""
     tensors = [region.tensor for _, region in group]
     low = min(tensor.data_ptr() for tensor in tensors)
     # set_() counts in elements, so every view must begin at a whole one
     low -= low % _ALIGNMENT
     high = max(tensor.data_ptr() + _extent(tensor) for tensor in tensors)
-    memory = torch.zeros(high - low, dtype=torch.uint8, device=tensors[0].device).untyped_storage()
+    memory = torch.zeros(high - low, dtype=torch.uint8, device="cpu").untyped_storage()
     views = [
-        torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+        torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
             memory, (tensor.data_ptr() - low) // tensor.itemsize, tensor.shape, tensor.stride()
         )
         for tensor in tensors

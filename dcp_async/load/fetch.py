@@ -1,7 +1,8 @@
 """The memory that spans are read into, and the verification of what has arrived there.
 
-Enters: batches of Spans. Leaves: filled destinations, or DamagedError. Invariant: nothing leaves scratch
-memory before its block was verified.
+Enters: batches of Spans, and slots of the staging pool for those that go to a device. Leaves: filled
+destinations, or DamagedError. Invariant: nothing leaves scratch memory or a slot before its block was
+verified.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import xxhash
 
 from ..formats import BLOCK_BYTES
 from .failures import DamagedError
-from .spans import Fill, Piece, Span
+from .spans import DeviceTarget, Fill, Piece, Span
 
 _SMALL_BYTES = BLOCK_BYTES
 """Pieces below this are read through a scratch buffer and copied: a buffer of their own in the call would
@@ -124,6 +125,31 @@ class FetchBuffers:
         for piece in self.span.pieces:
             if isinstance(piece.target, Fill):
                 piece.target.filled(piece.nbytes)
+
+
+class SlotBuffers(FetchBuffers):
+    """A span that is read whole into a slot, since bytes of it go to a device from there."""
+
+    def __init__(self, span: Span, slot: memoryview, start: int) -> None:
+        """``start``: where in the slot the span begins."""
+        self.span = span
+        memory = slot[start : start + span.stop - span.start]
+        self.segments = [(span.start, memory)]
+        self._scattered = []
+        self._verified, self._segment, self._bad = span.start, 0, []
+        self.on_device: list[tuple[Piece, DeviceTarget, int]] = []
+        """(piece, its target, where in the slot its bytes lie)."""
+        for piece in span.pieces:
+            offset = piece.offset - span.start
+            if isinstance(piece.target, DeviceTarget):
+                self.on_device.append((piece, piece.target, start + offset))
+            elif piece.nbytes:
+                self._scattered.append((piece, memory[offset : offset + piece.nbytes]))
+
+
+def goes_to_device(batch: Iterable[Span]) -> bool:
+    """Whether bytes of ``batch`` go to a device."""
+    return any(isinstance(piece.target, DeviceTarget) for span in batch for piece in span.pieces)
 
 
 class Check:

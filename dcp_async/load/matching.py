@@ -12,14 +12,18 @@ from ..catalog import Contents
 from ..options import Dtypes
 from ..state import Targets
 from .aliases import are_one_view, groups_in_memory
+from .device_writes import DeviceWrites
 from .match import Match
 from .tensor_matching import TensorMatcher
 from .tree_matching import TreeMatcher
 
 
-def match_state(targets: Targets, contents: Contents, *, dtypes: Dtypes) -> Match:
-    """Compare names, kinds, shapes and dtypes. Touches nothing."""
-    tensors = TensorMatcher(targets, contents, dtypes)
+def match_state(
+    targets: Targets, contents: Contents, *, dtypes: Dtypes, writes: DeviceWrites | None
+) -> Match:
+    """Compare names, kinds, shapes and dtypes. Touches nothing. ``writes``: where tensors on devices are
+    made."""
+    tensors = TensorMatcher(targets, contents, dtypes, writes)
     match, names = tensors.match, contents.names
     settled: set[str] = set()
     surplus: set[str] = set()

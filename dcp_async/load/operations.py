@@ -33,13 +33,13 @@ from ..formats import (
 from ..options import Dtypes
 from ..state import PLAIN_TENSORS, ReadBack, Region, Targets, is_known_to_autograd, is_wrapper
 from .aliases import NamedRegion, conflict
+from .device_writes import DeviceWrites
 from .failures import DamagedError, LoadFailures
 from .fit import check_app_states, check_fit, check_groups, kept_options
 from .keys import Keys
 from .match import Match
 from .matching import match_state
 from .pipeline import LoadPipeline, LoadServices
-from .place import copy_all
 from .rank_agreement import Together
 from .room import check_room
 from .tensor_matching import fresh_tensor, is_raw
@@ -62,6 +62,8 @@ class Loaded:
     """One load's outcome: what a Restorer takes, and what the report says."""
 
     read: ReadBack
+    writes: DeviceWrites | None
+    """What is to be handed out in the caller's thread, before ``read`` is."""
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[str, ...]
@@ -76,16 +78,18 @@ async def load_into(
     *,
     refill: bool,
     ranks: Together,
+    writes: DeviceWrites | None,
 ) -> Loaded:
     """Fill the targets' tensors and gather everything else that a Restorer hands back.
 
     Args:
+        writes: what reaches targets on devices; None where there are none.
         refill: targets hold bytes of a corrupt checkpoint, so each must be filled.
         ranks: what the ranks tell each other.
     """
     failures = LoadFailures(contents, touched=refill)
     contents = await _unfolded(contents, {*targets.tensors, *targets.leaves}, services, failures)
-    load = _LoadInto(contents, targets, services, how, failures)
+    load = _LoadInto(contents, targets, services, how, failures, writes)
     match, unexpected = await load.match(ranks, refill=refill)
     return await load.run(match, unexpected, ranks)
 
@@ -100,6 +104,7 @@ class _LoadInto:
         services: LoadServices,
         how: LoadOptions,
         failures: LoadFailures,
+        writes: DeviceWrites | None,
     ) -> None:
         self._contents = contents
         self._name = contents.info.checkpoint_id
@@ -107,12 +112,13 @@ class _LoadInto:
         self._services = services
         self._how = how
         self._failures = failures
-        self._pipeline = LoadPipeline(contents, services, failures)
+        self._writes = writes
+        self._pipeline = LoadPipeline(contents, services, failures, writes)
 
     async def match(self, ranks: Together, *, refill: bool) -> tuple[Match, Sequence[str]]:
         """How state and checkpoint fit, and what no rank expects. Raises IncompatibleStateError."""
         with collection_paused():
-            match = match_state(self._targets, self._contents, dtypes=self._how.dtypes)
+            match = match_state(self._targets, self._contents, dtypes=self._how.dtypes, writes=self._writes)
         unexpected = await ranks.unexpected(match.unexpected, self._targets.prefixes)
         # bytes of a corrupt checkpoint must not stay in what is not filled now
         if self._how.strict or refill:
@@ -129,7 +135,7 @@ class _LoadInto:
         # before copies are made, and before a target is touched: it may refuse the load
         for group in match.aliases:
             await self._check_aliases(group)
-        # atomic: everything is read and verified beside the state, which costs its memory once more
+        # atomic: everything is read and verified beside the state, at the cost of host memory for all of it
         into = _copies(plain) if self._how.atomic else plain
         keys = Keys(self._services.trust, self._failures)
         # before anything is touched: a key may be of a class that is not trusted
@@ -149,6 +155,7 @@ class _LoadInto:
                 replaced=match.replaced,
                 absent=match.absent,
             ),
+            writes=self._writes,
             missing=(*match.missing, *match.kept, *kept),
             unexpected=tuple(unexpected),
             mismatched=tuple(match.mismatched),
@@ -158,7 +165,7 @@ class _LoadInto:
     async def _check_aliases(self, group: Sequence[NamedRegion]) -> None:
         """Read what belongs into targets that share memory, elsewhere. Raises IncompatibleStateError if it
         can't be in there together."""
-        values = [torch.empty_like(region.tensor) for _, region in group]
+        values = [torch.empty_like(region.tensor, device="cpu") for _, region in group]
         for (name, region), value in zip(group, values, strict=True):
             await self._pipeline.read({name: [Region(value, region.offsets)]}, ())
         if (names := conflict(group, values)) is not None:
@@ -208,7 +215,7 @@ class _LoadInto:
         self, names: Sequence[str], targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
     ) -> None:
         try:
-            await self._services.threads.run(copy_all, names, targets, sources)
+            await self._pipeline.copy(names, targets, sources)
         except FillError as error:
             self._failures.touched = True  # all that is left of the load is these copies
             raise self._failures.explain(error) from error
@@ -241,9 +248,9 @@ def _has_wrapper(regions: Iterable[Region]) -> bool:
 
 
 def _copies(regions: _Regions) -> dict[str, list[Region]]:
-    """Memory of our own beside each of ``regions``."""
+    """Host memory beside each of ``regions``: a device may have no room for a second state."""
     return {
-        name: [Region(torch.empty_like(region.tensor), region.offsets) for region in some]
+        name: [Region(torch.empty_like(region.tensor, device="cpu"), region.offsets) for region in some]
         for name, some in regions.items()
     }
 
@@ -274,10 +281,17 @@ async def _unfolded(
 
 
 async def read_fresh(
-    contents: Contents, services: LoadServices, *, keys: Iterable[str] | None, device: torch.device | str
+    contents: Contents,
+    services: LoadServices,
+    *,
+    keys: Iterable[str] | None,
+    device: torch.device,
+    writes: DeviceWrites | None,
 ) -> dict[str, Any]:
     """The checkpoint, or what lies at and below ``keys``, as fresh objects in the structure that was saved.
 
+    Args:
+        device: where tensors are made; ``writes`` brings them there if it is none of the host's.
     Raises: LoadError for a key that is no name and no prefix of one.
     """
     structure = contents.structure
@@ -301,10 +315,10 @@ async def read_fresh(
         else:
             # before memory is asked for: a damaged `.metadata` may promise any size
             check_room(name, meta, contents)
-            tensors[name] = fresh_tensor(meta, contents.strides.get(name), device)
+            tensors[name] = fresh_tensor(meta, contents.strides.get(name), device, writes=writes)
     failures = LoadFailures(contents, touched=False)
     regions = {name: [Region.whole(tensor)] for name, tensor in tensors.items()}
-    values = await LoadPipeline(contents, services, failures).read(regions, leaves)
+    values = await LoadPipeline(contents, services, failures, writes).read(regions, leaves)
     values |= tensors
     values |= {name: tensors[first] for name, first in tied.items()}
     tree: dict[str, Any] = build(structure, values.__getitem__, Keys(services.trust, failures).unpickle)

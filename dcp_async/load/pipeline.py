@@ -1,6 +1,8 @@
 """Loading, as coroutines joined by bounded queues.
 
-    plan -[LoadPlan]-> batch -[list of Span]-> read -[list of FetchBuffers]-> place -[values]-> whoever loads
+    plan -[LoadPlan]-> batch -[list of Span]-> read -[Fetched]-> place -[values]-> whoever loads
+                                                                   |
+                                              pool <-[Slot]- recycle, for what goes to a device
 
 Enters: an opened checkpoint and what is wanted of it. Leaves: filled tensors and leaf values, or an error
 before anything was touched. Invariant: leaves are decoded, and pickled tensors are judged by their heads, so
@@ -9,21 +11,25 @@ that trust is decided before the first tensor is written to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
 import anyio
 import torch
 
-from .._concurrency import BlockingThreads, Pipe, collection_paused, run_blocking
+from .._concurrency import BlockingThreads, Pipe, StuckThreadError, collection_paused, run_blocking
 from .._foreign import storage_errors
 from ..catalog import Contents
 from ..formats import StoredItem
+from ..staging import Stager
 from ..state import Region
 from ..trust import Trust
+from .device_writes import DeviceWrites, Slot
 from .failures import DamagedError, LoadFailures
-from .fetch import Check, FetchBuffers
+from .fetch import Check, FetchBuffers, SlotBuffers, goes_to_device
 from .place import copy_all, scatter
 from .read_plan import ReadPlan, Source
 from .spans import Span, make_batches, make_spans
@@ -39,10 +45,16 @@ class LoadServices:
     """What the engine lends to its loads."""
 
     threads: BlockingThreads
-    part_bytes: int
+    stager: Stager
+    """Its pool and its devices, for what goes to one."""
     io_concurrency: int
     timeout: float
     trust: Trust
+
+    @property
+    def part_bytes(self) -> int:
+        """The most that is read at once: a slot holds as much."""
+        return self.stager.options.part_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +76,15 @@ class LoadPlan:
         return self.leaves.nbytes + self.tensors.nbytes
 
 
+@dataclass(slots=True)
+class Fetched:
+    """One batch, read and verified."""
+
+    buffers: list[FetchBuffers]
+    slot: Slot | None
+    """What they lie in, where bytes of them go to a device."""
+
+
 class LoadPipeline:
     """Reads what is wanted of one opened checkpoint.
 
@@ -72,13 +93,22 @@ class LoadPipeline:
     3. ``fill`` reads into the targets.
 
     Each raises CorruptCheckpointError, IncompatibleStateError, UntrustedCheckpointError or LoadError inside
-    of ``failures.explained()``. Cancellation joins the reads in progress; targets may be partly filled.
+    of ``failures.explained()``. Cancellation joins the reads and copies in progress; targets may be partly
+    filled.
     """
 
-    def __init__(self, contents: Contents, services: LoadServices, failures: LoadFailures) -> None:
+    def __init__(
+        self,
+        contents: Contents,
+        services: LoadServices,
+        failures: LoadFailures,
+        writes: DeviceWrites | None = None,
+    ) -> None:
+        """``writes``: what reaches targets on devices; None where there are none."""
         self._contents = contents
         self._services = services
         self._failures = failures
+        self._writes = writes
         self._source = Source.of(contents, services.trust)
 
     def plan(
@@ -90,7 +120,7 @@ class LoadPipeline:
     ) -> LoadPlan:
         """What has to be read to fill ``tensors`` and to have the values of ``leaves``. ``wrapped``: what is
         made of other tensors; nothing of it is written to by the pipeline."""
-        plan = LoadPlan(leaves=ReadPlan(self._source), tensors=ReadPlan(self._source))
+        plan = LoadPlan(leaves=ReadPlan(self._source), tensors=ReadPlan(self._source, self._writes))
         with collection_paused():  # a plan of many tensors is as many objects, and all of them live on
             for leaf in leaves:
                 if (inner := self._contents.unfolded_leaf(leaf)) is not None:
@@ -134,7 +164,17 @@ class LoadPipeline:
         self._failures.touched = self._failures.touched or not fresh
         await self._flow(plan.tensors)
         if plan.unfolded:
-            await self._services.threads.run(copy_all, *zip(*plan.unfolded, strict=True))
+            await self.copy(*zip(*plan.unfolded, strict=True))
+
+    async def copy(
+        self, names: Sequence[str], targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+    ) -> None:
+        """Copy values that lie in host memory into their targets, wherever those lie. Raises FillError."""
+        if self._writes is None:
+            await self._services.threads.run(copy_all, names, targets, sources)
+            return
+        async with self._writes.finishing():
+            await self._blocking(self._writes.put_all, names, targets, sources)
 
     async def read(self, tensors: Mapping[str, Iterable[Region]], leaves: Iterable[str]) -> dict[str, Any]:
         """Fill fresh ``tensors``; gives the values of ``leaves``."""
@@ -149,14 +189,24 @@ class LoadPipeline:
             return
         readers = self._services.io_concurrency
         batches: Pipe[list[Span]] = Pipe(_QUEUE_BATCHES)
-        fetched: Pipe[list[FetchBuffers]] = Pipe(_QUEUE_BATCHES, producers=readers)
+        fetched: Pipe[Fetched] = Pipe(_QUEUE_BATCHES, producers=readers)
+        copied: Pipe[Slot] = Pipe(_QUEUE_BATCHES)
         # a failure in one stage cancels the others, which join the reads that they wait for
-        async with anyio.create_task_group() as group:
+        async with self._devices(plan), anyio.create_task_group() as group:
             group.start_soon(self._batch, plan, batches)
             # as many as may read at once: one more would only hold the memory of another batch
             for _ in range(readers):
                 group.start_soon(self._read, batches, fetched)
-            group.start_soon(self._place, fetched)
+            group.start_soon(self._place, fetched, copied)
+            if self._writes is not None:
+                group.start_soon(self._recycle, copied, self._writes)
+
+    def _devices(self, plan: ReadPlan) -> AbstractAsyncContextManager[None]:
+        """Around a flow: slots for it, and the end of its copies."""
+        if self._writes is None:
+            return contextlib.nullcontext()
+        # one for each reader, one whose bytes are placed, one whose copies run
+        return self._writes.finishing(plan.nbytes, num_slots=self._services.io_concurrency + 2)
 
     async def _batch(self, plan: ReadPlan, batches: Pipe[list[Span]]) -> None:
         part_bytes = self._services.part_bytes
@@ -166,10 +216,13 @@ class LoadPipeline:
             await batches.put(batch)
         await batches.close()
 
-    async def _read(self, batches: Pipe[list[Span]], fetched: Pipe[list[FetchBuffers]]) -> None:
+    async def _read(self, batches: Pipe[list[Span]], fetched: Pipe[Fetched]) -> None:
         async for batch in batches:
+            slot: Slot | None = None
+            if self._writes is not None and goes_to_device(batch):
+                slot = await self._writes.lease()
             with collection_paused():
-                filled = [FetchBuffers(span) for span in batch]
+                filled = [FetchBuffers(span) for span in batch] if slot is None else _in_slot(batch, slot)
             segments = [segment for buffers in filled for segment in buffers.segments]
             check = Check(filled)
             try:
@@ -177,20 +230,49 @@ class LoadPipeline:
             except (DamagedError, BaseExceptionGroup):  # found by ``check``, in the storage's own call
                 raise
             except BaseException as error:
+                if slot is not None and isinstance(error, StuckThreadError):
+                    slot.lose()  # the thread that hangs may still write into it
                 # whatever a storage raises is its failure, with the file that it concerns
                 with storage_errors("read", f"{batch[0].file} of {self._contents.info.checkpoint_id!r}"):
                     raise error from error.__cause__
             if not check.done:  # a storage need not say what has arrived
                 await self._blocking(check.finish)
             # most spans were read straight into their targets: no need to pass them on
-            if any(buffers.is_unfinished for buffers in filled):
-                await fetched.put(filled)
+            if slot is not None or any(buffers.is_unfinished for buffers in filled):
+                await fetched.put(Fetched(filled, slot))
         await fetched.close()
 
-    async def _place(self, fetched: Pipe[list[FetchBuffers]]) -> None:
+    async def _place(self, fetched: Pipe[Fetched], copied: Pipe[Slot]) -> None:
         # one at a time: items are decoded here, and torch.load holds the GIL
         async for batch in fetched:
-            await self._blocking(scatter, batch)
+            if batch.slot is None:
+                await self._blocking(scatter, batch.buffers)
+                continue
+            try:
+                if any(buffers.is_unfinished for buffers in batch.buffers):
+                    await self._blocking(scatter, batch.buffers)
+                assert self._writes is not None
+                await self._blocking(self._writes.enqueue, batch.slot, batch.buffers)
+            except StuckThreadError:
+                batch.slot.lose()  # the thread that hangs may still queue copies out of it
+                raise
+            await copied.put(batch.slot)
+        await copied.close()
+
+    async def _recycle(self, copied: Pipe[Slot], writes: DeviceWrites) -> None:
+        # in the order in which they were queued; the next slots are read and placed meanwhile
+        async for slot in copied:
+            await writes.wait(slot)
 
     async def _blocking(self, fn: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         await run_blocking(self._services.threads, self._services.timeout, fn, *args, **kwargs)
+
+
+def _in_slot(batch: Iterable[Span], slot: Slot) -> list[FetchBuffers]:
+    """Buffers for the spans of a batch, one behind the other in ``slot``."""
+    buffers: list[FetchBuffers] = []
+    start = 0
+    for span in batch:
+        buffers.append(SlotBuffers(span, slot.memory, start))
+        start += span.stop - span.start
+    return buffers

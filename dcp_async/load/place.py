@@ -23,6 +23,21 @@ from .fetch import FetchBuffers
 _COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 
 
+Put = Callable[[str, torch.Tensor, torch.Tensor], None]
+"""Copies a value into the target of that name. Raises FillError."""
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is bytes at strides, as torch's batched copies take them."""
+    return (
+        type(tensor) in PLAIN_TENSORS
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
 def copy_exotic(name: str, target: torch.Tensor, value: torch.Tensor) -> None:
     """``target.copy_(value)``, where a sparse target may hold another number of elements. Raises FillError:
     a subclass runs its own code."""
@@ -44,8 +59,7 @@ def copy_all(names: Iterable[str], targets: Iterable[torch.Tensor], sources: Ite
     plain_sources: list[torch.Tensor] = []
     with torch.inference_mode():  # else tensors that were made in it could not be written to
         for name, target, source in zip(names, targets, sources, strict=True):
-            strided = target.layout is torch.strided and not target.is_quantized
-            if strided and type(target) in PLAIN_TENSORS and not target.is_conj() and not target.is_neg():
+            if is_plain(target):
                 plain_targets.append(target)
                 plain_sources.append(source)
             else:
@@ -73,13 +87,13 @@ def item_finisher(item: StoredItem, receive: Callable[[Any], None]) -> Callable[
 
 
 def rows_finisher(
-    name: str, target: torch.Tensor, box: Box, shape: Sequence[int], dtype: torch.dtype
+    put: Put, name: str, target: torch.Tensor, box: Box, shape: Sequence[int], dtype: torch.dtype
 ) -> Callable[[bytearray], None]:
-    """Copies what was read of a chunk of ``shape``, from the first element of ``box`` to its last."""
+    """Puts what was read of a chunk of ``shape``, from the first element of ``box`` to its last."""
 
     def finish(buffer: bytearray) -> None:
         read = torch.frombuffer(buffer, dtype=dtype)
-        copy_exotic(name, target, read.as_strided(extents(box), contiguous_strides(shape)))
+        put(name, target, read.as_strided(extents(box), contiguous_strides(shape)))
 
     return finish
 

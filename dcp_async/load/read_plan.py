@@ -21,6 +21,7 @@ from .._geometry import (
     check_coverage,
     common,
     contiguous_run,
+    contiguous_strides,
     cut_box,
     extents,
     relative,
@@ -39,9 +40,10 @@ from ..formats import (
 )
 from ..state import PLAIN_TENSORS, Region, joined, pairs, part_of
 from ..trust import Trust
+from .device_writes import DeviceWrites
 from .failures import DamagedError
-from .place import copy_exotic, item_finisher, rows_finisher
-from .spans import Fill, Piece, host_memory
+from .place import Put, copy_exotic, is_plain, item_finisher, rows_finisher
+from .spans import DeviceTarget, Fill, Piece, host_memory
 
 _READ_BYTES = 32 << 20
 """The most that is read at once for what can't go straight into its target."""
@@ -144,8 +146,11 @@ def _is_inside(box: Box, shape: Sequence[int]) -> bool:
 class ReadPlan:
     """The pieces that one pass over the files reads, file by file."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, writes: DeviceWrites | None = None) -> None:
+        """``writes``: what reaches targets on devices; None where there are none."""
         self._source = source
+        self._writes = writes
+        self._put: Put = copy_exotic if writes is None else writes.put
         self.pieces: dict[str, list[Piece]] = {}
         self.nbytes = 0
         self.items: list[StoredItem] = []
@@ -292,8 +297,8 @@ class ReadPlan:
                 self._want_box(name, chunk, in_chunk, tensor, in_region)
 
     def _want_whole(self, name: str, meta: TensorStorageMetadata, target: torch.Tensor) -> bool:
-        """Read a tensor of one chunk straight into all of ``target``, if that is possible: most tensors by
-        far, so each step counts."""
+        """Read the bytes of a tensor of one chunk as those of all of ``target``, if that is possible: most
+        tensors by far, so each step counts."""
         chunk, size, dtype = meta.chunks[0], meta.size, meta.properties.dtype
         if chunk.sizes != size or size != target.shape or any(chunk.offsets) or not target.numel():
             return False
@@ -302,7 +307,7 @@ class ReadPlan:
         if memory is None or not self._source.is_raw(name, file, dtype):
             return False
         payload = offset + self._head_bytes(name, length, dtype, size)
-        self._add(file, Piece(payload, len(memory), memory, 0, name))
+        self._add(file, Piece(payload, target.nbytes, memory, 0, name))
         return True
 
     def _head_bytes(self, name: str, length: int, dtype: torch.dtype, size: torch.Size) -> int:
@@ -319,18 +324,21 @@ class ReadPlan:
             )
         return head_bytes
 
-    def _memory(self, target: torch.Tensor, dtype: torch.dtype) -> memoryview | None:
-        """The bytes of ``target``, if elements of ``dtype`` can be read straight into them."""
+    def _memory(self, target: torch.Tensor, dtype: torch.dtype) -> memoryview | DeviceTarget | None:
+        """The bytes of ``target``, if those of elements of ``dtype`` are the same."""
         if (
-            # its bytes are out of reach, or not the file's: of another dtype or order, or to be negated
+            # of another dtype or order, or to be negated
             type(target) not in PLAIN_TENSORS
             or target.dtype != dtype
-            or not target.is_cpu
             or target.layout is not torch.strided
             or target.is_conj()
             or target.is_neg()
             or not target.is_contiguous()
         ):
+            return None
+        if self._writes is not None and (device := self._writes.device_of(target)) is not None:
+            return DeviceTarget(target.detach(), device, dtype, target.nbytes)
+        if not target.is_cpu:  # on the meta device there are none
             return None
         # a memoryview of an address keeps nothing alive
         self._keep.append(target)
@@ -371,6 +379,15 @@ class ReadPlan:
     ) -> Iterator[Piece]:
         """What to read of a chunk of ``shape`` whose elements begin at byte ``payload`` of its file."""
         memory, step = self._memory(target, dtype), dtype.itemsize
+        device = self._writes.device_of(target) if self._writes is not None and is_plain(target) else None
+
+        def rest(box: Box, cut: Box, nbytes: int) -> Fill | DeviceTarget:
+            # detached: a view of a parameter that requires grad refuses to be written to
+            view = target.detach()[slices(box)]
+            if device is not None:
+                return DeviceTarget(view, device, dtype, nbytes, contiguous_strides(shape))
+            return Fill(nbytes, rows_finisher(self._put, name, view, cut, shape, dtype))
+
         cuts: Iterable[tuple[Box, int, int]]
         # one run in the file and one in memory need no cut, however long: the spans are cut anyway
         run = contiguous_run(in_chunk, shape) if memory is not None else None
@@ -385,9 +402,7 @@ class ReadPlan:
             if memory is not None and run is not None:
                 yield Piece(payload + first, nbytes, memory, run[0] * step, name)
             else:
-                # detached: a view of a parameter that requires grad refuses to be written to
-                finish = rows_finisher(name, target.detach()[slices(destination)], cut, shape, dtype)
-                yield Piece(payload + first, nbytes, Fill(nbytes, finish), 0, name)
+                yield Piece(payload + first, nbytes, rest(destination, cut, nbytes), 0, name)
 
     def _tensor_receiver(
         self, name: str, target: torch.Tensor, shape: tuple[int, ...], in_chunk: Box
@@ -395,6 +410,6 @@ class ReadPlan:
         def receive(value: Any) -> None:
             self._source.check_item(name, value, shape)
             # not the target's detach(): that of a sparse tensor is a copy
-            copy_exotic(name, target, value if extents(in_chunk) == shape else value[slices(in_chunk)])
+            self._put(name, target, value if extents(in_chunk) == shape else value[slices(in_chunk)])
 
         return receive

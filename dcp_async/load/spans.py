@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,17 +58,48 @@ class Fill:
             self._finish(buffer)
 
 
+class DeviceTarget:
+    """A tensor on a device, and how its elements lie in the bytes that are read for it.
+
+    Those bytes are the tensor's own (``is_direct``), or they are brought to the device first and converted or
+    spread there.
+    """
+
+    __slots__ = ("device", "dtype", "is_direct", "left", "memory", "nbytes", "strides", "tensor")
+
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        nbytes: int,
+        strides: Sequence[int] | None = None,
+    ) -> None:
+        """``dtype``, ``strides``: of the elements as they are read; without ``strides`` they are the tensor's
+        bytes."""
+        self.tensor = tensor
+        self.device = device
+        self.dtype = dtype
+        self.nbytes = self.left = nbytes
+        self.is_direct = strides is None
+        self.strides = tensor.stride() if strides is None else strides
+        self.memory: torch.Tensor | None = None
+        """Where pieces of it go on the device: its own bytes, or memory that holds what was read so far."""
+
+
 @dataclass(slots=True)
 class Piece:
     """Bytes [offset, offset + nbytes) of a file go to ``target`` from its byte ``start`` on."""
 
     offset: int
     nbytes: int
-    target: memoryview | Fill
+    target: memoryview | Fill | DeviceTarget
     start: int
     name: str
 
     def memory(self) -> memoryview:
+        """Host memory that the bytes go to."""
+        assert not isinstance(self.target, DeviceTarget)
         whole = self.target.memory() if isinstance(self.target, Fill) else self.target
         return whole[self.start : self.start + self.nbytes]
 

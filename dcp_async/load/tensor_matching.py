@@ -13,10 +13,12 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from .._geometry import is_dense
 from ..catalog import Contents
 from ..formats import PLAIN_DTYPES
 from ..options import Dtypes
 from ..state import Region, Targets, empty_like, global_size
+from .device_writes import DeviceWrites
 from .match import Match
 from .room import check_room
 
@@ -24,11 +26,15 @@ from .room import check_room
 def fresh_tensor(
     meta: TensorStorageMetadata,
     strides: tuple[int, ...] | None,
-    device: torch.device | str,
+    device: torch.device,
     dtype: torch.dtype | None = None,
+    *,
+    writes: DeviceWrites | None,
 ) -> torch.Tensor:
-    """An empty tensor for what ``meta`` describes."""
+    """An empty tensor for what ``meta`` describes; ``writes`` makes those that are on a device."""
     dtype = dtype or meta.properties.dtype
+    if writes is not None and device in writes.devices:
+        return writes.empty(meta.size, dtype, strides, device)
     if strides is None:
         return torch.empty(meta.size, dtype=dtype, device=device)
     return torch.empty_strided(tuple(meta.size), strides, dtype=dtype, device=device)
@@ -57,8 +63,11 @@ def _is_expanded(tensor: torch.Tensor) -> bool:
 class TensorMatcher:
     """Compares tensors by name; writes what becomes of them into ``match``."""
 
-    def __init__(self, targets: Targets, contents: Contents, dtypes: Dtypes) -> None:
+    def __init__(
+        self, targets: Targets, contents: Contents, dtypes: Dtypes, writes: DeviceWrites | None
+    ) -> None:
         self._targets = targets
+        self._writes = writes
         self._contents = contents
         self._dtypes = dtypes
         self._names = contents.names
@@ -90,7 +99,9 @@ class TensorMatcher:
         elif is_raw(meta, name, self._contents):
             check_room(name, meta, self._contents)
             # of the state's dtype, since whatever differs was refused above or is to be converted
-            match.fresh[name] = fresh_tensor(meta, None, self._targets.device, tensor.dtype)
+            match.fresh[name] = fresh_tensor(
+                meta, None, self._targets.device, tensor.dtype, writes=self._writes
+            )
         else:
             match.leaves.append(name)
 
@@ -105,7 +116,7 @@ class TensorMatcher:
     def take(self, wanted: Iterable[str]) -> None:
         """Have all of ``wanted`` read, into tensors of our own; an optimizer's entries are cut as their
         parameters are."""
-        match, contents = self.match, self._contents
+        match, contents, writes = self.match, self._contents, self._writes
         for name in wanted:
             meta = self._names[name]
             parameter = self._targets.entries.get(name.rpartition(".")[0])
@@ -113,10 +124,12 @@ class TensorMatcher:
                 check_room(name, meta, contents)
                 if parameter is not None and global_size(parameter) == meta.size:
                     # an optimizer expects its entries where the parameter is, and cut as that is
-                    match.fresh[name] = empty_like(parameter, meta.properties.dtype)
+                    match.fresh[name] = self._fresh_like(parameter, meta.properties.dtype)
                 else:
                     # whoever takes it brings it to its own device
-                    match.fresh[name] = fresh_tensor(meta, contents.strides.get(name), "cpu")
+                    match.fresh[name] = fresh_tensor(
+                        meta, contents.strides.get(name), torch.device("cpu"), writes=writes
+                    )
             else:
                 if (
                     isinstance(parameter, DTensor)
@@ -125,6 +138,25 @@ class TensorMatcher:
                 ):
                     match.like[name] = parameter
                 match.leaves.append(name)
+
+    def _fresh_like(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """An empty tensor that lies, and is cut, as ``parameter`` is."""
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        device = self._writes.device_of(local) if self._writes is not None else None
+        if self._writes is None or device is None:
+            return empty_like(parameter, dtype)
+        strides = local.stride() if is_dense(local.shape, local.stride()) else None
+        made = self._writes.empty(local.shape, dtype, strides, device)
+        if not isinstance(parameter, DTensor):
+            return empty_like(parameter, dtype, made)
+        return DTensor.from_local(
+            made,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,  # a check is a collective, and a load must run none
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
 
     def _misfit(self, name: str, tensor: torch.Tensor, regions: Iterable[Region]) -> str | None:
         """Why what was saved as ``name`` can't be read into ``tensor``, of which ``regions`` lie here."""

@@ -43,7 +43,8 @@ def want_distributed(plan: ReadPlan, name: str, like: DTensor, values: dict[str,
 
     def wrap(name: str, local: torch.Tensor) -> None:
         values[name] = DTensor.from_local(
-            local,
+            # with its index: of a mesh only the kind is known, and this thread sits on device 0
+            local.to(regions[0].tensor.device),
             like.device_mesh,
             like.placements,
             run_check=False,  # a check is a collective, and a load must run none

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .buffer_pool import Lease
-from .device import Event
+from .buffer_pool import BufferPool, Lease
+from .device import Backend, CaptureInProgressError, Event, Stream
 from .job import Run, StageJob
 from .mutation_watch import MutatedTensors
 from .prepared import Prepared
@@ -12,6 +12,9 @@ from .side_buffer import Piece, SideBuffer
 from .stager import Stager, StagingOptions, num_parts, parts_between
 
 __all__ = [
+    "Backend",
+    "BufferPool",
+    "CaptureInProgressError",
     "Event",
     "Lease",
     "MutatedTensors",
@@ -23,6 +26,7 @@ __all__ = [
     "StageJob",
     "Stager",
     "StagingOptions",
+    "Stream",
     "num_parts",
     "parts_between",
 ]

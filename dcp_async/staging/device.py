@@ -243,7 +243,7 @@ class TorchBackend:
         with torch.cuda.device(device):  # the question is of the current device's stream
             if torch.cuda.is_current_stream_capturing():
                 raise CaptureInProgressError(
-                    "a CUDA graph is being captured on the current stream; save before or after the capture"
+                    "a CUDA graph is being captured on the current stream; save or load before or after that"
                 )
         return TorchStream(device, torch.cuda.current_stream(device))
 

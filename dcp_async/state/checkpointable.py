@@ -74,9 +74,10 @@ def local_pieces(tensor: torch.Tensor) -> tuple[Numbers, list[tuple[Numbers, tor
     ]
 
 
-def empty_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An empty tensor of the same part of a larger one."""
-    made = torch.empty_like(tensor, dtype=dtype)
+def empty_like(tensor: torch.Tensor, dtype: torch.dtype, made: torch.Tensor | None = None) -> torch.Tensor:
+    """An empty tensor of the same part of a larger one. ``made``: what it shall be, else memory is asked
+    for."""
+    made = torch.empty_like(tensor, dtype=dtype) if made is None else made
     if is_checkpointable(tensor):
         for field in _FIELDS:
             setattr(made, field, getattr(tensor, field))

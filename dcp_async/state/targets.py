@@ -123,6 +123,16 @@ class Targets:
     """Where tensors are made that take the place of those on the meta device."""
     world_size: int
 
+    def memory(self) -> list[torch.Tensor]:
+        """Every tensor that may be written to, or lies where one is made."""
+        tensors = [tensor for name, tensor in self.tensors.items() if name not in self.local]
+        tensors += [region.tensor for regions in self.local.values() for region in regions]
+        # of a bare optimizer the state holds no parameters
+        for _, optimizer, _ in self.flat.statefuls:
+            if isinstance(optimizer, Optimizer):
+                tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return tensors
+
 
 def capture_targets(
     state: Mapping[str, Any], schema: Schema, asked: Asked, *, rank: int = 0, world_size: int = 1

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "state": {*GROUND, "formats", "trust"},
     "catalog": {*GROUND, "storage", "formats", "trust", "_concurrency"},
     "planning": {*GROUND, "state", "formats", "trust"},
-    "load": {*GROUND, "catalog", "coordination", "state", "formats", "trust", "_concurrency"},
+    "load": {*GROUND, "catalog", "coordination", "state", "formats", "staging", "trust", "_concurrency"},
     "staging": {*GROUND, "planning", "state", "formats", "_concurrency"},
     "save": {
         *GROUND,
