@@ -68,6 +68,7 @@ class TensorMatcher:
     ) -> None:
         self._targets = targets
         self._writes = writes
+        self._parameters = {} if writes is None else targets.parameters()
         self._contents = contents
         self._dtypes = dtypes
         self._names = contents.names
@@ -128,7 +129,7 @@ class TensorMatcher:
                 else:
                     # whoever takes it brings it to its own device
                     match.fresh[name] = fresh_tensor(
-                        meta, contents.strides.get(name), torch.device("cpu"), writes=writes
+                        meta, contents.strides.get(name), self._device_for(name), writes=writes
                     )
             else:
                 if (
@@ -157,6 +158,15 @@ class TensorMatcher:
             shape=parameter.shape,
             stride=parameter.stride(),
         )
+
+    def _device_for(self, name: str) -> torch.device:
+        """Where to make what somebody takes as it was saved, and brings to where it shall be: there at once
+        if it is an optimizer's, which has its entries where their parameters are."""
+        entry, _, key = name.rpartition(".")
+        # step counts stay in host memory unless saved options, not read yet, say otherwise
+        if self._writes is None or key == "step" or (parameter := self._parameters.get(entry)) is None:
+            return torch.device("cpu")
+        return self._writes.device_of(parameter) or torch.device("cpu")
 
     def _misfit(self, name: str, tensor: torch.Tensor, regions: Iterable[Region]) -> str | None:
         """Why what was saved as ``name`` can't be read into ``tensor``, of which ``regions`` lie here."""

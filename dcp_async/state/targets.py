@@ -25,7 +25,7 @@ from .containers import CaptureError
 from .flat_state import FlatState
 from .flatten import flatten
 from .holdings import memory_of_modules, resizable_owners
-from .optimizers import parameter_sizes
+from .optimizers import is_custom, parameter_sizes
 from .schema import Asked, Schema
 from .sharding import Shard, is_sharded, sharded
 from .stateful import AppState, PerRank, is_stateful
@@ -122,6 +122,10 @@ class Targets:
     device: torch.device
     """Where tensors are made that take the place of those on the meta device."""
     world_size: int
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Name of an optimizer's entry -> its parameter, of optimizers that torch alone loads."""
+        return _parameters(self.flat, self.tensors, is_theirs=lambda optimizer: not is_custom(optimizer))
 
     def memory(self) -> list[torch.Tensor]:
         """Every tensor that may be written to, or lies where one is made."""
@@ -308,22 +312,32 @@ def _strict_below(flat: FlatState, prefix: str, stateful: Any) -> set[str]:
 
 
 def _entries(flat: FlatState) -> dict[str, torch.Tensor]:
-    parameters: dict[str, torch.Tensor] = {}
-    for prefix, stateful, _ in flat.statefuls:
-        if isinstance(stateful, AppState):
-            # an entry that the live optimizer lacks is cut as the parameter is that it belongs to
-            inside = f"{prefix}.model."
-            for name, tensor in flat.distributed.items():
-                if name.startswith(inside):
-                    parameters[f"{prefix}.optim.state.{name.removeprefix(inside)}"] = tensor
-        elif isinstance(stateful, Optimizer):
-            owned = [parameter for group in stateful.param_groups for parameter in group["params"]]
-            parameters |= {f"{prefix}.state.{number}": parameter for number, parameter in enumerate(owned)}
+    # an entry that the live optimizer lacks is cut as the parameter is that it belongs to
     return {
         name: tensor
-        for name, tensor in parameters.items()
+        for name, tensor in _parameters(flat, flat.distributed).items()
         if (type(tensor) is DTensor or is_checkpointable(tensor)) and not tensor.is_meta
     }
+
+
+def _parameters(
+    flat: FlatState,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    is_theirs: Callable[[Optimizer], bool] = lambda optimizer: True,
+) -> dict[str, torch.Tensor]:
+    """Name of an optimizer's entry -> its parameter: of an AppState one of ``tensors``."""
+    parameters: dict[str, torch.Tensor] = {}
+    for prefix, stateful, _ in flat.statefuls:
+        if isinstance(stateful, AppState) and all(map(is_theirs, stateful.optimizers)):
+            inside = f"{prefix}.model."
+            for name, tensor in tensors.items():
+                if name.startswith(inside):
+                    parameters[f"{prefix}.optim.state.{name.removeprefix(inside)}"] = tensor
+        elif isinstance(stateful, Optimizer) and is_theirs(stateful):
+            owned = [parameter for group in stateful.param_groups for parameter in group["params"]]
+            parameters |= {f"{prefix}.state.{number}": parameter for number, parameter in enumerate(owned)}
+    return parameters
 
 
 def _check_assignable(name: str, container: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, LoadError, Stager, StagingOptions
+from dcp_async import AppState, CheckpointEngine, LoadError, Stager, StagingOptions
 from dcp_async.staging import Lease
 from tests.support.accelerator import FakeAccelerator
 from tests.support.saves import PART, saved
@@ -188,6 +188,41 @@ async def test_meta_modules_are_made_on_the_default_device(
         await engine.load({"m": empty})
     assert fake.device_of(empty.weight) == fake.all_devices[1]
     assert torch.equal(on_host(empty.weight), model.weight)
+
+
+def optimized(fake: FakeAccelerator, dtype: torch.dtype) -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
+    model = torch.nn.Linear(4, 3).to(dtype)
+    for name, parameter in list(model.named_parameters()):
+        setattr(model, name, torch.nn.Parameter(fake.tensor(parameter.detach())))
+    return model, torch.optim.AdamW(model.parameters(), amsgrad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrapped", [True, False], ids=["app", "bare"])
+async def test_device_entries_of_an_empty_optimizer_are_made_where_their_parameters_lie(
+    root: Path, wrapped: bool, dtype: torch.dtype
+) -> None:
+    fake = FakeAccelerator()
+    (device,) = fake.all_devices
+    model, optimizer = optimized(fake, dtype)
+    torch.autograd.backward([model.forward(torch.ones(2, 4, dtype=dtype)).sum()])
+    optimizer.step()
+    other, fresh = optimized(fake, dtype)
+    async with engine_on(fake, root) as engine:
+        await saved(engine, {"a": AppState(model, optimizer)} if wrapped else {"m": model, "o": optimizer})
+        fake.fill(other.weight.detach(), 7.0)
+        await engine.load({"a": AppState(other, fresh)} if wrapped else {"m": other, "o": fresh})
+    fake.finish()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(on_host(mine), on_host(theirs))
+        entry, was = fresh.state[theirs], optimizer.state[mine]
+        assert entry.keys() == was.keys()
+        for key, value in was.items():
+            assert entry[key].dtype == value.dtype
+            assert torch.equal(on_host(entry[key]), on_host(value)), key
+            # as after step(): counts are in host memory, since none of it is fused or capturable
+            assert fake.device_of(entry[key]) == (None if key == "step" else device), key
+        assert entry["exp_avg"].stride() == was["exp_avg"].stride()
 
 
 # --- slots ----------------------------------------------------------------------------------------
