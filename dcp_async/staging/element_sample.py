@@ -8,6 +8,7 @@ hold, so whoever wrote, and whenever, a difference is in the checkpoint. Costs a
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import torch
 from ..formats import FileLayout
 from .byte_sample import Place
 from .device import Backend, Stream
+
+logger = logging.getLogger(__name__)
 
 _ALIGN = 16
 """Where blocks of another dtype begin: the largest itemsize."""
@@ -85,13 +88,15 @@ class ElementSample:
         for block in blocks:
             by_device[located[block.tensor] if located else None].append(block)
         # a view of a Parameter would be known to autograd
+        copied: list[_Copied] = []
         with torch.no_grad():
-            return cls(
-                [
-                    _copy(device, mine, tensors, streams[device] if device is not None else None)
-                    for device, mine in by_device.items()
-                ]
-            )
+            for device, mine in by_device.items():
+                try:
+                    copied.append(_copy(device, mine, tensors, None if device is None else streams[device]))
+                except RuntimeError as error:
+                    # a device that is full must not fail the trainer: the counters alone tell
+                    logger.warning("no room on %s for a sample of the state: %s", device, error)
+        return cls(copied)
 
     def fetch(self, backend: Backend, streams: Mapping[torch.device, Stream]) -> FetchedSample:
         """Queue on ``streams``, which wait for the capture, what brings it to the host."""
