@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, PerRank, StagingOptions
+import dcp_async
+from dcp_async import CheckpointEngine, PerRank, Stager, StagingOptions
 from dcp_async._concurrency.threads import BlockingThreads
 from dcp_async.storage.local.page_cache import give_back
+from tests.support.accelerator import FakeAccelerator
 from tests.support.doubles import ASIDE_BYTES, KIB, MIB, data_files, random_tensor
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -37,6 +39,8 @@ CEILINGS = {
     "save with overlap: calls per tensor": 0.1,
     "save with overlap: calls per tensor that is not copied aside": 0.8,
     "load: calls per tensor": 127,
+    "save from a device: calls per tensor": 0.1,
+    "save from a device with overlap: calls per tensor": 0.1,
     "save: thread hops per part": 2.35,
     "load, cold: thread hops per part": 2.2,
     "load, warm: thread hops per part": 1.1,
@@ -54,14 +58,16 @@ FEW, MANY = 1000, 3000
 class Tally:
     """Counts calls of Python and C functions in this thread and all that start later."""
 
-    def __init__(self) -> None:
+    def __init__(self, within: str = "") -> None:
+        """``within``: the folder whose code alone is counted."""
         self.on = False
+        self._within = within
         self.calls = 0
         self.hops = 0
         self.system: Counter[str] = Counter()
 
     def __call__(self, frame: FrameType, event: str, what: Any) -> None:
-        if not self.on:
+        if not self.on or not frame.f_code.co_filename.startswith(self._within):
             return
         if event == "call":
             self.calls += 1
@@ -73,8 +79,8 @@ class Tally:
 
 
 @contextmanager
-def tallied() -> Iterator[Tally]:
-    tally = Tally()
+def tallied(within: str = "") -> Iterator[Tally]:
+    tally = Tally(within)
     before, before_threads = sys.getprofile(), threading.getprofile()
     threading.setprofile(tally)
     sys.setprofile(tally)
@@ -135,6 +141,28 @@ async def test_calls_per_tensor(tmp_path: Path, name: str) -> None:
     verb, staging, nbytes = PER_TENSOR[name]
     few = await measured(tmp_path / "few", small_tensors(FEW, nbytes), verb, staging)
     many = await measured(tmp_path / "many", small_tensors(MANY, nbytes), verb, staging)
+    check(name, (many.calls - few.calls) / (MANY - FEW))
+
+
+async def measured_on_device(root: Path, count: int, staging: StagingOptions) -> Tally:
+    """What the third save of ``count`` tensors on a fake device costs, without what the fake costs."""
+    fake = FakeAccelerator()
+    state = {"m": {f"layer{index:05d}.weight": fake.tensor(torch.zeros(16)) for index in range(count)}}
+    with tallied(str(Path(dcp_async.__file__).parent)) as tally:
+        async with Stager(staging, backend=fake) as stager, CheckpointEngine(root, staging=stager) as engine:
+            for step in range(3):
+                tally.on = step == 2
+                await (await engine.save(state, step=step)).upload_completion
+                tally.on = False
+    return tally
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+async def test_calls_per_tensor_on_a_device(tmp_path: Path, overlap: bool) -> None:
+    staging = StagingOptions(overlap=overlap)
+    few = await measured_on_device(tmp_path / "few", FEW, staging)
+    many = await measured_on_device(tmp_path / "many", MANY, staging)
+    name = f"save from a device{' with overlap' if overlap else ''}: calls per tensor"
     check(name, (many.calls - few.calls) / (MANY - FEW))
 
 
