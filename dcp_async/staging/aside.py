@@ -70,7 +70,8 @@ def copy_aside(
     for snapshot in snapshots.values():
         aside += snapshot.pack.in_structure
         copies += snapshot.scratch.every
-    taken = set(aside)
+    # pinned ones are read when they have arrived, for which the trainer does not wait
+    taken = captured.known.cache.pinned.union(aside)
     rest = [index for index in smallest if index not in taken] if taken else smallest
     # no step per tensor that calls anything: this is the trainer's time
     for device in (None, *streams):

@@ -78,6 +78,7 @@ class Copier:
         streams = self._ordered(job.prepared.events)
         runs: list[Run] = []
         try:
+            job.prepared.await_arrivals()
             if job.sample is None and job.prepared.watch is not None:
                 job.sample = job.prepared.watch.device_sample.fetch(self._backend, streams)
             self._pack(job, streams)

@@ -74,6 +74,12 @@ class Backend(Protocol):
     def resolve(self, device: torch.device | str) -> torch.device:
         """``device`` with an index: that of the caller's current one where none was given."""
 
+    def current_device(self) -> torch.device | None:
+        """The caller's current accelerator; None while none is initialised, and none is for this."""
+
+    def pinned_among(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """Which of ``tensors`` lie in pinned host memory, which a device may still be filling."""
+
     def current_stream(self, device: torch.device) -> Stream:
         """The stream that the caller queues on at present. Raises CaptureInProgressError."""
 
@@ -231,6 +237,21 @@ class TorchBackend:
         if index is None and accelerator is not None and accelerator.type == wanted.type:
             return torch.device(wanted.type, torch.accelerator.current_device_index())
         return wanted
+
+    def current_device(self) -> torch.device | None:
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None:
+            return None
+        module = torch.get_device_module(accelerator)
+        # MPS, which has no such question, is always
+        if hasattr(module, "is_initialized") and not module.is_initialized():
+            return None
+        return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+    def pinned_among(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        if self.current_device() is None:  # to ask would make a context
+            return []
+        return [index for index, tensor in enumerate(tensors) if tensor.is_cpu and tensor.is_pinned()]
 
     def current_stream(self, device: torch.device) -> Stream:
         return self._current_stream(device)

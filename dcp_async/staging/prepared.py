@@ -33,6 +33,9 @@ class Prepared:
     """Where the tensors of the structure lie."""
     snapshots: dict[torch.device, Snapshot] = field(default_factory=dict)
     """What the small tensors of a device were copied to; shared with what a rank writes of it."""
+    arrivals: Sequence[Event] = ()
+    """Copies that the trainer queued into pinned host memory are done by then; none where nothing is
+    pinned."""
     indices: Sequence[int] | None = None
     """Where the tensors of a share stand in the structure; None if they are all of it."""
 
@@ -53,6 +56,11 @@ class Prepared:
         while self.snapshots:
             _, snapshot = self.snapshots.popitem()
             snapshot.release()
+
+    def await_arrivals(self) -> None:
+        """Return once host memory holds what the trainer had copied to it; in the thread that copies."""
+        for event in self.arrivals:
+            event.synchronize()
 
     def displaced(self, selection: Selection) -> set[int]:
         """Those that have other memory than was captured, or none."""

@@ -25,6 +25,7 @@ class Sampled:
     """Where states of one structure are looked at."""
 
     located: Located
+    pinned: frozenset[int]
     num_aside: int
     on_host: list[Place]
     on_devices: list[Block]
@@ -35,12 +36,16 @@ class Sampled:
     def of(cls, captured: Captured, located: Located, aside: Collection[int]) -> Sampled:
         """For states like ``captured``, but for the tensors that are copied ``aside``. What was found out for
         the last one is kept in its cache."""
-        known = captured.known.cache.sampled
-        if isinstance(known, cls) and known.fits(located, aside):
+        structure, cache = captured.structure, captured.known.cache
+        known, pinned, strides = cache.sampled, cache.pinned, structure.strides
+        if isinstance(known, cls) and known.fits(located, pinned, aside):
             return known
-        structure, strides = captured.structure, captured.structure.strides
-        # on the host between the elements of others than row-major ones may lie somebody else's
-        can_look = [steps is None or bool(located and located[index]) for index, steps in enumerate(strides)]
+        # on the host between the elements of others than row-major ones may lie somebody else's, and pinned
+        # ones need not hold yet what they are about to
+        can_look = [
+            (steps is None and index not in pinned) or bool(located and located[index])
+            for index, steps in enumerate(strides)
+        ]
         places = places_to_sample([tensor.nbytes for tensor in captured.tensors], can_look, aside)
         blocks = [
             block_at(place, structure.dtypes[place[0]], structure.shapes[place[0]], strides[place[0]])
@@ -49,17 +54,19 @@ class Sampled:
         on_host = [not located or located[index] is None for index, *_ in places]
         made = cls(
             located,
+            pinned,
             len(aside),
             [place for place, is_there in zip(places, on_host, strict=True) if is_there],
             [block for block, is_there in zip(blocks, on_host, strict=True) if not is_there],
             [block for block, is_there in zip(blocks, on_host, strict=True) if is_there],
         )
-        captured.known.cache.sampled = made
+        cache.sampled = made
         return made
 
-    def fits(self, located: Located, aside: Collection[int]) -> bool:
+    def fits(self, located: Located, pinned: frozenset[int], aside: Collection[int]) -> bool:
         """Whether tensors that lie there, without those ``aside``, are looked at in the same places."""
-        return self.num_aside == len(aside) and (located is self.located or located == self.located)
+        lie_there = located is self.located or located == self.located
+        return lie_there and pinned == self.pinned and self.num_aside == len(aside)
 
     def take(
         self,

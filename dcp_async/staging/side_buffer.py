@@ -62,6 +62,7 @@ class SideBuffer:
         vectored = (
             stager.copier.has_vectored_copy and prepared.captured.pointers is not None and not prepared.events
         )
+        prepared.await_arrivals()
         # divided once, and anew only after the kernel has stopped copying for us
         if self._rest is None or (self._vectored is not None and not vectored):
             self._divide(vectored=vectored)

@@ -8,7 +8,7 @@ slot is given back only when neither a thread nor a device may still write into 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
@@ -25,7 +25,7 @@ from .aside import ASIDE_BYTES, take_snapshots, watched
 from .bounce import Bounce
 from .buffer_pool import BufferPool
 from .copier import Copier, UnsettledError
-from .device import Backend, TorchBackend
+from .device import Backend, CaptureInProgressError, Event, TorchBackend
 from .job import Run, StageJob
 from .mutation_watch import MutationWatch
 from .packing import Snapshot
@@ -152,6 +152,7 @@ class Stager:
         if cache.devices is None:
             cache.devices = self.backend.devices(captured.tensors)
             cache.located = list(map(self.backend.device_of, captured.tensors)) if cache.devices else []
+            cache.pinned = frozenset(self.backend.pinned_among(captured.tensors))
         devices, located = cache.devices, cache.located
         # here, so that save() itself raises: what has no bytes would fail in the copying thread at best
         if any(device.type == "meta" for device in devices):
@@ -166,7 +167,25 @@ class Stager:
             captured, watch = watched(captured, located, snapshots, streams)
         # after the copies aside, which are queued on the devices as well
         events = {device: stream.record() for device, stream in streams.items()}
-        return Prepared(captured=captured, events=events, watch=watch, located=located, snapshots=snapshots)
+        return Prepared(
+            captured=captured,
+            events=events,
+            watch=watch,
+            located=located,
+            snapshots=snapshots,
+            arrivals=[*events.values(), *self._queued(devices)] if cache.pinned else [],
+        )
+
+    def _queued(self, besides: Collection[torch.device]) -> list[Event]:
+        """What the caller has queued on its current device, if that is none of ``besides``."""
+        device = self.backend.current_device()
+        if device is None or device in besides:
+            return []
+        try:
+            return [self.backend.record(device)]
+        except CaptureInProgressError:
+            # it is recording: what it queued before was done when it began, what it queues now does not run
+            return []
 
     async def enqueue(self, job: StageJob, first: int, count: int, *, patience: float) -> list[Run]:
         """Copy up to ``count`` parts from ``first`` on into slots of the pool, or queue their copies on the

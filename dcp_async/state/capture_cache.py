@@ -226,6 +226,9 @@ class CaptureCache:
         """The accelerators on which tensors lie that are built so; None before somebody has looked."""
         self.located: list[torch.device | None] = []
         """Which of ``devices`` each tensor lies on, None for host memory; empty if there are none."""
+        self.pinned: frozenset[int] = frozenset()
+        """The tensors in pinned host memory, found out with ``devices``: a device may still be filling
+        them."""
         self.sampled: object = None
         """Staging's, on where tensors that are built so are sampled; None before it has looked."""
         self.in_bounds: list[int] | None = None

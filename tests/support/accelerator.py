@@ -13,7 +13,7 @@ import ctypes
 import random
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -256,6 +256,13 @@ class FakeAccelerator:
         wanted = torch.device(device)
         index: int | None = wanted.index
         return self._current_device() if index is None and wanted.type == KIND else wanted
+
+    def current_device(self) -> torch.device | None:
+        return self._current_device() if self.contexts else None
+
+    def pinned_among(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        host = [(index, Memory.of(tensor)) for index, tensor in enumerate(tensors)]
+        return [index for index, memory in host if memory.nbytes and self.is_pinned(memory)]
 
     def record(self, device: torch.device) -> FakeEvent:
         return self.current_stream(device).record()
