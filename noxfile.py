@@ -266,13 +266,13 @@ def package(session: nox.Session) -> None:
         stamp(session, *PACKAGE_INPUTS)
     session.run("python", "-m", "pip", "check")
     with tempfile.TemporaryDirectory(dir=session.create_tmp()) as scratch:
-        user = shutil.copy(inside / "user.py", scratch)
+        shutil.copy(inside / "user.py", scratch)
         python = shutil.which("python", path=session.bin)
         with session.chdir(scratch):
             session.run("python", "-I", str(inside / "use.py"), str(ROOT / "README.md"))
             # an empty configuration: none of this project's settings is the user's
             strict = ("--strict", "--config-file=", f"--python-executable={python}")
-            session.run(DEV_PYTHON, "-m", "mypy", *strict, user, external=True)
+            session.run(DEV_PYTHON, "-m", "mypy", *strict, "user.py", external=True)
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)
