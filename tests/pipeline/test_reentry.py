@@ -66,6 +66,8 @@ class Between:
         self._seen = 0
 
     def __enter__(self) -> Between:
+        # before settrace(), which in CPython 3.12 looks once whether any frame wants opcodes
+        sys._getframe().f_trace_opcodes = True
         sys.settrace(self._trace)
         return self
 
