@@ -15,7 +15,16 @@ from pathlib import Path
 
 from . import cli, packages, reporting
 from .engines import ON_DEVICES, OURS, RAW
-from .measuring import WRONG_BITS, Child, Group, machine_facts, progress, running
+from .measuring import (
+    STATE_BYTES,
+    WRONG_BITS,
+    Child,
+    Group,
+    machine_facts,
+    memory_available,
+    progress,
+    running,
+)
 
 WORKLOADS = ("large", "many", "llm")
 SLOW_MANY = "stock pinned overlap"
@@ -33,7 +42,7 @@ class Options:
     runs: int
     """Rounds, after the first save; each gives one sample of each figure and engine."""
     minutes: float
-    """No workload and no further round is begun after its share of this."""
+    """No workload is begun after that, and what a workload can do without is left out after its share."""
     scale: float
     out: Path
     directory: Path | None
@@ -76,32 +85,44 @@ def _accelerator() -> str | None:
     return None if found is None else found.type
 
 
-def measure(group: Group, given: Options, until: float) -> None:
-    """All samples of one workload; rounds past the first end at that moment."""
+class Share:
+    """A workload's part of the time, from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self._begun, self._seconds = time.monotonic(), seconds
+
+    def is_up(self, fraction: float) -> bool:
+        """Whether that fraction of it has passed."""
+        return time.monotonic() > self._begun + fraction * self._seconds
+
+    def rounds(self, number: int, fraction: float) -> Iterator[int]:
+        """That many rounds, but none past the first is begun when that fraction has passed."""
+        for round_ in range(number):
+            if round_ and self.is_up(fraction):
+                progress(f"  the time is up after {round_} rounds")
+                return
+            yield round_
+
+
+def measure(group: Group, given: Options, share: Share) -> None:
+    """All samples of one workload."""
     group.take("link", only=[RAW])
     saving = group.engines(but=[RAW])
     group.take("first", prefix="first_", only=saving)
-    for round_ in _rounds(given, until):
+    for round_ in share.rounds(given.runs, 0.4):
         group.take("save", rotate=round_, only=saving)
         group.take("disk", only=[RAW])
     group.take("memory", only=saving)
-    group.take("beside", only=saving, seconds=1.0, saves=given.runs)
+    if not share.is_up(0.7):
+        group.take("beside", only=saving, seconds=1.0, saves=min(2, given.runs))
     # stock loads alike whatever it staged with, and so do ours
     loading = [engine for engine in saving if "overlap" not in engine]
     group.take("prepare_load", only=loading)
     group.take("load", prefix="first_", only=loading, cold=False)
-    for round_ in _rounds(given, until):
+    for round_ in share.rounds(given.runs, 1.0):
         group.take("load", rotate=round_, only=loading, cold=False)
     group.take("check", only=[engine for engine in saving if engine not in loading])
     group.fail_wrong()
-
-
-def _rounds(given: Options, until: float) -> Iterator[int]:
-    for round_ in range(given.runs):
-        if round_ and time.monotonic() > until:
-            progress(f"  the time of this workload is up after {round_} rounds")
-            return
-        yield round_
 
 
 def run(given: Options, directory: Path) -> reporting.Data:
@@ -118,22 +139,19 @@ def run(given: Options, directory: Path) -> reporting.Data:
     ends = time.monotonic() + 60 * given.minutes
     for number, workload in enumerate(given.workloads):
         left = ends - time.monotonic()
-        if left <= 0:
-            progress(f"{workload}: not measured, the time is up")
-            continue
-        until = time.monotonic() + left / (len(given.workloads) - number)
         engines = [engine for engine in ON_DEVICES if (workload, engine) != ("many", SLOW_MANY)]
+        # on the host: the pool of each, and three copies for the link
+        needed = (len(engines) + 3) * STATE_BYTES[workload] * given.scale
+        if left <= 0 or needed > memory_available():
+            progress(f"{workload}: not measured: {'the time is up' if left <= 0 else 'too little memory'}")
+            continue
         progress(f"{workload}: {', '.join(engines)}")
-        children = (
-            Child(
-                *(engine, workload, given.scale, directory / workload),
-                device=given.device,
-                patience=PATIENCE,
-            )
+        place = directory / workload
+        with running(
+            Child(engine, workload, given.scale, place, device=given.device, patience=PATIENCE)
             for engine in engines
-        )
-        with running(children) as group:
-            measure(group, given, until)
+        ) as group:
+            measure(group, given, Share(left / (len(given.workloads) - number)))
         reporting.add(data, workload, group)
         reporting.write(data, given.out / "gpu.json")
     return data
