@@ -62,6 +62,10 @@ class CheckpointEngine(EngineVerbs):
         save."""
         return self._run("save", self._saves.saving(state, step, checkpoint_id, notes, replace))
 
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Do ahead of time what the first save of ``state`` would do while training waits; writes nothing."""
+        self._run("prepare", self._saves.preparing(state))
+
     def load(
         self,
         state: Mapping[str, Any],

@@ -98,6 +98,23 @@ class CheckpointEngine(EngineVerbs):
         """
         return await self._run("save", self._saves.saving(state, step, checkpoint_id, notes, replace))
 
+    async def prepare(self, state: Mapping[str, Any]) -> None:
+        """Do ahead of time what the first save of ``state`` would do while training waits: plan, make the
+        memory that staging needs, pin it if ``state`` lies on an accelerator. Writes nothing.
+
+        A convenience for the start of a run: without it the first save takes longer, and nothing else. It may
+        be called again when the state has grown; saves in flight go on beside it. Its bytes are copied once
+        and dropped, so the state must not change before this has returned.
+
+        Args:
+            state: what ``save`` will be given; each ``state_dict()`` is called once.
+        Raises: SaveError, as ``save`` does before it writes, with ``checkpoint_id`` "prepare()";
+            EngineStateError. Memory that can't be pinned is no error: it is logged, and saves work.
+        Cancellation: ends it; what was made by then stays for the saves to come.
+        Ranks: all must call it, in the same order as ``save`` and ``load``.
+        """
+        await self._run("prepare", self._saves.preparing(state))
+
     async def load(
         self,
         state: Mapping[str, Any],

@@ -28,15 +28,18 @@ from ..save import (
     Cancellation,
     Carryover,
     CommitOutcome,
+    Preparation,
+    Preparing,
     ReplicaCheck,
     SavePipeline,
     SaveRequest,
+    Subject,
     cancelled_error,
     forget_locals,
     save_error,
 )
 from ..staging import Prepared
-from ..state import KnownStructure, LeafRules, capture
+from ..state import LeafRules, capture
 from .admission import SaveArguments, brief, checkpoint_name
 from .lifetime import Lifetime
 
@@ -125,16 +128,14 @@ class Saves:
             on_own_thread=self._life.on_own_thread,
             place=place,
         )
-        latest = runner.carryover.latest if self._life.setup.planning.cache else None
-        plan = latest[0] if latest is not None else None
         try:
-            prepared = self._capture(state, asked, writer, latest)
+            prepared, plan = self._capture(state, asked, writer)
             # inside: interrupted behind it, nobody would know of the writer that optimizers wait for
             return SaveRequest(
                 writer=writer,
                 ordinal=ordinal,
                 prepared=prepared,
-                plan=None if prepared.captured.is_new else plan,
+                plan=plan,
                 notes=asked.notes,
                 replace=asked.replace,
                 started=started,
@@ -146,33 +147,61 @@ class Saves:
             raise
         except BaseException as error:  # the trainer's own code, which may raise anything
             _end_staging(writer)
-            rank, verdict = self._life.resources.coordinator.rank, {}
-            with contextlib.suppress(EngineStateError):  # closed meanwhile: the others are told by that
-                refusing = self._life.submit(runner.refuse(ordinal, writer.response.checkpoint_id, error))
-                verdict = yield refusing.join()
-            raise save_error(error, "capture", writer.response, rank=rank, verdict=verdict) from error
+            raise (yield from self._refused(ordinal, writer.response, error)) from error
+
+    def _refused(self, ordinal: int, subject: Subject, error: BaseException) -> Verb[SaveError]:
+        """The state could not be captured: the other ranks are told. Gives what to raise."""
+        rank, verdict = self._life.resources.coordinator.rank, {}
+        with contextlib.suppress(EngineStateError):  # closed meanwhile: the others are told by that
+            refusing = self._life.submit(self._runner.refuse(ordinal, subject.checkpoint_id, error))
+            verdict = yield refusing.join()
+        return save_error(error, "capture", subject, rank=rank, verdict=verdict)
 
     def _capture(
-        self,
-        state: Mapping[str, Any],
-        asked: SaveArguments,
-        writer: ResponseWriter,
-        latest: tuple[CompiledPlan, KnownStructure] | None,
-    ) -> Prepared:
-        """The state as it is now."""
+        self, state: Mapping[str, Any], asked: SaveArguments, writer: ResponseWriter
+    ) -> tuple[Prepared, CompiledPlan | None]:
+        """The state as it is now, watched if the trainer goes on; and the plan of its structure."""
         life, name = self._life, writer.response.checkpoint_id
         if not asked.replace and life.book.in_flight(name) is not None:
             raise FileExistsError(name)
+        prepared, plan = self._prepared(state)
+        if life.setup.stager.options.overlap:
+            optimizers = prepared.captured.optimizers
+            life.hooks.watch(optimizers, writer.staging.future, lambda: prepared.captured.tensors)
+        return prepared, plan
+
+    def _prepared(self, state: Mapping[str, Any]) -> tuple[Prepared, CompiledPlan | None]:
+        """The state as it is now, and the plan that its structure has by now."""
+        life = self._life
+        ranks = life.resources.coordinator
+        latest = self._runner.carryover.latest if life.setup.planning.cache else None
         plan, known = latest if latest is not None else (None, None)
-        ranks, stager = life.resources.coordinator, life.setup.stager
         with ranks.activity.watched():
             captured = capture(
                 state, known, rank=ranks.rank, world_size=ranks.world_size, rules=self._leaf_rules
             )
-        prepared = stager.prepare(captured, None if captured.is_new else plan)
-        if stager.options.overlap:
-            life.hooks.watch(captured.optimizers, writer.staging.future, lambda: prepared.captured.tensors)
-        return prepared
+        if captured.is_new:
+            plan = None
+        return life.setup.stager.prepare(captured, plan), plan
+
+    def preparing(self, state: Mapping[str, Any]) -> Verb[None]:
+        """``CheckpointEngine.prepare``. Ranks: all must call it, in the same order as saves."""
+        life, runner = self._life, self._runner
+        life.check_open()
+        ordinal = life.book.next_ordinal()
+        try:
+            prepared, plan = self._prepared(state)
+        except ENDINGS as error:
+            runner.refuse_at_once(ordinal, Preparing.checkpoint_id, error)
+            raise
+        except BaseException as error:  # the trainer's own code, which may raise anything
+            raise (yield from self._refused(ordinal, Preparing(), error)) from error
+        # the trainer waits, and nothing is saved: what changes meanwhile harms nobody
+        prepared.watch = None
+        try:
+            yield life.submit(runner.prepare(ordinal, prepared, plan)).join()
+        finally:
+            prepared.release()  # cancelled before its first step, the job has not
 
     def _started(self, request: SaveRequest) -> Verb[None]:
         """Start the save, and wait until the state may be mutated or its optimizers wait for that."""
@@ -244,6 +273,23 @@ class SaveRunner:
                 self._fail(request.writer, cancelled_error(response))
             else:
                 self._succeed(request, outcome, pipeline.staged_seconds)
+        finally:
+            have.coordinator.forget(uid)
+
+    async def prepare(self, ordinal: int, prepared: Prepared, plan: CompiledPlan | None) -> None:
+        """Do for ``prepared`` what a save does, but for what it leaves in the storage. Raises SaveError."""
+        have = self._life.resources
+        uid = have.coordinator.uid(ordinal, Preparing.checkpoint_id)
+        preparation = Preparation(prepared, plan, have, self.carryover, uid=uid)
+        try:
+            await preparation.run()
+        except ENDINGS:
+            raise
+        except BaseException as error:  # a planner or a tensor's class may raise anything
+            error = first_failure(error) if not isinstance(error, Exception) else error
+            forget_locals(error)
+            rank = have.coordinator.rank
+            raise save_error(error, "plan", Preparing(), rank=rank, verdict=preparation.verdict) from error
         finally:
             have.coordinator.forget(uid)
 

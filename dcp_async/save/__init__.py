@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .commit import CommitOutcome
-from .failures import cancelled_error, forget_locals, save_error
+from .failures import Preparing, Subject, cancelled_error, forget_locals, save_error
 from .pipeline import SavePipeline
+from .preparation import Preparation
 from .replica_check import Mode, ReplicaCheck
 from .request import Cancellation, SaveRequest
 from .services import Carryover, SaveServices
@@ -14,10 +15,13 @@ __all__ = [
     "Carryover",
     "CommitOutcome",
     "Mode",
+    "Preparation",
+    "Preparing",
     "ReplicaCheck",
     "SavePipeline",
     "SaveRequest",
     "SaveServices",
+    "Subject",
     "cancelled_error",
     "forget_locals",
     "save_error",

@@ -8,13 +8,30 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..coordination import PhaseFailure, RemoteError, RemoteFailure
+from ..coordination import Coordinator, PhaseFailure, RemoteError, RemoteFailure
 from ..errors import CheckpointExistsError, Phase, SaveCancelled, SaveError, StateMutatedError, StorageError
-from ..response import AsyncSaveResponse
 from ..staging import MutatedTensors
+
+
+class Subject(Protocol):
+    """What an error is of: a save's response, or what ``prepare`` has in its place."""
+
+    @property
+    def checkpoint_id(self) -> str: ...
+
+    @property
+    def step(self) -> int | None: ...
+
+
+class Preparing:
+    """What errors of ``prepare`` name in place of a checkpoint."""
+
+    checkpoint_id = "prepare()"
+    step = None
 
 
 @contextmanager
@@ -29,6 +46,13 @@ def in_phase(phase: Phase) -> Iterator[None]:
         raise PhaseFailure(phase, error) from error
 
 
+def tell_others(coordinator: Coordinator, uid: str, error: BaseException) -> None:
+    """Let the other ranks know that ``uid`` failed, unless one of them said it first."""
+    cause = error.cause if isinstance(error, PhaseFailure) else error
+    if not isinstance(cause, RemoteFailure):
+        coordinator.fail(uid, "plan", error)
+
+
 _DOING: dict[Phase, str] = {
     "capture": "capturing the state",
     "plan": "planning",
@@ -41,7 +65,7 @@ _DOING: dict[Phase, str] = {
 def save_error(
     error: BaseException,
     phase: Phase,
-    response: AsyncSaveResponse,
+    response: Subject,
     *,
     rank: int = 0,
     verdict: Mapping[int, RemoteError] | None = None,
@@ -90,7 +114,7 @@ _WRITING = frozenset({"after verdict", "after place", "before commit"})
 def _common_error(
     failures: Mapping[int, RemoteError],
     phase: Phase,
-    response: AsyncSaveResponse,
+    response: Subject,
     cause: BaseException,
     *,
     own: int | None = None,
@@ -128,9 +152,7 @@ def _phase(failure: RemoteError) -> Phase:
     return own or _PHASES.get(failure.phase.removeprefix("before "), "plan")
 
 
-def _message(
-    cls: type[SaveError], phase: Phase, response: AsyncSaveResponse, rank: int, reason: str, told: str
-) -> str:
+def _message(cls: type[SaveError], phase: Phase, response: Subject, rank: int, reason: str, told: str) -> str:
     """``reason`` is the error's own text, ``told`` that with what it is."""
     name = response.checkpoint_id
     if cls is StateMutatedError:
@@ -141,7 +163,11 @@ def _message(
         )
     if cls is CheckpointExistsError:
         return f"checkpoint {name!r} exists already; save under another name, or pass replace=True"
-    return f"saving {name!r} failed while {_DOING[phase]} on rank {rank}: {told}"
+    return f"{_verb(response)} failed while {_DOING[phase]} on rank {rank}: {told}"
+
+
+def _verb(response: Subject) -> str:
+    return response.checkpoint_id if isinstance(response, Preparing) else f"saving {response.checkpoint_id!r}"
 
 
 def forget_locals(error: BaseException) -> None:
@@ -165,10 +191,10 @@ def forget_locals(error: BaseException) -> None:
             todo.append(link.cause)
 
 
-def cancelled_error(response: AsyncSaveResponse) -> SaveCancelled:
+def cancelled_error(response: Subject) -> SaveCancelled:
     """The error of a save that was cancelled."""
     return SaveCancelled(
-        f"saving {response.checkpoint_id!r} was cancelled; nothing of it is left",
+        f"{_verb(response)} was cancelled; nothing of it is left",
         checkpoint_id=response.checkpoint_id,
         step=response.step,
         phase="write",

@@ -22,14 +22,14 @@ from dataclasses import dataclass
 import anyio
 
 from .._concurrency import Pipe, StuckThreadError, run_blocking, run_unless
-from ..coordination import PhaseFailure, RemoteError, RemoteFailure
+from ..coordination import RemoteError
 from ..events import SaveProgress, SaveStaged
 from ..formats import block_digests
 from ..planning import CompiledPlan
 from ..staging import Lease, Prepared, Run, StageJob, num_parts, parts_between
 from .commit import Commit, CommitOutcome, Written
 from .directory import SaveDirectory
-from .failures import in_phase
+from .failures import in_phase, tell_others
 from .plan_agreement import PlanAgreement
 from .replica_check import Digest
 from .replica_comparison import ReplicaComparison
@@ -92,7 +92,8 @@ class SavePipeline:
         try:
             return await run_unless(failed, self._run)
         except BaseException as error:
-            self._tell(error)
+            # before anything is cleaned up: the other ranks would take files that vanish for the failure
+            tell_others(self._services.coordinator, self._uid, error)
             # all ranks raise one error, so each waits to hear what the others failed at; a cancelled one
             # raises none
             if not isinstance(error, asyncio.CancelledError):
@@ -102,13 +103,6 @@ class SavePipeline:
             self._let_go()
             with anyio.CancelScope(shield=True):  # a second cancellation must not leave files behind
                 await self._clean_up()
-
-    def _tell(self, error: BaseException) -> None:
-        """Let the other ranks know, unless one of them said it first. Before anything is cleaned up: they
-        would take files that vanish for the failure."""
-        cause = error.cause if isinstance(error, PhaseFailure) else error
-        if not isinstance(cause, RemoteFailure):
-            self._services.coordinator.fail(self._uid, "plan", error)
 
     def _let_go(self) -> None:
         """The trainer may have its tensors back."""

@@ -77,6 +77,12 @@ class BufferPool:
                 and not self._growth()
             )
 
+    @property
+    def arenas(self) -> tuple[Arena, ...]:
+        """The memory that there is by now."""
+        with self._lock:
+            return tuple(self._arenas)
+
     def reserve(self, owner: object, num_slots: int) -> None:
         """``owner`` will want that many slots; what the budget allows is there from the next idle time on."""
         with self._lock:

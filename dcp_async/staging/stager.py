@@ -7,6 +7,7 @@ slot is given back only when neither a thread nor a device may still write into 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ..errors import EngineStateError
 from ..formats import BLOCK_BYTES
 from ..planning import CompiledPlan
 from ..state import Captured, meta_error
+from .arena import touch
 from .aside import ASIDE_BYTES, take_snapshots, watched
 from .bounce import Bounce
 from .buffer_pool import BufferPool
@@ -38,6 +40,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MiB = 1 << 20
+_TOUCHED_BYTES = 1 << 30
+"""How much memory one call makes: other saves wait for the thread."""
 _RUN_PARTS = 8
 """How many parts one run has at most: writing starts after the first, so it is a compromise between few calls
 and an early start."""
@@ -57,7 +61,10 @@ class StagingOptions:
     """The unit of flow, a multiple of 64 KiB. Larger parts cost fewer calls, smaller ones less memory under a
     small budget."""
     pinned: bool | None = None
-    """Pin the pool for copies from an accelerator. None: if there is one."""
+    """Whether the pool is pinned, which makes copies from an accelerator several times faster. None: for
+    states that have tensors on one, and where the system refuses, a line in the log says what to do; True:
+    the same, and the line is a warning; False: never, and bytes come through two small pinned buffers. The
+    memory of host-only states is never pinned. ``engine.prepare(state)`` pins ahead of the first save."""
 
     def __post_init__(self) -> None:
         if self.part_bytes < BLOCK_BYTES or self.part_bytes % BLOCK_BYTES:
@@ -216,6 +223,43 @@ class Stager:
             for lease in leases:
                 self.pool.release_all(lease, lost=lost)
             raise
+
+    async def rehearse(self, job: StageJob, *, patience: float) -> None:
+        """Stage all of ``job``, and let go of it: what saves of its plan need is there afterwards, memory
+        (pinned, if a device copies to it), views, constant bytes.
+
+        Cancellation and errors: as ``enqueue``; what was made stays.
+        """
+        await self._make_memory(job, patience=patience)
+        first, count = 0, num_parts(job.plan.layout.image_bytes, self.pool.slot_bytes)
+        while first < count:
+            runs = await self.enqueue(job, first, count - first, patience=patience)
+            is_settled = False
+            try:
+                for run in runs:
+                    await self.arrive(run, patience=patience)
+                is_settled = True
+            finally:
+                if not is_settled:
+                    with anyio.CancelScope(shield=True):
+                        is_settled = await self.settle(job, patience=patience)
+                for run in runs:
+                    self.pool.release_all(run.lease, lost=not is_settled)
+            first += sum(run.lease.count for run in runs)
+
+    async def _make_memory(self, job: StageJob, *, patience: float) -> None:
+        """All of the pool's memory, also what a second save in flight will use."""
+        # the first lease maps what was reserved
+        self.pool.release_all(await self.pool.lease(1))
+        for arena in self.pool.arenas:
+            if job.is_on_device and self.options.pinned is not False:
+                pinning = self.pinner.want(arena, min(job.prepared.events, key=str))
+                if await asyncio.wrap_future(pinning):  # which makes the memory, too
+                    continue
+            for start in range(0, arena.nbytes, _TOUCHED_BYTES):
+                stop = min(start + _TOUCHED_BYTES, arena.nbytes)
+                if not await self.run(patience, touch, arena, start, stop):
+                    break
 
     async def arrive(self, run: Run, *, patience: float) -> None:
         """Return once all bytes of ``run`` are in its slots, which are then the caller's.

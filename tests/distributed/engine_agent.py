@@ -234,6 +234,16 @@ class EngineAgent(Agent):
             return described(error)
         return {"kind": "committed", "id": info.checkpoint_id, "num_files": info.num_files}
 
+    async def prepare(self, engine: str = "main") -> Outcome:
+        """Prepare for saves of the state. ``has_plan``: whether a save would find one."""
+        made = self._checkpoints[engine]
+        try:
+            await made.prepare(self._state)
+        except CheckpointError as error:
+            return described(error)
+        saves: Any = made._saves
+        return {"kind": "prepared", "has_plan": saves._runner.carryover.latest is not None}
+
     async def watch_staging(self) -> None:
         """From here on ``until_copied`` can be awaited."""
         stager: Any = self._checkpoints["main"]._life.setup.stager
