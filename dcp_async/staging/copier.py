@@ -22,7 +22,7 @@ from .bounce import Bounce
 from .buffer_pool import Lease
 from .device import Backend, Event, Stream
 from .job import Run, StageJob
-from .packing import NO_PACKS, Packs
+from .packing import NO_PACKS, Packs, Snapshot
 from .pinning import Pinner
 from .prepared import Prepared
 from .vectored_copy import RefusedError
@@ -81,7 +81,8 @@ class Copier:
             job.prepared.await_arrivals()
             if job.sample is None and job.prepared.watch is not None:
                 job.sample = job.prepared.watch.device_sample.fetch(self._backend, streams)
-            self._pack(job, streams)
+            if job.placement is None:
+                job.placement = self._pack(job, streams)
             for lease in leases:
                 if self._pinner is not None and streams:
                     # in each copy, since a pool that grew has another arena
@@ -164,29 +165,27 @@ class Copier:
             except Exception as error:  # whatever a device says: it is not known to be done
                 raise UnsettledError(f"a device does not end its copies: {error}") from cause or error
 
-    def _pack(self, job: StageJob, streams: Mapping[torch.device, Stream]) -> None:
-        """Gather the small tensors of each device, once per save."""
-        if job.is_packed or not streams:
-            return
+    def _pack(self, job: StageJob, streams: Mapping[torch.device, Stream]) -> Placement:
+        """Gather the small tensors of each device; gives what that leaves to be copied one by one."""
         prepared = job.prepared
+        if not streams:
+            return Placement(prepared.located, NO_PACKS)
         for device, pack in self.packs.made(job.plan, prepared.located).items():
             taken = prepared.snapshots.get(device)
             if taken is not None and taken.pack is pack:
                 job.scratches[device] = taken.scratch
                 continue
             try:
-                scratch = pack.own(streams[device])
-                if self._overlaps:
-                    pack.keep_spare(streams[device])
+                # of this job alone until its bytes have arrived: others may be queued between its runs
+                job.taken[device] = Snapshot(pack, pack.take(streams[device]))
             except RuntimeError as error:
-                logger.warning(
-                    "no room on %s to pack small tensors, they travel one by one: %s", device, error
-                )
+                logger.warning("small tensors are not packed, %s has no room for it: %s", device, error)
                 self.packs.give_up(job.plan, device)
                 continue
-            job.scratches[device] = scratch
-            pack.fill(scratch, streams[device], prepared.captured.tensors)
-        job.is_packed = True
+            prepared.refuse(prepared.displaced(pack.selection))
+            job.scratches[device] = job.taken[device].scratch
+            pack.fill(job.scratches[device], streams[device], prepared.captured.tensors)
+        return Placement(prepared.located, self.packs.known(job.plan, prepared.located))
 
     def _copy(self, job: StageJob, first: int, lease: Lease, streams: Mapping[torch.device, Stream]) -> Run:
         layout, arena = job.plan.layout, lease.arena
@@ -233,6 +232,8 @@ class Copier:
     def _finish(self, run: Run) -> None:
         """All bytes of ``run`` are in its slots."""
         self._check_changed(run)
+        if run.is_last:
+            run.job.give_back()
         lease = run.lease
         # the next save of this plan finds the constant bytes there
         lease.arena.resident[lease.first : lease.first + lease.count] = run.marks
@@ -241,9 +242,8 @@ class Copier:
         prepared = job.prepared
         # to the kernel the address of an accelerator's memory means nothing
         vectored = self.has_vectored_copy and prepared.captured.pointers is not None and not prepared.events
-        packs = self.packs.known(job.plan, prepared.located) if prepared.events else NO_PACKS
-        placement = Placement(prepared.located, packs)
-        return self._views.views(job.plan, first, stop, lease, placement, vectored=vectored)
+        assert job.placement is not None
+        return self._views.views(job.plan, first, stop, lease, job.placement, vectored=vectored)
 
     def _copy_leaves(self, job: StageJob, start: int, stop: int, lease: Lease) -> None:
         """What of the leaves lies in the image's bytes [start, stop)."""
@@ -335,6 +335,9 @@ class Copier:
         # not before: of what changes between a look and a later copy nothing would be seen
         if run.is_last:
             changed |= prepared.changed_unseen()
+            # what was gathered in save() may change since then
+            packed = [taken.pack.selection for taken in run.job.taken.values()]
+            changed = changed.union(*map(prepared.changed, packed))
         if (sample := run.job.sample) is not None:
             layout, start = run.job.plan.layout, run.first * run.lease.slot_bytes
             nbytes = min(run.lease.count * run.lease.slot_bytes, layout.image_bytes - start)

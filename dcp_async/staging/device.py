@@ -147,7 +147,9 @@ class TorchStream:
             event.hold_back(self._stream)
 
     def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        with _on(self._device), self._current():
+        # in a trainer's thread a copy of a Parameter would record autograd; and tensors that were made in
+        # inference mode are written to in it alone
+        with _on(self._device), self._current(), torch.inference_mode():
             torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
 
     def empty(

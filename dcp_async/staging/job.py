@@ -13,9 +13,9 @@ from ..planning import CompiledPlan
 from .buffer_pool import Lease
 from .device import Event
 from .element_sample import FetchedSample
-from .packing import Scratch
+from .packing import Scratch, Snapshot
 from .prepared import Prepared
-from .views import BatchViews
+from .views import BatchViews, Placement
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -27,10 +27,12 @@ class StageJob:
     """What this rank writes."""
     items: list[bytes] = field(default_factory=list)
     """Padded items of the leaves, made by the first copy: not in the trainer's time."""
+    placement: Placement | None = None
+    """Who copies what; None before the first copy."""
     scratches: dict[torch.device, Scratch] = field(default_factory=dict)
-    """What holds the packed tensors of each device."""
-    is_packed: bool = False
-    """Whether ``scratches`` are filled, or what fills them is queued."""
+    """What holds the packed tensors of each device, or will by the order of its stream."""
+    taken: dict[torch.device, Snapshot] = field(default_factory=dict)
+    """Those of them that the first copy filled, where ``save()`` had not."""
     sample: FetchedSample | None = None
     """What tensors on devices held at capture, to be compared with what is staged; None before the first
     copy."""
@@ -41,6 +43,12 @@ class StageJob:
     def is_on_device(self) -> bool:
         """Whether any of its tensors lies on an accelerator."""
         return bool(self.prepared.events)
+
+    def give_back(self) -> None:
+        """All its bytes have arrived."""
+        while self.taken:
+            _, snapshot = self.taken.popitem()
+            snapshot.release()
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

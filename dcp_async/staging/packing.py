@@ -72,7 +72,7 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A state's small tensors of one device as they were at ``save()``."""
+    """A state's small tensors of one device, gathered."""
 
     pack: Pack
     scratch: Scratch
@@ -107,6 +107,7 @@ class Pack:
         for number, index in enumerate(self.in_structure):
             dtypes[plan.structure.dtypes[index]].append(number)
         self._numbers = list(dtypes.values())
+        self.selection = Selection(self.members)
         self._groups = [
             _Group(
                 Selection(self.members[number] for number in numbers),
@@ -114,7 +115,6 @@ class Pack:
             )
             for numbers in self._numbers
         ]
-        self._own: Scratch | None = None
         self._free: list[Scratch] = []
         self._lock = threading.Lock()
 
@@ -123,27 +123,14 @@ class Pack:
         """Size of a scratch."""
         return self._nbytes
 
-    def own(self, stream: Stream) -> Scratch:
-        """The one that saves fill in turn, on one stream: what fills it is queued behind what read it for the
-        save before. Raises as ``take`` does."""
-        if self._own is None:
-            self._own = self._make(stream)
-        return self._own
-
-    def keep_spare(self, stream: Stream) -> None:
-        """See to it that ``take`` finds one: made here, on a stream of ours, it costs no trainer's time."""
-        if not self._free:
-            scratch = self._make(stream)
-            stream.synchronize()  # whoever takes it writes it on another stream
-            self.give_back(scratch)
-
     def take(self, stream: Stream) -> Scratch:
         """A scratch of the caller's until it gives it back, to be written on ``stream``. Raises what the
         device does if it has no memory."""
         with self._lock:
             if self._free:
                 return self._free.pop()
-        return self._make(stream)
+        with torch.inference_mode(False):  # or only who is in it could write it again
+            return self._make(stream)
 
     def _make(self, stream: Stream) -> Scratch:
         constants = bytearray(self._nbytes)

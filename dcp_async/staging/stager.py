@@ -25,7 +25,7 @@ from ..state import Captured, meta_error
 from .arena import touch
 from .aside import ASIDE_BYTES, take_snapshots, watched
 from .bounce import Bounce
-from .buffer_pool import BufferPool
+from .buffer_pool import BufferPool, Lease
 from .copier import Copier, UnsettledError
 from .device import Backend, CaptureInProgressError, Event, TorchBackend
 from .job import Run, StageJob
@@ -206,13 +206,10 @@ class Stager:
         """
         threads = self._open_threads()
         leases = [await self.pool.lease(min(count, _RUN_PARTS))]
-        if job.is_on_device and not self.pool.has_budget:
-            # all in one call: the devices are never idle for want of the GIL
-            while (left := count - sum(lease.count for lease in leases)) > 0:
-                if (lease := self.pool.lease_now(min(left, _RUN_PARTS))) is None:
-                    break
-                leases.append(lease)
         try:
+            if job.is_on_device and not self.pool.has_budget:
+                # all in one call: the devices are never idle for want of the GIL
+                self._lease_more(leases, count)
             return await run_blocking(threads, patience, self.copier.enqueue, job, first, leases)
         except BaseException as error:
             # the thread that hangs, or a device, may still write into them
@@ -260,6 +257,13 @@ class Stager:
                 stop = min(start + _TOUCHED_BYTES, arena.nbytes)
                 if not await self.run(patience, touch, arena, start, stop):
                     break
+
+    def _lease_more(self, leases: list[Lease], count: int) -> None:
+        """Until they are ``count`` slots, or no more are free."""
+        while (left := count - sum(lease.count for lease in leases)) > 0:
+            if (lease := self.pool.lease_now(min(left, _RUN_PARTS))) is None:
+                return
+            leases.append(lease)
 
     async def arrive(self, run: Run, *, patience: float) -> None:
         """Return once all bytes of ``run`` are in its slots, which are then the caller's.

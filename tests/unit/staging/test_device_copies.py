@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -330,3 +331,44 @@ def test_streams_are_made_once_per_device_and_purpose() -> None:
     fake = FakeAccelerator(2)
     made: Sequence[FakeStream] = [fake.stream(device, "save") for device in fake.all_devices * 3]
     assert len(set(map(id, made))) == 2
+
+
+async def test_saves_that_wait_for_staging_beside_each_other_do_not_share_a_scratch(root: Path) -> None:
+    fake = FakeAccelerator()
+    states = [
+        {f"w{number}": fake.tensor(torch.full((1000,), float(value))) for number in range(400)}
+        for value in range(2)
+    ]
+    async with engine_on(fake, root, budget_bytes=4 * PART, pending_saves=2) as engine:
+        await (await engine.save(states[0], step=0)).upload_completion
+        for step in range(2, 8, 2):
+            saves = [engine.save(state, step=step + value) for value, state in enumerate(states)]
+            for response in await asyncio.gather(*saves):
+                await response.upload_completion
+            for value in range(2):
+                saved = await engine.read(step + value)
+                assert all(torch.equal(held, torch.full((1000,), float(value))) for held in saved.values())
+
+
+async def test_a_change_of_what_the_first_save_had_no_time_to_copy_is_refused(root: Path) -> None:
+    fake = FakeAccelerator()
+    # more than overlap copies aside before there is a plan
+    state = {f"w{number:03d}": fake.tensor(torch.zeros(8 * KIB)) for number in range(600)}
+    async with engine_on(fake, root, overlap=True) as engine:
+        response = await engine.save(state, step=0)
+        for tensor in state.values():
+            fake.fill(tensor, 1.0)
+        with pytest.raises(SaveError, match="w599"):
+            await response.upload_completion
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+async def test_a_scratch_serves_saves_in_every_mode_of_autograd(root: Path, mode: Any) -> None:
+    fake = FakeAccelerator()
+    state = {f"w{number}": fake.tensor(torch.ones(64)).requires_grad_() for number in range(20)}
+    async with engine_on(fake, root, overlap=True) as engine:
+        for step, entered in enumerate((torch.enable_grad, mode, torch.enable_grad, mode)):
+            with entered():
+                response = await engine.save(state, step=step)
+            await response.upload_completion
+            assert all(torch.equal(values, torch.ones(64)) for values in (await engine.read(step)).values())
