@@ -75,6 +75,7 @@ class DeviceWrites:
         """``threads``, ``timeout``: where, and for how many seconds, a device is waited for."""
         self._backend: Backend = stager.backend
         self._pool = stager.pool
+        self._pinner = stager.pinner
         self._threads = threads
         self._timeout = timeout
         self._ends = {device: self._backend.record(device) for device in devices}
@@ -149,6 +150,8 @@ class DeviceWrites:
     async def lease(self) -> Slot:
         """A slot to read into; waits for one. It comes back by ``wait``, or when ``finishing`` ends."""
         lease = await self._pool.lease(1)
+        # a save may not have come yet
+        self._pinner.want(lease.arena, min(self._ends, key=str))
         lease.arena.resident[lease.first] = None  # a save would take its constant bytes for granted
         slot = Slot(self._pool, lease)
         self._slots.add(slot)

@@ -45,14 +45,13 @@ class Copier:
     def __init__(
         self,
         backend: Backend,
-        pinner: Pinner | None,
+        pinner: Pinner,
         bounce: Bounce,
         *,
         keeps_views: bool,
         overlaps: bool,
     ) -> None:
-        """``pinner``: what pins the memory that devices copy to; None where it is not to be pinned.
-        ``overlaps``: whether the trainer goes on meanwhile."""
+        """``overlaps``: whether the trainer goes on meanwhile."""
         self._backend = backend
         self._pinner = pinner
         self._bounce = bounce
@@ -84,7 +83,7 @@ class Copier:
             if job.placement is None:
                 job.placement = self._pack(job, streams)
             for lease in leases:
-                if self._pinner is not None and streams:
+                if streams:
                     # in each copy, since a pool that grew has another arena
                     self._pinner.want(lease.arena, min(streams, key=str))
                 runs.append(self._copy(job, first, lease, streams))

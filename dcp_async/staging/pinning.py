@@ -62,11 +62,14 @@ class _Registrations:
 class Pinner:
     """Registers arenas. Owns the thread, and what it registered."""
 
-    def __init__(self, backend: Backend, *, chunk_bytes: int = _CHUNK_BYTES, insists: bool = False) -> None:
-        """``insists``: whether a refusal is worth a warning."""
+    def __init__(
+        self, backend: Backend, pinned: bool | None = None, *, chunk_bytes: int = _CHUNK_BYTES
+    ) -> None:
+        """``pinned``: as in StagingOptions."""
         self._backend = backend
         self._chunk_bytes = chunk_bytes
-        self._level = logging.WARNING if insists else logging.INFO
+        self._is_forbidden = pinned is False
+        self._level = logging.WARNING if pinned else logging.INFO
         self._registrations = _Registrations()
         self._threads: BlockingThreads | None = None
         self._lock = threading.Lock()
@@ -81,14 +84,15 @@ class Pinner:
     def want(self, arena: Arena, device: torch.device) -> concurrent.futures.Future[bool]:
         """Begin to register ``arena`` for copies from and to ``device``, unless that was asked before.
 
-        Never waits. The future tells when it was done whole, or (False) refused; an arena that was refused is
-        not tried again.
+        Never waits. The future tells when it was done whole, or (False) refused or not to be done; an arena
+        that was refused is not tried again.
         """
         with self._lock:
             if (known := self._wanted.get(arena)) is not None:
                 return known
             done = self._wanted[arena] = _running()
-            if self._is_closing or not self._backend.can_pin(device) or not self._has_thread():
+            is_wanted = not self._is_closing and not self._is_forbidden and self._backend.can_pin(device)
+            if not is_wanted or not self._has_thread():
                 done.set_result(False)
             else:
                 self._registrations.orders.put(_Pinning(self, arena, device, done))

@@ -95,11 +95,11 @@ class Stager:
         self.backend: Backend = backend or TorchBackend()
         self.pool = BufferPool(slot_bytes=options.part_bytes, budget_bytes=options.pool_bytes)
         self._threads: BlockingThreads | None = None
-        self.pinner = Pinner(self.backend, insists=options.pinned is True)
+        self.pinner = Pinner(self.backend, options.pinned)
         self.bounce = Bounce(self.backend)
         self.copier = Copier(
             self.backend,
-            None if options.pinned is False else self.pinner,
+            self.pinner,
             self.bounce,
             keeps_views=options.budget_bytes is None,
             overlaps=options.overlap,
@@ -249,7 +249,7 @@ class Stager:
         # the first lease maps what was reserved
         self.pool.release_all(await self.pool.lease(1))
         for arena in self.pool.arenas:
-            if job.is_on_device and self.options.pinned is not False:
+            if job.is_on_device:
                 pinning = self.pinner.want(arena, min(job.prepared.events, key=str))
                 if await asyncio.wrap_future(pinning):  # which makes the memory, too
                     continue

@@ -296,7 +296,7 @@ class FakeAccelerator:
         if self.refuses_pins:
             return False
         with self.lock:
-            for known, (_, length) in self.pinned.items():
+            for known, (_, length) in list(self.pinned.items()):
                 if known < address + nbytes and address < known + length:
                     self._violated("memory is pinned that is pinned already")
             self.pinned[address] = (device, nbytes)
@@ -323,6 +323,7 @@ class FakeAccelerator:
         block = (ctypes.c_char * nbytes)()
         address = ctypes.addressof(block)
         self.pinned[address] = (device, nbytes)
+        # whichever thread drops it: who looks through the table looks at a copy
         weakref.finalize(block, self.pinned.pop, address, None)
         return torch.frombuffer(block, dtype=torch.uint8)
 
@@ -330,7 +331,7 @@ class FakeAccelerator:
         with self.lock:
             return any(
                 address <= memory.address and memory.address + memory.nbytes <= address + nbytes
-                for address, (_, nbytes) in self.pinned.items()
+                for address, (_, nbytes) in list(self.pinned.items())
             )
 
     # What a test asks.

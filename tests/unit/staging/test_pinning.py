@@ -134,14 +134,14 @@ async def test_context_is_made_on_the_device_of_the_state_alone(root: Path) -> N
 @pytest.mark.parametrize("pinned", [None, True])
 async def test_host_state_pins_nothing_and_starts_no_thread(root: Path, pinned: bool | None) -> None:
     """B2."""
-    fake = FakeAccelerator()
+    fake, before = FakeAccelerator(), set(threading.enumerate())
     async with (
         Stager(StagingOptions(pinned=pinned), backend=fake) as stager,
         CheckpointEngine(root, staging=stager) as engine,
     ):
         await (await engine.save({"w": torch.ones(1000), "n": 3})).upload_completion
-        names = [thread.name for thread in threading.enumerate()]
-    assert not [name for name in names if "dcp_async-pin" in name]
+        started = set(threading.enumerate()) - before
+    assert not [thread for thread in started if "dcp_async-pin" in thread.name]
     assert fake.pin_calls == []
     assert fake.contexts == set()
 
@@ -165,6 +165,20 @@ async def test_pool_of_an_option_that_forbids_it_is_not_pinned(root: Path) -> No
     ):
         await (await engine.save({"w": fake.tensor(torch.ones(1000))})).upload_completion
     assert fake.pin_calls == []
+
+
+async def test_load_before_the_first_save_pins_what_it_reads_into(root: Path) -> None:
+    fake = FakeAccelerator()
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save({"w": torch.arange(100_000.0)})).upload_completion
+    target = fake.tensor(torch.zeros(100_000))
+    async with Stager(backend=fake) as stager, CheckpointEngine(root, staging=stager) as engine:
+        await engine.load({"w": target})
+        (arena,) = stager.pool.arenas
+        await asyncio.wrap_future(stager.pinner.want(arena, fake.all_devices[0]))
+        assert len(fake.pin_calls) == 1
+    assert torch.equal(target, torch.arange(100_000.0))
+    assert fake.pinned == {}
 
 
 def test_refused_pin_is_remembered_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
