@@ -20,7 +20,7 @@ import torch
 from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
 from .._foreign import ENDINGS, FillError, words
 from ..formats import BLOCK_BYTES
-from ..staging import Backend, BufferPool, Event, Lease, Stager, Stream
+from ..staging import Bounce, BufferPool, Event, Lease, Stager, Stream
 from .fetch import FetchBuffers, SlotBuffers
 from .place import copy_all, is_plain
 from .spans import DeviceTarget, Piece
@@ -50,6 +50,11 @@ class Slot:
         """All of its bytes."""
         return self.lease.memory(0, self.lease.slot_bytes)
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a device may read it."""
+        return self.lease.arena.is_pinned(self.lease.offset, self.lease.offset + self.lease.slot_bytes)
+
     def release(self) -> None:
         """Nobody reads into it, and no copy out of it runs any more."""
         self.pool.release(self.lease, 0)
@@ -73,9 +78,9 @@ class DeviceWrites:
         self, stager: Stager, devices: Iterable[torch.device], threads: BlockingThreads, timeout: float
     ) -> None:
         """``threads``, ``timeout``: where, and for how many seconds, a device is waited for."""
-        self._backend: Backend = stager.backend
+        self._stager = stager
+        self._backend = stager.backend
         self._pool = stager.pool
-        self._pinner = stager.pinner
         self._threads = threads
         self._timeout = timeout
         self._ends = {device: self._backend.record(device) for device in devices}
@@ -109,16 +114,14 @@ class DeviceWrites:
         return made
 
     def put(self, name: str, target: torch.Tensor, value: torch.Tensor) -> None:
-        """Copy a value that lies in host memory, and is not needed any more then. Raises FillError."""
+        """Copy a value that lies in host memory. Raises FillError."""
         self.put_all([name], [target], [value])
-        if (device := self.device_of(target)) is not None and is_plain(target):
-            self._stream(device).synchronize()
 
     def put_all(
         self, names: Sequence[str], targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
     ) -> None:
-        """Copy values that lie in host memory, into targets wherever they lie; the sources must live until
-        ``finishing`` ends. Raises FillError."""
+        """Copy values that lie in host memory, into targets wherever they lie; returns when they are there.
+        Raises FillError."""
         on_host: list[int] = []
         on_device: dict[torch.device, list[int]] = {}
         for index, target in enumerate(targets):
@@ -134,7 +137,11 @@ class DeviceWrites:
             stream = self._stream(device)
             try:
                 with torch.inference_mode():  # else tensors that were made in it could not be written to
-                    stream.copy([targets[index] for index in chosen], [sources[index] for index in chosen])
+                    self._stager.bounce.copy_to_device(
+                        stream,
+                        [targets[index] for index in chosen],
+                        [sources[index].contiguous() for index in chosen],
+                    )
             except ENDINGS:
                 raise
             except BaseException as error:
@@ -151,7 +158,7 @@ class DeviceWrites:
         """A slot to read into; waits for one. It comes back by ``wait``, or when ``finishing`` ends."""
         lease = await self._pool.lease(1)
         # a save may not have come yet
-        self._pinner.want(lease.arena, min(self._ends, key=str))
+        self._stager.pinner.want(lease.arena, min(self._ends, key=str))
         lease.arena.resident[lease.first] = None  # a save would take its constant bytes for granted
         slot = Slot(self._pool, lease)
         self._slots.add(slot)
@@ -170,7 +177,7 @@ class DeviceWrites:
                 batch = _Batch(slot, stream)
                 for run in _runs(pieces):
                     batch.add(run)
-                batch.queue()
+                batch.queue(self._stager.bounce)
                 slot.copies.append(stream.record())
 
     async def wait(self, slot: Slot) -> None:
@@ -337,9 +344,12 @@ class _Batch:
         targets.append(target)
         sources.append(source)
 
-    def queue(self) -> None:
-        """Queue all of it."""
-        self._stream.copy(*self._transfers)
+    def queue(self, bounce: Bounce) -> None:
+        """Queue all of it. ``bounce``: what brings memory there that is not pinned."""
+        if self._slot.is_pinned:
+            self._stream.copy(*self._transfers)
+        else:
+            bounce.copy_to_device(self._stream, *self._transfers)
         for copies in self._inside.values():
             self._stream.copy(*copies)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .bounce import Bounce
 from .buffer_pool import BufferPool, Lease
-from .device import Backend, CaptureInProgressError, Event, Stream
+from .device import CaptureInProgressError, Event, Stream
 from .job import Run, StageJob
 from .mutation_watch import MutatedTensors
 from .prepared import Prepared
@@ -12,7 +13,7 @@ from .side_buffer import Piece, SideBuffer
 from .stager import Stager, StagingOptions, num_parts, parts_between
 
 __all__ = [
-    "Backend",
+    "Bounce",
     "BufferPool",
     "CaptureInProgressError",
     "Event",

@@ -3,6 +3,7 @@ early. On the fake accelerator, whose streams run as late as they may."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -251,8 +252,12 @@ async def test_slots_are_not_given_back_while_a_copy_may_run(
     num_released = 0
     async with Stager(StagingOptions(part_bytes=PART, budget_bytes=2 * PART), backend=fake) as stager:
         async with CheckpointEngine(root, staging=stager) as engine:
-            await saved(engine, state, step=0)
-            await saved(engine, {"pinned": targets["w0"]})  # else each copy ends before its call returns
+            await saved(engine, state)
+            # else each copy ends before its call returns
+            stager.pool.reserve(fake, 2)
+            lease = await stager.pool.lease(1)
+            assert await asyncio.wrap_future(stager.pinner.want(lease.arena, fake.all_devices[0]))
+            stager.pool.release(lease, 0)
             released = stager.pool.release
 
             def release(lease: Lease, index: int, *, lost: bool = False) -> None:
@@ -263,7 +268,7 @@ async def test_slots_are_not_given_back_while_a_copy_may_run(
                 released(lease, index, lost=lost)
 
             monkeypatch.setattr(stager.pool, "release", release)
-            await engine.load(targets, 0)
+            await engine.load(targets)
         assert stager.pool.leased == 0
     assert num_released > 20
     for name, target in targets.items():
@@ -318,7 +323,8 @@ async def test_failure_of_the_device_loses_the_slots_that_it_may_still_read(
     fake = FakeAccelerator()
     target = fake.tensor(torch.zeros(100, 100))
     is_lost: list[bool] = []
-    async with Stager(StagingOptions(part_bytes=PART), backend=fake) as stager:
+    # not pinned, for what is lost would stay so for as long as the process lives
+    async with Stager(StagingOptions(part_bytes=PART, pinned=False), backend=fake) as stager:
         async with CheckpointEngine(root, staging=stager) as engine:
             await saved(engine, {"w": W})
             released = stager.pool.release
