@@ -105,7 +105,9 @@ def run_on_this_machine(arguments: list[str]) -> None:
     packages.require({**packages.ENGINE, **packages.TESTS})
     os.chdir(ROOT)
     # torch runs without numpy, says so once, and warnings are errors
-    options = ("-W", "ignore:Failed to initialize NumPy:UserWarning")
+    options = ["-W", "ignore:Failed to initialize NumPy:UserWarning"]
+    if "cpu" not in arguments:
+        options.append("--session-timeout=210")  # a device may be lent by the minute; 270 s are bench.gpu's
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *options, "tests/gpu", *arguments])
 
 
