@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import cli, packages, reporting
-from .engines import ON_DEVICES, OURS, RAW
+from .engines import ON_DEVICES, OURS, PREPARED, RAW
 from .measuring import (
     STATE_BYTES,
     WRONG_BITS,
@@ -107,8 +107,9 @@ class Share:
 def measure(group: Group, given: Options, share: Share) -> None:
     """All samples of one workload."""
     group.take("link", only=[RAW])
-    saving = group.engines(but=[RAW])
-    group.take("first", prefix="first_", only=saving)
+    group.take("prepare", only=[PREPARED])
+    group.take("first", prefix="first_", only=group.engines(but=[RAW]))
+    saving = group.engines(but=[RAW, PREPARED])
     for round_ in share.rounds(given.runs, 0.4):
         group.take("save", rotate=round_, only=saving)
         group.take("disk", only=[RAW])
@@ -121,7 +122,7 @@ def measure(group: Group, given: Options, share: Share) -> None:
     group.take("load", prefix="first_", only=loading, cold=False)
     for round_ in share.rounds(given.runs, 1.0):
         group.take("load", rotate=round_, only=loading, cold=False)
-    group.take("check", only=[engine for engine in saving if engine not in loading])
+    group.take("check", only=group.engines(but=[RAW, *loading]))
     group.fail_wrong()
 
 

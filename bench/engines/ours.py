@@ -43,6 +43,12 @@ class DcpAsync(Adapter):
     def open(self) -> None:
         self._runner.run(self._engine.open())
 
+    def prepare(self) -> None:
+        async def prepare() -> None:
+            await self._engine.prepare(self._state)
+
+        self._runner.run(prepare())
+
     def save(self, step: int) -> Pending:
         async def save() -> Pending:
             start = time.perf_counter()

@@ -38,10 +38,16 @@ class DeviceWorker(EngineWorker):
         self._steps = _Steps(self._device)
         self._device_bytes = _allocated(self._device)
         super().__init__(engine, workload, root)
-        self.commands |= {"beside": self.beside}
+        self.commands |= {"prepare": self.prepare, "beside": self.beside}
 
     def describe(self) -> Answer:
         return {**super().describe(), "device": device_name(self._device)}
+
+    def prepare(self) -> Answer:
+        synchronize(self._device)
+        start = time.perf_counter()
+        self._engine.prepare()
+        return {"prepare": time.perf_counter() - start}
 
     def save(self) -> Answer:
         synchronize(self._device)

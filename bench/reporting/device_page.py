@@ -17,6 +17,7 @@ from .run_page import calls, failed, machine_line
 OVERLAP = "dcp_async overlap"
 ENGINES = tuple(engine for engine in ON_DEVICES if engine != RAW)
 SECONDS: Mapping[str, str] = {
+    "prepare()": "prepare",
     "first save: blocked": "first_blocked",
     "first save: staged": "first_staged",
     "blocked": "blocked",
@@ -53,6 +54,7 @@ NOTES = (
         "Figures are medians of the rounds. blocked: until save() returned. staged: until the state may "
         "change; without overlap that is the stall. durable: until the checkpoint is on the disk."
     ),
+    "prepare(): engine.prepare(state) before the first save; that engine makes no further ones.",
     "GB/s: the bytes of the state by the time of the line above.",
     "CPU while staging: user and system time of the whole process, from the call until staged.",
     (

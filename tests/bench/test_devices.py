@@ -24,6 +24,7 @@ def workload() -> workloads.Workload:
 def test_an_engine_answers_each_command(tmp_path: Path, workload: workloads.Workload) -> None:
     worker = device_workers.make(engines.OURS, workload, tmp_path)
     assert {"call", "device"} == worker.commands["describe"]().keys()
+    assert worker.commands["prepare"]()["prepare"] > 0
     saved = worker.commands["save"]()
     assert 0 < saved["blocked"] <= saved["staged"] <= saved["durable"]
     assert worker.commands["beside"](seconds=0.01, saves=1).keys() >= {"step_alone", "staged_beside_python"}
