@@ -97,7 +97,7 @@ def run_on_this_machine(arguments: list[str]) -> None:
     from bench import packages
 
     if arguments[:1] == ["--prepare"]:
-        target = packages.fill(*(arguments[1:] or ["3.12"]))
+        target = packages.fill(arguments[1] if len(arguments) > 1 else "3.12")
         print(f"noxfile.py: {target.relative_to(ROOT)} is ready; bring it along with this tree")
         raise SystemExit
     if packages.missing(["torch"]):

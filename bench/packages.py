@@ -46,7 +46,8 @@ def fill(version: str) -> Path:
         *(f"--platform={tag}" for tag in tags),
         *("-c", str(ROOT / "constraints.txt"), *wanted),
     ]
-    subprocess.run(command, check=True)
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit(f"could not fetch the packages for Python {version}: {' '.join(command)}")
     return target
 
 
