@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import gc
 import random
 import tempfile
@@ -21,7 +20,16 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given
 
-from dcp_async import AsyncSaveResponse, CheckpointEngine, Limits, SaveError, Stager, StagingOptions
+from dcp_async import (
+    AsyncSaveResponse,
+    CheckpointEngine,
+    Limits,
+    LoadError,
+    SaveError,
+    Stager,
+    StagingOptions,
+)
+from dcp_async.staging import Lease
 from tests.support.accelerator import FakeAccelerator, Order
 from tests.support.doubles import MIB, difference
 from tests.support.saves import PART
@@ -179,7 +187,14 @@ class Run:
         for tensor in trainer.state.values():  # queued, and not run when load() is called
             if trainer.fake.device_of(tensor) and tensor.numel():
                 trainer.fake.fill(tensor, 77)
-        await self.engine.load(trainer.state, step, atomic=trainer.random.random() < 0.5)
+        atomic = trainer.random.random() < 0.5
+        if trainer.random.random() < 0.2:  # a device that refuses a batch, if one comes
+            stream = trainer.fake.stream(trainer.random.choice(trainer.fake.all_devices), "load")
+            stream.fail_copy_after = trainer.random.randrange(3)
+            with contextlib.suppress(LoadError):
+                await self.engine.load(trainer.state, step, atomic=atomic)
+            stream.fail_copy_after = None
+        await self.engine.load(trainer.state, step, atomic=atomic)
         if trainer.random.random() < 0.5:
             trainer.change_some()  # queued behind the load, and not before it
         self.compare(trainer.held(), trainer.expected, f"the state after load({step})")
@@ -189,6 +204,12 @@ class Run:
         await self.finished()
         for step, expected in self.saved.items():
             self.compare(await self.engine.read(step), expected, f"checkpoint {step}")
+        newest, device = max(self.saved, default=None), self.trainer.fake.all_devices[-1]
+        if newest is not None:
+            made = await self.engine.read(newest, device=device)
+            self.trainer.allocate()  # it is not given what was read, nor what that was read through
+            found = {name: self.trainer.fake.values(tensor) for name, tensor in made.items()}
+            self.compare(found, self.saved[newest], f"what was read of checkpoint {newest}")
 
     def compare(self, found: dict[str, Any], expected: dict[str, torch.Tensor], what: str) -> None:
         text = difference(found, expected)
@@ -197,15 +218,21 @@ class Run:
 
 def check_leases(stager: Stager, fake: FakeAccelerator) -> None:
     """From here on each slot that is given out is one that no queued copy will touch."""
-    lease = stager.pool.lease
+    pool, lease, lease_now = stager.pool, stager.pool.lease, stager.pool.lease_now
 
-    async def checked(*args: Any, **kwargs: Any) -> Any:
-        taken = await lease(*args, **kwargs)
+    def checked(taken: Lease) -> Lease:
         memory = torch.frombuffer(taken.memory(0, taken.count * taken.slot_bytes), dtype=torch.uint8)
         fake.assert_idle(memory.data_ptr(), memory.nbytes)
         return taken
 
-    setattr(stager.pool, "lease", functools.wraps(lease)(checked))  # noqa: B010 - mypy: methods are not variables
+    async def checked_lease(wanted: int) -> Lease:
+        return checked(await lease(wanted))
+
+    def checked_lease_now(wanted: int) -> Lease | None:
+        taken = lease_now(wanted)
+        return None if taken is None else checked(taken)
+
+    vars(pool).update(lease=checked_lease, lease_now=checked_lease_now)
 
 
 async def run(seed: int, root: str) -> None:
@@ -221,6 +248,8 @@ async def run(seed: int, root: str) -> None:
     ):
         check_leases(stager, fake)
         case = Run(trainer, engine, overlap=overlap)
+        if choice.random() < 0.3:
+            await engine.prepare(trainer.state)
         await case.save()
         for _ in range(NUM_ACTIONS):
             what = choice.random()
