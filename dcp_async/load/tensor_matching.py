@@ -142,7 +142,7 @@ class TensorMatcher:
 
     def _fresh_like(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """An empty tensor that lies, and is cut, as ``parameter`` is."""
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = _local(parameter)
         device = self._writes.device_of(local) if self._writes is not None else None
         if self._writes is None or device is None:
             return empty_like(parameter, dtype)
@@ -166,7 +166,7 @@ class TensorMatcher:
         # step counts stay in host memory unless saved options, not read yet, say otherwise
         if self._writes is None or key == "step" or (parameter := self._parameters.get(entry)) is None:
             return torch.device("cpu")
-        return self._writes.device_of(parameter) or torch.device("cpu")
+        return self._writes.device_of(_local(parameter)) or torch.device("cpu")
 
     def _misfit(self, name: str, tensor: torch.Tensor, regions: Iterable[Region]) -> str | None:
         """Why what was saved as ``name`` can't be read into ``tensor``, of which ``regions`` lie here."""
@@ -191,6 +191,11 @@ class TensorMatcher:
         # what lies here is asked, not the tensor itself: a ShardedTensor has few answers
         local = self._targets.local
         return local[name] if name in local else [Region.whole(tensor)]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What lies here of a tensor, if it is a distributed one."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _shown(tensor: torch.Tensor) -> str:

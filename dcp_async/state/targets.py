@@ -132,9 +132,10 @@ class Targets:
         tensors = [tensor for name, tensor in self.tensors.items() if name not in self.local]
         tensors += [region.tensor for regions in self.local.values() for region in regions]
         # of a bare optimizer the state holds no parameters
-        for _, optimizer, _ in self.flat.statefuls:
+        for name, optimizer, _ in self.flat.statefuls:
             if isinstance(optimizer, Optimizer):
-                tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                for parameter in _owned(optimizer):
+                    tensors += [region.tensor for region in Region.all_of(name, parameter)]
         return tensors
 
 
@@ -335,9 +336,13 @@ def _parameters(
                 if name.startswith(inside):
                     parameters[f"{prefix}.optim.state.{name.removeprefix(inside)}"] = tensor
         elif isinstance(stateful, Optimizer) and is_theirs(stateful):
-            owned = [parameter for group in stateful.param_groups for parameter in group["params"]]
-            parameters |= {f"{prefix}.state.{number}": parameter for number, parameter in enumerate(owned)}
+            owned = enumerate(_owned(stateful))
+            parameters |= {f"{prefix}.state.{number}": parameter for number, parameter in owned}
     return parameters
+
+
+def _owned(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _check_assignable(name: str, container: Any) -> None:
