@@ -15,6 +15,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .._geometry import Offsets
@@ -24,6 +25,7 @@ from .capture_cache import CacheHit, CaptureCache
 from .containers import CaptureError
 from .flat_state import FlatState
 from .flatten import flatten
+from .layouts import as_dtensors
 from .leaves import LeafPickler, LeafRules
 from .sharding import Piece, Shard
 
@@ -84,6 +86,8 @@ class Captured:
     optimizers: list[Optimizer]
     live: dict[str, Any]
     """Name -> leaf and distributed tensor, for DCP's planner."""
+    dtensors: dict[str, DTensor]
+    """Those of ``live`` whose local part, as it is, is among ``tensors``."""
     pointers: list[int] | None
     """Address of each tensor; None unless the bytes there are its elements and the CPU reads them."""
 
@@ -128,6 +132,7 @@ class Captured:
         self.optimizers = []
         self.leaf_items = []
         self.live = {}
+        self.dtensors = {}
         self.tree = None
 
 
@@ -211,6 +216,7 @@ def _captured(
         leaf_items=items,
         optimizers=flat.optimizers,
         live=flat.distributed | dict(zip(flat.leaf_names, flat.leaves, strict=True)),
+        dtensors=as_dtensors(flat.distributed),
         pointers=stored if raw else None,
     )
 
@@ -256,7 +262,8 @@ def _repeated(hit: CacheHit, previous: KnownStructure, pickler: LeafPickler) -> 
         tensors=hit.tensors,
         leaf_items=items,
         optimizers=hit.optimizers,
-        live=leaves,
+        live=leaves | hit.dtensors,
+        dtensors=hit.dtensors,
         pointers=hit.pointers,
     )
 

@@ -8,111 +8,28 @@ remembered of them are types, geometry and addresses.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain, compress
-from operator import attrgetter, call, is_, itemgetter, ne, not_
+from operator import attrgetter, is_, itemgetter, ne, not_
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .asking import Given, snapshot
 from .checkpointable import any_checkpointable, is_checkpointable
-from .containers import PLAIN_TENSORS, Kind, is_plain, is_terminal, kind_of_value
+from .containers import is_plain, is_terminal
 from .flat_state import FlatState
+from .layouts import LayoutGuard, local_parts
 from .optimizers import stepped_by
+from .recorder import Branch, Recorder, UncacheableError
 from .stateful import is_stateful
+from .tensor_guards import HAS_GUARDS, Guards, guards_of
 from .tensor_memory import SpotCheck, has_memory
 
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # private, and the only way to look at thousands of tensors in one call
-    TensorGuards = None  # type: ignore[assignment, misc]  # then each state is flattened anew
-
-_CHUNK = 512
-"""Tensors that are compared by one call; more at once miss the cache, fewer cost calls."""
 _is_nested = attrgetter("is_nested")
-_KEYS = frozenset({str, int, bool, type(None)})
-"""Types of keys that are equal only if what they are called and pickled as is."""
-
-
-def _none(_: object) -> tuple[()]:
-    return ()
-
-
-_VALUES: dict[type, Callable[[Any], Iterable[Any]]] = {
-    dict: dict.values,
-    OrderedDict: OrderedDict.values,
-    list: iter,
-}
-_NAMES: dict[type, Callable[[Any], Iterable[Any]]] = {dict: iter, OrderedDict: iter, list: _none}
-
-
-class _UncacheableError(Exception):
-    """The state holds what can't be compared in C."""
-
-
-@dataclass(slots=True)
-class _Level:
-    """All containers of one depth, in the order of the state, and what lies in them."""
-
-    values: list[Callable[[Any], Iterable[Any]]] = field(default_factory=list)
-    names: list[Callable[[Any], Iterable[Any]]] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    keys: list[Any] = field(default_factory=list)
-    key_types: list[type] = field(default_factory=list)
-    types: list[type] = field(default_factory=list)
-    inner: bytearray = field(default_factory=bytearray)
-    """Per value, 1 if it is a container of the next level."""
-
-
-@dataclass(slots=True)
-class _Branch:
-    """A state or what a Stateful gave, down to the next Statefuls."""
-
-    kind: type
-    levels: list[_Level] = field(default_factory=list)
-    statefuls: list[tuple[int, int, str, _Branch]] = field(default_factory=list)
-    """(depth, place in its level, name, branch) in the order of the state."""
-    order: list[int] = field(default_factory=list)
-    """Which of them is asked first, and so on."""
-
-    def level(self, depth: int) -> _Level:
-        if depth == len(self.levels):
-            self.levels.append(_Level())
-        return self.levels[depth]
-
-    def starts(self) -> list[int]:
-        """Where each level begins in what ``values`` gives."""
-        starts, end = [], 0
-        for level in self.levels:
-            starts.append(end)
-            end += len(level.types)
-        return [*starts, end]
-
-    def values(self, root: Any) -> list[Any] | None:
-        """Everything that lies in ``root``, level by level; None if it is built in another way."""
-        if type(root) is not self.kind:
-            return None
-        values_met: list[Any] = []
-        containers: list[Any] = [root]
-        for level in self.levels:
-            # lengths first: a key may have moved to the next container, and the keys in a row be the same
-            if [len(container) for container in containers] != level.sizes:
-                return None
-            keys = list(chain.from_iterable(map(call, level.names, containers)))
-            # 1, 1.0 and True are equal as keys, but not called the same
-            if list(map(type, keys)) != level.key_types or keys != level.keys:
-                return None
-            values = list(chain.from_iterable(map(call, level.values, containers)))
-            if list(map(type, values)) != level.types:
-                return None
-            values_met += values
-            if level is not self.levels[-1]:
-                containers = list(compress(values, level.inner))
-        return values_met
 
 
 def _pick(places: list[int]) -> Callable[[list[Any]], list[Any]]:
@@ -133,6 +50,8 @@ class CacheHit:
     tensors: list[torch.Tensor]
     """Without those that have the bytes of an earlier one."""
     leaves: list[Any]
+    dtensors: dict[str, DTensor]
+    """By their names; the local parts are among the tensors."""
     optimizers: list[Optimizer]
     pointers: list[int] | None
     """Address of each tensor; None unless the bytes there are its elements and the CPU reads them."""
@@ -142,12 +61,18 @@ class CacheHit:
 class _Recording:
     """What a state was built of when it was flattened."""
 
-    root: _Branch
+    root: Branch
     tensors: Callable[[list[Any]], list[Any]]
     """Those that are stored, then those that have the bytes of one of them."""
     num_stored: int
     leaves: Callable[[list[Any]], list[Any]]
-    guards: list[tuple[int, int, TensorGuards]]
+    dtensors: Callable[[list[Any]], list[Any]]
+    layouts: LayoutGuard
+    """Compares which parts of larger tensors the DTensors are, which no guard does."""
+    num_bare: int
+    """How many tensors come behind those in ``pointers``: local parts of which nothing is stored, as they are
+    empty."""
+    guards: Guards
     pointers: tuple[list[int], list[int]]
     """Addresses of all tensors, and of those that are stored; one value, since several threads may save."""
     is_raw: bool
@@ -157,7 +82,12 @@ class _Recording:
         optimizers: list[Optimizer] = []
         if not self._collect(self.root, state, values, given, optimizers):
             return None
-        tensors, leaves = self.tensors(values), self.leaves(values)
+        leaves, dtensors = self.leaves(values), self.dtensors(values)
+        # looked at before what lies in them, and in place of what else they are asked when a state is new
+        if not self.layouts.check(dtensors):
+            return None
+        values += local_parts(dtensors)
+        tensors = self.tensors(values)
         # what makes a tensor a part of a larger one is an attribute, which no guard sees
         if not all(map(_is_leaf, leaves)) or any_checkpointable(tensors):
             return None
@@ -168,6 +98,7 @@ class _Recording:
             if any(map(_is_nested, chunk)) or not guard.check(*chunk):
                 return None
             pointers += map(torch.Tensor.data_ptr, chunk)
+        tensors, pointers = tensors[: len(tensors) - self.num_bare], pointers[: len(tensors) - self.num_bare]
         # the same list as long as they are the same, so that what was made of it is known to be good still
         known, stored = self.pointers
         if pointers != known:
@@ -180,12 +111,13 @@ class _Recording:
         return CacheHit(
             tensors=tensors[: self.num_stored],
             leaves=leaves,
+            dtensors=dict(zip(self.layouts.names, dtensors, strict=True)),
             optimizers=optimizers,
             pointers=stored if self.is_raw else None,
         )
 
     def _collect(
-        self, branch: _Branch, root: object, collected: list[Any], given: Given, optimizers: list[Optimizer]
+        self, branch: Branch, root: object, collected: list[Any], given: Given, optimizers: list[Optimizer]
     ) -> bool:
         values = branch.values(root)
         if values is None:
@@ -287,115 +219,42 @@ class CaptureCache:
         """
         # first of all: whatever returns below must leave no recording of an earlier state
         self._recording = self.devices = None
-        # which piece of a distributed tensor lies here is nothing that a guard compares
-        if TensorGuards is None or flat.distributed or flat.bare or flat.per_rank:
+        if not HAS_GUARDS or flat.per_rank:
             return
-        recorder = _Recorder(flat.statefuls, flat.asked)
+        recorder = Recorder(flat.statefuls, flat.asked)
         try:
             root = recorder.branch(state)
-        except _UncacheableError:
+        except UncacheableError:
             return
         same = len(recorder.tensors) == len(tensors) and len(recorder.leaves) == len(leaves)
         # nested tensors, for one, have become leaves meanwhile
         if not (same and all(map(is_, recorder.tensors, tensors)) and all(map(is_, recorder.leaves, leaves))):
             return
+        layouts = LayoutGuard.of(list(flat.distributed), recorder.dtensors)
+        if layouts is None or not all(map(is_, recorder.dtensors, flat.distributed.values())):
+            return
         stored = flat.kept or list(range(len(tensors)))
-        self._recording = _make_recording(recorder, root, tensors, stored, raw)
+        self._recording = _make_recording(recorder, root, layouts, stored, raw)
 
 
 def _make_recording(
-    recorder: _Recorder, root: _Branch, every: list[torch.Tensor], stored: list[int], raw: bool
+    recorder: Recorder, root: Branch, layouts: LayoutGuard, stored: list[int], raw: bool
 ) -> _Recording:
+    every, bare = recorder.tensors, recorder.bare
     # a guard refuses an object that it sees twice, so those that occur again come last, with their own guards
     order = [*stored, *sorted(set(range(len(every))) - set(stored))]
-    places = recorder.places(recorder.tensor_marks)
+    places = recorder.tensor_places()
     tensors = [every[index] for index in order]
     pointers = list(map(torch.Tensor.data_ptr, tensors))
-    starts = [*range(0, len(stored), _CHUNK), *range(len(stored), len(order), _CHUNK)]
-    chunks = list(zip(starts, [*starts, len(order)][1:], strict=True))
     return _Recording(
         root=root,
-        tensors=_pick([places[index] for index in order]),
+        tensors=_pick([*(places[index] for index in order), *places[len(every) :]]),
         num_stored=len(stored),
         leaves=_pick(recorder.places(recorder.leaf_marks)),
-        guards=[
-            (
-                start,
-                stop,
-                TensorGuards(*tensors[start:stop], dynamic_dims_sizes=None, dynamic_dims_strides=None),
-            )
-            for start, stop in chunks
-        ],
+        dtensors=_pick(recorder.places(recorder.dtensor_marks)),
+        layouts=layouts,
+        num_bare=len(bare),
+        guards=guards_of([*tensors, *bare], len(stored), len(order)),
         pointers=(pointers, pointers if len(stored) == len(order) else pointers[: len(stored)]),
         is_raw=raw,
     )
-
-
-class _Recorder:
-    """Goes over a state in its own order and notes, level by level, what it is built of."""
-
-    def __init__(self, statefuls: list[tuple[str, Any, Any]], asked: list[str]) -> None:
-        self.tensors: list[torch.Tensor] = []
-        self.tensor_marks: list[tuple[int, int, int]] = []
-        """(branch, depth, place in its level)"""
-        self.leaves: list[Any] = []
-        self.leaf_marks: list[tuple[int, int, int]] = []
-        self._statefuls: Iterator[tuple[str, Any, Any]] = iter(statefuls)
-        self._turn = {name: turn for turn, name in enumerate(asked)}
-        self._branches: list[_Branch] = []
-
-    def branch(self, root: object) -> _Branch:
-        branch = _Branch(type(root))
-        self._branches.append(branch)
-        if branch.kind not in _VALUES or (isinstance(root, list) and is_terminal(root)):
-            raise _UncacheableError
-        self._visit(branch, len(self._branches) - 1, 0, root)
-        names = [name for _, _, name, _ in branch.statefuls]
-        branch.order = sorted(range(len(names)), key=lambda index: self._turn[names[index]])
-        return branch
-
-    def places(self, marks: list[tuple[int, int, int]]) -> list[int]:
-        """Where these lie when the levels of all branches lie one behind the other."""
-        bases: list[list[int]] = []
-        end = 0
-        for branch in self._branches:
-            starts = branch.starts()
-            bases.append([end + start for start in starts])
-            end += starts[-1]
-        return [bases[branch][depth] + place for branch, depth, place in marks]
-
-    def _visit(self, branch: _Branch, number: int, depth: int, container: Any) -> None:
-        level = branch.level(depth)
-        kind = type(container)
-        level.values.append(_VALUES[kind])
-        level.names.append(_NAMES[kind])
-        level.sizes.append(len(container))
-        if kind is not list:
-            keys = list(container)
-            types = list(map(type, keys))
-            if not _KEYS.issuperset(types):
-                raise _UncacheableError
-            level.keys += keys
-            level.key_types += types
-        for value in _VALUES[kind](container):
-            mark = (number, depth, len(level.types))
-            level.types.append(type(value))
-            level.inner.append(0)
-            match kind_of_value(value, is_own=False):
-                case Kind.TENSOR if is_plain(value):
-                    self.tensors.append(value)
-                    self.tensor_marks.append(mark)
-                case Kind.TENSOR if type(value) not in PLAIN_TENSORS:
-                    raise _UncacheableError  # what lies in a subclass is not seen from outside
-                case Kind.OWN | Kind.STATEFUL:
-                    name, stateful, inner = next(self._statefuls)
-                    assert stateful is value
-                    branch.statefuls.append((depth, mark[2], name, self.branch(inner)))
-                case Kind.MAPPING | Kind.PER_RANK | Kind.LIST:
-                    if type(value) not in _VALUES:
-                        raise _UncacheableError
-                    level.inner[-1] = 1
-                    self._visit(branch, number, depth + 1, value)
-                case Kind.TENSOR | Kind.LEAF:
-                    self.leaves.append(value)
-                    self.leaf_marks.append(mark)

@@ -128,6 +128,7 @@ class Ranks:
             leaf_items=first.leaf_items,
             optimizers=[],
             live=first.live,
+            dtensors=first.dtensors,
             pointers=first.pointers,
         )
 
