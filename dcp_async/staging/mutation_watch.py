@@ -17,6 +17,7 @@ from .byte_sample import ByteSample
 from .device import Stream
 from .element_sample import ElementSample
 from .samples import Sampled
+from .selection import Selection
 
 
 class MutatedTensors(Exception):
@@ -36,8 +37,12 @@ class MutationWatch:
     """How often each tensor had been changed; None for an inference tensor, which autograd ignores."""
     addresses: Sequence[int]
     """Where each tensor lay, on whatever device: ``parameter.data = other`` moves no counter."""
+    outer: list[torch.Tensor]
+    """What operations count on in place of each tensor: a DTensor around it, or itself; empty without
+    DTensors."""
+    outer_versions: list[int | None]
     layers: dict[int, list[tuple[torch.Tensor, int | None]]]
-    """Index of a tensor -> what wraps it, and how often that had been changed."""
+    """Index of a tensor -> what else wraps it, and how often that had been changed."""
     host_sample: ByteSample
     """What notices changes on the host that move no counter."""
     device_sample: ElementSample
@@ -63,12 +68,28 @@ class MutationWatch:
         else:
             addresses = list(map(torch.Tensor.data_ptr, captured.tensors))
         samples = sampled.take(captured.tensors, addresses, streams)
-        return cls(versions_of(captured.tensors), addresses, _layers(captured, aside), *samples)
+        outer = _outermost(captured, aside)
+        return cls(
+            versions_of(captured.tensors),
+            addresses,
+            outer,
+            versions_of(outer),
+            _layers(captured, aside),
+            *samples,
+        )
+
+    def dtensors_changed(self, selection: Selection) -> set[int]:
+        """Those of ``selection`` whose DTensors were changed: an operation counts on what it was called
+        with."""
+        if not self.outer:
+            return set()
+        now = versions_of(selection.pick(self.outer))
+        return selection.differing(now, selection.pick(self.outer_versions))
 
     def wrappers_changed(self, indices: Iterable[int]) -> set[int]:
-        """Those of ``indices`` whose wrappers were changed: an operation counts on what it was called with,
-        which may be a DTensor around the tensor that was captured."""
-        # plain tensors have no wrappers: a state of them is not gone over in Python
+        """Those of ``indices`` whose other wrappers were changed, or what lies between them and the
+        tensor."""
+        # neither plain tensors nor DTensors have any: a state of them is not gone over in Python
         if not self.layers:
             return set()
         return {
@@ -83,7 +104,7 @@ class MutationWatch:
         indices = self.host_sample.indices()
         sampled = [tensors[index] for index in indices]
         # a counter that moved was judged when its tensor was copied: after that the trainer may change it
-        wrapped = self.wrappers_changed(indices)
+        wrapped = self.wrappers_changed(indices) | self.dtensors_changed(Selection(indices))
         addresses = map(torch.Tensor.data_ptr, sampled)
         current = {
             index: address
@@ -99,14 +120,27 @@ class MutationWatch:
         return MutationWatch(
             [self.versions[index] for index in indices],
             [self.addresses[index] for index in indices],
+            [self.outer[index] for index in indices] if self.outer else [],
+            [self.outer_versions[index] for index in indices] if self.outer else [],
             {renumbered[index]: layers for index, layers in self.layers.items() if index in renumbered},
             self.host_sample.share(renumbered),
             self.device_sample.share(renumbered),
         )
 
 
+def _outermost(captured: Captured, aside: Collection[int]) -> list[torch.Tensor]:
+    if not captured.dtensors:
+        return []
+    # in C, but for those that were copied: they are nobody's local part
+    outer = list(map(captured.dtensors.get, captured.structure.tensor_names, captured.tensors))
+    for index in aside:
+        outer[index] = captured.tensors[index]
+    return outer
+
+
 def _layers(captured: Captured, aside: Collection[int]) -> dict[int, list[tuple[torch.Tensor, int | None]]]:
-    wrappers = wrappers_in(captured.live)
+    others = captured.live.keys() - captured.dtensors.keys()
+    wrappers = wrappers_in({name: captured.live[name] for name in others})
     if not wrappers:
         return {}
     counted = {

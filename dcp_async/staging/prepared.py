@@ -77,7 +77,8 @@ class Prepared:
         now = versions_of(selection.pick(self.captured.tensors))
         # addresses as well as counters: a swapped `.data` moves no counter (docs/adr/0011)
         moved = selection.differing(now, selection.pick(self.watch.versions))
-        return moved | self.watch.wrappers_changed(selection.indices) | self.displaced(selection)
+        wrapped = self.watch.wrappers_changed(selection.indices) | self.watch.dtensors_changed(selection)
+        return moved | wrapped | self.displaced(selection)
 
     def changed_unseen(self) -> set[int]:
         """Those with other bytes although no counter of theirs moved."""

@@ -19,6 +19,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import dcp_async
 from dcp_async import CheckpointEngine, PerRank, Stager, StagingOptions
@@ -38,6 +42,8 @@ CEILINGS = {
     "save, flattened anew: calls per tensor": 8.75,
     "save with overlap: calls per tensor": 0.1,
     "save with overlap: calls per tensor that is not copied aside": 0.8,
+    "save of DTensors: calls per tensor": 0.1,
+    "save of DTensors with overlap: calls per tensor": 0.1,
     "load: calls per tensor": 127,
     "save from a device: calls per tensor": 0.1,
     "save from a device with overlap: calls per tensor": 0.1,
@@ -163,6 +169,34 @@ async def test_calls_per_tensor_on_a_device(tmp_path: Path, overlap: bool) -> No
     few = await measured_on_device(tmp_path / "few", FEW, staging)
     many = await measured_on_device(tmp_path / "many", MANY, staging)
     name = f"save from a device{' with overlap' if overlap else ''}: calls per tensor"
+    check(name, (many.calls - few.calls) / (MANY - FEW))
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of a group that does not communicate, so that it opens nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+async def test_calls_per_dtensor(tmp_path: Path, mesh: DeviceMesh, overlap: bool) -> None:
+    def dtensors(count: int) -> dict[str, Any]:
+        plain = small_tensors(count)["m"]
+        return {
+            "m": {
+                name: DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+                for name, local in plain.items()
+            }
+        }
+
+    staging = StagingOptions(overlap=overlap)
+    few = await measured(tmp_path / "few", dtensors(FEW), "save", staging)
+    many = await measured(tmp_path / "many", dtensors(MANY), "save", staging)
+    name = f"save of DTensors{' with overlap' if overlap else ''}: calls per tensor"
     check(name, (many.calls - few.calls) / (MANY - FEW))
 
 
