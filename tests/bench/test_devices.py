@@ -42,6 +42,11 @@ def test_the_link_is_measured_one_copy_at_a_time(tmp_path: Path, workload: workl
     worker.close()
 
 
+def test_a_share_that_is_up_leaves_the_first_round() -> None:
+    assert list(gpu.Share(-1.0).rounds(3, 0.5)) == [0]
+    assert list(gpu.Share(1e9).rounds(3, 0.5)) == [0, 1, 2]
+
+
 def test_without_an_accelerator_one_is_told_of_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.accelerator.is_available():
         assert gpu.parse([]).scale == 1

@@ -37,6 +37,19 @@ def test_packages_that_were_brought_along_are_found_here_and_by_processes_below(
     subprocess.run([sys.executable, "-c", "import brought_along"], check=True)
 
 
+def test_the_tests_of_devices_start_with_no_nox_and_no_environment() -> None:
+    arguments = ("gpu", "--device", "cpu", "--collect-only", "-q")
+    collected = subprocess.run(
+        [sys.executable, str(packages.ROOT / "noxfile.py"), *arguments],
+        env={"PATH": "", "PYTHONPATH": str(packages.ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert collected.returncode == 0, collected.stderr
+    assert "tests/gpu/test_backend_contract.py::" in collected.stdout
+    assert "installing" not in collected.stderr
+
+
 def test_each_python_has_a_folder_of_its_own_that_git_ignores() -> None:
     assert packages.folder("3.12") != packages.folder("3.13")
     ignored = (packages.ROOT / ".gitignore").read_text().splitlines()
