@@ -75,10 +75,13 @@ def _text(version: tuple[int, int]) -> str:
 def prove_small_state() -> None:
     """Capture, plan and encode a state of all that torch's own code has a part in, and read it back; no file
     is written. Raises whatever does not work."""
-    weight = torch.arange(6.0).reshape(2, 3)
+    weight = torch.arange(6.0, device="cpu").reshape(2, 3)
     state: dict[str, Any] = {
         "model": {"weight": torch.nn.Parameter(weight.clone()), "tied": weight, "bias": weight[0].bfloat16()},
-        "optim": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.5, "params": [0]}]},
+        "optim": {
+            "state": {0: {"step": torch.tensor(3.0, device="cpu")}},
+            "param_groups": [{"lr": 0.5, "params": [0]}],
+        },
         "list": [weight.t(), {"deep": 1}],
         "sparse": weight.to_sparse(),
         "epoch": 3,

@@ -91,7 +91,9 @@ class Bounce:
         memory = self._backend.pinned_buffer(device, self._nbytes)
         # where nothing can be pinned the device's own copies are as slow; the buffer keeps them apart from
         # memory that may be registered in part
-        return _Buffer(memory if memory is not None else torch.empty(self._nbytes, dtype=torch.uint8))
+        if memory is None:
+            memory = torch.empty(self._nbytes, dtype=torch.uint8, device="cpu")
+        return _Buffer(memory)
 
     def _begin(self, buffer: _Buffer, stream: Stream, batch: list[_Pair], *, is_load: bool) -> None:
         offset = 0

@@ -110,7 +110,7 @@ def _read(places: Sequence[Place], pointers: Sequence[int]) -> list[bytes]:
     lengths = [length for *_, length in places]
     # each behind the one before, so that no bytes lie between them
     ends = list(itertools.accumulate(lengths, initial=0))
-    buffer = torch.empty(ends[-1], dtype=torch.uint8)
+    buffer = torch.empty(ends[-1], dtype=torch.uint8, device="cpu")
     base = buffer.data_ptr()
     copy = VectoredCopy([base + start for start in ends[:-1]], lengths, [])
     copy.read_from([pointer + offset for pointer, (_, offset, _) in zip(pointers, places, strict=True)])

@@ -316,7 +316,7 @@ class TorchBackend:
     def pinned_buffer(self, device: torch.device, nbytes: int) -> torch.Tensor | None:
         try:
             with _on(device):
-                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+                return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:
             logger.info("no pinned memory for %s: %s", device, error)
             return None

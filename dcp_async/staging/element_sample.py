@@ -168,7 +168,10 @@ def _copy(
     sizes = [dtype.itemsize * sum(block.numel for block in batch) for (dtype, _), batch in batches.items()]
     starts = list(accumulate((-(-size // _ALIGN) * _ALIGN for size in sizes), initial=0))
     shape = (starts[-1],)
-    memory = torch.empty(shape, dtype=torch.uint8) if stream is None else stream.empty(shape, torch.uint8)
+    if stream is None:
+        memory = torch.empty(shape, dtype=torch.uint8, device="cpu")
+    else:
+        memory = stream.empty(shape, torch.uint8)
     places: list[tuple[Block, int, int]] = []
     for ((dtype, _), batch), start, size in zip(batches.items(), starts, sizes, strict=False):
         counts = [block.numel for block in batch]

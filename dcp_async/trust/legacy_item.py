@@ -157,7 +157,7 @@ def _typed(content: Sequence[int], dtype: torch.dtype) -> Any:
         # a copy that may be written to, as every tensor of a load
         torch.frombuffer(bytearray(content), dtype=torch.uint8)
         if content
-        else torch.empty(0, dtype=torch.uint8)
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
     )
     storage: Any = memory.untyped_storage()
     if sys.byteorder == "big":

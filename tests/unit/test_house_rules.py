@@ -48,6 +48,23 @@ def test_no_lock_of_a_trainers_thread_is_held_around_a_loop_of_the_same_function
     assert around == []
 
 
+_MAKERS = {f"torch.{name}" for name in ("arange", "as_tensor", "empty", "empty_strided", "full", "ones")}
+_MAKERS |= {f"torch.{name}" for name in ("rand", "randn", "scalar_tensor", "tensor", "zeros")}
+
+
+def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
+    """Else it lies where the user's default device is, whose memory may have no address here."""
+    calls = [
+        f"{module.path.name}:{call.lineno}"
+        for module in MODULES
+        for call in ast.walk(module.tree)
+        if isinstance(call, ast.Call)
+        and ast.unparse(call.func) in _MAKERS
+        and not any(keyword.arg == "device" for keyword in call.keywords)
+    ]
+    assert calls == []
+
+
 REACHES = {
     "an annotated parameter": "from .b import B\ndef f(b: B) -> None: b._x",
     "an annotation in quotes": "from .b import B\ndef f(b: 'B | None') -> None: b._x",
