@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 1 << 30
 """What one call registers: the first slots are usable before the last ones, and drivers refuse single calls
 of 512 GiB."""
+_PATIENCE = 60.0
+"""Registering a chunk takes a second or two."""
 
 
 class _Registrations:
@@ -63,9 +65,20 @@ class Pinner:
     """Registers arenas. Owns the thread, and what it registered."""
 
     def __init__(
-        self, backend: Backend, pinned: bool | None = None, *, chunk_bytes: int = _CHUNK_BYTES
+        self,
+        backend: Backend,
+        pinned: bool | None = None,
+        *,
+        chunk_bytes: int = _CHUNK_BYTES,
+        patience: float = _PATIENCE,
     ) -> None:
-        """``pinned``: as in StagingOptions."""
+        """
+        Args:
+            pinned: as in StagingOptions.
+            chunk_bytes: how much one call registers.
+            patience: how many seconds ``close`` waits for the call in progress.
+        """
+        self._patience = patience
         self._backend = backend
         self._chunk_bytes = chunk_bytes
         self._is_forbidden = pinned is False
@@ -126,7 +139,13 @@ class Pinner:
         self._registrations.orders.put(functools.partial(self._unpin_idle, done))
         # abandoned, the thread hangs in a call, and will not come to it
         if not threads.is_abandoned:
-            done.result()
+            try:
+                done.result(self._patience)
+            except TimeoutError:
+                logger.warning(
+                    "the device does not end a call that pins the staging pool; its memory stays mapped"
+                )
+                threads.abandon()
         threads.shutdown(wait=self._registrations.num_arenas == 0)
 
     def _unpin_idle(self, done: concurrent.futures.Future[bool]) -> None:

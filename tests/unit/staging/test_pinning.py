@@ -196,6 +196,21 @@ def test_refused_pin_is_remembered_and_said_once(caplog: pytest.LogCaptureFixtur
     pinner.close()
 
 
+async def test_refused_pin_is_asked_once_in_all_saves(root: Path) -> None:
+    """B4: each ask may lock and unlock all of the pool before it fails."""
+    fake = FakeAccelerator()
+    fake.refuses_pins = True
+    state = {"w": fake.tensor(torch.ones(500_000))}
+    async with (
+        Stager(StagingOptions(part_bytes=SLOT), backend=fake) as stager,
+        CheckpointEngine(root, staging=stager) as engine,
+    ):
+        for _ in range(3):
+            await (await engine.save(state)).upload_completion
+        assert torch.equal((await engine.read())["w"], torch.ones(500_000))
+    assert len(fake.pin_calls) == 1
+
+
 def test_refusal_is_a_warning_for_who_has_asked_for_it(caplog: pytest.LogCaptureFixture) -> None:
     fake = FakeAccelerator()
     fake.refuses_pins = True
@@ -310,14 +325,16 @@ def test_slot_that_a_copy_may_never_leave_keeps_memory_and_registration(when: st
     assert address in fake.pinned
 
 
-def test_close_does_not_wait_for_a_registration_that_hangs() -> None:
+@pytest.mark.parametrize("is_known", [True, False])
+def test_close_does_not_wait_for_ever_for_a_registration_that_hangs(is_known: bool) -> None:
     fake = Observed()
     fake.gate.clear()
-    pinner = Pinner(fake)
+    pinner = Pinner(fake, patience=0.0)
     arena = Arena(2, SLOT)
     done = pinner.want(arena, fake.all_devices[0])
     assert fake.has_begun.wait(PATIENCE)
-    pinner.abandon()
+    if is_known:
+        pinner.abandon()
     pinner.close()
     address, gone = arena.tensor.data_ptr(), weakref.ref(arena)
     del arena
