@@ -13,6 +13,7 @@ import gc
 import random
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +31,10 @@ from dcp_async import (
     StagingOptions,
 )
 from dcp_async.staging import Lease
+from dcp_async.staging.device import Purpose
 from tests.support.accelerator import FakeAccelerator, Order
+from tests.support.device_memory import Memory
+from tests.support.device_queue import FakeStream
 from tests.support.doubles import MIB, difference
 from tests.support.saves import PART
 
@@ -130,9 +134,8 @@ class Run:
 
     async def save(self) -> None:
         trainer, self.step = self.trainer, self.step + 1
-        if trainer.random.random() < 0.1:  # a device that refuses a batch half way
-            stream = trainer.fake.stream(trainer.random.choice(trainer.fake.all_devices), "save")
-            stream.fail_copy_after = trainer.random.randrange(3)
+        if trainer.random.random() < 0.15:  # a device that refuses a batch half way
+            self.let_fail("save")
         if any(stream.fail_copy_after is not None for stream in trainer.fake.streams):
             self.may_fail |= {self.step, *self.pending}
         self.saved[self.step] = {name: value.clone() for name, value in trainer.expected.items()}
@@ -140,6 +143,12 @@ class Run:
             self.pending[self.step] = await self.engine.save(trainer.state, step=self.step)
         except SaveError as error:
             self.failed(self.step, error)
+
+    def let_fail(self, purpose: Purpose) -> FakeStream:
+        choice, fake = self.trainer.random, self.trainer.fake
+        stream = fake.stream(choice.choice(fake.all_devices), purpose)
+        stream.fail_copy_after, stream.batches_before_failure = choice.randrange(3), choice.randrange(3)
+        return stream
 
     def failed(self, step: int, error: SaveError) -> None:
         assert step in self.may_fail, f"save {step} failed without a reason: {error!r}"
@@ -189,8 +198,7 @@ class Run:
                 trainer.fake.fill(tensor, 77)
         atomic = trainer.random.random() < 0.5
         if trainer.random.random() < 0.2:  # a device that refuses a batch, if one comes
-            stream = trainer.fake.stream(trainer.random.choice(trainer.fake.all_devices), "load")
-            stream.fail_copy_after = trainer.random.randrange(3)
+            stream = self.let_fail("load")
             with contextlib.suppress(LoadError):
                 await self.engine.load(trainer.state, step, atomic=atomic)
             stream.fail_copy_after = None
@@ -204,16 +212,29 @@ class Run:
         await self.finished()
         for step, expected in self.saved.items():
             self.compare(await self.engine.read(step), expected, f"checkpoint {step}")
-        newest, device = max(self.saved, default=None), self.trainer.fake.all_devices[-1]
-        if newest is not None:
-            made = await self.engine.read(newest, device=device)
-            self.trainer.allocate()  # it is not given what was read, nor what that was read through
-            found = {name: self.trainer.fake.values(tensor) for name, tensor in made.items()}
-            self.compare(found, self.saved[newest], f"what was read of checkpoint {newest}")
+        for step in sorted(self.saved)[-2:]:
+            await self.use_once(step)
+
+    async def use_once(self, step: int) -> None:
+        """Read onto a device, and let go of it while what uses it is queued still."""
+        fake = self.trainer.fake
+        made = await self.engine.read(step, device=fake.all_devices[-1])
+        kept = {name: torch.empty_like(tensor) for name, tensor in made.items()}
+        for name, tensor in made.items():
+            fake.launch(partial(keep, kept[name], Memory.of(tensor)), fake.all_devices[-1])
+        made.clear()
+        del tensor
+        await self.engine.read(step, device=fake.all_devices[-1])
+        fake.current_stream(fake.all_devices[-1]).synchronize()
+        self.compare(kept, self.saved[step], f"what was read of checkpoint {step}")
 
     def compare(self, found: dict[str, Any], expected: dict[str, torch.Tensor], what: str) -> None:
         text = difference(found, expected)
         assert text is None, f"{what}: {text}"
+
+
+def keep(target: torch.Tensor, source: Memory) -> None:
+    target.copy_(source.tensor())
 
 
 def check_leases(stager: Stager, fake: FakeAccelerator) -> None:
@@ -248,7 +269,7 @@ async def run(seed: int, root: str) -> None:
     ):
         check_leases(stager, fake)
         case = Run(trainer, engine, overlap=overlap)
-        if choice.random() < 0.3:
+        if choice.random() < 0.5:
             await engine.prepare(trainer.state)
         await case.save()
         for _ in range(NUM_ACTIONS):

@@ -64,6 +64,8 @@ class FakeStream:
     memory that it names stays in flight."""
     fail_copy_after: int | None = None
     """The next batch raises after so many of its pairs were queued."""
+    batches_before_failure: int = 0
+    """Not the next batch, but one so many later."""
     copies: list[int] = field(default_factory=list)
     """How many pairs each batch had."""
 
@@ -79,7 +81,11 @@ class FakeStream:
     def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         assert len(targets) == len(sources) > 0
         self.copies.append(len(targets))
-        limit, self.fail_copy_after = self.fail_copy_after, None
+        limit = None
+        if self.batches_before_failure:
+            self.batches_before_failure -= 1
+        else:
+            limit, self.fail_copy_after = self.fail_copy_after, None
         for number, (target, source) in enumerate(zip(targets, sources, strict=True)):
             if number == limit:
                 raise DeviceError("out of memory")
