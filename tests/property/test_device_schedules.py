@@ -217,15 +217,17 @@ class Run:
 
     async def use_once(self, step: int) -> None:
         """Read onto a device, and let go of it while what uses it is queued still."""
-        fake = self.trainer.fake
-        made = await self.engine.read(step, device=fake.all_devices[-1])
+        fake, device = self.trainer.fake, self.trainer.fake.all_devices[-1]
+        made = await self.engine.read(step, device=device)
         kept = {name: torch.empty_like(tensor) for name, tensor in made.items()}
+        stream = fake.current_stream(device)
         for name, tensor in made.items():
-            fake.launch(partial(keep, kept[name], Memory.of(tensor)), fake.all_devices[-1])
+            stream.launch(partial(keep, kept[name], Memory.of(tensor)))
         made.clear()
         del tensor
-        await self.engine.read(step, device=fake.all_devices[-1])
-        fake.current_stream(fake.all_devices[-1]).synchronize()
+        with fake.on_stream(fake.new_stream(device)):  # which waits for nothing
+            await self.engine.read(step, device=device)
+        stream.synchronize()
         self.compare(kept, self.saved[step], f"what was read of checkpoint {step}")
 
     def compare(self, found: dict[str, Any], expected: dict[str, torch.Tensor], what: str) -> None:
