@@ -291,6 +291,17 @@ class BackendContract:
             rig.backend.unpin(rig.device, part.data_ptr())
             assert_same(part.view(torch.float32)[:SIZE], torch.arange(SIZE, dtype=torch.float32))
 
+    def test_tells_which_tensors_lie_in_pinned_host_memory(self, rig: Rig) -> None:
+        on_device = rig.tensor(torch.ones(3))
+        memory = rig.backend.pinned_buffer(rig.device, 4096)
+        tensors = [torch.ones(3), on_device, memory[64:128] if memory is not None else torch.ones(5)]
+        assert rig.backend.pinned_among(tensors) == ([] if memory is None else [2])
+
+    def test_the_current_device_is_known_once_there_is_one(self, rig: Rig) -> None:
+        rig.tensor(torch.ones(3))
+        current = rig.backend.current_device()
+        assert (current is None) if not rig.has_queues else (current is not None)
+
     def test_a_pinned_buffer_has_the_bytes_that_were_asked_for(self, rig: Rig) -> None:
         memory = rig.backend.pinned_buffer(rig.device, 12345)
         assert memory is None or (memory.dtype, memory.shape) == (torch.uint8, (12345,))

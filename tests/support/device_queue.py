@@ -127,9 +127,9 @@ class FakeStream:
         is_neg, is_conj = source.is_neg(), source.is_conj()
 
         def value() -> torch.Tensor:
-            found = out.tensor()
-            found = found.conj() if is_conj else found
-            return -found if is_neg else found
+            values = out.tensor()
+            values = values.conj() if is_conj else values
+            return -values if is_neg else values
 
         hosts = tuple(
             memory for memory, device in zip((to, out), lie_on, strict=True) if not device and memory.nbytes
