@@ -334,6 +334,13 @@ class FakeAccelerator:
                 for address, (_, nbytes) in list(self.pinned.items())
             )
 
+    def check_registered(self, memory: Memory) -> None:
+        """CUDA refuses to copy a range that is registered in part, or in two parts."""
+        with self.lock:
+            touched = [at for at, (_, nbytes) in self.pinned.items() if memory.overlaps(at, nbytes)]
+            if touched and not self.is_pinned(memory):
+                self._violated("a copy reaches over the end of registered memory")
+
     # What a test asks.
 
     @property

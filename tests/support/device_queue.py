@@ -134,6 +134,8 @@ class FakeStream:
         hosts = tuple(
             memory for memory, device in zip((to, out), lie_on, strict=True) if not device and memory.nbytes
         )
+        for memory in hosts:
+            self.fake.check_registered(memory)
         if all(memory.is_dense and self.fake.is_pinned(memory) for memory in hosts):
             self._put(Work(lambda: void(to.tensor().copy_(value())), hosts))
         elif lie_on[0] is None:  # to pageable memory: it returns when the bytes are there

@@ -60,6 +60,15 @@ def test_memory_unpinned_under_a_copy_is_a_violation() -> None:
     assert fake.violations
 
 
+def test_a_copy_over_the_end_of_registered_memory_is_a_violation() -> None:
+    fake = FakeAccelerator()
+    device, memory = fake.all_devices[0], torch.zeros(SIZE)
+    assert fake.pin(device, memory.data_ptr(), memory.nbytes // 2)
+    assert fake.pin(device, memory.data_ptr() + memory.nbytes // 2, memory.nbytes // 2)
+    with pytest.raises(AssertionError, match="reaches over"):
+        fake.stream(device, "save").copy([memory], [fake.tensor(torch.ones(SIZE))])
+
+
 def test_memory_freed_under_a_copy_is_a_violation() -> None:
     fake = FakeAccelerator()
     device = fake.all_devices[0]
