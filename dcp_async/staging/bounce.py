@@ -36,8 +36,8 @@ class _Buffer:
 
 
 class Bounce:
-    """Owns the buffers, a pair for each device, made when they are first needed. For one thread at a time,
-    and for another one if that hangs."""
+    """Owns the buffers, a pair for each device, made when they are first needed; one more for a thread that
+    comes while they are in use, or when one hangs with them."""
 
     def __init__(self, backend: Backend, *, nbytes: int = BOUNCE_BYTES) -> None:
         """``nbytes``: how large a buffer is."""

@@ -118,13 +118,15 @@ class BufferPool:
         kept = [arena for arena in self._arenas if arena.has_lost]
         others = [arena for arena in self._arenas if not arena.has_lost]
         wanted = self._target_slots() - sum(len(arena.taken) for arena in kept)
+        sizes = [len(arena.taken) for arena in others]
+        is_idle = all(arena.idle for arena in others)
+        if is_idle and wanted > 0 and (len(sizes) > 1 or wanted > sum(sizes)):
+            # one that is large enough, as after a load beside a save, is mapped and pinned already. Nothing
+            # but these two lists refers to the rest: the old memory goes before the new comes
+            largest = max(sizes, default=0)
+            others = [others[sizes.index(largest)]] if largest >= wanted else []
+            self._arenas = kept + others
         have = sum(len(arena.taken) for arena in others)
-        idle = all(arena.idle for arena in others)
-        if idle and wanted > 0 and (len(others) > 1 or wanted > have):
-            # nothing else refers to an idle arena, so the old memory goes before the new comes
-            self._arenas = kept
-            others.clear()
-            have = 0
         if wanted > have:
             self._arenas.append(Arena(wanted - have, self.slot_bytes))
 

@@ -99,6 +99,24 @@ def test_device_sees_none_of_the_memory_behind_the_buffers() -> None:
     assert not [at for at in seen if target.data_ptr() <= at < target.data_ptr() + target.nbytes]
 
 
+def test_copies_at_once_have_buffers_of_their_own() -> None:
+    """A load's beside a save's."""
+    fake = FakeAccelerator()
+    bounce = Bounce(fake, nbytes=BUFFER)
+    saved, loaded = torch.zeros(5000), fake.tensor(torch.zeros(5000))
+    stream = _stream(fake)
+    real = stream.copy
+
+    def beside(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        real(targets, sources)
+        bounce.copy_to_device(_stream(fake, "load"), [loaded], [torch.full((5000,), 2.0)])
+
+    stream.copy = beside  # type: ignore[method-assign]  # the other thread's turn
+    bounce.copy_to_host(stream, [saved], [fake.tensor(torch.ones(5000))])
+    assert torch.equal(saved, torch.ones(5000))
+    assert torch.equal(Memory.of(loaded).tensor(), torch.full((5000,), 2.0))
+
+
 def test_buffers_are_made_once_and_go_at_the_end() -> None:
     fake = FakeAccelerator()
     bounce = Bounce(fake, nbytes=BUFFER)

@@ -51,6 +51,24 @@ async def test_pool_that_grew_while_slots_were_out_is_one_arena_at_the_next_idle
     _release(pool, again)
 
 
+async def test_arena_that_is_large_enough_outlives_a_smaller_one_beside_it() -> None:
+    """What a load or another engine wanted for a while costs no new mapping, and no new pin, of all the
+    rest."""
+    pool = _pool(10)
+    whole = await pool.lease(10)
+    arena = whole.arena
+    pool.reserve("a load", 4)
+    beside = await pool.lease(4)
+    small = weakref.ref(beside.arena)
+    pool.forget("a load")
+    _release(pool, whole, beside)
+    again = await pool.lease(10)
+    assert (again.arena, again.count) == (arena, 10)
+    assert small() is None
+    assert pool.arenas == (arena,)
+    _release(pool, again)
+
+
 async def test_old_memory_is_gone_before_the_new_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """B5."""
     alive: weakref.WeakSet[Arena] = weakref.WeakSet()
