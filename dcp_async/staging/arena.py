@@ -9,7 +9,6 @@ and DMA on private memory that a concurrent fork() marks for copying may corrupt
 from __future__ import annotations
 
 import ctypes
-import logging
 import mmap
 import os
 import sys
@@ -21,10 +20,11 @@ import torch
 
 from ..errors import StorageError
 
-logger = logging.getLogger(__name__)
-
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14: make the pages of a range, and leave what they hold."""
+
+_MAX_TOUCHING = 8
+"""Threads that make pages: beyond that the kernel's own locks are what they wait for."""
 
 Ranges = list[tuple[int, int]]
 """[start, stop) in bytes of an arena, ascending."""
@@ -119,12 +119,6 @@ class Arena:
         copy a range that lies in two, or half in none."""
         return any(low <= start and stop <= high for low, high in self._registered)
 
-    @property
-    def registered(self) -> tuple[tuple[int, int], ...]:
-        """What is registered by now, [start, stop) each; grows from the start on, and never shrinks before
-        the arena's end."""
-        return tuple(self._registered)
-
     def pinned(self, start: int, stop: int, unpin: Unpin) -> None:
         """The bytes [start, stop) were registered; ``unpin`` undoes that, and is called by whoever lets go of
         the arena: it neither waits nor touches a device."""
@@ -194,7 +188,3 @@ def touch(arena: Arena, start: int, stop: int) -> bool:
     for helper in helpers:
         helper.join()
     return not any(statuses)
-
-
-_MAX_TOUCHING = 8
-"""Threads that make pages: beyond that the kernel's own locks are what they wait for."""

@@ -39,6 +39,8 @@ class _Registrations:
         self.orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.num_arenas = 0
         """How many are registered, be it in part. For the thread, and for who has made sure that it rests."""
+        self.is_closing = False
+        """Nothing more is to be registered."""
         self._is_ending = False
 
     def serve(self) -> None:
@@ -88,7 +90,7 @@ class Pinner:
         self._lock = threading.Lock()
         self._wanted: weakref.WeakKeyDictionary[Arena, concurrent.futures.Future[bool]]
         self._wanted = weakref.WeakKeyDictionary()
-        self._is_closing = False
+        self._is_closed = False
         self._has_told = False
 
     def __repr__(self) -> str:
@@ -104,11 +106,12 @@ class Pinner:
             if (known := self._wanted.get(arena)) is not None:
                 return known
             done = self._wanted[arena] = _running()
-            is_wanted = not self._is_closing and not self._is_forbidden and self._backend.can_pin(device)
+            is_wanted = not self._is_closed and not self._is_forbidden and self._backend.can_pin(device)
             if not is_wanted or not self._has_thread():
                 done.set_result(False)
             else:
-                self._registrations.orders.put(_Pinning(self, arena, device, done))
+                pinning = _Pinning(self, arena, device, done, self._registrations)
+                self._registrations.orders.put(pinning)
             return done
 
     def _has_thread(self) -> bool:
@@ -127,16 +130,23 @@ class Pinner:
         if self._threads is not None:
             self._threads.abandon()
 
+    def open(self) -> None:
+        """Serve again, after ``close``."""
+        with self._lock:
+            if self._is_closed:
+                self._registrations, self._is_closed = _Registrations(), False
+
     def close(self) -> None:
         """Unregister what is idle, and end the thread; it goes on for as long as somebody holds a lease of
         the rest."""
         with self._lock:
-            self._is_closing = True
+            self._is_closed, registrations = True, self._registrations
+            registrations.is_closing = True
             threads, self._threads = self._threads, None
         if threads is None:
             return
         done = _running()
-        self._registrations.orders.put(functools.partial(self._unpin_idle, done))
+        registrations.orders.put(functools.partial(self._unpin_idle, registrations, done))
         # abandoned, the thread hangs in a call, and will not come to it
         if not threads.is_abandoned:
             try:
@@ -146,19 +156,19 @@ class Pinner:
                     "the device does not end a call that pins the staging pool; its memory stays mapped"
                 )
                 threads.abandon()
-        threads.shutdown(wait=self._registrations.num_arenas == 0)
+        threads.shutdown(wait=registrations.num_arenas == 0)
 
-    def _unpin_idle(self, done: concurrent.futures.Future[bool]) -> None:
+    def _unpin_idle(self, registrations: _Registrations, done: concurrent.futures.Future[bool]) -> None:
         """In the thread: it may have been about to register a chunk."""
         for arena in list(self._wanted):
             if arena.idle:
                 arena.unpin()
-        self._registrations.end(done)
+        registrations.end(done)
 
-    def register(self, arena: Arena, device: torch.device, start: int) -> int:
+    def register(self, arena: Arena, device: torch.device, start: int, registrations: _Registrations) -> int:
         """Register the chunk that begins at ``start``, in the thread; gives where it ends, or ``start`` where
         that is refused."""
-        if self._is_closing:
+        if registrations.is_closing:
             return start
         step = max(self._chunk_bytes // arena.slot_bytes, 1) * arena.slot_bytes
         stop = min(start + step, arena.nbytes)
@@ -167,8 +177,8 @@ class Pinner:
             self._tell(arena.nbytes - start)
             return start
         if not start:
-            self._registrations.num_arenas += 1
-        arena.pinned(start, stop, _Unpinning(self._backend, device, self._registrations))
+            registrations.num_arenas += 1
+        arena.pinned(start, stop, _Unpinning(self._backend, device, registrations))
         return stop
 
     def _tell(self, nbytes: int) -> None:
@@ -193,7 +203,9 @@ class _Pinning:
         arena: Arena,
         device: torch.device,
         done: concurrent.futures.Future[bool],
+        registrations: _Registrations,
     ) -> None:
+        self._registrations = registrations
         self._pinner = weakref.ref(pinner)
         self._arena = weakref.ref(arena)
         self._device = device
@@ -216,7 +228,7 @@ class _Pinning:
             return start
         if start == arena.nbytes:
             return None
-        return pinner.register(arena, self._device, start)
+        return pinner.register(arena, self._device, start, self._registrations)
 
 
 class _Unpinning:

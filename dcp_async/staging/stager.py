@@ -113,6 +113,7 @@ class Stager:
         if self._threads is None:
             # one: a copy of two threads costs the trainer's own more than twice what one of one does
             self._threads = BlockingThreads("dcp_async-stage", 1)
+            self.pinner.open()
             if not self.options.overlap:
                 self.copier.helper = BlockingThreads("dcp_async-stage-helper", 1)
         return self
