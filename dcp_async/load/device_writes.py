@@ -301,7 +301,12 @@ class _Batch:
             return
         start = run[0][2] // _ALIGNMENT * _ALIGNMENT
         stop = run[-1][2] + run[-1][0].nbytes
-        scratch = self._scratch(stop - start)
+        try:
+            scratch = self._scratch(stop - start)
+        except torch.OutOfMemoryError:  # the device is full of what is loaded: slower, but it needs no room
+            for arrived in run:
+                self._add_alone(*arrived)
+            return
         self._transfer(scratch[: stop - start], start)
         views = {torch.uint8: scratch}
         for piece, target, begin in run:

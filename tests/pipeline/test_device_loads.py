@@ -226,6 +226,25 @@ async def test_device_entries_of_an_empty_optimizer_are_made_where_their_paramet
         assert entry["exp_avg"].stride() == was["exp_avg"].stride()
 
 
+async def test_memory_a_full_device_takes_small_tensors_one_by_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeAccelerator()
+    stream = fake.stream(fake.all_devices[0], "load")
+    state = {f"w{index}": numbers(16, 16, seed=index) for index in range(20)}
+    targets = {name: fake.tensor(torch.zeros(16, 16)) for name in state}
+
+    def empty(shape: object, dtype: object, strides: object = None) -> torch.Tensor:
+        raise torch.OutOfMemoryError("nothing is left")
+
+    monkeypatch.setattr(stream, "empty", empty)
+    async with engine_on(fake, root) as engine:
+        await saved(engine, state)
+        await engine.load(targets)
+    for name, target in targets.items():
+        assert torch.equal(on_host(target), state[name])
+
+
 # --- slots ----------------------------------------------------------------------------------------
 
 
