@@ -136,7 +136,7 @@ class _LoadInto:
         for group in match.aliases:
             await self._check_aliases(group)
         # atomic: everything is read and verified beside the state, at the cost of host memory for all of it
-        into = _copies(plain) if self._how.atomic else plain
+        into = self._copies(plain) if self._how.atomic else plain
         keys = Keys(self._services.trust, self._failures)
         # before anything is touched: a key may be of a class that is not trusted
         made = {key: keys.unpickle(key) for node in match.nodes.values() for key in pickled_keys(node)}
@@ -202,6 +202,15 @@ class _LoadInto:
         touched = [*_tensors_of(match.tensors), *filter(is_known_to_autograd, wrappers)]
         torch.autograd.graph.increment_version([tensor for tensor in touched if not tensor.is_inference()])
 
+    def _copies(self, regions: _Regions) -> dict[str, list[Region]]:
+        """Memory of our own beside each of ``regions``."""
+        # a device may have no room for a second state; classes that know no devices are not asked for one
+        place: dict[str, Any] = {} if self._writes is None else {"device": "cpu"}
+        return {
+            name: [Region(torch.empty_like(region.tensor, **place), region.offsets) for region in some]
+            for name, some in regions.items()
+        }
+
     async def _copy(self, plain: _Regions, copies: _Regions) -> None:
         if plain:
             names = [name for name, regions in plain.items() for _ in regions]
@@ -245,14 +254,6 @@ def _has_wrapper(regions: Iterable[Region]) -> bool:
             if type(region.tensor) not in PLAIN_TENSORS and is_wrapper(region.tensor)
         ]
     )
-
-
-def _copies(regions: _Regions) -> dict[str, list[Region]]:
-    """Host memory beside each of ``regions``: a device may have no room for a second state."""
-    return {
-        name: [Region(torch.empty_like(region.tensor, device="cpu"), region.offsets) for region in some]
-        for name, some in regions.items()
-    }
 
 
 def _tensors_of(regions: _Regions) -> list[torch.Tensor]:
