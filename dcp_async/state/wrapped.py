@@ -92,7 +92,8 @@ def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether they are equal, of any dtype: torch compares no float8."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    one, other = (tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (left, right))
+    # what was read lies in host memory, and what it is compared with perhaps on a device
+    one, other = (tensor.cpu().reshape(-1).contiguous().view(torch.uint8) for tensor in (left, right))
     return torch.equal(one, other)
 
 
