@@ -116,3 +116,33 @@ async def test_a_fresh_optimizer_is_filled_on_its_parameters_device(
     found = [fresh.state[parameter]["exp_avg"] for parameter in model.parameters()]
     assert {tensor.device for tensor in found} == {model.weight.device}
     assert_equal(found, expected)
+
+
+async def test_memory_an_atomic_load_is_staged_in_the_hosts(tmp_path: Path, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs an allocator that counts")
+    weights = torch.rand(64 * elements(device), device=device)
+    async with CheckpointEngine(tmp_path) as engine:
+        await (await engine.save({"w": weights})).upload_completion
+        target = torch.zeros_like(weights)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        await engine.load({"w": target}, atomic=True)
+        assert torch.cuda.max_memory_allocated(device) - before < weights.nbytes // 2
+        assert_equal([target], [weights])
+
+
+@plain_and_atomic
+async def test_sparse_targets_are_filled_in_the_order_of_the_callers_stream(
+    tmp_path: Path, device: torch.device, atomic: bool
+) -> None:
+    saved = torch.eye(50).to_sparse().to(device)
+    async with CheckpointEngine(tmp_path) as engine:
+        await (await engine.save({"w": saved})).upload_completion
+        target = torch.zeros(50, 50).to_sparse().to(device)
+        with on_stream(device, "side"):
+            keep_busy(device, 200)
+            target.add_(torch.ones(50, 50).to_sparse().to(device))
+            await engine.load({"w": target}, atomic=atomic)
+            used = target.to_dense()
+        assert_equal([used], [saved.to_dense()])

@@ -141,6 +141,32 @@ async def test_conversion_to_another_dtype_is_done_on_the_device(root: Path) -> 
     assert torch.equal(on_host(part), small.double())
 
 
+# --- contexts ---------------------------------------------------------------------------------------
+
+
+async def test_contexts_a_load_of_host_tensors_touches_no_device(root: Path) -> None:
+    fake = FakeAccelerator()
+    target = torch.zeros(100, 100)
+    async with engine_on(fake, root) as engine:
+        await saved(engine, {"w": W})
+        await engine.load({"w": target})
+        assert torch.equal((await engine.read())["w"], W)
+    assert torch.equal(target, W)
+    assert fake.contexts == set()
+    assert fake.pin_calls == []
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+async def test_contexts_a_load_touches_the_devices_of_its_targets_alone(root: Path, atomic: bool) -> None:
+    fake = FakeAccelerator(3)
+    target = fake.tensor(torch.zeros(100, 100), fake.all_devices[2])
+    async with engine_on(fake, root) as engine:
+        await saved(engine, {"w": W})
+        await engine.load({"w": target}, atomic=atomic)
+    assert torch.equal(on_host(target), W)
+    assert fake.contexts == {fake.all_devices[2]}
+
+
 # --- fresh tensors --------------------------------------------------------------------------------
 
 
