@@ -21,7 +21,7 @@ from ..formats import text_of
 from .asking import UNASKED, Given, ask_in_order, asynchronous_error
 from .capture import check_unique, is_exotic
 from .checkpointable import is_checkpointable
-from .containers import CaptureError
+from .containers import PLAIN_TENSORS, CaptureError
 from .flat_state import FlatState
 from .flatten import flatten
 from .holdings import memory_of_modules, resizable_owners
@@ -135,7 +135,10 @@ class Targets:
         for name, optimizer, _ in self.flat.statefuls:
             if isinstance(optimizer, Optimizer):
                 for parameter in _owned(optimizer):
-                    tensors += [region.tensor for region in Region.all_of(name, parameter)]
+                    if type(parameter) in PLAIN_TENSORS:  # nearly all, and asking for regions takes longer
+                        tensors.append(parameter)
+                    else:
+                        tensors += [region.tensor for region in Region.all_of(name, parameter)]
         return tensors
 
 
