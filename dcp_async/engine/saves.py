@@ -178,7 +178,12 @@ class Saves:
         plan, known = latest if latest is not None else (None, None)
         with ranks.activity.watched():
             captured = capture(
-                state, known, rank=ranks.rank, world_size=ranks.world_size, rules=self._leaf_rules
+                state,
+                known,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                rules=self._leaf_rules,
+                fetch=life.setup.stager.leaf_fetch(),
             )
         if captured.is_new:
             plan = None

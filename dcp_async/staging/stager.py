@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
@@ -97,6 +99,8 @@ class Stager:
         self._threads: BlockingThreads | None = None
         self.pinner = Pinner(self.backend, options.pinned)
         self.bounce = Bounce(self.backend)
+        self._leaf_bounce = Bounce(self.backend, nbytes=8 * MiB)
+        self._leaf_lock = threading.Lock()
         self.copier = Copier(
             self.backend,
             self.pinner,
@@ -129,6 +133,7 @@ class Stager:
         # behind the threads, since no copy may run, and before the pool lets its pages go
         self.pinner.close()
         self.bounce.close()
+        self._leaf_bounce.close()
         self.copier.clear()
         self.pool.close()
 
@@ -194,6 +199,26 @@ class Stager:
         except CaptureInProgressError:
             # it is recording: what it queued before was done when it began, what it queues now does not run
             return []
+
+    def leaf_fetch(self) -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], list[bool]] | None:
+        """What brings leaves that are pickled from devices to the host; None where no device is in use."""
+        return self._fetch if self.backend.current_device() is not None else None
+
+    def _fetch(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[bool]:
+        """Copy those of ``sources`` that lie on devices, in the order of the caller's current streams, and
+        wait. Raises CaptureInProgressError; what a device says."""
+        located = list(map(self.backend.device_of, sources))
+        for device in dict.fromkeys(located):
+            if device is None:
+                continue
+            chosen = [here == device for here in located]
+            stream = self.backend.current_stream(device)
+            # threads of several callers may be here, and the copying thread has buffers of its own
+            with self._leaf_lock:
+                self._leaf_bounce.copy_to_host(
+                    stream, list(compress(targets, chosen)), list(compress(sources, chosen))
+                )
+        return [device is not None for device in located]
 
     async def enqueue(self, job: StageJob, first: int, count: int, *, patience: float) -> list[Run]:
         """Copy up to ``count`` parts from ``first`` on into slots of the pool, or queue their copies on the

@@ -26,6 +26,7 @@ from .containers import CaptureError
 from .flat_state import FlatState
 from .flatten import flatten
 from .layouts import as_dtensors
+from .leaf_storages import Fetch
 from .leaves import LeafPickler, LeafRules
 from .sharding import Piece, Shard
 
@@ -153,6 +154,7 @@ def capture(
     rank: int = 0,
     world_size: int = 1,
     rules: LeafRules | None = None,
+    fetch: Fetch | None = None,
 ) -> Captured:
     """Take hold of ``state``; what can't be saved is found here, before anything is written.
 
@@ -160,12 +162,13 @@ def capture(
         previous: the structure that the compiled plan belongs to, as an earlier capture left it.
         rank: this process's, of ``world_size``; several ask their Statefuls in one order.
         rules: which leaves a load would admit; None for no check.
+        fetch: brings to the host what of the leaves lies on devices; None where none is in use.
     Raises: CaptureError; whatever a ``state_dict()`` raises.
     """
     given: Given = {}
     if previous is not None:
         # a miss costs no second `state_dict()`: what was asked on the way is in `given`
-        captured = _from_cache(state, previous, given, LeafPickler(rules))
+        captured = _from_cache(state, previous, given, LeafPickler(rules, fetch))
         if captured is not None:
             return captured
     # a process alone has nobody to agree with on an order: flatten() asks as it goes, and a pass is saved
@@ -179,7 +182,7 @@ def capture(
         check_key=rules.check_key if rules else None,
         wants_tree=previous is None,
     )
-    return _captured(state, flat, previous, LeafPickler(rules))
+    return _captured(state, flat, previous, LeafPickler(rules, fetch))
 
 
 def _captured(
@@ -195,7 +198,7 @@ def _captured(
         shapes = flat.shapes()
         stored = [addresses[index] for index in flat.kept]
     # here, in the caller's thread: the trainer may change a leaf as soon as it has its call back
-    items = list(map(pickler.item, flat.leaf_names, flat.leaves))
+    items = pickler.items(flat.leaf_names, flat.leaves)
     structure = _structure(flat, shapes)
     tree: Tree = None
     is_new = previous is None or structure != previous.structure
@@ -251,7 +254,7 @@ def _from_cache(
 def _repeated(hit: CacheHit, previous: KnownStructure, pickler: LeafPickler) -> Captured | None:
     structure = previous.structure
     leaves = dict(zip(structure.leaf_names, hit.leaves, strict=True))
-    items = list(map(pickler.item, leaves.keys(), leaves.values()))
+    items = pickler.items(leaves, hit.leaves)
     # guards look at plain tensors alone: of a leaf only the type is known to be as before
     without_bytes = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in hit.leaves)
     if without_bytes or _exotic(hit.leaves) != structure.exotic:

@@ -16,6 +16,7 @@ import pickle
 import pickletools
 import sys
 import types
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from ..formats import object_item, plain_key
 from ..trust import Trust, UntrustedGlobal, load_item, load_pickle, untrusted_names
 from .containers import PLAIN_TENSORS, CaptureError
 from .depth import MAX_DEPTH
+from .leaf_storages import DeviceLeaves, Fetch
 from .leaf_values import is_all_numbers, must_be_unpickled
 from .tensor_memory import has_memory
 from .wrapped import is_wrapper
@@ -188,6 +190,7 @@ class _Recorder(pickle.Pickler):
     """Notes every class and function that the pickle will name, and the pickle."""
 
     made: _Pickled
+    devices: DeviceLeaves
 
     def __init__(self, file: io.BytesIO, protocol: int) -> None:
         super().__init__(file, protocol)
@@ -195,7 +198,7 @@ class _Recorder(pickle.Pickler):
 
     def reducer_override(self, value: Any, /) -> Any:
         self.made.named.append(value if isinstance(value, _THEMSELVES) else _kind(value))
-        return NotImplemented
+        return self.devices.reduced(value) if isinstance(value, torch.Tensor) else NotImplemented
 
     def dump(self, value: Any, /) -> None:
         super().dump(value)
@@ -220,15 +223,25 @@ def _check_tensor(tensor: torch.Tensor) -> None:
 class LeafPickler:
     """Pickles the leaves of one state."""
 
-    def __init__(self, rules: LeafRules | None) -> None:
-        """``rules``: what refuses; None for no check."""
+    def __init__(self, rules: LeafRules | None, fetch: Fetch | None = None) -> None:
+        """
+        Args:
+            rules: what refuses; None for no check.
+            fetch: brings to the host what lies on devices; None where none is in use.
+        """
         self._rules = rules
         self._made = _Pickled()
+        self._devices = DeviceLeaves(fetch)
 
     @cached_property
     def _module(self) -> types.SimpleNamespace:
-        recorder = type("Recorder", (_Recorder,), {"made": self._made})
+        recorder = type("Recorder", (_Recorder,), {"made": self._made, "devices": self._devices})
         return types.SimpleNamespace(__name__="dcp_async.leaves", Pickler=recorder)
+
+    def items(self, names: Iterable[str], values: Sequence[Any]) -> list[bytes]:
+        """The bytes of the items of leaves. Raises as ``item``, and what a device does."""
+        self._devices.fetch(values)
+        return list(map(self.item, names, values))
 
     def item(self, name: str, value: Any) -> bytes:
         """The bytes of a leaf's item, not padded. Raises CaptureError that names it."""

@@ -1,0 +1,105 @@
+"""Leaves that are pickled and lie on a device: brought to the host together, in the order of the queue."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dcp_async import CheckpointEngine, SaveError, Stager, StagingOptions
+from dcp_async.state.leaves import LeafPickler
+from tests.support.accelerator import FakeAccelerator
+from tests.support.saves import saved
+
+
+def sparse(values: torch.Tensor) -> torch.Tensor:
+    indices = torch.arange(values.numel())[None]
+    return torch.sparse_coo_tensor(
+        indices, values, (2 * values.numel(),), is_coalesced=True, check_invariants=False
+    )
+
+
+KINDS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "sparse": sparse,
+    "a tuple": lambda tensor: (tensor, 3),
+    "a tuple with a dict": lambda tensor: ({"deep": [tensor[:2], tensor[2:]]}, "x"),
+    "a parameter in a tuple": lambda tensor: (torch.nn.Parameter(tensor),),
+}
+
+
+def values_of(leaf: Any) -> list[float]:
+    if isinstance(leaf, torch.Tensor):
+        return [float(value) for value in (leaf._values() if leaf.is_sparse else leaf.detach())]
+    if isinstance(leaf, dict):
+        return values_of(list(leaf.values()))
+    if isinstance(leaf, (tuple, list)):
+        return [value for entry in leaf for value in values_of(entry)]
+    return []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("overlap", [False, True])
+async def test_a_leaf_holds_what_was_queued_before_the_save_and_nothing_later(
+    root: Path, kind: str, overlap: bool
+) -> None:
+    fake = FakeAccelerator()
+    tensors = [fake.tensor(torch.zeros(10)) for _ in range(20)]
+    state = {f"leaf{number}": KINDS[kind](tensor) for number, tensor in enumerate(tensors)}
+    stream = fake.new_stream(fake.all_devices[0])
+    async with (
+        Stager(StagingOptions(overlap=overlap), backend=fake) as stager,
+        CheckpointEngine(root, staging=stager) as engine,
+    ):
+        for step in (1, 2):
+            with fake.on_stream(stream):
+                for tensor in tensors:
+                    fake.fill(tensor, float(step))
+                response = await engine.save(state, step=step)
+                for tensor in tensors:
+                    fake.fill(tensor, 100.0)
+            await response.upload_completion
+            read = await engine.read(step)
+            assert {value for leaf in read.values() for value in values_of(leaf)} == {float(step)}
+    # a batch for all of them, where torch.save would have made a blocking copy of each
+    assert stream.copies == [20, 20]
+
+
+async def test_a_list_that_holds_itself_is_left_to_the_pickler(root: Path) -> None:
+    fake = FakeAccelerator()
+    fake.empty(1)
+    loop: list[Any] = [3]
+    loop.append(loop)
+    async with Stager(backend=fake) as stager, CheckpointEngine(root, staging=stager) as engine:
+        await saved(engine, {"leaf": (loop,)})
+        assert (await engine.read())["leaf"][0][1][1][0] == 3
+
+
+async def test_a_leaf_on_a_device_is_refused_inside_of_a_capture(root: Path) -> None:
+    fake = FakeAccelerator()
+    state = {"leaf": (fake.tensor(torch.zeros(10)), 1)}
+    stream = fake.new_stream(fake.all_devices[0])
+    async with Stager(backend=fake) as stager, CheckpointEngine(root, staging=stager) as engine:
+        with (
+            fake.on_stream(stream),
+            fake.capturing(stream),
+            pytest.raises(SaveError, match="graph is being captured"),
+        ):
+            await engine.save(state)
+
+
+def test_an_item_is_the_one_that_torch_would_have_made() -> None:
+    shared = torch.arange(12.0)
+    leaf = (shared[:3], shared[3:], torch.nn.Parameter(torch.ones(2)), sparse(torch.ones(4)), 1, "x")
+
+    def fetch(targets: Any, sources: Any) -> list[bool]:
+        torch._foreach_copy_(list(targets), list(sources))
+        return [True] * len(targets)
+
+    expected = io.BytesIO()
+    torch.save(leaf, expected)
+    (item,) = LeafPickler(None, fetch).items(["x"], [leaf])
+    assert item == expected.getvalue()
