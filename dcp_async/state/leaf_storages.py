@@ -63,7 +63,7 @@ class DeviceLeaves:
             for storage in storages.values()
         ]
         made = [_fetched_from(storage) for storage in storages.values()]
-        targets = [torch.empty(0, dtype=torch.uint8).set_(host) for host in made]
+        targets = [torch.empty(0, dtype=torch.uint8, device="cpu").set_(host) for host in made]
         on_device = self._fetch(targets, flat)
         self._fetched.update(compress(zip(storages, made, strict=True), on_device))
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, SaveError, Stager, StagingOptions
+from dcp_async.state import leaf_storages
 from dcp_async.state.leaves import LeafPickler
 from tests.support.accelerator import FakeAccelerator
+from tests.support.doubles import assert_same
 from tests.support.saves import saved
 
 
@@ -103,3 +105,24 @@ def test_an_item_is_the_one_that_torch_would_have_made() -> None:
     torch.save(leaf, expected)
     (item,) = LeafPickler(None, fetch).items(["x"], [leaf])
     assert item == expected.getvalue()
+
+
+def test_an_item_names_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_from = leaf_storages._fetched_from
+
+    def from_a_device(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        made: Any = made_from(storage)
+        made.of = torch.device("cuda", 3)
+        fetched: torch.UntypedStorage = made
+        return fetched
+
+    def fetch(targets: Any, sources: Any) -> list[bool]:
+        torch._foreach_copy_(list(targets), list(sources))
+        return [True] * len(targets)
+
+    monkeypatch.setattr(leaf_storages, "_fetched_from", from_a_device)
+    leaf = (torch.arange(12.0), sparse(torch.ones(4)), torch.nn.Parameter(torch.ones(2)))
+    (item,) = LeafPickler(None, fetch).items(["x"], [leaf])
+    assert item.count(b"cuda:3") == 4
+    read = torch.load(io.BytesIO(item), map_location="cpu", weights_only=False)
+    assert_same(list(read), list(leaf))
