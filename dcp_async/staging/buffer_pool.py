@@ -136,8 +136,8 @@ class BufferPool:
             # lost, not merely taken: a slot that is leased comes back, and is waited for
             if all(arena.taken.count(2) == len(arena.taken) for arena in self._arenas):
                 raise StorageError(
-                    "no staging buffer is left: each is held by a write that hangs; "
-                    "restart once the storage answers again",
+                    "no staging buffer is left: each is held by a storage or a device that does not answer; "
+                    "restart once it does",
                     verb="stage",
                     path="",
                 )

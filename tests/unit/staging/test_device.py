@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from dcp_async import CheckpointEngine, Stager, StagingOptions
+from dcp_async import CheckpointEngine, LoadError, SaveError, Stager, StagingOptions
 from tests.support.accelerator import FakeAccelerator
 
 
@@ -57,3 +58,37 @@ async def test_small_tensors_of_several_dtypes_are_packed_whatever_the_size_of_t
         await (await engine.save(state)).upload_completion
         saved = await engine.read()
     assert all(torch.equal(saved[name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("moment", ["before the save", "while it is staged", "before the load"])
+async def test_a_device_that_is_lost_fails_what_needs_it_and_nothing_else(
+    root: Path, moment: str, seed: int | None
+) -> None:
+    fake = FakeAccelerator(2, seed=seed)
+    lost, other = fake.all_devices
+    state = {"w": fake.tensor(torch.ones(100_000), lost), "s": fake.tensor(torch.ones(5), lost)}
+    rest = {"w": fake.tensor(torch.ones(100_000), other), "h": torch.ones(3)}
+    async with (
+        Stager(StagingOptions(part_bytes=64 * 1024, overlap=True), backend=fake) as stager,
+        CheckpointEngine(root, staging=stager) as engine,
+    ):
+        await (await engine.save(state, step=0)).upload_completion
+        if moment == "before the save":
+            fake.lose(lost)
+        elif moment == "while it is staged":
+            fake.stream(lost, "save").broken = True
+        fails = pytest.raises(SaveError, match="lost")
+        with contextlib.nullcontext() if moment == "before the load" else fails:
+            await (await engine.save(state, step=1)).upload_completion
+        fake.lose(lost)
+        for atomic in (False, True):
+            with pytest.raises(LoadError, match="lost"):
+                await engine.load(state, 0, atomic=atomic)
+        # into slots that were lost that device may still write, and there were no more of them
+        fails = pytest.raises(SaveError, match="no staging buffer is left")
+        with fails if moment == "while it is staged" else contextlib.nullcontext():
+            await (await engine.save(rest, step=2)).upload_completion
+            await engine.load(rest, 2)
+        assert (await engine.read(0))["w"].eq(1).all()
+    assert fake.violations == []
