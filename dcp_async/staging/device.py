@@ -87,9 +87,6 @@ class Backend(Protocol):
         """Mark the present end of the caller's current stream of ``device``. Raises
         CaptureInProgressError."""
 
-    def current_wait(self, device: torch.device, event: Event) -> None:
-        """What the caller queues on its current stream of ``device`` from here on runs after ``event``."""
-
     def lend(self, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
         """The caller's current stream of ``device`` will use ``tensors``, which a stream of ours allocated:
         once they are dropped their memory is given out again only when that stream is through with them."""
@@ -272,9 +269,6 @@ class TorchBackend:
 
     def record(self, device: torch.device) -> Event:
         return self._current_stream(device).record()
-
-    def current_wait(self, device: torch.device, event: Event) -> None:
-        self._current_stream(device).wait_event(event)
 
     def lend(self, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
         self._current_stream(device).borrow(tensors)

@@ -14,7 +14,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -266,9 +266,6 @@ class FakeAccelerator:
 
     def record(self, device: torch.device) -> FakeEvent:
         return self.current_stream(device).record()
-
-    def current_wait(self, device: torch.device, event: Any) -> None:
-        self.current_stream(device).wait_event(event)
 
     def lend(self, tensors: Iterable[torch.Tensor], device: torch.device) -> None:
         stream = self.current_stream(device)

@@ -130,7 +130,7 @@ def queued_alone(rig: Rig, target: torch.Tensor, source: torch.Tensor) -> None:
     stream = rig.backend.stream(rig.device, "load")
     stream.wait_event(rig.backend.record(rig.device))
     stream.copy([target], [source])
-    rig.backend.current_wait(rig.device, stream.record())
+    rig.backend.current_stream(rig.device).wait_event(stream.record())
 
 
 class BackendContract:
@@ -169,7 +169,7 @@ class BackendContract:
         stream.wait_event(rig.backend.record(rig.device))
         stream.copy([target], [source])
         arrived = stream.record()
-        rig.backend.current_wait(rig.device, arrived)
+        rig.backend.current_stream(rig.device).wait_event(arrived)
         rig.fill(source, 2)
         arrived.synchronize()
         assert_same(target, torch.ones(SIZE))
@@ -264,7 +264,7 @@ class BackendContract:
         kept, scratch = rig.tensor(torch.zeros(SIZE)), stream.empty((SIZE,), torch.float32)
         fours, fives = pinned(rig, SIZE).fill_(4), pinned(rig, SIZE).fill_(5)
         stream.copy([scratch], [fours])
-        rig.backend.current_wait(rig.device, stream.record())
+        rig.backend.current_stream(rig.device).wait_event(stream.record())
         rig.backend.lend([scratch], rig.device)
         rig.keep_busy()
         rig.backend.current_stream(rig.device).copy([kept], [scratch])
