@@ -299,8 +299,8 @@ def streams_of_a_device() -> Drawing:
     _runs(q, copied=178, written=242, width=76)
     q.run(4, 470, 600, "hash, sync, commit", LOAD)
 
-    names = ("your thread", "your stream", "readers", "our stream")
-    q = Queues(d, 402, "load() comes after what you had queued, and before what you queue next", names)
+    lanes = ("your thread", "your stream", "readers", "our stream")
+    q = Queues(d, 402, "load() comes after what you had queued, and before what you queue next", lanes)
     q.run(0, 0, 64, "init", SAVE)
     q.run(0, 64, 460, "load()", STALL)
     q.run(0, 460, 556, "step 1", SAVE)
