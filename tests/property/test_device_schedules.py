@@ -38,7 +38,7 @@ from tests.support.device_queue import FakeStream
 from tests.support.doubles import MIB, difference
 from tests.support.saves import PART
 
-NUM_ACTIONS = 12
+NUM_ACTIONS = 9
 SHAPES: list[tuple[int, ...]] = [(), (0, 3), (7,), (33, 40), (100, 128), (150, 257)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8]
 
@@ -212,8 +212,8 @@ class Run:
         await self.finished()
         for step, expected in self.saved.items():
             self.compare(await self.engine.read(step), expected, f"checkpoint {step}")
-        for step in sorted(self.saved)[-2:]:
-            await self.use_once(step)
+        if self.saved:
+            await self.use_once(max(self.saved))
 
     async def use_once(self, step: int) -> None:
         """Read onto a device, and let go of it while what uses it is queued still."""
