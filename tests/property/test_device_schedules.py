@@ -134,7 +134,7 @@ class Run:
 
     async def save(self) -> None:
         trainer, self.step = self.trainer, self.step + 1
-        if trainer.random.random() < 0.15:  # a device that refuses a batch half way
+        if trainer.random.random() < 0.25:  # a device that refuses a batch half way
             self.let_fail("save")
         if any(stream.fail_copy_after is not None for stream in trainer.fake.streams):
             self.may_fail |= {self.step, *self.pending}
@@ -280,11 +280,11 @@ async def run(seed: int, root: str) -> None:
                 await case.change()
             elif what < 0.5:
                 trainer.switch()
-            elif what < 0.6:
+            elif what < 0.55:
                 trainer.allocate()
-            elif what < 0.7:
+            elif what < 0.65:
                 trainer.replace(choice.choice([name for name in trainer.state if name != "host"]))
-            elif what < 0.9:
+            elif what < 0.85:
                 await case.save()
             else:
                 await case.load()
