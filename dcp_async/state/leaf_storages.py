@@ -29,12 +29,12 @@ _COO_PARTS = (methodcaller("_indices"), methodcaller("_values"))
 class _Fetched(torch.UntypedStorage):
     """The bytes of a device's storage in host memory, which says that it is the device's."""
 
-    of: torch.device
+    origin: torch.device
     """Where it is from."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]  # an attribute of the class in C
-        return self.of
+        return self.origin
 
     def cpu(self) -> torch.UntypedStorage:
         return self  # in torch's own eyes, in C, it is host memory
@@ -89,7 +89,7 @@ class DeviceLeaves:
 
 def _fetched_from(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     made: Any = _Fetched(storage.nbytes())  # type: ignore[no-untyped-call]
-    made.of = storage.device
+    made.origin = storage.device
     host: torch.UntypedStorage = made
     return host
 
