@@ -112,7 +112,7 @@ def test_an_item_names_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch
 
     def from_a_device(storage: torch.UntypedStorage) -> torch.UntypedStorage:
         made: Any = made_from(storage)
-        made.of = torch.device("cuda", 3)
+        made.origin = torch.device("cuda", 3)
         fetched: torch.UntypedStorage = made
         return fetched
 
