@@ -3,6 +3,7 @@ back to a plain copy."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -157,3 +158,54 @@ def test_a_device_that_gives_no_stream_is_copied_from_plainly_after_the_callers_
     assert torch.equal(target, source)
     backend.lend([target], device)
     assert kinds.num_attempts <= 1, "a kind of device is asked once"
+
+
+def test_a_device_of_another_kind_that_gives_streams_is_copied_from_on_one_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By torch's generic classes; nothing of CUDA is called."""
+    calls: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.name = "own" if device.index is not None else "asked for"
+
+        def __enter__(self) -> None:
+            calls.append(f"with {self.name}")
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    class Event:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def record(self, stream: Stream) -> None:
+            calls.append(f"record {stream.name}")
+
+        def wait(self, stream: Stream) -> None:
+            calls.append(f"wait {stream.name}")
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+    device = torch.device("xpu", 0)
+    current = Stream(device)
+    current.name = "current"
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.accelerator, "device_index", lambda index: contextlib.nullcontext())
+    backend = TorchBackend()
+    source, target = torch.ones(3), torch.zeros(3)
+    event = backend.record(device)
+    stream = backend.stream(device, "save")
+    stream.wait_event(event)
+    stream.copy([target], [source])
+    stream.synchronize()
+    assert torch.equal(target, source)
+    assert calls == [
+        *["record asked for", "record current", "wait own", "with own"],
+        *["record own", "synchronize"],
+    ]
