@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.support.doubles import (
     PATIENCE,
@@ -149,3 +152,13 @@ def no_leaks(_warm_process: None) -> Iterator[None]:
 def _own(target: str) -> bool:
     """Descriptors that pytest or the interpreter may open at any time."""
     return target.startswith(("/dev/null", "/dev/urandom", "/dev/pts")) or target.endswith(".pyc")
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone, of a group that does not communicate, so that it opens nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()

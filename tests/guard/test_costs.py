@@ -19,10 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import dcp_async
 from dcp_async import CheckpointEngine, PerRank, Stager, StagingOptions
@@ -170,16 +168,6 @@ async def test_calls_per_tensor_on_a_device(tmp_path: Path, overlap: bool) -> No
     many = await measured_on_device(tmp_path / "many", MANY, staging)
     name = f"save from a device{' with overlap' if overlap else ''}: calls per tensor"
     check(name, (many.calls - few.calls) / (MANY - FEW))
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """Of a group that does not communicate, so that it opens nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -5,19 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_async import CheckpointEngine, IncompatibleStateError, PerRank, Stager, StagingOptions
 from tests.support.accelerator import FakeAccelerator
@@ -70,16 +68,6 @@ class Parts(torch.Tensor):
 @pytest.fixture
 def fake() -> FakeAccelerator:
     return FakeAccelerator()
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """Of a group that does not communicate, so that it opens nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
 
 
 def zeros(fake: FakeAccelerator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import SGD, AdamW
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_async import CheckpointEngine, StagingOptions, StateMutatedError
 from dcp_async.staging import vectored_copy
@@ -45,16 +43,6 @@ async def changed_while_staged(
 
 
 # --- wrappers -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """Of a group that does not communicate, so that it opens nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
 
 
 def dtensor(mesh: DeviceMesh, placement: Any) -> DTensor:

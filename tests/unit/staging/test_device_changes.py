@@ -3,16 +3,14 @@ kernel of its own, foreach operations on DTensors. On a fake that runs late."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_async import CheckpointEngine, Stager, StagingOptions, StateMutatedError
 from dcp_async.staging import byte_sample
@@ -33,16 +31,6 @@ def fake() -> FakeAccelerator:
 async def stager(fake: FakeAccelerator) -> AsyncIterator[Stager]:
     async with Stager(HELD, backend=fake) as stager:
         yield stager
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """Of a group that does not communicate, so that it opens nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    try:
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        dist.destroy_process_group()
 
 
 def write(fake: FakeAccelerator, tensor: torch.Tensor) -> None:
