@@ -4,7 +4,7 @@ Enters: a plan, and which of its tensors lie on a device. Leaves: stretches of t
 in a scratch on the device by one batched copy, constant bytes included, so that each travels as one
 transfer: a transfer of its own costs a small tensor more than its bytes do. A scratch that was filled in
 ``save()`` is also the copy that ``overlap=True`` takes of small tensors. Invariant: a scratch is written
-again only after what read it has arrived.
+again only after what read it has arrived, and after what was queued to write it, on whatever stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from .._geometry import contiguous_strides
 from ..planning import CompiledPlan
-from .device import Stream
+from .device import Event, Stream
 from .selection import Selection
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ class Scratch:
     """Per group of the pack, where its tensors go."""
     every: list[torch.Tensor]
     """All views, in the order of the pack's tensors."""
+    written: Event | None = None
+    """When what was queued last to write it is done: a save that failed waits for nothing of its own."""
     _pieces: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
 
     def bytes_of(self, stretches: Sequence[Stretch]) -> list[torch.Tensor]:
@@ -127,10 +129,13 @@ class Pack:
         """A scratch of the caller's until it gives it back, to be written on ``stream``. Raises what the
         device does if it has no memory."""
         with self._lock:
-            if self._free:
-                return self._free.pop()
-        with torch.inference_mode(False):  # or only who is in it could write it again
-            return self._make(stream)
+            scratch = self._free.pop() if self._free else None
+        if scratch is None:
+            with torch.inference_mode(False):  # or only who is in it could write it again
+                return self._make(stream)
+        if scratch.written is not None:
+            stream.wait_event(scratch.written)
+        return scratch
 
     def _make(self, stream: Stream) -> Scratch:
         constants = bytearray(self._nbytes)
@@ -157,13 +162,16 @@ class Pack:
 
     def fill(self, scratch: Scratch, stream: Stream, share: Sequence[torch.Tensor]) -> None:
         """Queue on ``stream``: gather from the tensors that this rank writes."""
-        for group, views in zip(self._groups, scratch.views, strict=True):
-            stream.copy(views, group.in_share.pick(share))
+        self._gather(scratch, stream, [group.in_share.pick(share) for group in self._groups])
 
     def snapshot(self, scratch: Scratch, stream: Stream, state: Sequence[torch.Tensor]) -> None:
         """Queue on ``stream``: gather from the tensors of the whole structure."""
-        for group, views in zip(self._groups, scratch.views, strict=True):
-            stream.copy(views, group.in_structure.pick(state))
+        self._gather(scratch, stream, [group.in_structure.pick(state) for group in self._groups])
+
+    def _gather(self, scratch: Scratch, stream: Stream, groups: Sequence[Sequence[torch.Tensor]]) -> None:
+        for views, sources in zip(scratch.views, groups, strict=True):
+            stream.copy(views, sources)
+        scratch.written = stream.record()
 
     def pieces(self, start: int, stop: int) -> list[Stretch]:
         """What of the stretches lies in the image's bytes [start, stop)."""

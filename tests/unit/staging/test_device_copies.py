@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, Limits, SaveCancelled, SaveError, Stager, StagingOptions
+from dcp_async.save import SavePipeline
 from dcp_async.staging import buffer_pool
+from dcp_async.staging.copier import Copier
 from tests.support.accelerator import FakeAccelerator
 from tests.support.device_queue import FakeEvent, FakeStream
 from tests.support.doubles import data_files, random_tensor
@@ -372,3 +374,38 @@ async def test_a_scratch_serves_saves_in_every_mode_of_autograd(root: Path, mode
                 response = await engine.save(state, step=step)
             await response.upload_completion
             assert all(torch.equal(values, torch.ones(64)) for values in (await engine.read(step)).values())
+
+
+async def test_a_scratch_is_not_written_by_a_save_that_has_failed_before(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeAccelerator()
+    (device,) = fake.all_devices
+    state = {f"w{number}": fake.tensor(torch.zeros(64)) for number in range(50)}
+    other, enqueue = fake.new_stream(device), Copier.enqueue
+
+    def fill(value: float) -> None:
+        for tensor in state.values():
+            fake.fill(tensor, value)
+        fake.current_stream(device).synchronize()
+
+    async def fail(pipeline: SavePipeline) -> None:
+        raise RuntimeError("before anything is staged")
+
+    def enqueue_late(copier: Copier, *arguments: Any) -> Any:
+        fill(2.0)
+        other.synchronize()
+        return enqueue(copier, *arguments)
+
+    async with engine_on(fake, root, overlap=True) as engine:
+        await (await engine.save(state, step=0)).upload_completion
+        with monkeypatch.context() as patched, fake.on_stream(other):
+            patched.setattr(SavePipeline, "_run", fail)
+            response = await engine.save(state, step=1)
+            with pytest.raises(SaveError, match="before anything"):
+                await response.upload_completion
+        fill(1.0)
+        monkeypatch.setattr(Copier, "enqueue", enqueue_late)
+        await (await engine.save(state, step=2)).upload_completion
+        saved = await engine.read(2)
+    assert all(torch.equal(values, torch.ones(64)) for values in saved.values())
