@@ -201,6 +201,8 @@ class Copier:
         self._copy_leaves(job, start, stop, lease)
         self._check_memory(job.prepared, views)
         cut = self._cut(run, start, stop)
+        # with the last run the job ends, also where its earlier ones alone hold what a device copies
+        awaited = set(streams) if run.is_last else set()
         # devices first: they copy beside the CPU
         for device, on_device in views.away.items():
             targets, sources = self._on_device(job, device, on_device)
@@ -208,7 +210,8 @@ class Copier:
             sources += cut[device][1]
             if sources:
                 self._to_host(streams[device], lease, targets, sources)
-                run.arrivals.append(streams[device].record())
+                awaited.add(device)
+        run.arrivals = [streams[device].record() for device in awaited]
         run.views = self._copy_small(run, stop)
         targets, sources = cut[None]
         targets += run.views.targets

@@ -376,6 +376,38 @@ async def test_a_scratch_serves_saves_in_every_mode_of_autograd(root: Path, mode
             assert all(torch.equal(values, torch.ones(64)) for values in (await engine.read(step)).values())
 
 
+async def test_a_change_before_a_run_of_host_tensors_alone_has_ended_the_save_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeAccelerator(order="trainer first")
+    # more than overlap copies aside before there is a plan; behind them, a run of the host alone
+    state: dict[str, Any] = {f"w{number:03d}": fake.tensor(torch.zeros(8 * KIB)) for number in range(600)}
+    state["x"] = torch.zeros(16 * PART)
+    enqueue = Copier.enqueue
+
+    def enqueue_and_train(copier: Copier, *arguments: Any) -> Any:
+        runs = enqueue(copier, *arguments)
+        fake.fill(state["w301"], 1.0)  # the packing kernel was queued, and has not run
+        return runs
+
+    async with (
+        Stager(StagingOptions(part_bytes=PART, overlap=True), backend=fake) as stager,
+        CheckpointEngine(root, staging=stager, limits=Limits(pending_saves=1)) as engine,
+    ):
+        pool = counting(stager, fake)
+        larger = {
+            "w": torch.zeros(16 << 20, dtype=torch.uint8),
+            "v": torch.zeros(32 << 20, dtype=torch.uint8),
+        }
+        await (await engine.save(larger, step=0)).upload_completion
+        pool.pin(stager)
+        monkeypatch.setattr(Copier, "enqueue", enqueue_and_train)
+        response = await engine.save(state, step=1)
+        with pytest.raises(SaveError, match="w301"):
+            await response.upload_completion
+    assert fake.violations == []
+
+
 async def test_a_scratch_is_not_written_by_a_save_that_has_failed_before(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
