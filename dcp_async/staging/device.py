@@ -147,7 +147,13 @@ class TorchStream:
         # in a trainer's thread a copy of a Parameter would record autograd; and tensors that were made in
         # inference mode are written to in it alone
         with _on(self._device), self._current(), torch.inference_mode():
-            torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+            try:
+                torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+            except NotImplementedError:
+                # before anything is queued: on a device its kernel knows fewer dtypes than copy_() does, none
+                # of uint16, uint32, uint64, complex32 and float8_e8m0fnu (ForeachBinaryOpList.cu)
+                for target, source in zip(targets, sources, strict=True):
+                    target.copy_(source, non_blocking=True)
 
     def empty(
         self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None

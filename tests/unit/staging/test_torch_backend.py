@@ -56,6 +56,19 @@ def test_copies_marks_and_waits_are_made_with_their_device_current(cuda: FakeTor
     assert cuda.current_device == 0
 
 
+def test_dtypes_that_the_batched_kernel_does_not_know_are_copied(
+    cuda: FakeTorchCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_implemented(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("\"foreach_tensor_copy\" not implemented for 'UInt16'")
+
+    sources = [torch.arange(size).to(torch.uint16) for size in (3, 5)]
+    targets = [torch.zeros(size, dtype=torch.uint16) for size in (3, 5)]
+    monkeypatch.setattr(torch, "_foreach_copy_", not_implemented)
+    TorchBackend().stream(FIRST, "save").copy(targets, sources)
+    assert all(map(torch.equal, targets, sources))
+
+
 def test_a_capture_is_asked_of_the_device_in_question_and_refused_by_name(cuda: FakeTorchCuda) -> None:
     backend = TorchBackend()
     cuda.capturing = {1}
