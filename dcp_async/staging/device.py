@@ -199,7 +199,8 @@ class PlainStream:
         event.synchronize()
 
     def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        torch._foreach_copy_(list(targets), list(sources))
+        with torch.inference_mode():  # as TorchStream does
+            torch._foreach_copy_(list(targets), list(sources))
         self.synchronize()  # copies on the device do not wait for themselves
 
     def empty(

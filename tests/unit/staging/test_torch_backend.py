@@ -166,9 +166,10 @@ def test_a_device_that_gives_no_stream_is_copied_from_plainly_after_the_callers_
     stream = backend.stream(device, "save")
     assert isinstance(stream, PlainStream)
     stream.wait_event(event)
-    stream.copy([target], [source])
+    stream.copy([target], [source.requires_grad_()])
     assert kinds.num_waits == 2
     assert torch.equal(target, source)
+    assert not target.requires_grad, "the state's autograd graph is kept"
     backend.lend([target], device)
     assert kinds.num_attempts <= 1, "a kind of device is asked once"
 
