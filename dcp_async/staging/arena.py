@@ -97,13 +97,15 @@ class Arena:
         return self._typed[dtype]
 
     def free_run(self, wanted: int) -> tuple[int, int]:
-        """(first slot, length) of the first run of ``wanted`` free slots, or of the longest there is."""
+        """(first slot, length) of the first run of ``wanted`` free slots, or of the longest there is; none
+        lies in two registrations."""
         # consecutive slots are filled by one copy, so a long run is worth the search
         best = (0, 0)
+        ends = {stop // self.slot_bytes for _, stop in self._registered}
         first = self.taken.find(0)
         while first >= 0:
-            end = first
-            while end < len(self.taken) and not self.taken[end] and end - first < wanted:
+            end = first + 1
+            while end < len(self.taken) and not self.taken[end] and end - first < wanted and end not in ends:
                 end += 1
             if end - first > best[1]:
                 best = (first, end - first)

@@ -84,6 +84,20 @@ def test_range_in_two_registrations_is_not_pinned() -> None:
     pinner.close()
 
 
+def test_run_of_slots_lies_in_one_registration() -> None:
+    # else it would go through the bounce buffers, and all that is queued would be waited for
+    fake = FakeAccelerator()
+    pinner = Pinner(fake, chunk_bytes=4 * SLOT)
+    arena = Arena(10, SLOT)
+    arena.taken[0:2] = b"\1\1"
+    assert arena.free_run(4) == (2, 4)
+    assert _pinned(pinner, arena, fake)
+    assert arena.free_run(4) == (4, 4)
+    arena.taken[4:8] = b"\1\1\1\1"
+    assert arena.free_run(4) == (2, 2)
+    pinner.close()
+
+
 def test_first_chunk_is_usable_while_the_second_is_registered() -> None:
     fake = Observed()
     pinner = Pinner(fake, chunk_bytes=SLOT)
