@@ -165,7 +165,9 @@ class Stager:
         if cache.devices is None:
             cache.devices = self.backend.devices(captured.tensors)
             cache.located = list(map(self.backend.device_of, captured.tensors)) if cache.devices else []
+        if not cache.is_pinned_known:
             cache.pinned = frozenset(self.backend.pinned_among(captured.tensors))
+            cache.is_pinned_known = True
         devices, located = cache.devices, cache.located
         # here, so that save() itself raises: what has no bytes would fail in the copying thread at best
         if any(device.type == "meta" for device in devices):

@@ -159,8 +159,10 @@ class CaptureCache:
         self.located: list[torch.device | None] = []
         """Which of ``devices`` each tensor lies on, None for host memory; empty if there are none."""
         self.pinned: frozenset[int] = frozenset()
-        """The tensors in pinned host memory, found out with ``devices``: a device may still be filling
-        them."""
+        """The tensors in pinned host memory: a device may still be filling them."""
+        self.is_pinned_known = False
+        """Whether somebody has looked since tensors came to lie elsewhere: no guard tells of what kind memory
+        is."""
         self.sampled: object = None
         """Staging's, on where tensors that are built so are sampled; None before it has looked."""
         self.in_bounds: list[int] | None = None
@@ -176,7 +178,13 @@ class CaptureCache:
         Asks the Statefuls in the order in which they were asked then, and adds to ``given`` what they gave,
         also where the answer is None. Raises: CaptureError of a ``state_dict()`` that fails.
         """
-        hit = self._recording.match(state, given) if self._recording is not None else None
+        recording = self._recording
+        if recording is None:
+            return None
+        known = recording.pointers
+        hit = recording.match(state, given)
+        if recording.pointers is not known:
+            self.is_pinned_known = False
         if hit is not None and not self._spots_in_bounds(hit.tensors):
             self.in_bounds = None  # flattening anew looks at all, and says which one has too little memory
             return None
@@ -219,6 +227,7 @@ class CaptureCache:
         """
         # first of all: whatever returns below must leave no recording of an earlier state
         self._recording = self.devices = None
+        self.is_pinned_known = False
         if not HAS_GUARDS or flat.per_rank:
             return
         recorder = Recorder(flat.statefuls, flat.asked)

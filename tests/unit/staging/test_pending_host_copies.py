@@ -52,6 +52,19 @@ async def test_a_copy_that_is_queued_into_host_memory_is_waited_for(
             assert_same((await engine.read(step))["ema"], torch.full((numel,), float(step)))
 
 
+async def test_a_tensor_that_is_replaced_by_a_pinned_one_is_waited_for(root: Path) -> None:
+    # as Tensor.to("cpu", non_blocking=True) does in each step
+    fake = FakeAccelerator()
+    state = {"ema": torch.zeros(1000)}
+    async with Stager(backend=fake) as stager, CheckpointEngine(root, staging=stager) as engine:
+        fake.tensor(torch.zeros(1))
+        for step in range(3):
+            await saved(engine, state, step=step)
+            assert_same((await engine.read(step))["ema"], torch.full((1000,), float(step)))
+            state["ema"] = pinned(fake, 1000)
+            copy_later(fake, state["ema"], step + 1.0)
+
+
 async def test_the_current_device_is_waited_for_beside_those_of_the_state(root: Path) -> None:
     fake = FakeAccelerator(2)
     state = {"ema": pinned(fake, 1000), "w": fake.tensor(torch.ones(1000), fake.all_devices[0])}
