@@ -1,7 +1,8 @@
 """What torch does not show of the CUDA runtime: registering memory, the last error, a thread's capture mode.
 
-Enters: addresses. Leaves: registered memory, or a refusal that leaves nothing behind. Loads the library that
-torch has loaded; where it can't be found, torch's own binding is used, and the capture mode is left as it is.
+Enters: addresses. Leaves: registered memory, or a refusal that leaves nothing behind; streams that are not of
+torch's pool. Loads the library that torch has loaded; where it can't be found, torch's own binding is used,
+streams are torch's, and the capture mode is left as it is.
 Source: CUDA Runtime API, sections 6.9 (memory management), 6.3 (error handling) and 6.4 (stream management).
 """
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for all devices."""
+_NON_BLOCKING = 1
+"""cudaStreamNonBlocking: in no order with the legacy default stream, as torch's own."""
 _RELAXED = 2
 """cudaStreamCaptureModeRelaxed"""
 
@@ -70,6 +73,21 @@ def unregister(address: int) -> None:
     if (status := runtime.cudaHostUnregister(ctypes.c_void_p(address))) != 0:
         runtime.cudaGetLastError()
         logger.warning("CUDA could not unpin a staging buffer (status %d)", status)
+
+
+def new_stream() -> int | None:
+    """A stream of the current device that nobody else is given, for ever; None where there is none to be
+    had."""
+    runtime = library()
+    if runtime is None:
+        return None
+    handle = ctypes.c_void_p()
+    status = runtime.cudaStreamCreateWithFlags(ctypes.byref(handle), ctypes.c_uint(_NON_BLOCKING))
+    if status != 0:
+        runtime.cudaGetLastError()
+        logger.info("CUDA makes no stream (status %d); one of torch's is shared", status)
+        return None
+    return handle.value
 
 
 @contextmanager

@@ -131,10 +131,10 @@ class TorchEvent:
 class TorchStream:
     """A stream as torch has it."""
 
-    def __init__(self, device: torch.device, stream: Any = None) -> None:
-        """``stream``: one of torch's; None for a new one."""
+    def __init__(self, device: torch.device, stream: Any) -> None:
+        """``stream``: one of torch's."""
         self._device = device
-        self._stream: Any = _module(device).Stream(device) if stream is None else stream
+        self._stream = stream
 
     def wait_event(self, event: Event) -> None:
         if not isinstance(event, TorchEvent):  # of a device of another kind, which gives no streams
@@ -282,11 +282,10 @@ class TorchBackend:
 
     def stream(self, device: torch.device, purpose: Purpose) -> Stream:
         with self._lock:
-            # made once: torch deals the same 32 streams of a device out in turn
             if (known := self._streams.get((device, purpose))) is None:
                 if self._gives_streams(device):
                     with _on(device):
-                        known = TorchStream(device)
+                        known = TorchStream(device, _new_stream(device))
                 else:
                     known = PlainStream(device)
                 self._streams[device, purpose] = known
@@ -333,6 +332,16 @@ def _on(device: torch.device) -> Iterator[None]:
             return
         with cuda_runtime.relaxed_capture():
             yield
+
+
+def _new_stream(device: torch.device) -> Any:
+    """One that is nobody else's, if that can be had. The caller sets the device."""
+    if device.type != "cuda":
+        return torch.Stream(device)
+    # torch deals the same 32 out in turn, so that one day the trainer is given ours; if it captures a graph
+    # there, our copies become part of that (pytorch/pytorch#185836)
+    handle, cuda = cuda_runtime.new_stream(), _module(device)
+    return cuda.Stream(device) if handle is None else cuda.ExternalStream(handle, device=device)
 
 
 def _module(device: torch.device) -> Any:

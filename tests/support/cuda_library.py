@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 GLOBAL, THREAD_LOCAL, RELAXED = range(3)
+NON_BLOCKING = 1
 OUT_OF_MEMORY, NOT_REGISTERED, REGISTERED, CAPTURE_UNSUPPORTED = 2, 713, 712, 900
 
 
@@ -25,6 +26,8 @@ class FakeCudaLibrary:
         self.registered: dict[int, tuple[int, int]] = {}
         """Address -> (number of bytes, flags)."""
         self.refuses = False
+        self.refuses_streams = False
+        self.num_streams = 0
         self.callers: list[int] = []
         """Which threads asked to register."""
         self._captures: dict[int, int] = {}
@@ -50,6 +53,14 @@ class FakeCudaLibrary:
             return self._failed(CAPTURE_UNSUPPORTED)
         if self.registered.pop(address.value, None) is None:
             return self._failed(NOT_REGISTERED)
+        return 0
+
+    def cudaStreamCreateWithFlags(self, stream: Any, flags: Any) -> int:  # noqa: N802 - CUDA's name
+        assert flags.value == NON_BLOCKING
+        if self.refuses_streams:
+            return self._failed(OUT_OF_MEMORY)
+        self.num_streams += 1
+        stream._obj.value = self.num_streams << 12
         return 0
 
     def cudaGetLastError(self) -> int:  # noqa: N802 - CUDA's name

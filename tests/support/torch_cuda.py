@@ -40,7 +40,8 @@ class FakeTorchCuda:
         monkeypatch.setattr(torch.cuda, "device", lambda device: self._on_device(device.index))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", self._is_capturing)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self._stream(device, "current"))
-        monkeypatch.setattr(torch.cuda, "Stream", self._new_stream)
+        monkeypatch.setattr(torch.cuda, "Stream", self._pooled_stream)
+        monkeypatch.setattr(torch.cuda, "ExternalStream", self._external_stream)
         monkeypatch.setattr(torch.cuda, "Event", self._event)
         monkeypatch.setattr(torch.cuda, "stream", self._with_stream)
 
@@ -66,8 +67,16 @@ class FakeTorchCuda:
 
         return SimpleNamespace(device=device, name=name, synchronize=synchronize)
 
-    def _new_stream(self, device: torch.device) -> Any:
-        self.note("new stream")
+    def _pooled_stream(self, device: torch.device) -> Any:
+        """One that others are given as well."""
+        return self._new_stream(device, "pooled stream")
+
+    def _external_stream(self, handle: int, device: torch.device) -> Any:
+        assert device.index == self.current_device, "it was made on another device"
+        return self._new_stream(device, "new stream")
+
+    def _new_stream(self, device: torch.device, kind: str) -> Any:
+        self.note(kind)
         self.own_streams.append(self._stream(device, f"own {len(self.own_streams)}"))
         return self.own_streams[-1]
 

@@ -41,6 +41,20 @@ def test_a_stream_is_made_once_per_device_and_purpose(cuda: FakeTorchCuda) -> No
     assert cuda.calls == [("new stream", 0), ("new stream", 1), ("new stream", 1)]
 
 
+def test_a_stream_of_ours_is_given_to_nobody_else(cuda: FakeTorchCuda) -> None:
+    # out of torch's pool the trainer would be given it as well, and capture a graph there
+    TorchBackend().stream(SECOND, "save")
+    assert cuda.calls == [("new stream", 1)]
+    assert cuda.library.num_streams == 1
+
+
+def test_a_stream_that_can_not_be_made_is_one_of_torch_s(cuda: FakeTorchCuda) -> None:
+    cuda.library.refuses_streams = True
+    TorchBackend().stream(SECOND, "save")
+    assert cuda.calls == [("pooled stream", 1)]
+    cuda.library.launch()  # no error is left for the next kernel
+
+
 def test_copies_marks_and_waits_are_made_with_their_device_current(cuda: FakeTorchCuda) -> None:
     backend = TorchBackend()
     stream = backend.stream(SECOND, "save")
