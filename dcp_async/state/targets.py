@@ -21,7 +21,7 @@ from ..formats import text_of
 from .asking import UNASKED, Given, ask_in_order, asynchronous_error
 from .capture import check_unique, is_exotic
 from .checkpointable import is_checkpointable
-from .containers import PLAIN_TENSORS, CaptureError
+from .containers import CaptureError
 from .flat_state import FlatState
 from .flatten import flatten
 from .holdings import memory_of_modules, resizable_owners
@@ -131,14 +131,15 @@ class Targets:
         """Every tensor that may be written to, or lies where one is made."""
         tensors = [tensor for name, tensor in self.tensors.items() if name not in self.local]
         tensors += [region.tensor for regions in self.local.values() for region in regions]
-        # of a bare optimizer the state holds no parameters
-        for name, optimizer, _ in self.flat.statefuls:
+        # of a bare optimizer the state holds no parameters. Their hooks are not asked, as nothing is read
+        # into them
+        for _, optimizer, _ in self.flat.statefuls:
             if isinstance(optimizer, Optimizer):
-                for parameter in _owned(optimizer):
-                    if type(parameter) in PLAIN_TENSORS:  # nearly all, and asking for regions takes longer
-                        tensors.append(parameter)
-                    else:
-                        tensors += [region.tensor for region in Region.all_of(name, parameter)]
+                tensors += [
+                    parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    for parameter in _owned(optimizer)
+                    if not is_lazy(parameter)
+                ]
         return tensors
 
 

@@ -268,3 +268,29 @@ async def test_a_step_right_after_save_is_not_in_the_checkpoint(
     assert_same(found, {**before, "model": dict(before["model"])})
     with pytest.raises(AssertionError):
         assert_same(trainer.picture()["model"], before["model"])
+
+
+class _NotAsked(torch.Tensor):
+    """By its hooks a part of a larger tensor, which says so to nobody."""
+
+    def __create_chunk_list__(self) -> list[Any]:
+        raise AssertionError("nothing of it is read")
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.UninitializedParameter(),
+        lambda: torch.ones(3).as_subclass(_NotAsked).requires_grad_(),
+    ],
+    ids=["without memory yet", "with hooks of its own"],
+)
+async def test_parameters_that_are_no_part_of_the_state_refuse_no_load(
+    root: Path, make: Callable[[], torch.Tensor]
+) -> None:
+    into = torch.optim.SGD([make()], lr=0.2)
+    async with CheckpointEngine(root) as engine:
+        await saved(engine, {"o": torch.optim.SGD([make()], lr=0.1)})
+        await engine.load({"o": into})
+    assert into.param_groups[0]["lr"] == 0.1
