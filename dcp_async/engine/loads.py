@@ -224,15 +224,18 @@ class Loads:
         names = yield from self._ask(self._life.resources.catalog.resolve(ref))
         services = self._services()
         # here, since the engine's own thread sits on device 0 whatever the caller has chosen
-        place = torch.device(device)
-        if place.type not in _HOST:
-            place = services.stager.backend.resolve(place)
+        with _device_errors(device):
+            place = torch.device(device)
+            if place.type not in _HOST:
+                place = services.stager.backend.resolve(place)
 
         def read(name: str, touched: bool) -> Verb[dict[str, Any]]:
-            writes = _writes(services, (), place)
+            with _device_errors(device):
+                writes = _writes(services, (), place)
             value = yield from self._ask(self._read_one(name, services, wanted, place, writes))
             if writes is not None:
-                writes.hand_out()
+                with _device_errors(device):
+                    writes.hand_out()
             return value
 
         value, _ = yield from self._try_each(names, read, falls_back=ref == "latest")
@@ -387,6 +390,17 @@ def _load_errors(name: str, touched: Callable[[], bool]) -> Iterator[None]:
             raise  # the storage's, nobody's, or another rank's
         state = "targets are partly overwritten" if touched() else "nothing was loaded"
         raise LoadError(f"checkpoint {name!r}: {words(error)}; {state}", checkpoint_id=name) from error
+
+
+@contextlib.contextmanager
+def _device_errors(device: torch.device | str) -> Iterator[None]:
+    """What ``device`` raises where tensors are to be made becomes a LoadError."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_foreign(error):
+            raise
+        raise LoadError(f"no tensors can be made on {device}: {words(error)}; nothing was loaded") from error
 
 
 def _overwritten(name: str, what: str) -> CorruptCheckpointError:

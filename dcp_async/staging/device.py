@@ -72,7 +72,8 @@ class Backend(Protocol):
         """The accelerators on which any of ``tensors`` lies."""
 
     def resolve(self, device: torch.device | str) -> torch.device:
-        """``device`` with an index: that of the caller's current one where none was given."""
+        """``device`` with an index: that of the caller's current one where none was given. Raises where no
+        such device is."""
 
     def current_device(self) -> torch.device | None:
         """The caller's current accelerator; None while none is initialised, and none is for this."""
@@ -240,6 +241,8 @@ class TorchBackend:
         wanted = torch.device(device)
         index: int | None = wanted.index
         accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None and wanted.type != "cpu":
+            raise RuntimeError("there is no accelerator here")
         if index is None and accelerator is not None and accelerator.type == wanted.type:
             return torch.device(wanted.type, torch.accelerator.current_device_index())
         return wanted

@@ -184,6 +184,15 @@ async def test_device_read_makes_tensors_on_the_callers_device(root: Path) -> No
     assert torch.equal(on_host(explicit["w"]), W)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="some of them could be read to")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps", "xpu", "nonsense"])
+async def test_device_that_is_not_there_is_told_as_a_load_error(root: Path, device: str) -> None:
+    async with CheckpointEngine(root) as engine:
+        await saved(engine, {"w": W})
+        with pytest.raises(LoadError, match=device):
+            await engine.read(device=device)
+
+
 async def test_lifetime_a_tensor_that_was_read_is_not_given_out_again_under_the_callers_kernels(
     root: Path,
 ) -> None:
