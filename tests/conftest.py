@@ -7,6 +7,7 @@ import gc
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,12 @@ def _record_without_frames(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record.exc_text = logging.Formatter().formatException(record.exc_info)
         record.exc_info = None
     return record
+
+
+@pytest.fixture(scope="session")
+def process_server() -> None:
+    """What `tests.support.processes` forks from, whose pipes stay open from here on: no leak of a test."""
+    forkserver.ensure_running()
 
 
 @pytest.fixture

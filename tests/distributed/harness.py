@@ -18,15 +18,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.distributed import agent
+from tests.support.processes import CONTEXT
 
 PATIENCE = 100.0
 """Seconds that any one answer may take: not what an idle machine needs, but when a test is told what hangs,
 before pytest ends it."""
 NEVER = 10_000.0
 """Seconds of a time limit that must not be what ends a wait: a test that runs into it fails by PATIENCE."""
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.distributed.agent", "tests.distributed.engine_agent"])
 
 
 class Failed(Exception):
@@ -82,8 +80,8 @@ class Member:
         self._errors = errors
         self._calls = 0
         self._connection: Connection[Any, Any]
-        self._connection, theirs = _context.Pipe()
-        self.process = _context.Process(target=agent.main, args=(theirs, rank, size, loop, str(errors), kind))
+        self._connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=agent.main, args=(theirs, rank, size, loop, str(errors), kind))
         self.process.start()
         theirs.close()
 

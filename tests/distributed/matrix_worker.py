@@ -9,7 +9,6 @@ in step any more. Every wait has a deadline.
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import time
 import traceback
@@ -44,15 +43,13 @@ from tests.distributed.layouts import (
     shortened,
     whole,
 )
+from tests.support.processes import CONTEXT
 
 PATIENCE = 60.0
 """Seconds that a case may take; far above what a healthy one needs."""
 TIMEOUTS = Timeouts(coordination=20.0, storage=30.0, exit_grace=10.0)
 NAME = "saved"
 """Of the one checkpoint below each root."""
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.distributed.agent", "tests.distributed.matrix_worker"])
 
 
 class CaseError(AssertionError):
@@ -239,9 +236,9 @@ class Team:
         self.alive = True
         try:
             for rank in range(size):
-                ours, theirs = _context.Pipe()
+                ours, theirs = CONTEXT.Pipe()
                 arguments = (theirs, rank, size, str(self._errors[rank]))
-                process = _context.Process(target=_serve, args=arguments)
+                process = CONTEXT.Process(target=_serve, args=arguments)
                 process.start()
                 theirs.close()
                 self._connections.append(ours)

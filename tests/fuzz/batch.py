@@ -1,30 +1,34 @@
 """Runs what reads bytes of unknown origin over many of them, in processes that may die.
 
-In: cases, each a verb and its bytes. Out: how each ended. Importing torch takes seconds, so one process
-imports everything and forks a child, which takes case after case under a limit of address space (what it has,
-the bytes, and 256 MiB) and of processor time; after one that kills it comes the next child. `python -m
-tests.fuzz.batch IN OUT`.
+In: cases, each a verb and its bytes. Out: how each ended. One process forks a child, which takes case
+after case under a limit of address space (what it has, the bytes, and 256 MiB) and of processor time; after
+one that kills it comes the next child.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
+import logging
 import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.support.processes import run_in_process
+
 SECONDS = 10
 EXTRA_BYTES = 256 << 20
+M_ARENA_MAX = -8
+"""Of mallopt(3)."""
 REFUSED, LOADED, ESCAPED = "refused", "loaded", "escaped"
 """By an error of the tree or of the decoder; without one; by any other. A child's death is told in words."""
 
@@ -37,18 +41,9 @@ def run_cases(cases: Sequence[Case], *, patience: float = 3600) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         given, told = Path(scratch, "cases"), Path(scratch, "ends")
         given.write_bytes(pickle.dumps(list(cases)))
-        ran = subprocess.run(
-            [sys.executable, "-m", "tests.fuzz.batch", str(given), str(told)],
-            cwd=Path(__file__).parents[2],
-            # threads reserve address space that they never use
-            env={**os.environ, "MALLOC_ARENA_MAX": "1"},
-            capture_output=True,
-            text=True,
-            timeout=patience,
-        )
-        assert ran.returncode == 0, ran.stderr[-4000:]
+        run_in_process(_run, given, told, patience=patience)
         ends = told.read_text().splitlines()
-    assert len(ends) == len(cases), ran.stderr[-4000:]
+    assert len(ends) == len(cases)
     return ends
 
 
@@ -161,14 +156,14 @@ def _run_from(cases: Sequence[Case], start: int, verbs: Any, out: int) -> None:
         os.write(out, end.encode() + b"\n")
 
 
-def main(given: str, told: str) -> None:
-    import logging
-    import warnings
-
+def _run(given: Path, told: Path) -> None:
+    """In a process of its own."""
+    # threads reserve address space that they never use
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     threading.stack_size(1 << 20)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    cases = pickle.loads(Path(given).read_bytes())
+    cases = pickle.loads(given.read_bytes())
     verbs = _verbs()
     out = os.open(told, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     done = 0
@@ -178,12 +173,8 @@ def main(given: str, told: str) -> None:
             _run_from(cases, done, verbs, out)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        done = Path(told).read_bytes().count(b"\n")
+        done = told.read_bytes().count(b"\n")
         if done < len(cases):
             died = signal.Signals(-status).name if status < 0 else f"exit {status}"
             os.write(out, f"died by {died}\n".encode())
             done += 1
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -117,15 +117,20 @@ def run_world(directory: Path, world_size: int, jobs: Sequence[str], python: str
         path.unlink(missing_ok=True)
 
 
+def run_rank(directory: Path, world_size: int, rank: int, jobs: Sequence[str]) -> None:
+    """The part of one rank, in a process of its own."""
+    meeting = f"file://{os.path.abspath(directory)}/rendezvous"
+    dist.init_process_group("gloo", init_method=meeting, world_size=world_size, rank=rank)
+    for job in jobs:
+        JOBS[job](directory / job)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def _main(directory: str, world_size: str, rank: str, *jobs: str) -> None:
     torch.set_num_threads(1)
-    meeting = f"file://{os.path.abspath(directory)}/rendezvous"
-    dist.init_process_group("gloo", init_method=meeting, world_size=int(world_size), rank=int(rank))
-    for job in jobs:
-        JOBS[job](Path(directory) / job)
-    dist.barrier()
+    run_rank(Path(directory), int(world_size), int(rank), jobs)
     (Path(directory) / f"done-{rank}").touch()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ are issues of pytorch/pytorch unless another project is named.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import errno
@@ -13,8 +14,6 @@ import inspect
 import os
 import pickletools
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -33,9 +32,11 @@ from dcp_async import (
     CheckpointEngine,
     CheckpointError,
     CheckpointInfo,
+    Event,
     Limits,
     PlanningOptions,
     SaveError,
+    SaveStaged,
     StagingOptions,
 )
 from dcp_async.sync import CheckpointEngine as CheckpointTwin
@@ -53,6 +54,7 @@ from tests.support.doubles import (
     mapped_arena_bytes,
     random_tensor,
 )
+from tests.support.processes import run_in_process
 from tests.support.saves import PART, SMALL, saved
 from tests.support.stock import CachingPlanner, no_cached_plans
 
@@ -384,39 +386,35 @@ async def test_a_read_only_disk_is_a_save_error_and_can_still_be_read(tmp_path: 
         assert [info.step async for info in engine.checkpoints()] == [1]
 
 
-SYS_EXIT = """
-import asyncio, contextlib, sys, threading, time
-import torch
-from dcp_async import CheckpointEngine, CheckpointError, SaveStaged
-
 class Leaves:
-    def on_event(self, event):
+    def on_event(self, event: Event) -> None:
         if isinstance(event, SaveStaged):
             raise SystemExit("the loss is good enough")
 
-async def main():
-    engine = await CheckpointEngine(sys.argv[1], observer=Leaves()).open()
-    for step in (1, 2):
+
+def _leave_by_sys_exit(root: Path) -> list[str]:
+    """The threads that are left."""
+
+    async def main() -> list[str]:
+        engine = await CheckpointEngine(root, observer=Leaves()).open()
+        for step in (1, 2):
+            with contextlib.suppress(CheckpointError):
+                await (await engine.save({"w": torch.ones(9)}, step=step)).upload_completion
         with contextlib.suppress(CheckpointError):
-            await (await engine.save({"w": torch.ones(9)}, step=step)).upload_completion
-    with contextlib.suppress(CheckpointError):
-        await engine.close()
-    deadline = time.monotonic() + 60
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(max(0, deadline - time.monotonic()))
-    print([thread.name for thread in threading.enumerate()])
-    async with CheckpointEngine(sys.argv[1]) as another:
-        await (await another.save({"w": torch.ones(9)}, step=3)).upload_completion
+            await engine.close()
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread():
+                thread.join(PATIENCE)
+        names = [thread.name for thread in threading.enumerate()]
+        async with CheckpointEngine(root) as another:
+            await (await another.save({"w": torch.ones(9)}, step=3)).upload_completion
+        return names
 
-asyncio.run(main())
-"""
+    return asyncio.run(main())
 
 
+@pytest.mark.usefixtures("process_server")
 def test_sys_exit_on_the_engines_thread_is_no_hang_and_leaves_no_thread(root: Path) -> None:
     """166560, xtuner 1878: after the death of its executor stock fails each save without a reason."""
-    command = [sys.executable, "-c", SYS_EXIT, str(root)]
-    child = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, timeout=PATIENCE)
-    assert child.returncode == 0, child.stderr.decode()
-    assert child.stdout.decode().splitlines() == ["['MainThread']"]
+    assert run_in_process(_leave_by_sys_exit, root) == ["MainThread"]
     assert "step-00000003" in committed(root)

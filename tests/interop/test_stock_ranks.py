@@ -29,9 +29,10 @@ from dcp_async import (
     UntrustedCheckpointError,
 )
 from dcp_async.storage.local.storage import LocalStorage
-from tests.interop.rank_jobs import JOBS, run_world
+from tests.interop.rank_jobs import JOBS, run_rank
 from tests.interop.stock_states import sharded_whole
 from tests.support.doubles import assert_same, blank, random_tensor
+from tests.support.processes import run_in_processes
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -48,11 +49,12 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every job of every world, by real processes over gloo."""
     directory = tmp_path_factory.mktemp("worlds")
     for world_size, jobs in WORLDS.items():
-        run_world(directory / str(world_size), world_size, jobs)
+        (folder := directory / str(world_size)).mkdir()
+        run_in_processes([(run_rank, (folder, world_size, rank, jobs)) for rank in range(world_size)])
+        (folder / "rendezvous").unlink(missing_ok=True)
     return directory
 
 
-@pytest.mark.timeout(300)  # the first one waits for six processes that import torch
 @pytest.mark.parametrize(("world_size", "job"), [(n, job) for n in WORLDS for job in WORLDS[n]])
 async def test_shards_of_real_ranks_are_put_together(worlds: Path, world_size: int, job: str) -> None:
     target = blank(sharded_whole())

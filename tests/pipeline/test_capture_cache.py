@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
+import ctypes
+import errno
+import io
+import logging
+import platform
+import struct
 from collections import OrderedDict
 from collections.abc import Callable
 from operator import is_
@@ -18,7 +21,18 @@ from dcp_async import CheckpointEngine, SaveError, StagingOptions, StateMutatedE
 from dcp_async.staging.vectored_copy import RefusedError, VectoredCopy
 from dcp_async.state.asking import Given
 from dcp_async.state.capture import capture
-from tests.support.doubles import ASIDE_BYTES, KIB, MIB, FaultyStorage, assert_same, frozen, random_tensor
+from dcp_async.sync import CheckpointEngine as TwinEngine
+from tests.support.doubles import (
+    ASIDE_BYTES,
+    KIB,
+    MIB,
+    PATIENCE,
+    FaultyStorage,
+    assert_same,
+    frozen,
+    random_tensor,
+)
+from tests.support.processes import run_in_process
 from tests.support.saves import PART, SMALL
 
 
@@ -365,31 +379,29 @@ def test_gather_leaves_what_lies_between_alone() -> None:
     assert torch.equal(buffer, expected)
 
 
+def _save_where_the_kernel_forbids_it(root: Path) -> list[str]:
+    """What is logged meanwhile."""
+    number = {"x86_64": 311, "aarch64": 271}[platform.machine()]  # of process_vm_readv
+    refuse, allow = (6, 0, 0, 0x50000 | errno.EPERM), (6, 0, 0, 0x7FFF0000)
+    code = [(0x20, 0, 0, 0), (0x15, 0, 1, number), refuse, allow]
+    filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code), ctypes.addressof(filters)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    assert libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()
+    said = io.StringIO()
+    logging.basicConfig(level=logging.INFO, stream=said)
+    state = {f"w{index}": torch.randn(index) for index in range(300)}
+    with TwinEngine(root) as engine:
+        for step in range(3):
+            engine.save(state, step=step).upload_completion.result(PATIENCE)
+        found = engine.read()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    return said.getvalue().splitlines()
+
+
+@pytest.mark.usefixtures("process_server")
 def test_where_the_kernel_forbids_it_tensors_are_copied_one_by_one(tmp_path: Path) -> None:
     """As under the seccomp filters of older container runtimes."""
-    script = """
-        import ctypes, errno, logging, platform, struct, sys
-        import torch
-        from dcp_async.sync import CheckpointEngine
-
-        number = {"x86_64": 311, "aarch64": 271}[platform.machine()]
-        refuse, allow = (6, 0, 0, 0x50000 | errno.EPERM), (6, 0, 0, 0x7FFF0000)
-        code = [(0x20, 0, 0, 0), (0x15, 0, 1, number), refuse, allow]
-        filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-        program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code), ctypes.addressof(filters)))
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.prctl(38, 1, 0, 0, 0) == 0
-        assert libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()
-        logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-        state = {f"w{index}": torch.randn(index) for index in range(300)}
-        with CheckpointEngine(sys.argv[1]) as engine:
-            for step in range(3):
-                engine.save(state, step=step).upload_completion.result(60)
-            found = engine.read()
-        assert all(torch.equal(found[name], state[name]) for name in state)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("small tensors are copied one by one") == 1
+    said = run_in_process(_save_where_the_kernel_forbids_it, tmp_path)
+    assert sum("small tensors are copied one by one" in line for line in said) == 1

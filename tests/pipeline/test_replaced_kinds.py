@@ -3,8 +3,6 @@ sees it, and what has no memory is refused by name, never read."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +13,9 @@ import torch
 
 from dcp_async import CheckpointEngine, SaveError, StagingOptions, StateMutatedError, Trust
 from tests.property.states import Marked, difference, pictured
+from tests.support import tensor_kinds
 from tests.support.doubles import ASIDE_BYTES, KIB, FaultyStorage, assert_same, random_tensor
+from tests.support.processes import run_in_process
 from tests.support.tensor_kinds import KINDS
 
 pytestmark = pytest.mark.filterwarnings(
@@ -25,17 +25,10 @@ REFUSED = {"meta", "freed storage", "storage cut short", "in a vmap", "fake", "l
 """What has no bytes, or none that torch.save could write and read again."""
 
 
+@pytest.mark.usefixtures("process_server")
 def test_each_kind_may_take_the_place_of_each_other() -> None:
     """In a process of its own: the guard behind the cache ends it where it is asked about a nested tensor."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.support.tensor_kinds"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout.splitlines()[-1] + run.stderr[-2000:]
-    assert run.stdout.splitlines()[-1] == "done"
+    assert run_in_process(tensor_kinds.replace_each_by_each) == len(KINDS) ** 2
 
 
 async def test_what_takes_a_plain_tensors_place_is_what_is_loaded(root: Path) -> None:

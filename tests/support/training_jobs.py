@@ -1,51 +1,29 @@
 """What runs in a fresh process: a trainer that has nothing but a checkpoint, and what it ends up with.
 
-Started as ``python -m tests.support.training_jobs JOB ROOT``. Enters: a root with checkpoints. Leaves:
-whatever the job gives back, through a file beside the root.
+Enters: a root with checkpoints. Leaves: whatever the job gives back.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from dcp_async import CheckpointError, CheckpointInfo, RNGState
 from dcp_async.sync import CheckpointEngine
+from tests.support.processes import PATIENCE, run_in_process
 from tests.support.training_apps import DISTRIBUTED, WRAPPERS, WrappedRun, world_of_one
 from tests.support.training_optimizers import CASES, Trainer
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE = 110.0
-"""Seconds that a job may take; far above what a healthy one needs."""
 
 
 def run_job(job: str, root: Path) -> dict[str, Any]:
     """Run ``job`` in a process of its own and give what it found: name -> result, or text of its failure."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.support.training_jobs", job, str(root)],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    found: dict[str, Any] = torch.load(_outcome(job, root), weights_only=False)
+    found: dict[str, Any] = run_in_process(JOBS[job], root)
     return found
-
-
-def _outcome(job: str, root: Path) -> Path:
-    return root.parent / f"{root.name}.{job}.pt"
 
 
 def resume_optimizers(root: Path) -> dict[str, Any]:
@@ -105,12 +83,3 @@ JOBS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "resume_optimizers": resume_optimizers,
     "swap_wrappers": swap_wrappers,
 }
-
-
-def main() -> None:
-    job, root = sys.argv[1], Path(sys.argv[2])
-    torch.save(JOBS[job](root), _outcome(job, root))
-
-
-if __name__ == "__main__":
-    main()

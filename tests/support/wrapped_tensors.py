@@ -1,15 +1,12 @@
 """A tensor subclass around others, as quantized optimizer states are, and a job of ranks that saves and loads
-distributed tensors of it. Run as a program it is one rank."""
+distributed tensors of it."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
-import socket
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dcp_async import CheckpointEngine, Trust
+from tests.support.processes import run_in_processes
 
 ROWS, COLUMNS, BLOCK = 8, 64, 32
 aten = torch.ops.aten
@@ -212,34 +210,21 @@ def distributed(full: torch.Tensor, mesh: Any, placement: Any) -> torch.Tensor:
 
 def job(root: Path, world: int, *verbs: str) -> dict[str, list[str]]:
     """What the ranks of a job say to each verb."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.support.wrapped_tensors", str(root), *verbs],
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                              "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"file://{folder}/rendezvous"
+        answers = run_in_processes(
+            [(_rank, (str(root), meeting, rank, world, verbs)) for rank in range(world)]
         )
-        for rank in range(world)
-    ]  # fmt: skip
-    said = [rank.communicate(timeout=100) for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(error[-3000:] for _, error in said)
-    answers = [json.loads(out.splitlines()[-1]) for out, _ in said]
-    return {verb: [each[at] for each in answers] for at, verb in enumerate(verbs)}
+    return {verb: [said[number] for said in answers] for number, verb in enumerate(verbs)}
 
 
-if __name__ == "__main__":
-    sys.modules["tests.support.wrapped_tensors"] = sys.modules["__main__"]
-    Blocks.__module__ = "tests.support.wrapped_tensors"
-    dist.init_process_group("gloo")
+def _rank(root: str, meeting: str, rank: int, world: int, verbs: tuple[str, ...]) -> list[str]:
+    """In a process of its own: what this rank says to each verb."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     answers = []
-    for each in sys.argv[2:]:
-        answers.append(rank_main(each, sys.argv[1]))
+    for verb in verbs:
+        answers.append(rank_main(verb, root))
         dist.barrier()
     dist.destroy_process_group()
-    sys.stdout.write(json.dumps(answers) + "\n")
+    return answers

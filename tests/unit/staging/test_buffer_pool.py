@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import subprocess
+import re
 import sys
-import textwrap
 import weakref
 from pathlib import Path
 
@@ -16,8 +15,10 @@ from dcp_async import CheckpointEngine, Stager, StagingOptions
 from dcp_async.errors import StorageError
 from dcp_async.staging.arena import Arena
 from dcp_async.staging.buffer_pool import BufferPool, Lease
+from dcp_async.sync import CheckpointEngine as SyncEngine
 from tests.support.accelerator import FakeAccelerator
 from tests.support.doubles import PATIENCE
+from tests.support.processes import run_in_process
 
 SLOT = 64 * 1024
 
@@ -177,48 +178,33 @@ async def test_thread_that_hangs_keeps_the_arena_of_its_lease() -> None:
     assert bytes(lease.memory(0, 1)) == b"\0"  # it comes back, and looks at what it leased
 
 
-_GROWING = """
-import asyncio, re, sys, tempfile
-import torch
-from dcp_async import CheckpointEngine, Limits, StagingOptions
-
-def mapped():
-    # the pool's mappings have a name: their memory, and how much of it there is
-    size = rss = 0
+def _mapped() -> tuple[int, int]:
+    """The size of the pool's mappings, which have a name, and their memory, in MiB."""
+    size = resident = 0
     inside = False
-    for line in open("/proc/self/smaps"):
+    for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = line.rstrip().endswith("/dev/zero")
+            inside = line.endswith("/dev/zero")
         elif inside and line.startswith("Size:"):
             size += int(line.split()[1])
         elif inside and line.startswith("Rss:"):
-            rss += int(line.split()[1])
-    return size, rss
+            resident += int(line.split()[1])
+    return size >> 10, resident >> 10
 
-async def main():
-    torch.set_num_threads(1)
-    root = tempfile.mkdtemp(dir=sys.argv[1])
-    async with CheckpointEngine(root, staging=StagingOptions(part_bytes=1 << 20)) as engine:
+
+def _save_growing_states(root: Path) -> list[tuple[int, int, int]]:
+    rows = []
+    with SyncEngine(root, staging=StagingOptions(part_bytes=1 << 20)) as engine:
         for step, mib in enumerate((20, 36, 52, 68)):
-            state = {"w": torch.zeros(mib << 18)}
-            await (await engine.save(state, step=step)).upload_completion
-            print(mib, *(kib >> 10 for kib in mapped()))
-
-asyncio.run(main())
-"""
+            engine.save({"w": torch.zeros(mib << 18)}, step=step).upload_completion.result(PATIENCE)
+            rows.append((mib, *_mapped()))
+    return rows
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
 def test_growing_state_holds_its_own_size_and_not_the_sum_of_all_it_had(tmp_path: Path) -> None:
     """B5, in a process of its own: 160 -> 288 -> 416 -> 544 MiB held 1,408 MiB; here at an eighth of that."""
-    told = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_GROWING), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=True,
-    )
-    rows = [list(map(int, line.split())) for line in told.stdout.splitlines()]
+    rows = run_in_process(_save_growing_states, tmp_path)
     assert [row[0] for row in rows] == [20, 36, 52, 68]
     for mib, size, resident in rows:
         assert size <= mib + 2

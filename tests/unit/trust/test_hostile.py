@@ -7,11 +7,10 @@ import collections
 import functools
 import http
 import io
+import os
 import pickle
 import ssl
 import struct
-import subprocess
-import sys
 import zipfile
 import zlib
 from typing import Any
@@ -36,6 +35,7 @@ from dcp_async.formats.stored_item import StoredItem, check_records, inflated_bo
 from dcp_async.formats.tree import children_of, kind_of, tree_from_paths
 from dcp_async.trust import Trust, UntrustedGlobal, load_pickle
 from dcp_async.trust.pickle_grammar import check_pickle
+from tests.support.processes import run_in_process
 
 
 def _text(text: str) -> bytes:
@@ -81,35 +81,33 @@ POINTERS = {
 }
 
 
-LOADS_EACH = """
-import os, pickle, sys
-from dcp_async.trust import Trust, UntrustedGlobal, load_pickle
-
-for name, raw in pickle.load(sys.stdin.buffer).items():
-    if os.fork() == 0:
-        try:
-            repr(load_pickle(raw, Trust()))
-        except UntrustedGlobal:
-            os._exit(42)
-        os._exit(0)
-    print(name, os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
-"""42: refused; 0: loaded; 1: another error; below 0: crashed."""
+def _load_each(pickles: dict[str, bytes]) -> dict[str, int]:
+    """How a child ended over each. 42: refused; 0: loaded; 1: another error; below 0: crashed."""
+    ends = {}
+    for name, raw in pickles.items():
+        if os.fork() == 0:
+            code = 1
+            try:
+                repr(load_pickle(raw, Trust()))
+                code = 0
+            except UntrustedGlobal:
+                code = 42
+            finally:
+                os._exit(code)
+        ends[name] = os.waitstatus_to_exitcode(os.wait()[1])
+    return ends
 
 
 @pytest.fixture(scope="module")
-def ends() -> dict[str, str]:
-    """How a process of its own ended over each: most of these crash whoever makes them."""
-    ran = subprocess.run(
-        [sys.executable, "-c", LOADS_EACH], input=pickle.dumps(POINTERS), capture_output=True, timeout=60
-    )
-    assert ran.returncode == 0, ran.stderr
-    return dict(line.split() for line in ran.stdout.decode().splitlines())
+def ends() -> dict[str, int]:
+    """Most of these crash whoever makes them."""
+    found: dict[str, int] = run_in_process(_load_each, POINTERS)
+    return found
 
 
 @pytest.mark.parametrize("name", POINTERS)
-def test_what_may_be_named_may_not_be_called_at_will(name: str, ends: dict[str, str]) -> None:
-    assert ends[name] == "42"
+def test_what_may_be_named_may_not_be_called_at_will(name: str, ends: dict[str, int]) -> None:
+    assert ends[name] == 42
 
 
 class Rebuilt:
