@@ -160,6 +160,11 @@ class Pack:
         with self._lock:
             self._free.append(scratch)
 
+    def trim(self) -> None:
+        """Let those scratches go that nobody has taken."""
+        with self._lock:
+            self._free.clear()
+
     def fill(self, scratch: Scratch, stream: Stream, share: Sequence[torch.Tensor]) -> None:
         """Queue on ``stream``: gather from the tensors that this rank writes."""
         self._gather(scratch, stream, [group.in_share.pick(share) for group in self._groups])
@@ -234,6 +239,10 @@ class Packs:
         with self._lock:
             kept = self._plans.get(id(plan))
             if kept is None or (kept.located is not located and kept.located != located):
+                # a state that grew does not come back to its old plan, and a device's memory is dear
+                for earlier in self._plans.values():
+                    for pack in earlier.packs.values():
+                        pack.trim()
                 kept = self._plans[id(plan)] = _PlanPacks(plan, located, _make_packs(plan, located))
                 if len(self._plans) > _KEPT_PLANS:
                     self._plans.popitem(last=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -362,6 +364,31 @@ async def test_a_change_of_what_the_first_save_had_no_time_to_copy_is_refused(ro
             fake.fill(tensor, 1.0)
         with pytest.raises(SaveError, match="w599"):
             await response.upload_completion
+
+
+class Counting(FakeAccelerator):
+    """Knows what of its memory is in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated: list[weakref.ref[torch.Tensor]] = []
+
+    def allocate(self, like: Any, stream: FakeStream) -> torch.Tensor:
+        made = super().allocate(like, stream)
+        if stream in self._own.values():
+            self.allocated.append(weakref.ref(made))
+        return made
+
+
+async def test_a_state_that_grows_keeps_no_scratch_of_what_it_was(root: Path) -> None:
+    fake = Counting()
+    state: dict[str, Any] = {}
+    async with engine_on(fake, root) as engine:
+        for step in range(3):
+            state |= {f"w{step}.{number}": fake.tensor(torch.ones(64)) for number in range(50)}
+            await (await engine.save(state, step=step)).upload_completion
+        gc.collect()
+        assert [scratch() is not None for scratch in fake.allocated] == [False, False, True]
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
