@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
@@ -202,25 +202,26 @@ class Stager:
             # it is recording: what it queued before was done when it began, what it queues now does not run
             return []
 
-    def leaf_fetch(self) -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], list[bool]] | None:
+    def leaf_fetch(
+        self,
+    ) -> Callable[[Sequence[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]], None] | None:
         """What brings leaves that are pickled from devices to the host; None where no device is in use."""
         return self._fetch if self.backend.current_device() is not None else None
 
-    def _fetch(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[bool]:
+    def _fetch(
+        self, sources: Sequence[torch.Tensor], target_of: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         """Copy those of ``sources`` that lie on devices, in the order of the caller's current streams, and
         wait. Raises CaptureInProgressError; what a device says."""
-        located = list(map(self.backend.device_of, sources))
-        for device in dict.fromkeys(located):
-            if device is None:
-                continue
-            chosen = [here == device for here in located]
+        pairs: defaultdict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        for source, device in zip(sources, map(self.backend.device_of, sources), strict=True):
+            if device is not None:
+                pairs[device].append((target_of(source), source))
+        for device, on_device in pairs.items():
             stream = self.backend.current_stream(device)
             # threads of several callers may be here, and the copying thread has buffers of its own
             with self._leaf_lock:
-                self._leaf_bounce.copy_to_host(
-                    stream, list(compress(targets, chosen)), list(compress(sources, chosen))
-                )
-        return [device is not None for device in located]
+                self._leaf_bounce.copy_to_host(stream, *zip(*on_device, strict=True))
 
     async def enqueue(self, job: StageJob, first: int, count: int, *, patience: float) -> list[Run]:
         """Copy up to ``count`` parts from ``first`` on into slots of the pool, or queue their copies on the

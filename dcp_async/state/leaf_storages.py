@@ -9,7 +9,6 @@ Source: torch/serialization.py, where ``_save`` asks each storage for its device
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import compress
 from operator import methodcaller
 from typing import Any
 
@@ -18,10 +17,9 @@ from torch.storage import TypedStorage
 
 from .wrapped import is_wrapper
 
-Fetch = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], list[bool]]
-"""Copies flat tensors of bytes to targets in host memory, and says of each whether it lay on a device: others
-are not copied."""
-
+Fetch = Callable[[Sequence[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]], None]
+"""Copies those of flat tensors of bytes that lie on a device, each into host memory that the function makes
+for it."""
 
 _COO_PARTS = (methodcaller("_indices"), methodcaller("_values"))
 
@@ -62,10 +60,13 @@ class DeviceLeaves:
             torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
             for storage in storages.values()
         ]
-        made = [_fetched_from(storage) for storage in storages.values()]
-        targets = [torch.empty(0, dtype=torch.uint8, device="cpu").set_(host) for host in made]
-        on_device = self._fetch(targets, flat)
-        self._fetched.update(compress(zip(storages, made, strict=True), on_device))
+        self._fetch(flat, self._host_memory)
+
+    def _host_memory(self, flat: torch.Tensor) -> torch.Tensor:
+        """Where the bytes of a storage on a device go."""
+        storage = flat.untyped_storage()
+        host = self._fetched[storage.data_ptr()] = _fetched_from(storage)
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(host)
 
     def reduced(self, tensor: torch.Tensor) -> Any:
         """What a pickler needs to write ``tensor``; NotImplemented for what it finds out by itself."""

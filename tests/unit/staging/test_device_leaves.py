@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +93,35 @@ async def test_a_leaf_on_a_device_is_refused_inside_of_a_capture(root: Path) -> 
             await engine.save(state)
 
 
+def fetch_all(sources: Sequence[torch.Tensor], target_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    torch._foreach_copy_(list(map(target_of, sources)), list(sources))
+
+
 def test_an_item_is_the_one_that_torch_would_have_made() -> None:
     shared = torch.arange(12.0)
     leaf = (shared[:3], shared[3:], torch.nn.Parameter(torch.ones(2)), sparse(torch.ones(4)), 1, "x")
 
-    def fetch(targets: Any, sources: Any) -> list[bool]:
-        torch._foreach_copy_(list(targets), list(sources))
-        return [True] * len(targets)
-
     expected = io.BytesIO()
     torch.save(leaf, expected)
-    (item,) = LeafPickler(None, fetch).items(["x"], [leaf])
+    (item,) = LeafPickler(None, fetch_all).items(["x"], [leaf])
     assert item == expected.getvalue()
+
+
+async def test_leaves_on_the_host_take_no_memory_beside_a_device(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, nbytes = FakeAccelerator(), []
+    made_from = leaf_storages._fetched_from
+
+    def counted(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        nbytes.append(storage.nbytes())
+        return made_from(storage)
+
+    monkeypatch.setattr(leaf_storages, "_fetched_from", counted)
+    state = {"on host": (torch.zeros(1000),), "on device": (fake.tensor(torch.zeros(10)),)}
+    async with Stager(backend=fake) as stager, CheckpointEngine(root, staging=stager) as engine:
+        await saved(engine, state)
+    assert nbytes == [state["on device"][0].untyped_storage().nbytes()]
 
 
 def test_an_item_names_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,13 +133,9 @@ def test_an_item_names_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch
         fetched: torch.UntypedStorage = made
         return fetched
 
-    def fetch(targets: Any, sources: Any) -> list[bool]:
-        torch._foreach_copy_(list(targets), list(sources))
-        return [True] * len(targets)
-
     monkeypatch.setattr(leaf_storages, "_fetched_from", from_a_device)
     leaf = (torch.arange(12.0), sparse(torch.ones(4)), torch.nn.Parameter(torch.ones(2)))
-    (item,) = LeafPickler(None, fetch).items(["x"], [leaf])
+    (item,) = LeafPickler(None, fetch_all).items(["x"], [leaf])
     assert item.count(b"cuda:3") == 4
     read = torch.load(io.BytesIO(item), map_location="cpu", weights_only=False)
     assert_same(list(read), list(leaf))
