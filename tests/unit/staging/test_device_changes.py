@@ -188,3 +188,11 @@ async def test_a_sample_is_one_batch_however_many_tensors_there_are(
         with fake.on_stream(side):
             await saved(engine, state)
     assert side.copies == [4 * 64]
+
+
+async def test_a_nan_of_whatever_bits_is_no_change(root: Path, fake: FakeAccelerator, stager: Stager) -> None:
+    bits = torch.full((ROWS, 100), 0x7FFF, dtype=torch.int16)
+    state = {"w": fake.tensor(bits.view(torch.bfloat16))}
+    async with CheckpointEngine(root, staging=stager) as engine:
+        await saved(engine, state)
+        assert torch.equal((await engine.read())["w"].view(torch.int16), bits)
