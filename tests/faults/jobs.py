@@ -273,7 +273,7 @@ def save(
         return loops[-1]
 
     if is_late:
-        setattr(dcp_async._concurrency.threads, "default_loop_factory", lambda: new_loop)  # noqa: B010 - for mypy
+        setattr(dcp_async._concurrency.loop_thread, "default_loop_factory", lambda: new_loop)  # noqa: B010 - for mypy
 
     def die(call: Call) -> None:
         line.report("dies", call=repr(call))

@@ -36,6 +36,7 @@ def test_save_whose_call_returns_too_late_leaves_old_or_new(
     # Publishing is where a late call does most harm: the last calls are always looked at.
     some = set(random.Random(f"stuck {replace}").sample(every, min(count, kills))) | set(every[-8:])
     points = list(every) if kills >= 50 else sorted(some)
+    outcomes = set()
     for start in range(0, len(points), TOGETHER):
         children = {}
         for at in points[start : start + TOGETHER]:
@@ -47,11 +48,13 @@ def test_save_whose_call_returns_too_late_leaves_old_or_new(
                 child.next()
             child.grant()
         for at, child in children.items():
-            check_late_return(nursery, child, root / str(at), name, replace)
+            outcomes.add(check_late_return(nursery, child, root / str(at), name, replace))
             shutil.rmtree(root / str(at))
+    assert "failed" in outcomes, "no deadline has passed"
 
 
-def check_late_return(nursery: Nursery, child: Child, here: Path, name: str, replace: bool) -> None:
+def check_late_return(nursery: Nursery, child: Child, here: Path, name: str, replace: bool) -> str:
+    """The outcome of its save."""
     stopped = child.said("paused")[0]["call"]
     # Nobody can take back a link that the kernel carries out late; before it, a save can still stop.
     beyond_recall = bool(child.said("published")) or "/.metadata'" in stopped
@@ -75,6 +78,7 @@ def check_late_return(nursery: Nursery, child: Child, here: Path, name: str, rep
         assert name not in found, f"a failed save appeared: {where}"
     assert left["swept"]["leftovers"] == [], where
     nursery.forget(child)
+    return str(outcome)
 
 
 @pytest.mark.parametrize("style", ["one run", "sync"])
