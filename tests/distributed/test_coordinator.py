@@ -124,8 +124,10 @@ def test_open_names_missing_ranks_and_works_once_they_come(make_world: MakeWorld
 
 def test_open_names_rank_0_when_it_is_missing(make_world: MakeWorld) -> None:
     world = make_world(2)
-    (text,) = messages(world.begin("open", [1], coordination=SHORT))
-    assert text.startswith("rank 0 did not open its engine on this process group within 5 s (this is rank 1)")
+    (text,) = messages(world.begin("open", [1], coordination=0.5))  # it has nobody to meet
+    assert text.startswith(
+        "rank 0 did not open its engine on this process group within 0.5 s (this is rank 1)"
+    )
     world.open()
     world.end()
 

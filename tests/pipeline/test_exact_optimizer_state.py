@@ -3,7 +3,7 @@ before it touches anything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -564,18 +564,32 @@ async def test_frozen_parameters_that_are_left_out_are_not_missed(root: Path) ->
 # --- stock ----------------------------------------------------------------------------------------
 
 
-def _models() -> Iterator[tuple[str, Any, Any]]:
-    for name, groups in {"one": one_group, "halves": halves, "empty": with_empty(4)}.items():
-        yield (name, *build(1, groups))
+def _wrapped() -> tuple[nn.ModuleDict, AdamW]:
     model, _ = build(1)
     model["b"] = WRAPPED["both"](model["b"])
-    yield "wrapped", model, AdamW(model.parameters(), lr=0.1)
+    return model, AdamW(model.parameters(), lr=0.1)
+
+
+def _frozen() -> tuple[nn.ModuleDict, AdamW]:
     model, optim = build(1)
     freeze(model, "b")
-    yield "frozen", model, optim
+    return model, optim
+
+
+def _shared() -> tuple[nn.ModuleDict, AdamW]:
     model, _ = build(1)
     model["d"].weight = model["a"].weight
-    yield "shared", model, AdamW(model.parameters(), lr=0.1)
+    return model, AdamW(model.parameters(), lr=0.1)
+
+
+MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "one": lambda: build(1, one_group),
+    "halves": lambda: build(1, halves),
+    "empty": lambda: build(1, with_empty(4)),
+    "wrapped": _wrapped,
+    "frozen": _frozen,
+    "shared": _shared,
+}
 
 
 OPTIONS: dict[str, StateDictOptions] = {
@@ -587,10 +601,10 @@ OPTIONS: dict[str, StateDictOptions] = {
 }
 
 
-@pytest.mark.parametrize("kind", [name for name, *_ in _models()])
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_state_is_what_torchs_own_function_gives(kind: str, options: str) -> None:
-    model, optim = next((model, optim) for name, model, optim in _models() if name == kind)
+    model, optim = MODELS[kind]()
     if (kind, options) == ("empty", "flat"):
         return  # torch drops the group
     with torch.compiler.set_stance("force_eager"):

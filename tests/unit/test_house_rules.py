@@ -12,20 +12,24 @@ from pathlib import Path
 import pytest
 
 from tests.support import house_figures
-from tests.support.house_figures import Reaches
-
-MODULES = house_figures.modules_of()
+from tests.support.house_figures import Module, Reaches
 
 
-def test_private_names_of_torch_are_those_that_the_documentation_lists() -> None:
+@pytest.fixture(scope="module")
+def modules() -> list[Module]:
+    """Those of the package, parsed where they are asked for: not by each worker that collects the tests."""
+    return house_figures.modules_of()
+
+
+def test_private_names_of_torch_are_those_that_the_documentation_lists(modules: list[Module]) -> None:
     """The list is docs/private-names.inc, a part of docs/architecture.md."""
-    assert house_figures.foreign_privates(MODULES) == house_figures.listed_privates()
+    assert house_figures.foreign_privates(modules) == house_figures.listed_privates()
 
 
-def test_no_module_reaches_into_another_ones_objects() -> None:
+def test_no_module_reaches_into_another_ones_objects(modules: list[Module]) -> None:
     reaches = [
         f"{place.path.relative_to(house_figures.REPOSITORY)}:{place.line} {place.what}"
-        for place in house_figures.private_reaches(MODULES)
+        for place in house_figures.private_reaches(modules)
     ]
     assert reaches == []
 
@@ -33,12 +37,14 @@ def test_no_module_reaches_into_another_ones_objects() -> None:
 _LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp)
 
 
-def test_no_lock_of_a_trainers_thread_is_held_around_a_loop_of_the_same_function() -> None:
+def test_no_lock_of_a_trainers_thread_is_held_around_a_loop_of_the_same_function(
+    modules: list[Module],
+) -> None:
     """CPython 3.13 has no handler for an interrupt between two rounds of most loops: it passes by the `with`,
     and the lock stays locked. In a call such a loop does no harm."""
     around = [
         f"{module.path.name}:{block.lineno}"
-        for module in MODULES
+        for module in modules
         if module.path.parent.name == "engine"
         for block in ast.walk(module.tree)
         if isinstance(block, ast.With)
@@ -52,11 +58,11 @@ _MAKERS = {f"torch.{name}" for name in ("arange", "as_tensor", "empty", "empty_s
 _MAKERS |= {f"torch.{name}" for name in ("rand", "randn", "scalar_tensor", "tensor", "zeros")}
 
 
-def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
+def test_every_tensor_is_made_on_a_device_that_is_named(modules: list[Module]) -> None:
     """Else it lies where the user's default device is, whose memory may have no address here."""
     calls = [
         f"{module.path.name}:{call.lineno}"
-        for module in MODULES
+        for module in modules
         for call in ast.walk(module.tree)
         if isinstance(call, ast.Call)
         and ast.unparse(call.func) in _MAKERS
