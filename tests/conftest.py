@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from multiprocessing import forkserver
@@ -41,6 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how many pairs of layouts tests/distributed saves and loads",
     )
     parser.addoption("--long", action="store_true", help="soak for a minute where a sample takes seconds")
+
+
+def pytest_configure() -> None:
+    """One thread of torch's in each process: those of two test runs and their children spin for two cores."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:
