@@ -597,9 +597,9 @@ def _swapped_parameters() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def _other_number_of_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(before + 1)
     try:
         yield
     finally:
@@ -619,7 +619,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "aligned_storages": _aligned_storages,
     "no_checksums": _no_checksums,
     "swapped_parameters": _swapped_parameters,
-    "one_thread": _one_thread,
+    "other_number_of_threads": _other_number_of_threads,
 }
 
 
