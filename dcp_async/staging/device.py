@@ -17,6 +17,7 @@ import torch
 
 from .._geometry import contiguous_strides
 from . import cuda_runtime
+from .batched_copy import copy_batch
 
 logger = logging.getLogger(__name__)
 
@@ -145,16 +146,8 @@ class TorchStream:
             event.hold_back(self._stream)
 
     def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        # in a trainer's thread a copy of a Parameter would record autograd; and tensors that were made in
-        # inference mode are written to in it alone
-        with _on(self._device), self._current(), torch.inference_mode():
-            try:
-                torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
-            except NotImplementedError:
-                # before anything is queued: on a device its kernel knows fewer dtypes than copy_() does, none
-                # of uint16, uint32, uint64, complex32 and float8_e8m0fnu (ForeachBinaryOpList.cu)
-                for target, source in zip(targets, sources, strict=True):
-                    target.copy_(source, non_blocking=True)
+        with _on(self._device), self._current():
+            copy_batch(targets, sources, non_blocking=True)
 
     def empty(
         self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None
@@ -200,8 +193,7 @@ class PlainStream:
         event.synchronize()
 
     def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        with torch.inference_mode():  # as TorchStream does
-            torch._foreach_copy_(list(targets), list(sources))
+        copy_batch(targets, sources, non_blocking=False)
         self.synchronize()  # copies on the device do not wait for themselves
 
     def empty(

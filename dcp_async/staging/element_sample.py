@@ -25,9 +25,6 @@ logger = logging.getLogger(__name__)
 
 _ALIGN = 16
 """Where blocks of another dtype begin: the largest itemsize."""
-_BITS = {1: torch.uint8, 2: torch.int16}
-"""By itemsize, what elements are copied as: the batched kernel takes narrow floats by way of float32, where
-all NaNs become one (UnaryOpFunctor in ForeachFunctors.cuh), while what is staged are the very bits."""
 
 
 class Block(NamedTuple):
@@ -167,7 +164,7 @@ def _copy(
     # batches of one dtype, and of elements that lie together, take the fast path of _foreach_copy_
     batches: defaultdict[tuple[torch.dtype, bool], list[Block]] = defaultdict(list)
     for block in blocks:
-        batches[_copied_as(tensors[block.tensor]), block.step == 1].append(block)
+        batches[tensors[block.tensor].dtype, block.step == 1].append(block)
     sizes = [dtype.itemsize * sum(block.numel for block in batch) for (dtype, _), batch in batches.items()]
     starts = list(accumulate((-(-size // _ALIGN) * _ALIGN for size in sizes), initial=0))
     shape = (starts[-1],)
@@ -181,7 +178,7 @@ def _copy(
         targets = list(torch.split(memory[start : start + size].view(dtype), counts))
         begins = {block.tensor: tensors[block.tensor].storage_offset() for block in batch}
         sources = [
-            torch.as_strided(tensors[index], (numel,), (step,), begins[index] + shift).view(dtype)
+            torch.as_strided(tensors[index], (numel,), (step,), begins[index] + shift)
             for index, _, numel, step, shift in batch
         ]
         if stream is None:
@@ -191,8 +188,3 @@ def _copy(
         ends = [start + dtype.itemsize * end for end in accumulate(counts, initial=0)]
         places += zip(batch, ends, ends[1:], strict=False)
     return _Copied(device, memory, places)
-
-
-def _copied_as(tensor: torch.Tensor) -> torch.dtype:
-    # one that is lazily negated has no view of another dtype
-    return tensor.dtype if tensor.is_neg() else _BITS.get(tensor.dtype.itemsize, tensor.dtype)

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 Operation = Callable[[], None]
 
 
-_NARROW = frozenset({torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2})
-"""What a batched copy on the device takes by way of float32: all NaNs become one."""
-
-
 class DeviceError(RuntimeError):
     """What a device that fails says."""
 
@@ -130,10 +126,8 @@ class FakeStream:
         to, out = Memory.of(target), Memory.of(source)
         is_neg, is_conj = source.is_neg(), source.is_conj()
 
-        by_kernel = None not in lie_on and out.dtype in _NARROW and to.strides == out.strides
-
         def value() -> torch.Tensor:
-            values = out.tensor().float().to(out.dtype) if by_kernel else out.tensor()
+            values = out.tensor()
             values = values.conj() if is_conj else values
             return -values if is_neg else values
 

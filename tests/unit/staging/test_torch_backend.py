@@ -14,6 +14,7 @@ import torch
 
 from dcp_async.staging.device import CaptureInProgressError, PlainStream, TorchBackend
 from tests.support.cuda_library import GLOBAL
+from tests.support.doubles import random_tensor
 from tests.support.torch_cuda import FakeTorchCuda
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -70,17 +71,36 @@ def test_copies_marks_and_waits_are_made_with_their_device_current(cuda: FakeTor
     assert cuda.current_device == 0
 
 
-def test_dtypes_that_the_batched_kernel_does_not_know_are_copied(
-    cuda: FakeTorchCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def not_implemented(*_: Any, **__: Any) -> None:
-        raise NotImplementedError("\"foreach_tensor_copy\" not implemented for 'UInt16'")
+NARROW = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 
-    sources = [torch.arange(size).to(torch.uint16) for size in (3, 5)]
-    targets = [torch.zeros(size, dtype=torch.uint16) for size in (3, 5)]
-    monkeypatch.setattr(torch, "_foreach_copy_", not_implemented)
+
+def kernel_of_cuda(targets: list[torch.Tensor], sources: list[torch.Tensor], **_: Any) -> None:
+    """As ``_foreach_copy_`` copies within a device."""
+    if not {tensor.dtype for tensor in sources} <= KNOWN_TO_THE_KERNEL:
+        raise NotImplementedError('"foreach_tensor_copy" not implemented')
+    for target, source in zip(targets, sources, strict=True):
+        narrow = source.is_floating_point() and source.dtype.itemsize < 4
+        target.copy_(source.float() if narrow else source)
+
+
+KNOWN_TO_THE_KERNEL = {
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.float16),
+    *(torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+}
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, torch.uint16, torch.uint32, torch.uint64, torch.float8_e8m0fnu])
+def test_every_bit_of_a_batch_on_the_device_is_copied(
+    cuda: FakeTorchCuda, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    sources = [random_tensor(dtype, (size,), seed=size) for size in (300, 5)]
+    targets = [torch.zeros_like(source) for source in sources]
+    monkeypatch.setattr(torch, "_foreach_copy_", kernel_of_cuda)
     TorchBackend().stream(FIRST, "save").copy(targets, sources)
-    assert all(map(torch.equal, targets, sources))
+    assert [target.view(torch.uint8).tolist() for target in targets] == [
+        source.view(torch.uint8).tolist() for source in sources
+    ]
 
 
 def test_a_capture_is_asked_of_the_device_in_question_and_refused_by_name(cuda: FakeTorchCuda) -> None:
