@@ -230,8 +230,10 @@ class LoadPipeline:
             except (DamagedError, BaseExceptionGroup):  # found by ``check``, in the storage's own call
                 raise
             except BaseException as error:
-                if slot is not None and isinstance(error, StuckThreadError):
-                    slot.lose()  # the thread that hangs may still write into it
+                # a cancellation tells by its cause that the call which it was to end hangs
+                hangs = isinstance(error, StuckThreadError) or isinstance(error.__cause__, StuckThreadError)
+                if slot is not None and hangs:
+                    slot.lose()  # the call that hangs may still write into it
                 # whatever a storage raises is its failure, with the file that it concerns
                 with storage_errors("read", f"{batch[0].file} of {self._contents.info.checkpoint_id!r}"):
                     raise error from error.__cause__

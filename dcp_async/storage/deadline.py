@@ -49,7 +49,8 @@ class Deadline:
     ) -> T:
         """What ``call`` returns. It joins ``late`` if it goes on after nobody waits for it.
 
-        Cancellation: goes on to ``call``, and is raised once that has ended, or not in time.
+        Cancellation: goes on to ``call``, and is raised once that has ended; from a StuckCallError if it has
+        not in time.
         """
         loop = asyncio.get_running_loop()
         scope = anyio.CancelScope()
@@ -78,6 +79,7 @@ class Deadline:
                 raise stuck
             # who cancelled gets the cancellation; that a call hangs must not be lost with it
             logger.error("%s", stuck)
+            raise cancelled from stuck
         if cancelled is not None:
             raise cancelled
         value, failure = task.result()

@@ -15,9 +15,18 @@ import pytest_asyncio
 import torch
 import uvloop
 
-from dcp_async import CheckpointEngine, CheckpointError, SaveError, Stager, StorageError, Timeouts
+from dcp_async import (
+    CheckpointEngine,
+    CheckpointError,
+    SaveError,
+    Stager,
+    StagingOptions,
+    StorageError,
+    Timeouts,
+)
 from dcp_async._concurrency import settle
 from dcp_async.storage.local.storage import LocalStorage
+from tests.support.accelerator import FakeAccelerator
 from tests.support.clock import skip_time
 from tests.support.doubles import (
     PATIENCE,
@@ -28,7 +37,7 @@ from tests.support.doubles import (
     open_descriptors,
     replace_loops,
 )
-from tests.support.saves import STATE
+from tests.support.saves import PART, STATE
 
 LIMIT = 600.0
 LIMITED = Timeouts(storage=LIMIT)
@@ -98,6 +107,8 @@ class Disk:
         self.verb = ""
         self.calls = 0
         """How many have hung."""
+        self.cancelled = 0
+        """How often one was asked to end."""
         self._at_work = 0
         self._is_due = False
         self._skips_time = False
@@ -106,6 +117,11 @@ class Disk:
     def hang(self, verb: str, *, is_late: bool = True) -> None:
         """From here on calls of ``verb`` hang; where that ``is_late`` their deadlines pass at once."""
         self.verb, self._skips_time = verb, is_late
+
+    def pass_deadlines(self) -> None:
+        """Of the calls that hang."""
+        for loop, _ in self._held[:1]:
+            loop.call_soon_threadsafe(skip_time, loop, LIMIT + 1)
 
     def heal(self) -> None:
         self.verb = ""
@@ -122,8 +138,10 @@ class Disk:
         self._is_due = self._skips_time
         loop.call_soon(self._skip)
         while not released.done():
-            with contextlib.suppress(asyncio.CancelledError):
+            try:
                 await asyncio.shield(released)
+            except asyncio.CancelledError:
+                self.cancelled += 1
         raise OSError(5, "the connection is gone")
 
     @contextlib.contextmanager
@@ -284,6 +302,38 @@ async def test_what_a_late_call_keeps_open_is_closed_once_it_returns(root: Path,
         disk.heal()
         await until(lambda: not any(str(root) in path for path in opened_since(before)))
     assert committed(root) == ["step-00000001"]
+
+
+async def test_slots_that_a_cancelled_read_which_hangs_may_still_fill_are_lost(
+    root: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a save would stage into memory that the storage writes to once it answers."""
+    state = {f"w{index}": torch.full((150, 150), float(index)) for index in range(8)}
+    async with CheckpointEngine(root) as engine:
+        await (await engine.save(state, step=1)).upload_completion
+    # not pinned, for what is lost would stay so for as long as the process lives
+    async with (
+        Stager(StagingOptions(part_bytes=PART, pinned=False), backend=FakeAccelerator()) as stager,
+        CheckpointEngine(disk.storage, staging=stager, timeouts=LIMITED) as engine,
+    ):
+        stand_still = disk.stand_still
+
+        async def stand_still_with_a_slot() -> None:
+            if stager.pool.leased:  # what is read of a checkpoint to open it needs none
+                await stand_still()
+
+        monkeypatch.setattr(disk, "stand_still", stand_still_with_a_slot)
+        disk.hang("read_into", is_late=False)
+        loading = asyncio.ensure_future(engine.read(1, device="cuda"))
+        await until(lambda: disk.calls and disk.calls == stager.pool.leased)
+        loading.cancel()
+        await until(lambda: disk.cancelled >= disk.calls)
+        disk.pass_deadlines()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(loading, PATIENCE)
+        taken = b"".join(arena.taken for arena in stager.pool.arenas)
+        assert (taken.count(1), taken.count(2)) == (0, disk.calls)
+        disk.heal()
 
 
 def opened_since(before: set[int]) -> list[str]:
