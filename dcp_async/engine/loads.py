@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 
 import torch
 
-from .._concurrency import Verb, Wait, cancellation_point
+from .._concurrency import Verb, Wait, cancellation_point, run_blocking
 from .._foreign import ENDINGS, is_foreign, words
 from ..catalog import Contents, UnfitMetadataError, reference
 from ..coordination import Coordinator, RemoteFailure
@@ -42,7 +42,7 @@ from ..load import (
     read_fresh,
 )
 from ..options import Dtypes
-from ..staging import CaptureInProgressError
+from ..staging import CaptureInProgressError, Event
 from ..state import Asked, CaptureError, Restorer, Schema, Targets, capture_targets, wishes_of
 from .lifetime import Lifetime
 
@@ -184,17 +184,19 @@ class Loads:
             asked.agreed.update(agreed)
         services = self._services()
 
-        def look() -> tuple[Targets, DeviceWrites | None]:
+        def look() -> tuple[Targets, DeviceWrites | None, list[Event]]:
             targets = capture_targets(state, schema, asked, rank=rank, world_size=world_size)
+            memory, stager = targets.memory(), services.stager
             # after the state's own code, which may queue work on a device
-            return targets, _writes(
-                services, services.stager.backend.devices(targets.memory()), targets.device
-            )
+            writes = _writes(services, stager.backend.devices(memory), targets.device)
+            return targets, writes, stager.queued_for(memory)
 
-        targets, writes = yield from self._look(attempt, look)
+        targets, writes, queued = yield from self._look(attempt, look)
 
         async def load(contents: Contents, ranks: Together) -> Loaded:
             with _load_errors(contents.info.checkpoint_id, lambda: refill or ranks.are_ready):
+                for event in queued:  # else it would land in what is loaded, or read half of it
+                    await run_blocking(services.threads, services.timeout, event.synchronize)
                 return await load_into(
                     contents, targets, services, how, refill=refill, ranks=ranks, writes=writes
                 )

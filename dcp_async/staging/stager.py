@@ -23,7 +23,7 @@ from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
 from ..errors import EngineStateError
 from ..formats import BLOCK_BYTES
 from ..planning import CompiledPlan
-from ..state import Captured, meta_error
+from ..state import PLAIN_TENSORS, Captured, meta_error
 from .arena import touch
 from .aside import ASIDE_BYTES, take_snapshots, watched
 from .bounce import Bounce
@@ -201,6 +201,25 @@ class Stager:
         except CaptureInProgressError:
             # it is recording: what it queued before was done when it began, what it queues now does not run
             return []
+
+    def queued_for(self, tensors: Sequence[torch.Tensor]) -> list[Event]:
+        """What the caller has queued that may still fill, or read, those of ``tensors`` that lie in pinned
+        host memory."""
+        if self.backend.current_device() is None:
+            return []
+        # of other kinds not all answer whether they are pinned
+        plain = [
+            tensor
+            for tensor in tensors
+            if type(tensor) in PLAIN_TENSORS
+            and tensor.is_cpu
+            and tensor.layout is torch.strided
+            and not tensor.is_nested
+        ]
+        if not self.backend.pinned_among(plain):
+            return []
+        devices = {device for device in self.backend.devices(tensors) if device.type != "meta"}
+        return [*map(self.backend.record, devices), *self._queued(devices)]
 
     def leaf_fetch(
         self,

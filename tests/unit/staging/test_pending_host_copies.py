@@ -1,4 +1,5 @@
-"""Pinned tensors on the host that a non-blocking copy is still filling when save() is called."""
+"""Pinned tensors on the host that a non-blocking copy is still filling, or reading, when save() or load() is
+called."""
 
 from __future__ import annotations
 
@@ -112,3 +113,37 @@ async def test_which_tensors_are_pinned_is_asked_once_for_a_structure(root: Path
         for step in range(3):
             await saved(engine, state, step=step)
     assert asked == [2]
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+@pytest.mark.parametrize("beside", [False, True], ids=["host only", "beside a device"])
+async def test_a_load_waits_for_what_is_queued_from_and_into_the_host_memory_that_it_fills(
+    root: Path, beside: bool, atomic: bool
+) -> None:
+    fake = FakeAccelerator()
+    side = fake.new_stream(fake.all_devices[0])
+    into: dict[str, Any] = {"ema": pinned(fake, 1000), "offloaded": pinned(fake, 1000).fill_(5)}
+    if beside:
+        into["w"] = fake.tensor(torch.zeros(10))
+    used = fake.tensor(torch.zeros(1000))
+    async with Stager(backend=fake) as stager, CheckpointEngine(root, staging=stager) as engine:
+        await saved(engine, {name: torch.full_like(value, 3.0) for name, value in into.items()})
+        with fake.on_stream(side):
+            copy_later(fake, into["ema"], 7.0)
+            fake.current_stream(fake.all_devices[0]).copy([used], [into["offloaded"]])
+            await engine.load(into, atomic=atomic)
+    fake.finish()
+    for value in into.values():
+        assert_same(value.clone(), torch.full(value.shape, 3.0))
+    assert_same(used.clone(), torch.full((1000,), 5.0))
+
+
+async def test_a_load_into_host_memory_that_is_not_pinned_waits_for_no_queue(root: Path) -> None:
+    fake = FakeAccelerator()
+    fake.launch(lambda: None)
+    into = {"w": torch.zeros(1000)}
+    async with Stager(backend=fake) as stager, CheckpointEngine(root, staging=stager) as engine:
+        await saved(engine, {"w": torch.ones(1000)})
+        await engine.load(into)
+    assert_same(into["w"], torch.ones(1000))
+    assert fake.current_stream(fake.all_devices[0]).queue
