@@ -156,12 +156,12 @@ class DeviceWrites:
 
     async def lease(self) -> Slot:
         """A slot to read into; waits for one. It comes back by ``wait``, or when ``finishing`` ends."""
-        lease = await self._pool.lease(1)
+        slot = Slot(self._pool, await self._pool.lease(1))
+        self._slots.add(slot)  # before anything else may fail
+        arena = slot.lease.arena
         # a save may not have come yet
-        self._stager.pinner.want(lease.arena, min(self._ends, key=str))
-        lease.arena.resident[lease.first] = None  # a save would take its constant bytes for granted
-        slot = Slot(self._pool, lease)
-        self._slots.add(slot)
+        self._stager.pinner.want(arena, min(self._ends, key=str))
+        arena.resident[slot.lease.first] = None  # a save would take its constant bytes for granted
         return slot
 
     def enqueue(self, slot: Slot, buffers: Iterable[FetchBuffers]) -> None:

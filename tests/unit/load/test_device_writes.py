@@ -134,3 +134,16 @@ async def test_slots_are_reserved_while_a_load_runs() -> None:
         stager.pool.reserve(FAKE, 7)  # a save's serve a load as well: no more memory is mapped for it
         async with writes.finishing(100 * stager.pool.slot_bytes, num_slots=4):
             assert stager.pool.num_slots == 7
+
+
+async def test_a_slot_comes_back_when_it_could_not_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def want(*args: object) -> None:
+        raise MemoryError
+
+    async with Stager(StagingOptions(pinned=False), backend=FAKE) as stager:
+        monkeypatch.setattr(stager.pinner, "want", want)
+        writes = DeviceWrites(stager, FAKE.all_devices, THREADS, 60)
+        with pytest.raises(MemoryError):
+            async with writes.finishing(1, num_slots=1):
+                await writes.lease()
+        assert stager.pool.leased == 0
