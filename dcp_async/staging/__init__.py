@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from .bounce import Bounce
-from .buffer_pool import BufferPool, Lease
 from .device import CaptureInProgressError, Event, Stream
 from .job import Run, StageJob
-from .mutation_watch import MutatedTensors
+from .memory import Bounce, BufferPool, Lease
 from .prepared import Prepared
 from .selection import Selection
 from .side_buffer import Piece, SideBuffer
 from .stager import Stager, StagingOptions, num_parts, parts_between
+from .watch import MutatedTensors
 
 __all__ = [
     "Bounce",

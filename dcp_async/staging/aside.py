@@ -19,9 +19,8 @@ import torch
 from .._geometry import contiguous_strides
 from ..state import Captured
 from .device import Stream
-from .mutation_watch import MutationWatch
 from .packing import Located, Pack, Snapshot
-from .samples import Sampled
+from .watch import MutationWatch, Sampled
 
 logger = logging.getLogger(__name__)
 

@@ -18,12 +18,10 @@ import torch
 from .._concurrency import BlockingThreads
 from .._geometry import flat_slices
 from ..state import Captured
-from .bounce import Bounce
-from .buffer_pool import Lease
 from .device import Backend, Event, Stream
 from .job import Run, StageJob
+from .memory import Bounce, Lease, Pinner
 from .packing import NO_PACKS, Packs, Snapshot
-from .pinning import Pinner
 from .prepared import Prepared
 from .vectored_copy import RefusedError
 from .views import BatchViews, DeviceViews, Placement, ViewCache

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 
 from ..planning import CompiledPlan
-from .buffer_pool import Lease
 from .device import Event
-from .element_sample import FetchedSample
+from .memory import Lease
 from .packing import Scratch, Snapshot
 from .prepared import Prepared
 from .views import BatchViews, Placement
+from .watch import FetchedSample
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

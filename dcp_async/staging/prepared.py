@@ -15,9 +15,9 @@ import torch
 
 from ..state import Captured, versions_of
 from .device import Event
-from .mutation_watch import MutatedTensors, MutationWatch
 from .packing import Located, Snapshot
 from .selection import Selection
+from .watch import MutatedTensors, MutationWatch
 
 
 @dataclass(slots=True, kw_only=True)

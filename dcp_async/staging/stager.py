@@ -24,17 +24,14 @@ from ..errors import EngineStateError
 from ..formats import BLOCK_BYTES
 from ..planning import CompiledPlan
 from ..state import PLAIN_TENSORS, Captured, meta_error
-from .arena import touch
 from .aside import ASIDE_BYTES, take_snapshots, watched
-from .bounce import Bounce
-from .buffer_pool import BufferPool, Lease
 from .copier import Copier, UnsettledError
 from .device import Backend, CaptureInProgressError, Event, TorchBackend
 from .job import Run, StageJob
-from .mutation_watch import MutationWatch
+from .memory import Bounce, BufferPool, Lease, Pinner, touch
 from .packing import Snapshot
-from .pinning import Pinner
 from .prepared import Prepared
+from .watch import MutationWatch
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,7 @@ import torch
 
 from .._geometry import contiguous_strides
 from ..planning import CompiledPlan
-from .arena import Arena
-from .buffer_pool import Lease
+from .memory import Arena, Lease
 from .packing import Located, Pack, Stretch
 from .selection import Selection
 from .vectored_copy import VectoredCopy

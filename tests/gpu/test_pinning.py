@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, Limits, Stager, StagingOptions
-from dcp_async.staging import cuda_runtime
+from dcp_async.staging.device import cuda_runtime
 from tests.support.devices import CountingBackend, assert_equal, elements, on_host
 from tests.support.doubles import assert_same
 

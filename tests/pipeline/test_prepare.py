@@ -13,8 +13,8 @@ import torch
 
 from dcp_async import CheckpointEngine, EngineStateError, Limits, SaveError, Stager, StagingOptions, sync
 from dcp_async.planning import compile_plan
-from dcp_async.staging.arena import Arena
-from dcp_async.staging.bounce import BOUNCE_BYTES
+from dcp_async.staging.memory.arena import Arena
+from dcp_async.staging.memory.bounce import BOUNCE_BYTES
 from tests.support.accelerator import FakeAccelerator
 from tests.support.doubles import (
     PATIENCE,

@@ -14,8 +14,8 @@ import torch
 from dcp_async.planning.planner import CompiledPlan
 from dcp_async.planning.replica_turns import Turn
 from dcp_async.save.replica_check import Mode, ReplicaCheck, Sample
-from dcp_async.staging.mutation_watch import MutatedTensors
 from dcp_async.staging.stager import Stager, StagingOptions
+from dcp_async.staging.watch.mutation_watch import MutatedTensors
 from dcp_async.state.capture import Captured, capture
 
 FIRST = Turn(number=0, is_proven=False)

@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW
 
 from dcp_async import CheckpointEngine, StagingOptions, StateMutatedError
 from dcp_async.staging import vectored_copy
-from dcp_async.staging.byte_sample import places_to_sample
+from dcp_async.staging.watch.byte_sample import places_to_sample
 from tests.support.doubles import KIB, MIB, FaultyStorage, assert_same
 from tests.support.saves import HELD
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dcp_async.staging import cuda_runtime
+from dcp_async.staging.device import cuda_runtime
 from tests.support.cuda_library import FakeCudaLibrary
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from dcp_async.staging.bounce import Bounce
 from dcp_async.staging.device import Purpose
+from dcp_async.staging.memory.bounce import Bounce
 from tests.support.accelerator import FakeAccelerator
 from tests.support.device_memory import Memory
 from tests.support.device_queue import DeviceError, FakeStream

@@ -13,8 +13,8 @@ import torch
 
 from dcp_async import CheckpointEngine, Stager, StagingOptions
 from dcp_async.errors import StorageError
-from dcp_async.staging.arena import Arena
-from dcp_async.staging.buffer_pool import BufferPool, Lease
+from dcp_async.staging.memory.arena import Arena
+from dcp_async.staging.memory.buffer_pool import BufferPool, Lease
 from dcp_async.sync import CheckpointEngine as SyncEngine
 from tests.support.accelerator import FakeAccelerator
 from tests.support.doubles import PATIENCE

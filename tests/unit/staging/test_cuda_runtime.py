@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dcp_async.staging import cuda_runtime
+from dcp_async.staging.device import cuda_runtime
 from tests.support.cuda_library import GLOBAL, NOT_REGISTERED, THREAD_LOCAL, FakeCudaLibrary
 
 ADDRESS, NBYTES = 0x7F0000000000, 1 << 20

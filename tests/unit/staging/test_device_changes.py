@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from dcp_async import CheckpointEngine, Stager, StagingOptions, StateMutatedError
-from dcp_async.staging import byte_sample
+from dcp_async.staging.watch import byte_sample
 from tests.support.accelerator import FakeAccelerator
 from tests.support.device_memory import Memory
 from tests.support.doubles import FaultyStorage, assert_same

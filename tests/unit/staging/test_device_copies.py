@@ -16,8 +16,8 @@ import torch
 
 from dcp_async import CheckpointEngine, Limits, SaveCancelled, SaveError, Stager, StagingOptions
 from dcp_async.save import SavePipeline
-from dcp_async.staging import buffer_pool
 from dcp_async.staging.copier import Copier
+from dcp_async.staging.memory import buffer_pool
 from tests.support.accelerator import FakeAccelerator
 from tests.support.device_queue import FakeEvent, FakeStream
 from tests.support.doubles import data_files, random_tensor

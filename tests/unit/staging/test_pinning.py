@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from dcp_async import CheckpointEngine, Stager, StagingOptions
-from dcp_async.staging.arena import Arena
-from dcp_async.staging.buffer_pool import BufferPool
-from dcp_async.staging.pinning import Pinner
+from dcp_async.staging.memory.arena import Arena
+from dcp_async.staging.memory.buffer_pool import BufferPool
+from dcp_async.staging.memory.pinning import Pinner
 from tests.support.accelerator import FakeAccelerator
 from tests.support.doubles import PATIENCE
 
@@ -200,7 +200,7 @@ def test_refused_pin_is_remembered_and_said_once(caplog: pytest.LogCaptureFixtur
     fake.refuses_pins = True
     pinner = Pinner(fake)
     arenas = [Arena(2, SLOT), Arena(3, SLOT)]
-    with caplog.at_level(logging.INFO, "dcp_async.staging.pinning"):
+    with caplog.at_level(logging.INFO, "dcp_async.staging.memory.pinning"):
         for arena in (*arenas, *arenas, *arenas):
             assert not _pinned(pinner, arena, fake)
     assert len(fake.pin_calls) == len(arenas)
@@ -228,7 +228,7 @@ def test_refusal_is_a_warning_for_who_has_asked_for_it(caplog: pytest.LogCapture
     fake = FakeAccelerator()
     fake.refuses_pins = True
     stager = Stager(StagingOptions(pinned=True), backend=fake)
-    with caplog.at_level(logging.INFO, "dcp_async.staging.pinning"):
+    with caplog.at_level(logging.INFO, "dcp_async.staging.memory.pinning"):
         assert not _pinned(stager.pinner, Arena(2, SLOT), fake)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     stager.pinner.close()
@@ -373,8 +373,8 @@ def test_close_does_not_wait_for_ever_for_a_registration_that_hangs(is_known: bo
 _AT_EXIT = """
 import sys, threading
 import torch
-from dcp_async.staging.arena import Arena
-from dcp_async.staging.pinning import Pinner
+from dcp_async.staging.memory.arena import Arena
+from dcp_async.staging.memory.pinning import Pinner
 from tests.support.accelerator import FakeAccelerator
 
 class Fake(FakeAccelerator):

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..state import Captured, layers_of, version_of, versions_of, wrappers_in
+from ...state import Captured, layers_of, version_of, versions_of, wrappers_in
+from ..device import Stream
+from ..selection import Selection
 from .byte_sample import ByteSample
-from .device import Stream
 from .element_sample import ElementSample
 from .samples import Sampled
-from .selection import Selection
 
 
 class MutatedTensors(Exception):

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..state import Captured
+from ...state import Captured
+from ..device import Stream
+from ..packing import Located
+from ..vectored_copy import RefusedError
 from .byte_sample import ByteSample, Place, places_to_sample
-from .device import Stream
 from .element_sample import Block, ElementSample, block_at
-from .packing import Located
-from .vectored_copy import RefusedError
 
 
 @dataclass(frozen=True, slots=True)

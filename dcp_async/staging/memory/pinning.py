@@ -18,9 +18,9 @@ from collections.abc import Callable
 
 import torch
 
-from .._concurrency import BlockingThreads
+from ..._concurrency import BlockingThreads
+from ..device import Backend
 from .arena import Arena, Ranges, touch
-from .device import Backend
 
 logger = logging.getLogger(__name__)
 

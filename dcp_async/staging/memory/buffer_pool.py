@@ -12,8 +12,8 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 
-from .._concurrency import settle
-from ..errors import StorageError
+from ..._concurrency import settle
+from ...errors import StorageError
 from .arena import Arena
 
 

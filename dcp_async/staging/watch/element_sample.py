@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..formats import FileLayout
+from ...formats import FileLayout
+from ..device import Backend, Stream
 from .byte_sample import Place
-from .device import Backend, Stream
 
 logger = logging.getLogger(__name__)
 

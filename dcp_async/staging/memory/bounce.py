@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .._geometry import flat_slices
-from .device import Backend, Event, Stream
+from ..._geometry import flat_slices
+from ..device import Backend, Event, Stream
 
 BOUNCE_BYTES = 32 << 20
 """A transfer of that size runs at the line's rate, and the first one is soon through."""

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..errors import StorageError
+from ...errors import StorageError
 
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14: make the pages of a range, and leave what they hold."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .vectored_copy import RefusedError, VectoredCopy
+from ..vectored_copy import RefusedError, VectoredCopy
 
 Place = tuple[int, int, int]
 """(index of a tensor, offset in its row-major bytes, length) of a sampled block."""
