@@ -24,7 +24,6 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 import pytest
-import torch
 
 import dcp_async
 from dcp_async import errors
@@ -102,12 +101,8 @@ def anchors_of(page: Path) -> set[str]:
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working directory; what a page sets for the process is taken back."""
     monkeypatch.chdir(tmp_path)
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # models of a few numbers: on a busy machine two threads take thirty times as long
+    handler = signal.getsignal(signal.SIGTERM)
     yield tmp_path
-    torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, handler)
 
 
