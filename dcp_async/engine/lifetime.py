@@ -91,6 +91,7 @@ class Lifetime:
             digest=setup.configuration,
             missed=self.book.missed,
         )
+        setup.check_ranks(coordinator.world_size)
         try:
             loop.start()
             threads = BlockingThreads("dcp_async-work", setup.limits.io_concurrency + 1)

@@ -19,7 +19,7 @@ from ..events import Event, Observer
 from ..options import Limits, Timeouts
 from ..planning import PlanningOptions
 from ..staging import Stager, StagingOptions
-from ..storage import LimitedStorage, LocalStorage, Storage
+from ..storage import LimitedStorage, MemoryStorage, Storage, storage_at
 from ..trust import Trust
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ class Setup:
     """An engine's parts and options. Of storage and stager, what was given stays the caller's to close."""
 
     storage: Storage
+    memory: MemoryStorage | None
+    """The storage that was named or given, where it is this process's memory."""
     owns_storage: bool
     stager: Stager
     owns_stager: bool
@@ -51,6 +53,11 @@ class Setup:
             f"planner={planner} replicas={self.coordination.replicas}"
         )
 
+    def check_ranks(self, world_size: int) -> None:
+        """Raises: StorageError where several ranks would write to what only one of them sees."""
+        if self.memory is not None and world_size > 1:
+            self.memory.refuse_ranks()
+
 
 def make_setup(
     root: Storage | str | os.PathLike[str],
@@ -63,25 +70,28 @@ def make_setup(
     trust: Trust,
     observer: Observer | None,
 ) -> Setup:
-    """A storage and a stager are made where paths and options were given. Raises TypeError for a root that is
-    neither a path nor a storage."""
+    """A storage and a stager are made where paths, URLs and options were given. Raises TypeError for a root
+    that is neither a path nor a storage; ValueError for a URL that no storage serves."""
     owns_storage = isinstance(root, (str, os.PathLike))
     storage: Storage
+    memory = root if isinstance(root, MemoryStorage) else None
     if isinstance(root, (str, os.PathLike)):
-        storage = LocalStorage(
+        storage = storage_at(
             root,
             io_concurrency=limits.io_concurrency,
             timeout=timeouts.storage,
             lease_max_age=2 * timeouts.coordination,
             follow_links=trust.follow_links,
         )
+        memory = storage if isinstance(storage, MemoryStorage) else None
     elif hasattr(root, "begin"):
         # a storage of the user's promises no end of its calls
         storage = LimitedStorage(root, timeouts.storage)
     else:
-        raise TypeError(f"root={root!r} must be a directory's path (str or PathLike) or a Storage")
+        raise TypeError(f"root={root!r} must be a directory's path (str or PathLike), a URL or a Storage")
     return Setup(
         storage=storage,
+        memory=memory,
         owns_storage=owns_storage,
         stager=staging if isinstance(staging, Stager) else Stager(staging),
         owns_stager=not isinstance(staging, Stager),

@@ -41,7 +41,8 @@ class EngineVerbs:
     ) -> None:
         """
         Args:
-            root: a directory (``~`` is the home directory), made by the first save, or a Storage, which stays
+            root: a directory (``~`` is the home directory), made by the first save; a URL, which is
+                ``file:///absolute/path`` or ``memory://name`` for MemoryStorage; or a Storage, which stays
                 the caller's to close.
             staging: how the state is copied, or a Stager to share, which stays the caller's to close.
             planning: DCP's planner, and whether plans are reused.

@@ -5,15 +5,19 @@ from __future__ import annotations
 from .base import LinkError, NamesUids, Reader, Storage, StoredCheckpoint, Transaction, UnreadableError
 from .deadline import LimitedStorage
 from .local import LocalStorage
+from .memory import MemoryStorage
+from .urls import storage_at
 
 __all__ = [
     "LimitedStorage",
     "LinkError",
     "LocalStorage",
+    "MemoryStorage",
     "NamesUids",
     "Reader",
     "Storage",
     "StoredCheckpoint",
     "Transaction",
     "UnreadableError",
+    "storage_at",
 ]

@@ -9,14 +9,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeAlias, TypeVar
 
 from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
 from ..errors import StorageError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+PathText: TypeAlias = "str | os.PathLike[str]"
 
 
 class StuckCallError(StorageError, StuckThreadError):
@@ -56,13 +56,15 @@ class BlockingCalls:
             self._bulk = BlockingThreads("dcp_async-io", self._io_concurrency)
         return self._bulk
 
-    async def run(self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def run(
+        self, verb: str, path: PathText, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """Run a small call in a thread of ours; an OSError becomes a StorageError of ``verb`` and
         ``path``."""
         return await self._run_in(self.threads, verb, path, fn, *args, **kwargs)
 
     async def run_bulk(
-        self, verb: str, path: Path, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+        self, verb: str, path: PathText, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Run a call that moves many bytes, in threads that such calls share."""
         return await self._run_in(self.bulk_threads, verb, path, fn, *args, **kwargs)
@@ -71,7 +73,7 @@ class BlockingCalls:
         self,
         threads: BlockingThreads,
         verb: str,
-        path: Path,
+        path: PathText,
         fn: Callable[P, T],
         *args: P.args,
         **kwargs: P.kwargs,

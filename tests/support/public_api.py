@@ -20,7 +20,7 @@ import dcp_async
 import dcp_async.storage
 import dcp_async.sync
 
-STORAGE = ("LocalStorage", "Reader", "Storage", "StoredCheckpoint", "Transaction")
+STORAGE = ("LocalStorage", "MemoryStorage", "Reader", "Storage", "StoredCheckpoint", "Transaction")
 """What of the storage is for third parties; the rest of its face is the package's own."""
 FACES: dict[ModuleType, Iterable[str]] = {
     dcp_async: dcp_async.__all__,
@@ -29,10 +29,12 @@ FACES: dict[ModuleType, Iterable[str]] = {
 }
 MADE_BY_THE_ENGINE = {"AsyncSaveResponse", "CheckpointHandle", "CheckpointInfo", "LoadReport"}
 """Their constructors are nobody else's."""
+OF_A_STORAGE = {name for name in vars(dcp_async.storage.Storage) if not name.startswith("_")}
 PUBLIC = {
     "AppState": {"load_state_dict", "state_dict"},
     "CheckpointHandle": {"add_done_callback", "done", "exception", "result", "wait"},
-    "LocalStorage": {name for name in vars(dcp_async.storage.Storage) if not name.startswith("_")},
+    "LocalStorage": OF_A_STORAGE,
+    "MemoryStorage": {"clear", *OF_A_STORAGE},
     "PerRank": {"key"},
     "Stager": {"close", "open", "options"},
     "StorageError": {"errno", "path", "verb"},
