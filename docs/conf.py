@@ -46,7 +46,7 @@ toc_object_entries_show_parents = "hide"
 nitpicky = True
 nitpick_ignore_regex = [
     # Intersphinx would need the network, and the build must not.
-    (r"py:.*", r"(collections|contextlib|os|types|typing|torch)\..+"),
+    (r"py:.*", r"(collections|contextlib|os|pathlib|types|typing|torch)\..+"),
     # What autodoc leaves as the source spells it: built-in errors, names of typing, "any JSON value".
     (
         r"py:(class|exc)",
@@ -59,7 +59,7 @@ nitpick_ignore_regex = [
 NOT_CALLED = {
     *("AsyncSaveResponse", "CheckpointHandle", "CheckpointInfo", "LoadReport", "StoredCheckpoint"),
     *("SaveStarted", "SaveStaged", "SaveProgress", "SaveCommitted", "SaveFailed"),
-    *("Observer", "Storage", "Transaction", "Reader"),
+    *("Observer", "Storage", "StorageContract", "Transaction", "Reader"),
     *(name for name in dcp_async.__all__ if name in vars(errors)),
 }
 """Classes that users do not call: the engine makes their objects, or they are protocols."""

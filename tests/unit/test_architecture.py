@@ -65,6 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "response",
         "_concurrency",
     },
+    "testing": {*GROUND, "storage"},
 }
 """By folder. ``sync`` and the package itself may import all."""
 
