@@ -17,7 +17,8 @@ CheckpointError(Exception)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from functools import partial
+from typing import Any, Literal, Self
 
 Phase = Literal["capture", "plan", "stage", "write", "commit"]
 
@@ -50,6 +51,12 @@ class SaveError(CheckpointError):
         self.step = step
         self.phase = phase
         self.failures: dict[int, BaseException] = dict(failures or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own passes nothing by keyword. Without ``failures``, of classes that may not pickle:
+        # stock's ranks send each other what they raise, and the message has it all
+        cls = partial(type(self), checkpoint_id=self.checkpoint_id, step=self.step, phase=self.phase)
+        return cls, (self.message,)
 
     def fresh(self) -> Self:
         """An equal error with no traceback yet: one raised to many waiters would grow with each of them."""
@@ -126,6 +133,9 @@ class StorageError(CheckpointError, OSError):
         self.verb = verb
         self.path = path
         self.errno = errno
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), verb=self.verb, path=self.path, errno=self.errno), (str(self),)
 
     @classmethod
     def of(cls, verb: str, path: str, cause: OSError) -> StorageError:
