@@ -8,27 +8,21 @@ long as it must be, and no replica that differs; and no rank commits before its 
 from __future__ import annotations
 
 import asyncio
-import time
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 import anyio
-import torch
 
 from .._concurrency import collection_paused
-from ..formats import BLOCK_BYTES, FileEntry, Footer, ManifestHead, encode_manifest
-from ..planning import CompiledPlan, Publication, prove_head
+from ..planning import CompiledPlan, Publication
 from .directory import SaveDirectory
-from .failures import in_phase
+from .file_writer import File, FileWriter
+from .publishing import make_release
 from .replica_check import Digest, Kind, differing
 from .replica_comparison import ReplicaComparison
 from .request import SaveRequest
 from .services import Carryover, SaveServices
-
-File = tuple[str, int, str]
-"""(name, length, digest) of what a rank wrote."""
 
 
 class ShareOutcome(TypedDict):
@@ -61,8 +55,7 @@ class Written:
     """What one rank wrote."""
 
     plan: CompiledPlan
-    digests: Sequence[array[int]]
-    """Per part, those of its blocks."""
+    file: FileWriter
     replicas: list[Digest]
     """Digests of what this rank holds as others do."""
 
@@ -91,7 +84,7 @@ class Commit:
         """Ranks: all must call it. Cancellation: until the commit has begun, then not any more. Raises
         ConflictError, or RemoteFailure."""
         coordinator, transaction = self._services.coordinator, self._directory.transaction
-        entry = await self._complete_file(written)
+        entry = await written.file.complete(transaction)
         # not before the caller has its state back: a save() that raises must leave no checkpoint
         await asyncio.shield(asyncio.wrap_future(self._request.has_returned))
         if entry is not None and not coordinator.is_coordinator:  # it looks at all of them
@@ -113,21 +106,6 @@ class Commit:
         self._comparison.matched()
         return CommitOutcome(*conclusion["published"])
 
-    async def _complete_file(self, written: Written) -> File | None:
-        """Append the footer and sync; None if this rank has no file."""
-        layout, transaction = written.plan.layout, self._directory.transaction
-        if not layout.image_bytes:
-            return None
-        digests = array("Q")
-        for part in written.digests:
-            digests.extend(part)
-        assert len(digests) == -(-layout.image_bytes // BLOCK_BYTES)
-        footer = Footer(image_bytes=layout.image_bytes, digests=digests)
-        with in_phase("write"):
-            await transaction.put(self._directory.file, layout.image_bytes, memoryview(footer.encode()))
-            await transaction.seal(self._directory.file)
-        return self._directory.file, layout.file_bytes, footer.digest
-
     # The coordinator's side.
 
     async def _conclude(self, plan: CompiledPlan, outcomes: Sequence[ShareOutcome]) -> Conclusion:
@@ -142,32 +120,23 @@ class Commit:
         request, response = self._request, self._request.response
         coordinator, transaction = self._services.coordinator, self._directory.transaction
         publication = await self._publication(plan)
-        metadata = publication.metadata.render(self._uid)
-        now = time.time()
-        ranks = [entry and FileEntry(name=entry[0], nbytes=entry[1], digest=entry[2]) for entry in entries]
-        files = tuple(entry for entry in ranks if entry is not None)
-        head = ManifestHead(
+        release = make_release(
+            publication,
+            entries,
             checkpoint_id=response.checkpoint_id,
             uid=self._uid,
             step=response.step,
-            time=now,
-            world_size=coordinator.world_size,
-            torch_version=torch.__version__,
-            files=files,
             notes=request.notes,
         )
-        # what is read back wrongly fails the save now, not the resume in a week
-        prove_head(head, publication.ends, ranks)
-        manifest = encode_manifest(**head, metadata=metadata, constant=publication.manifest_json)
         # the last moment at which a cancellation undoes everything
         await anyio.lowlevel.checkpoint_if_cancelled()
-        await transaction.verify({file.name: file.nbytes for file in files})
+        await transaction.verify(release.sizes)
         # a coordinator that stood still may have been given up: then the others have failed already
         coordinator.check_steady("commit")
         request.cancellation.close()
         with anyio.CancelScope(shield=True):
-            await transaction.commit(metadata, manifest, replace=request.replace)
-        return now, len(files), sum(file.nbytes for file in files)
+            await transaction.commit(release.metadata, release.manifest, replace=request.replace)
+        return release.time, len(release.sizes), sum(release.sizes.values())
 
     async def _publication(self, plan: CompiledPlan) -> Publication:
         """What is published, made by the first save of a plan; others that are in flight wait for it."""

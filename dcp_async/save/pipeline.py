@@ -15,21 +15,19 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from array import array
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 
 import anyio
 
-from .._concurrency import Pipe, StuckThreadError, run_blocking, run_unless
+from .._concurrency import Pipe, run_unless
 from ..coordination import RemoteError
 from ..events import SaveProgress, SaveStaged
-from ..formats import block_digests
 from ..planning import CompiledPlan
 from ..staging import Lease, Prepared, Run, StageJob, num_parts, parts_between
 from .commit import Commit, CommitOutcome, Written
 from .directory import SaveDirectory
 from .failures import in_phase, tell_others
+from .file_writer import FileWriter, StagedPart
 from .plan_agreement import PlanAgreement
 from .replica_check import Digest
 from .replica_comparison import ReplicaComparison
@@ -39,17 +37,6 @@ from .services import Carryover, SaveServices
 _RUNS_AHEAD = 1
 """How many runs are queued on devices, under a budget, beside the one that is waited for and the one that is
 being queued: a device never waits for us, and no more memory is taken than that needs."""
-
-
-@dataclass(frozen=True, slots=True)
-class StagedPart:
-    """A slot that holds bytes [offset, offset + len(memory)) of the image."""
-
-    number: int
-    offset: int
-    memory: memoryview
-    lease: Lease
-    slot: int
 
 
 class SavePipeline:
@@ -216,8 +203,14 @@ class _Flow:
         """The plan holds, and the directory is leased: parts may be written."""
         self._calm = anyio.Event()
         """No caller waits for staging, so hashing may take CPU."""
-        self._written_bytes = 0
-        self._digests: list[array[int]] = [array("Q")] * self._num_parts
+        self._file = FileWriter(
+            directory.file,
+            plan.layout,
+            pool=services.stager.pool,
+            threads=services.threads,
+            timeout=services.timeout,
+            progress=functools.partial(_tell_progress, services, request, plan.layout.image_bytes),
+        )
         self._replicas: list[Digest] = []
 
     async def run(self, is_agreed: Callable[[], Awaitable[bool]] | None) -> Written | None:
@@ -245,7 +238,7 @@ class _Flow:
             with anyio.CancelScope(shield=True):
                 await self.drop_staged()
             return None
-        return Written(plan=self._plan, digests=self._digests, replicas=self._replicas)
+        return Written(plan=self._plan, file=self._file, replicas=self._replicas)
 
     async def drop_staged(self) -> None:
         """Free the slots that are still leased, once no device writes into them."""
@@ -322,36 +315,21 @@ class _Flow:
         """Hand parts to the storage as they are. Direct writes take hardly any CPU, so they need not wait for
         staging."""
         await self._begun.wait()
-        transaction = self._directory.transaction
-        async for part in staged:
-            with in_phase("write"):
-                try:
-                    await transaction.put(self._directory.file, part.offset, part.memory)
-                except StuckThreadError:
-                    # the thread that hangs may still read the slot: nobody may write into it again
-                    self._services.stager.pool.release(part.lease, part.slot, lost=True)
-                    raise
-            await written.put(part)
-        await written.close()
+        await self._file.write(self._directory.transaction, staged, written)
 
     async def _digest(self, written: Pipe[StagedPart]) -> None:
         """Checksum parts and free their slots. Takes CPU, so it waits until no caller waits for staging."""
-        services, response = self._services, self._request.response
-        # behind the write, not before it: the bytes lie in the slot until they are hashed, so what is checked
-        # is what the storage was given, and no write waits for a hash
         await self._calm.wait()
-        async for part in written:
-            with in_phase("write"):
-                self._digests[part.number] = await run_blocking(
-                    services.threads, services.timeout, block_digests, part.memory
-                )
-            services.stager.pool.release(part.lease, part.slot)
-            self._written_bytes += len(part.memory)
-            services.observe(
-                SaveProgress(
-                    checkpoint_id=response.checkpoint_id,
-                    step=response.step,
-                    written_bytes=self._written_bytes,
-                    nbytes=self._plan.layout.image_bytes,
-                )
-            )
+        await self._file.digest(written)
+
+
+def _tell_progress(services: SaveServices, request: SaveRequest, nbytes: int, written_bytes: int) -> None:
+    response = request.response
+    services.observe(
+        SaveProgress(
+            checkpoint_id=response.checkpoint_id,
+            step=response.step,
+            written_bytes=written_bytes,
+            nbytes=nbytes,
+        )
+    )

@@ -30,7 +30,7 @@ from dcp_async.formats import metadata_writer as metadata
 from dcp_async.formats.manifest import FileEntry, structure_json
 from dcp_async.planning import global_plan as publication
 from dcp_async.planning import self_proof as proof
-from dcp_async.save import commit
+from dcp_async.save import publishing
 from tests.support.doubles import assert_same, data_files
 
 STATE: dict[str, Any] = {
@@ -120,7 +120,7 @@ def _forgotten_rooms(patch: pytest.MonkeyPatch) -> None:
 
 def _short_file(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        commit, "FileEntry", lambda name, nbytes, digest: FileEntry(name=name, nbytes=100, digest=digest)
+        publishing, "FileEntry", lambda name, nbytes, digest: FileEntry(name=name, nbytes=100, digest=digest)
     )
 
 
