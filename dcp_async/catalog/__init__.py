@@ -5,11 +5,13 @@ from __future__ import annotations
 from .catalog import Catalog
 from .contents import Contents
 from .decoding import UnfitMetadataError
+from .opening import last_number
 from .reference import reference
 
 __all__ = [
     "Catalog",
     "Contents",
     "UnfitMetadataError",
+    "last_number",
     "reference",
 ]

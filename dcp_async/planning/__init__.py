@@ -19,6 +19,7 @@ from .planner import CompiledPlan, DefaultDraft, PlanningOptions, compile_plan, 
 from .replica_groups import pieces_of
 from .replica_turns import Rotation, Turn
 from .self_proof import prove_head, prove_item
+from .stock_publication import WrittenItem, stock_publication
 
 __all__ = [
     "CompiledPlan",
@@ -34,6 +35,7 @@ __all__ = [
     "ReplicaGroup",
     "Rotation",
     "Turn",
+    "WrittenItem",
     "compile_plan",
     "conflicts",
     "descriptions",
@@ -46,6 +48,7 @@ __all__ = [
     "prove_head",
     "prove_item",
     "shared_hashes",
+    "stock_publication",
     "two_meshes",
     "value_digests",
 ]

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from .commit import CommitOutcome
 from .failures import Preparing, Subject, cancelled_error, forget_locals, save_error
+from .file_writer import File
+from .items_pipeline import write_items
 from .pipeline import SavePipeline
 from .preparation import Preparation
+from .publishing import make_release
 from .replica_check import Mode, ReplicaCheck
 from .request import Cancellation, SaveRequest
+from .resolved_items import ResolvedItems, is_raw
 from .services import Carryover, SaveServices
 
 __all__ = [
     "Cancellation",
     "Carryover",
     "CommitOutcome",
+    "File",
     "Mode",
     "Preparation",
     "Preparing",
     "ReplicaCheck",
+    "ResolvedItems",
     "SavePipeline",
     "SaveRequest",
     "SaveServices",
     "Subject",
     "cancelled_error",
     "forget_locals",
+    "is_raw",
+    "make_release",
     "save_error",
+    "write_items",
 ]
