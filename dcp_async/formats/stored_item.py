@@ -87,9 +87,22 @@ class StoredItem:
 
         Raises: UntrustedGlobal; ValueError if it is damaged.
         """
-        raw: bytes | bytearray = stored
-        if self.descriptors:
-            raw = self._inflated(stored, self.max_bytes, cut=False)
+        return self._load(self._whole(stored))
+
+    def admitted(self, stored: bytearray) -> bytes | bytearray:
+        """Its bytes as ``torch.load`` takes them, once ``trust`` has admitted what they hold.
+
+        Raises: as ``decode``.
+        """
+        raw = self._whole(stored)
+        if not self.trust.unsafe:
+            self._load(raw)
+        return raw
+
+    def _whole(self, stored: bytearray) -> bytes | bytearray:
+        return self._inflated(stored, self.max_bytes, cut=False) if self.descriptors else stored
+
+    def _load(self, raw: bytes | bytearray) -> Any:
         if is_zip(raw):
             check_records(memoryview(raw), crcs=not self.has_digests)
         return load_item(io.BytesIO(raw), self.trust)

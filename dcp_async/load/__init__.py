@@ -5,6 +5,7 @@ from __future__ import annotations
 from .device_writes import DeviceWrites
 from .operations import Loaded, LoadOptions, load_into, read_fresh
 from .pipeline import LoadServices
+from .planned import read_planned
 from .rank_agreement import Agreement, Attempt, Together
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "Together",
     "load_into",
     "read_fresh",
+    "read_planned",
 ]

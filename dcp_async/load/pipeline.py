@@ -67,6 +67,8 @@ class LoadPlan:
     """Then: what is read into the targets."""
     values: dict[str, Any] = field(default_factory=dict)
     """Name -> value of each leaf, as they arrive."""
+    items: dict[str, bytes] = field(default_factory=dict)
+    """Name -> item of each leaf that somebody else decodes, as they arrive."""
     unfolded: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """(name, target, source) of tensors that lay inside of leaves, which were read to find them."""
 
@@ -116,10 +118,11 @@ class LoadPipeline:
         tensors: Mapping[str, Iterable[Region]],
         leaves: Iterable[str],
         *,
+        items: Iterable[str] = (),
         wrapped: Wrapped | None = None,
     ) -> LoadPlan:
-        """What has to be read to fill ``tensors`` and to have the values of ``leaves``. ``wrapped``: what is
-        made of other tensors; nothing of it is written to by the pipeline."""
+        """What has to be read to fill ``tensors`` and to have the values of ``leaves``, and the bytes of
+        ``items``. ``wrapped``: what is made of other tensors; nothing of it is written to by the pipeline."""
         plan = LoadPlan(leaves=ReadPlan(self._source), tensors=ReadPlan(self._source, self._writes))
         with collection_paused():  # a plan of many tensors is as many objects, and all of them live on
             for leaf in leaves:
@@ -129,6 +132,8 @@ class LoadPipeline:
                     want_distributed(plan.leaves, leaf, wrapped.like[leaf], plan.values)
                 else:
                     plan.leaves.want_leaf(leaf, plan.values.__setitem__)
+            for item in items:
+                plan.leaves.want_bytes(item, plan.items.__setitem__)
             for name, regions in tensors.items():
                 if (inner := self._contents.unfolded_leaf(name)) is not None:
                     plan.unfolded.extend((name, region.tensor, region.of(inner.value)) for region in regions)

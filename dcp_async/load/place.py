@@ -25,6 +25,8 @@ _COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, t
 
 Put = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Copies a value into the target of that name. Raises FillError."""
+Receive = Callable[[Any], None]
+"""Takes what an item holds."""
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -69,12 +71,15 @@ def copy_all(names: Iterable[str], targets: Iterable[torch.Tensor], sources: Ite
             torch._foreach_copy_(plain_targets, plain_sources)
 
 
-def item_finisher(item: StoredItem, receive: Callable[[Any], None]) -> Callable[[bytearray], None]:
-    """Decodes the whole of ``item`` and hands its value over."""
+def item_finisher(
+    item: StoredItem, receive: Receive, *, as_bytes: bool = False
+) -> Callable[[bytearray], None]:
+    """Decodes the whole of ``item`` and hands its value over, or with ``as_bytes`` what somebody else will
+    decode."""
 
     def finish(stored: bytearray) -> None:
         try:
-            value = item.decode(stored)
+            value = item.admitted(stored) if as_bytes else item.decode(stored)
         except ValueError as error:
             raise DamagedError(f"{item.name} in {item.file}: {error}", [item.name]) from error
         except (UnsupportedError, UntrustedGlobal, *ENDINGS):

@@ -42,7 +42,7 @@ from ..state import PLAIN_TENSORS, Region, joined, pairs, part_of
 from ..trust import Trust
 from .device_writes import DeviceWrites
 from .failures import DamagedError
-from .place import Put, copy_exotic, is_plain, item_finisher, rows_finisher
+from .place import Put, Receive, copy_exotic, is_plain, item_finisher, rows_finisher
 from .spans import DeviceTarget, Fill, Piece, host_memory
 
 _READ_BYTES = 32 << 20
@@ -147,7 +147,7 @@ class ReadPlan:
     """The pieces that one pass over the files reads, file by file."""
 
     def __init__(self, source: Source, writes: DeviceWrites | None = None) -> None:
-        """``writes``: what reaches targets on devices; None where there are none."""
+        """``writes``: what reaches targets on devices, if any are there."""
         self._source = source
         self._writes = writes
         self._put: Put = copy_exotic if writes is None else writes.put
@@ -164,8 +164,8 @@ class ReadPlan:
         self.pieces.setdefault(file, []).append(piece)
         self.nbytes += piece.nbytes
 
-    def _want_item(self, key: ItemKey, sizes: Sequence[int], receive: Callable[[Any], None]) -> None:
-        """Read an item whole, decode it and hand its value over. Raises DamagedError, UnsupportedError."""
+    def _want_item(self, key: ItemKey, sizes: Sequence[int], receive: Receive, *, raw: bool = False) -> None:
+        """Read an item and hand its value over, or itself. Raises DamagedError, UnsupportedError."""
         name, _ = key
         file, offset, length = self._source.location(key)
         # no bytes arrive for it, so it would never be finished
@@ -183,7 +183,8 @@ class ReadPlan:
         )
         item.check_readable()  # before anything is read: what lacks an extension can't be helped
         self.items.append(item)
-        self._add(file, Piece(offset, length, Fill(length, item_finisher(item, receive)), 0, name))
+        whole = Fill(length, item_finisher(item, receive, as_bytes=raw))
+        self._add(file, Piece(offset, length, whole, 0, name))
 
     def want_head(self, item: StoredItem, doubt: Callable[[StoredItem], None]) -> None:
         """Judge ``item`` by its first bytes; ``doubt`` gets it where they do not suffice."""
@@ -209,6 +210,10 @@ class ReadPlan:
         # leaves have no offsets, and .metadata does not say how long they are
         offsets, sizes = (meta.chunks[0].offsets, meta.chunks[0].sizes) if meta else (None, ())
         self._want_item((name, offsets), sizes, lambda value: receive(name, value))
+
+    def want_bytes(self, name: str, receive: Callable[[str, Any], None]) -> None:
+        """Read the pickled leaf ``name`` and hand its item over, once trust has admitted what it holds."""
+        self._want_item((name, None), (), lambda item: receive(name, item), raw=True)
 
     def want_joined(self, name: str, wanted: Box, receive: Callable[[str, Any], None]) -> None:
         """Hand over a tensor made of what ``wanted`` meets of the chunks of one that is more than bytes.
