@@ -111,7 +111,7 @@ class Drawing:
 def path_of_a_tensor() -> Drawing:
     """A save goes down on the left, a load comes up on the right; the boxes are folders of the package."""
     left, right, width = 44, 420, 296
-    d = Drawing(894, "The path of a tensor: a save goes down, a load comes up; the boxes are folders")
+    d = Drawing(972, "The path of a tensor: a save goes down, a load comes up; the boxes are folders")
     d.box(20, 16, 720, 38, fill=MEDIUM, stroke=INK)
     d.text(380, 40, "the trainer's objects: model, optimizers, schedulers, data loader", "head middle")
     d.text(left + width / 2, 75, "save", "head middle")
@@ -202,6 +202,10 @@ def path_of_a_tensor() -> Drawing:
         d.text(x + 12, 834, folder, "folder")
         d.text(x + 12, 851, first)
         d.text(x + 12, 867, second)
+    d.text(20, 898, "Instead of the engine, where the calls are torch.distributed.checkpoint's:", "small")
+    d.box(20, 906, 720, 48, fill=PAPER, stroke=INK)
+    d.text(32, 926, "interop/", "folder")
+    d.text(32, 943, "stock plans the save or load; the same save/, load/, formats/ and storage/ carry it out")
     return d
 
 

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +117,18 @@ def run_world(directory: Path, world_size: int, jobs: Sequence[str], python: str
         path.unlink(missing_ok=True)
 
 
-def run_rank(directory: Path, world_size: int, rank: int, jobs: Sequence[str]) -> None:
+def run_rank(
+    directory: Path,
+    world_size: int,
+    rank: int,
+    jobs: Sequence[str],
+    known: Mapping[str, Callable[[Path], None]] = JOBS,
+) -> None:
     """The part of one rank, in a process of its own."""
     meeting = f"file://{os.path.abspath(directory)}/rendezvous"
     dist.init_process_group("gloo", init_method=meeting, world_size=world_size, rank=rank)
     for job in jobs:
-        JOBS[job](directory / job)
+        known[job](directory / job)
     dist.barrier()
     dist.destroy_process_group()
 

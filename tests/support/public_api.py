@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import dcp_async
+import dcp_async.interop
 import dcp_async.storage
 import dcp_async.sync
 import dcp_async.testing
@@ -28,6 +29,7 @@ FACES: dict[ModuleType, Iterable[str]] = {
     dcp_async.sync: dcp_async.sync.__all__,
     dcp_async.storage: STORAGE,
     dcp_async.testing: dcp_async.testing.__all__,
+    dcp_async.interop: dcp_async.interop.__all__,
 }
 MADE_BY_THE_ENGINE = {"AsyncSaveResponse", "CheckpointHandle", "CheckpointInfo", "LoadReport"}
 """Their constructors are nobody else's."""
