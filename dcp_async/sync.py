@@ -6,7 +6,7 @@ in the caller's thread, for the verb that its asynchronous twin awaits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -71,18 +71,23 @@ class CheckpointEngine(EngineVerbs):
         state: Mapping[str, Any],
         source: CheckpointRef = "latest",
         *,
+        keys: str | Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
         strict: bool = True,
         atomic: bool = False,
         dtypes: Dtypes = "exact",
     ) -> LoadReport:
         """Fill ``state`` from a checkpoint, verified."""
-        return self._run("load", self._loads.loading(state, source, strict, atomic, dtypes))
+        verb = self._loads.loading(
+            state, source, keys=keys, rename=rename, strict=strict, atomic=atomic, dtypes=dtypes
+        )
+        return self._run("load", verb)
 
     def read(
         self,
         source: CheckpointRef = "latest",
         *,
-        keys: Sequence[str] | None = None,
+        keys: str | Sequence[str] | None = None,
         device: torch.device | str = "cpu",
     ) -> dict[str, Any]:
         """A checkpoint as fresh tensors and leaves, in exactly the structure that was saved."""

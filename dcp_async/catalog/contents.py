@@ -7,8 +7,8 @@ Contents has its reader too, and closes both.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -24,6 +24,8 @@ from ..formats import (
     Manifest,
     Tree,
     leaf_names,
+    renamed_paths,
+    renamed_tree,
     tree_from_json,
     tree_from_paths,
     usable_paths,
@@ -107,6 +109,41 @@ class Contents:
                 ) from error
         inside = {name: leaf.path for leaves in self.unfolded.values() for name, leaf in leaves.items()}
         return tree_from_paths({**usable_paths(self.metadata), **inside}, list(self.names))
+
+    def renamed(self, names: Mapping[str, str], rename: Callable[[str], str | None]) -> Contents:
+        """The part of it that ``names`` (old -> new) tells, under the new names; the reader is the same one.
+
+        Args:
+            rename: the new name of an empty container, which is none of ``names``; None leaves it out.
+        Raises: ValueError if two of the new names can't be in one tree.
+        """
+        known = self.metadata.state_dict_metadata
+        made = replace(
+            self,
+            metadata=replace(
+                self.metadata,
+                state_dict_metadata={new: known[name] for name, new in names.items()},
+                planner_data=renamed_paths(usable_paths(self.metadata), names),
+            ),
+            locations={
+                (names[name], offsets): location
+                for (name, offsets), location in self.locations.items()
+                if name in names
+            },
+            transforms={
+                (names[name], offsets): descriptors
+                for (name, offsets), descriptors in self.transforms.items()
+                if name in names
+            },
+            exotic=frozenset(names[name] for name in self.exotic if name in names),
+            strides={names[name]: strides for name, strides in self.strides.items() if name in names},
+        )
+        # of stock's the paths above are all there is
+        if self.manifest is not None:
+            made._tree = renamed_tree(
+                self.structure, lambda name: names.get(name) if name in known else rename(name)
+            )
+        return made
 
     @property
     def is_merged(self) -> bool:

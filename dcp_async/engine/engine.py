@@ -9,7 +9,7 @@ without a loop.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -120,6 +120,8 @@ class CheckpointEngine(EngineVerbs):
         state: Mapping[str, Any],
         source: CheckpointRef = "latest",
         *,
+        keys: str | Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
         strict: bool = True,
         atomic: bool = False,
         dtypes: Dtypes = "exact",
@@ -131,6 +133,13 @@ class CheckpointEngine(EngineVerbs):
                 other leaves are replaced.
             source: "latest" (which passes over corrupt checkpoints), a name, a step, or a CheckpointInfo; a
                 name may be a path, a step any kind of integer.
+            keys: names of the state, or patterns of them (``"model.layers.*"``): all at and below what they
+                match is loaded, nothing else is touched, and strictness is about them alone. A ``*`` reaches
+                over dots. Modules are loaded in part; any other object with a ``load_state_dict()`` takes its
+                state whole.
+            rename: names as they were saved -> names of the state. A mapping of names or patterns, of which
+                the first that matches counts (``{"module.*": "*"}``, each ``*`` on the right is what the
+                wildcard of its number matched), or a function, called for each name.
             strict: whether every name must fit. If not, what fits is loaded and the report lists the rest.
             atomic: read and verify everything before the first target is touched; costs the state's memory
                 once more.
@@ -140,13 +149,16 @@ class CheckpointEngine(EngineVerbs):
         UntrustedCheckpointError, EngineStateError.
         Cancellation: waits for the reads in progress; targets may be partly filled.
         """
-        return await self._run("load", self._loads.loading(state, source, strict, atomic, dtypes))
+        verb = self._loads.loading(
+            state, source, keys=keys, rename=rename, strict=strict, atomic=atomic, dtypes=dtypes
+        )
+        return await self._run("load", verb)
 
     async def read(
         self,
         source: CheckpointRef = "latest",
         *,
-        keys: Sequence[str] | None = None,
+        keys: str | Sequence[str] | None = None,
         device: torch.device | str = "cpu",
     ) -> dict[str, Any]:
         """A checkpoint as fresh tensors and leaves, in exactly the structure that was saved; needs no model.
@@ -155,7 +167,8 @@ class CheckpointEngine(EngineVerbs):
 
         Args:
             source: as for ``load``.
-            keys: names (``"model"``, ``"optim.state"``) to read; everything at and below them.
+            keys: names (``"model"``, ``"optim.state"``) or patterns of names (``"model.*.weight"``) to read;
+                everything at and below them.
             device: where the tensors go.
         Raises: CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError; LoadError for a key
         that it does not hold.

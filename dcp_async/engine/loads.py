@@ -19,7 +19,7 @@ import torch
 
 from .._concurrency import Verb, Wait, cancellation_point, run_blocking
 from .._foreign import ENDINGS, is_foreign, words
-from ..catalog import Contents, UnfitMetadataError, reference
+from ..catalog import UnfitMetadataError, reference
 from ..coordination import Coordinator, RemoteFailure
 from ..errors import (
     CheckpointError,
@@ -37,6 +37,8 @@ from ..load import (
     Loaded,
     LoadOptions,
     LoadServices,
+    Rename,
+    Selection,
     Together,
     load_into,
     read_fresh,
@@ -64,17 +66,25 @@ class Loads:
         self._life = life
 
     def loading(
-        self, state: Mapping[str, Any], source: CheckpointRef, strict: bool, atomic: bool, dtypes: Dtypes
+        self,
+        state: Mapping[str, Any],
+        source: CheckpointRef,
+        *,
+        keys: Sequence[str] | None,
+        rename: Rename | None,
+        strict: bool,
+        atomic: bool,
+        dtypes: Dtypes,
     ) -> Verb[LoadReport]:
         """``CheckpointEngine.load``. Ranks: all must call it."""
         self._life.check_open()
         if dtypes not in get_args(Dtypes):
             raise ValueError(f"dtypes is 'exact' or 'convert', not {dtypes!r}")
-        ref = reference(source)
+        ref, selection = reference(source), Selection(keys, rename)
         for writer in self._life.book.pending():  # what is being staged must not change under the copy
             yield Wait(writer.staging.future)  # its failure is told by its own handles
         yield from self._after_saves_of(ref)
-        how = LoadOptions(strict=strict, atomic=atomic, dtypes=dtypes)
+        how = LoadOptions(selection=selection, strict=strict, atomic=atomic, dtypes=dtypes)
         # numbered after the waits: a rank that waits for a save of its own has not begun the load
         started, agreement = time.monotonic(), self._agreement()
         ordinal = self._life.book.next_ordinal()
@@ -174,10 +184,12 @@ class Loads:
         self, attempt: Attempt, state: Mapping[str, Any], asked: Asked, how: LoadOptions, *, refill: bool
     ) -> Verb[tuple[CheckpointInfo, Targets, Loaded]]:
         contents = yield from self._ask(attempt.open())
-        schema, coordinator = Schema(contents), self._life.resources.coordinator
+        chosen = yield from self._look(attempt, lambda: how.selection.of(contents))
+        part = yield from self._look(attempt, lambda: chosen.of_state(state))
+        schema, coordinator = Schema(chosen.contents), self._life.resources.coordinator
         rank, world_size = coordinator.rank, coordinator.world_size
         while world_size > 1:  # what one gives may hold more of them
-            wishes = yield from self._look(attempt, lambda: wishes_of(state, schema, asked, rank=rank))
+            wishes = yield from self._look(attempt, lambda: wishes_of(part, schema, asked, rank=rank))
             agreed = yield from self._ask(attempt.agree(wishes))
             if not agreed:
                 break
@@ -185,7 +197,8 @@ class Loads:
         services = self._services()
 
         def look() -> tuple[Targets, DeviceWrites | None, list[Event]]:
-            targets = capture_targets(state, schema, asked, rank=rank, world_size=world_size)
+            targets = capture_targets(part, schema, asked, rank=rank, world_size=world_size)
+            chosen.narrow(targets)
             memory, stager = targets.memory(), services.stager
             # after the state's own code, which may queue work on a device
             writes = _writes(services, stager.backend.devices(memory), targets.device)
@@ -193,12 +206,12 @@ class Loads:
 
         targets, writes, queued = yield from self._look(attempt, look)
 
-        async def load(contents: Contents, ranks: Together) -> Loaded:
+        async def load(ranks: Together) -> Loaded:
             with _load_errors(contents.info.checkpoint_id, lambda: refill or ranks.are_ready):
                 for event in queued:  # else it would land in what is loaded, or read half of it
                     await run_blocking(services.threads, services.timeout, event.synchronize)
                 return await load_into(
-                    contents, targets, services, how, refill=refill, ranks=ranks, writes=writes
+                    chosen.contents, targets, services, how, refill=refill, ranks=ranks, writes=writes
                 )
 
         return contents.info, targets, (yield from self._ask(attempt.load(load)))

@@ -27,6 +27,7 @@ from .manifest import (
 )
 from .metadata_reader import decode_metadata, uids_named_in
 from .metadata_writer import Group, MetadataTemplate, Place
+from .renamed_tree import renamed_paths, renamed_tree
 from .stock_compat import (
     InnerValue,
     ItemKey,
@@ -117,6 +118,8 @@ __all__ = [
     "plain_key",
     "pruned",
     "read_trailer",
+    "renamed_paths",
+    "renamed_tree",
     "structure_json",
     "subtree",
     "take_apart",

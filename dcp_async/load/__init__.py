@@ -7,6 +7,7 @@ from .operations import Loaded, LoadOptions, load_into, read_fresh
 from .pipeline import LoadServices
 from .planned import read_planned
 from .rank_agreement import Agreement, Attempt, Together
+from .selection import Rename, Selection
 
 __all__ = [
     "Agreement",
@@ -15,6 +16,8 @@ __all__ = [
     "LoadOptions",
     "LoadServices",
     "Loaded",
+    "Rename",
+    "Selection",
     "Together",
     "load_into",
     "read_fresh",

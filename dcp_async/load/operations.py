@@ -6,6 +6,7 @@ back, or objects. Invariant: everything that can be refused is refused before a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,12 +37,14 @@ from .aliases import NamedRegion, conflict
 from .device_writes import DeviceWrites
 from .failures import DamagedError, LoadFailures
 from .fit import check_app_states, check_fit, check_groups, kept_options
+from .globs import Glob
 from .keys import Keys
 from .match import Match
 from .matching import match_state
 from .pipeline import LoadPipeline, LoadServices
 from .rank_agreement import Together
 from .room import check_room
+from .selection import Selection
 from .tensor_matching import fresh_tensor, is_raw
 from .wrapped_load import Wrapped
 
@@ -52,6 +55,7 @@ _Regions = Mapping[str, Sequence[Region]]
 class LoadOptions:
     """What ``CheckpointEngine.load`` was asked for; see there."""
 
+    selection: Selection
     strict: bool
     atomic: bool
     dtypes: Dtypes
@@ -327,9 +331,16 @@ async def read_fresh(
 
 
 def _chosen(structure: Tree, keys: Collection[str], contents: Contents) -> Tree:
-    """What of ``structure`` lies at or below ``keys``."""
-    chosen, known = pruned(structure, keys)
-    for key in keys:
+    """What of ``structure`` lies at or below ``keys``, which are names or patterns of names."""
+    globs = [Glob(key) for key in keys]
+    matched = {
+        glob.text: [name for name in contents.names if glob.matches(name)]
+        for glob in globs
+        if glob.is_pattern
+    }
+    plain = [glob.text for glob in globs if not matched.get(glob.text)]
+    chosen, known = pruned(structure, [*plain, *itertools.chain.from_iterable(matched.values())])
+    for key in plain:
         if key not in known:
             heads = [str(head) for head, _ in children_of(structure)]
             raise LoadError(

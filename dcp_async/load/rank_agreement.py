@@ -205,7 +205,7 @@ class Attempt:
         """The names that any rank wishes to ask for their state."""
         return await self._together(lambda: self._ranks.wished(wishes))
 
-    async def load(self, load: Callable[[Contents, Together], Awaitable[T]]) -> T:
+    async def load(self, load: Callable[[Together], Awaitable[T]]) -> T:
         """What ``load`` gives; the checkpoint is closed then."""
         value = await self._together(functools.partial(self._load, load))
         await self._end()
@@ -231,9 +231,9 @@ class Attempt:
             self._coordinator.fail(self._uid, "load", error)
             self._ending = asyncio.get_running_loop().create_task(self._end())
 
-    async def _load(self, load: Callable[[Contents, Together], Awaitable[T]]) -> T:
+    async def _load(self, load: Callable[[Together], Awaitable[T]]) -> T:
         assert self._contents is not None
-        value = await load(self._contents, self._ranks)
+        value = await load(self._ranks)
         await self._coordinator.exchange(self._uid, "done", None, _nothing)
         # not before: other ranks of this host may want to read the same
         await self._contents.reader.give_back()

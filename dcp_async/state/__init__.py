@@ -10,6 +10,7 @@ from .flat_state import Extent, FlatState
 from .leaves import LeafRules
 from .mutation import layers_of, version_of, versions_of, wrappers_in
 from .optimizers import AppState, check_before_touch
+from .partial import narrow, part_of_state
 from .restore import ReadBack, Restorer
 from .schema import Asked, Schema, wishes_of
 from .sharding import is_known_to_autograd
@@ -48,8 +49,10 @@ __all__ = [
     "joined",
     "layers_of",
     "meta_error",
+    "narrow",
     "pairs",
     "part_of",
+    "part_of_state",
     "version_of",
     "versions_of",
     "wishes_of",
