@@ -15,7 +15,7 @@ Files are DCP's: stock ``torch.distributed.checkpoint.load`` reads them, and thi
 from __future__ import annotations
 
 from .coordination import Coordination
-from .engine import CheckpointEngine
+from .engine import Checkpoint, CheckpointEngine, open_checkpoint
 from .errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -45,6 +45,7 @@ __all__ = [
     "JSON",
     "AppState",
     "AsyncSaveResponse",
+    "Checkpoint",
     "CheckpointEngine",
     "CheckpointError",
     "CheckpointExistsError",
@@ -79,4 +80,5 @@ __all__ = [
     "Timeouts",
     "Trust",
     "UntrustedCheckpointError",
+    "open_checkpoint",
 ]

@@ -6,19 +6,22 @@ in the caller's thread, for the verb that its asynchronous twin awaits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 
 from ._concurrency import Verb, drive_blocking
-from .engine import EngineVerbs
+from .engine import STREAM_BYTES, CheckpointVerbs, EngineVerbs, reader_at
 from .info import JSON, CheckpointInfo, CheckpointRef, LoadReport
-from .options import Dtypes
+from .load import Index
+from .options import Dtypes, Limits, Timeouts
 from .response import AsyncSaveResponse
+from .trust import Trust
 
-__all__ = ["CheckpointEngine"]
+__all__ = ["Checkpoint", "CheckpointEngine", "open_checkpoint"]
 
 T = TypeVar("T")
 
@@ -91,7 +94,11 @@ class CheckpointEngine(EngineVerbs):
         device: torch.device | str = "cpu",
     ) -> dict[str, Any]:
         """A checkpoint as fresh tensors and leaves, in exactly the structure that was saved."""
-        return self._run("read", self._loads.reading(source, keys, device))
+        return self._run("read", self._reads.reading(source, keys, device))
+
+    def checkpoint(self, source: CheckpointRef = "latest") -> Checkpoint:
+        """One checkpoint to read and load from any number of times, on one opening and one choice."""
+        return Checkpoint(self._life, source, owns_life=False)
 
     def latest(self) -> CheckpointInfo | None:
         """The newest whole checkpoint, None if there is none."""
@@ -116,3 +123,82 @@ class CheckpointEngine(EngineVerbs):
     def abort(self) -> None:
         """Cancel the saves in flight, leave nothing of them behind, release what the engine made."""
         self._run("abort", self._life.aborting())
+
+
+class Checkpoint(CheckpointVerbs):
+    """One opened checkpoint: ``with engine.checkpoint(source) as checkpoint``, or
+    ``with open_checkpoint(path) as checkpoint``. See ``dcp_async.Checkpoint``."""
+
+    def __repr__(self) -> str:
+        return f"<sync {super().__repr__()}>"
+
+    def _run(self, name: str, verb: Verb[T]) -> T:
+        return drive_blocking(name, verb, self._life.inside)
+
+    def open(self) -> Self:
+        """Choose the checkpoint, open all its files and check everything but the payload."""
+        self._run("open", self._opening())
+        return self
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._run("close", self._closing(exc_type))
+
+    def close(self) -> None:
+        """No verb begins any more, and the files close with the last read that is under way."""
+        self._run("close", self._closing())
+
+    def read(
+        self, keys: str | Sequence[str] | None = None, *, device: torch.device | str = "cpu"
+    ) -> dict[str, Any]:
+        """All of it, or what lies at and below ``keys``, as fresh tensors and leaves."""
+        return self._run("read", self._reads.reading(self.info, keys, device))
+
+    def tensor(self, name: str, index: Index = ..., *, device: torch.device | str = "cpu") -> torch.Tensor:
+        """One tensor, or what ``index`` means of it; no more is read than that."""
+        return self._run("tensor", self._reads.reading_tensor(name, index, device))
+
+    def stream(
+        self,
+        keys: str | Sequence[str] | None = None,
+        *,
+        budget_bytes: int = STREAM_BYTES,
+        device: torch.device | str = "cpu",
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """The tensors at and below ``keys``, one after another, while the next ones are read."""
+        stream = self._reads.streaming(keys, budget_bytes, device)
+        try:
+            while (following := self._run("stream", stream.following())) is not None:
+                yield following
+                del following  # else it would live on while the next one is read
+        finally:
+            self._run("stream", stream.ending())
+
+    def load(
+        self,
+        state: Mapping[str, Any],
+        *,
+        keys: str | Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        strict: bool = True,
+        atomic: bool = False,
+        dtypes: Dtypes = "exact",
+    ) -> LoadReport:
+        """Fill ``state``, or the part of it that is there by now, from this checkpoint."""
+        return self._run("load", self._loading(state, keys, rename, strict, atomic, dtypes))
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    trust: Trust = Trust(),
+    limits: Limits = Limits(),
+    timeouts: Timeouts = Timeouts(),
+) -> Checkpoint:
+    """The checkpoint in the directory ``path``, without an engine, a model or a process group."""
+    life, name = reader_at(path, trust=trust, limits=limits, timeouts=timeouts)
+    return Checkpoint(life, name, owns_life=True)

@@ -62,6 +62,7 @@ class Contents:
     # no argument, so that replace() makes contents whose tree is looked for anew
     _tree: Tree = field(default=None, init=False, repr=False)
     """What ``structure`` has decoded, if it was asked: nothing may change it."""
+    _tensors: dict[str, TensorStorageMetadata] | None = field(default=None, init=False, repr=False)
 
     @property
     def names(self) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
@@ -76,6 +77,17 @@ class Contents:
             else:
                 names[name] = meta
         return names
+
+    @property
+    def tensors(self) -> Mapping[str, TensorStorageMetadata]:
+        """Those of ``names`` that are tensors."""
+        if (
+            self._tensors is None
+        ):  # once: whoever reads a checkpoint in many small parts asks for each of them
+            self._tensors = {
+                name: meta for name, meta in self.names.items() if isinstance(meta, TensorStorageMetadata)
+            }
+        return self._tensors
 
     def unfolded_leaf(self, name: str) -> InnerValue | None:
         """What lay inside of a leaf under ``name``."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from .checkpoint import STREAM_BYTES, Checkpoint, CheckpointVerbs, open_checkpoint, reader_at
 from .engine import CheckpointEngine
 from .verbs import EngineVerbs
 
 __all__ = [
+    "STREAM_BYTES",
+    "Checkpoint",
     "CheckpointEngine",
+    "CheckpointVerbs",
     "EngineVerbs",
+    "open_checkpoint",
+    "reader_at",
 ]

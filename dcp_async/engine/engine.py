@@ -19,6 +19,7 @@ from .._concurrency import Verb, drive
 from ..info import JSON, CheckpointInfo, CheckpointRef, LoadReport
 from ..options import Dtypes
 from ..response import AsyncSaveResponse
+from .checkpoint import Checkpoint
 from .verbs import EngineVerbs
 
 T = TypeVar("T")
@@ -173,7 +174,17 @@ class CheckpointEngine(EngineVerbs):
         Raises: CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError; LoadError for a key
         that it does not hold.
         """
-        return await self._run("read", self._loads.reading(source, keys, device))
+        return await self._run("read", self._reads.reading(source, keys, device))
+
+    def checkpoint(self, source: CheckpointRef = "latest") -> Checkpoint:
+        """One checkpoint to read and load from any number of times, on one opening and one choice:
+        ``async with engine.checkpoint() as checkpoint``.
+
+        Args:
+            source: as for ``load``; chosen when it is opened.
+        Ranks: all must open it; see ``Checkpoint``.
+        """
+        return Checkpoint(self._life, source, owns_life=False)
 
     async def latest(self) -> CheckpointInfo | None:
         """The newest whole checkpoint: by step, else by digits in the name, else by time. None if there is

@@ -30,7 +30,7 @@ from .._concurrency import (
     on_work_thread,
 )
 from .._foreign import storage_errors
-from ..catalog import Catalog
+from ..catalog import Catalog, Opened
 from ..coordination import make_coordinator
 from ..errors import EngineStateError
 from ..response import ResponseWriter
@@ -59,6 +59,8 @@ class Lifetime:
         self.state: Literal["new", "open", "closing", "closed"] = "new"
         self.resources: Resources
         """From ``opening`` on."""
+        self.opened: set[Opened] = set()
+        """Checkpoints that stay open until somebody closes them, or the engine. On the loop."""
         self._pid = os.getpid()
         # a __del__ that the collector runs may come in again, in the thread that holds it
         self._lock = threading.RLock()
@@ -118,7 +120,8 @@ class Lifetime:
             await self.resources.coordinator.open()
             await self.setup.storage.connect()
             await self.setup.stager.open()
-            self.book.seen_steps(await self.resources.catalog.steps())
+            if not self.setup.is_reader:
+                self.book.seen_steps(await self.resources.catalog.steps())
         except BaseException:
             await self._release()
             raise
@@ -312,6 +315,11 @@ class Lifetime:
         if release or not drained or self.state != "open":
             await self._shut_down(self.setup.timeouts.exit_grace)
 
+    async def let_go(self, opened: Opened) -> None:
+        """Close ``opened``, or have its last reader close it."""
+        self.opened.discard(opened)
+        await opened.close()
+
     def finishing(self, writer: ResponseWriter) -> Verb[None]:
         """``save`` is about to return. While the process ends nobody may look at its handles any more: then
         it is durable, or fails, here."""
@@ -378,6 +386,8 @@ class Lifetime:
         with self._lock:
             self.state = "closed"
         self.setup.stager.pool.forget(self.resources)
+        for opened in self.opened:
+            await opened.close()
         # before its threads end: other ranks wait for this one's goodbye
         await self.resources.coordinator.close()
         if self.setup.owns_stager:

@@ -41,6 +41,8 @@ class Setup:
     timeouts: Timeouts
     trust: Trust
     observer: Observer | None
+    is_reader: bool
+    """Whether nothing will be saved, so that nobody has to know which steps there are."""
 
     @property
     def configuration(self) -> str:
@@ -69,6 +71,7 @@ def make_setup(
     timeouts: Timeouts,
     trust: Trust,
     observer: Observer | None,
+    is_reader: bool = False,
 ) -> Setup:
     """A storage and a stager are made where paths, URLs and options were given. Raises TypeError for a root
     that is neither a path nor a storage; ValueError for a URL that no storage serves."""
@@ -101,6 +104,7 @@ def make_setup(
         timeouts=timeouts,
         trust=trust,
         observer=observer,
+        is_reader=is_reader,
     )
 
 

@@ -18,7 +18,9 @@ from ..staging import Stager, StagingOptions
 from ..storage import Storage
 from ..trust import Trust
 from .lifetime import Lifetime
+from .load_context import LoadContext
 from .loads import Loads
+from .reads import Reads
 from .release import check_torch
 from .resources import make_setup
 from .saves import Saves
@@ -66,7 +68,9 @@ class EngineVerbs:
             )
         )
         self._saves = Saves(self._life)
-        self._loads = Loads(self._life)
+        context = LoadContext(self._life)
+        self._loads = Loads(context)
+        self._reads = Reads(context)
 
     def __repr__(self) -> str:
         life = self._life

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .device_writes import DeviceWrites
-from .operations import Loaded, LoadOptions, load_into, read_fresh
+from .fresh_reads import batches, check_index, read_box, read_fresh, read_names, tensor_names
+from .indexing import Index
+from .operations import Loaded, LoadOptions, load_into
 from .pipeline import LoadServices
 from .planned import read_planned
 from .rank_agreement import Agreement, Attempt, Together
@@ -13,13 +15,19 @@ __all__ = [
     "Agreement",
     "Attempt",
     "DeviceWrites",
+    "Index",
     "LoadOptions",
     "LoadServices",
     "Loaded",
     "Rename",
     "Selection",
     "Together",
+    "batches",
+    "check_index",
     "load_into",
+    "read_box",
     "read_fresh",
+    "read_names",
     "read_planned",
+    "tensor_names",
 ]

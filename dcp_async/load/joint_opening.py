@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import anyio
 
-from ..catalog import Catalog, Contents
+from ..catalog import Catalog, Contents, Opened
 from ..coordination import Coordinator
 from ..errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, LoadError, StorageError
 
@@ -20,7 +20,7 @@ _RETRY_SECONDS = 0.2
 
 
 async def open_same(
-    catalog: Catalog,
+    catalog: Catalog | Opened,
     coordinator: Coordinator,
     uid: str,
     name: str,

@@ -6,7 +6,6 @@ back, or objects. Invariant: everything that can be refused is refused before a 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,16 +17,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from .._concurrency import collection_paused
 from .._foreign import FillError
 from ..catalog import Contents
-from ..errors import IncompatibleStateError, LoadError
+from ..errors import IncompatibleStateError
 from ..formats import (
     InnerValue,
-    Tree,
     build,
-    children_of,
     folded,
-    leaf_names,
     pickled_keys,
-    pruned,
     take_apart,
     usable_paths,
 )
@@ -37,15 +32,12 @@ from .aliases import NamedRegion, conflict
 from .device_writes import DeviceWrites
 from .failures import DamagedError, LoadFailures
 from .fit import check_app_states, check_fit, check_groups, kept_options
-from .globs import Glob
 from .keys import Keys
 from .match import Match
 from .matching import match_state
 from .pipeline import LoadPipeline, LoadServices
 from .rank_agreement import Together
-from .room import check_room
 from .selection import Selection
-from .tensor_matching import fresh_tensor, is_raw
 from .wrapped_load import Wrapped
 
 _Regions = Mapping[str, Sequence[Region]]
@@ -283,69 +275,3 @@ async def _unfolded(
                 damaged = DamagedError(f"{leaf} can't be taken apart: {error}", [leaf])
                 raise failures.explain(damaged) from error
     return replace(contents, unfolded=unfolded)
-
-
-async def read_fresh(
-    contents: Contents,
-    services: LoadServices,
-    *,
-    keys: Iterable[str] | None,
-    device: torch.device,
-    writes: DeviceWrites | None,
-) -> dict[str, Any]:
-    """The checkpoint, or what lies at and below ``keys``, as fresh objects in the structure that was saved.
-
-    Args:
-        device: where tensors are made; ``writes`` brings them there if it is none of the host's.
-    Raises: LoadError for a key that is no name and no prefix of one.
-    """
-    structure = contents.structure
-    if keys is not None:
-        structure = _chosen(structure, dict.fromkeys(keys), contents)
-    names = contents.names
-    tensors: dict[str, torch.Tensor] = {}
-    stored: dict[tuple[str, int, int], str] = {}
-    tied: dict[str, str] = {}
-    leaves: list[str] = []
-    for name in leaf_names(structure):
-        meta = names[name]
-        if not is_raw(meta, name, contents):
-            leaves.append(name)
-            continue
-        # names that share their bytes come back as one tensor; of several chunks no one location tells
-        is_one = len(meta.chunks) == 1
-        location = contents.locations.get((name, meta.chunks[0].offsets)) if is_one else None
-        if location is not None and stored.setdefault(location, name) != name:
-            tied[name] = stored[location]
-        else:
-            # before memory is asked for: a damaged `.metadata` may promise any size
-            check_room(name, meta, contents)
-            tensors[name] = fresh_tensor(meta, contents.strides.get(name), device, writes=writes)
-    failures = LoadFailures(contents, touched=False)
-    regions = {name: [Region.whole(tensor)] for name, tensor in tensors.items()}
-    values = await LoadPipeline(contents, services, failures, writes).read(regions, leaves)
-    values |= tensors
-    values |= {name: tensors[first] for name, first in tied.items()}
-    tree: dict[str, Any] = build(structure, values.__getitem__, Keys(services.trust, failures).unpickle)
-    return tree
-
-
-def _chosen(structure: Tree, keys: Collection[str], contents: Contents) -> Tree:
-    """What of ``structure`` lies at or below ``keys``, which are names or patterns of names."""
-    globs = [Glob(key) for key in keys]
-    matched = {
-        glob.text: [name for name in contents.names if glob.matches(name)]
-        for glob in globs
-        if glob.is_pattern
-    }
-    plain = [glob.text for glob in globs if not matched.get(glob.text)]
-    chosen, known = pruned(structure, [*plain, *itertools.chain.from_iterable(matched.values())])
-    for key in plain:
-        if key not in known:
-            heads = [str(head) for head, _ in children_of(structure)]
-            raise LoadError(
-                f"checkpoint {contents.info.checkpoint_id!r} holds nothing named {key!r}; "
-                f"its names begin with {', '.join(heads[:10])}",
-                checkpoint_id=contents.info.checkpoint_id,
-            )
-    return chosen

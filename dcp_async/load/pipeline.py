@@ -12,6 +12,7 @@ that trust is decided before the first tensor is written to.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -50,11 +51,13 @@ class LoadServices:
     io_concurrency: int
     timeout: float
     trust: Trust
+    most_at_once: int | None = None
+    """The most that is read at once, where that is to be less than what a slot holds."""
 
     @property
     def part_bytes(self) -> int:
         """The most that is read at once: a slot holds as much."""
-        return self.stager.options.part_bytes
+        return min(self.stager.options.part_bytes, self.most_at_once or sys.maxsize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import anyio
 
 from .._concurrency import run_unless
-from ..catalog import Catalog, Contents, UnfitMetadataError
+from ..catalog import Catalog, Contents, Opened, UnfitMetadataError
 from ..coordination import Coordinator, RemoteFailure
 from ..errors import (
     CheckpointError,
@@ -54,9 +54,16 @@ class Agreement:
     and with it whatever the others are at.
     """
 
-    def __init__(self, catalog: Catalog, coordinator: Coordinator, *, timeout: float) -> None:
-        """``timeout``: seconds for a file system to show every rank what one has seen."""
+    def __init__(
+        self, catalog: Catalog, coordinator: Coordinator, *, timeout: float, opened: Opened | None = None
+    ) -> None:
+        """
+        Args:
+            timeout: seconds for a file system to show every rank what one has seen.
+            opened: what all ranks have open already; they load nothing else.
+        """
         self._catalog = catalog
+        self._source = opened or catalog
         self._coordinator = coordinator
         self._timeout = timeout
         self._told_to_all: weakref.WeakSet[CheckpointError] = weakref.WeakSet()
@@ -83,7 +90,7 @@ class Agreement:
         """The names to try, best first. Ranks: all must call it, and ``restored`` or ``leave`` in the end.
         Raises CheckpointNotFoundError."""
         uid = self._coordinator.uid(ordinal, _LOAD)
-        names: list[str] = await self._told(uid, "choose", lambda: self._catalog.resolve(ref))
+        names: list[str] = await self._told(uid, "choose", lambda: self._source.resolve(ref))
         return names
 
     async def _told(self, uid: str, phase: str, ask: Callable[[], Awaitable[Any]]) -> Any:
@@ -150,7 +157,7 @@ class Agreement:
 
     async def open(self, uid: str, name: str) -> Contents:
         """Open ``name``, the same state of it on all ranks."""
-        return await open_same(self._catalog, self._coordinator, uid, name, timeout=self._timeout)
+        return await open_same(self._source, self._coordinator, uid, name, timeout=self._timeout)
 
 
 def _unexpected_of_all(reports: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[str]:
@@ -184,7 +191,7 @@ class Attempt:
     ) -> None:
         self._agreement = agreement
         self._coordinator = coordinator
-        self._name = name
+        self.name = name
         self._whole = coordinator.uid(ordinal, _LOAD)
         self._uid = coordinator.uid(ordinal, _LOAD, variant=f"{number} {name}")
         self._ranks = Together(coordinator, self._uid)
@@ -196,10 +203,17 @@ class Attempt:
 
         async def open_it() -> Contents:
             # kept at once: a cancellation that comes now loses what is handed on
-            self._contents = await self._agreement.open(self._uid, self._name)
+            self._contents = await self._agreement.open(self._uid, self.name)
             return self._contents
 
         return await self._together(open_it)
+
+    def hand_over(self) -> Contents:
+        """What was opened is the caller's from here on. On the engine's loop."""
+        self._coordinator.forget(self._uid)
+        contents, self._contents = self._contents, None
+        assert contents is not None
+        return contents
 
     async def agree(self, wishes: Sequence[str]) -> list[str]:
         """The names that any rank wishes to ask for their state."""
@@ -220,7 +234,7 @@ class Attempt:
                 return error
             # a rank that left the whole load took this attempt with it
             failed = self._whole if self._coordinator.has_failed(self._whole) else self._uid
-            return await self._agreement.common(failed, "load", error, self._name, flag=self._ranks.are_ready)
+            return await self._agreement.common(failed, "load", error, self.name, flag=self._ranks.are_ready)
         finally:
             await self._end()
 

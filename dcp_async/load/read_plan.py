@@ -67,9 +67,7 @@ class Source:
     def of(cls, contents: Contents, trust: Trust) -> Source:
         """What an opened checkpoint tells of its items."""
         return cls(
-            tensors={
-                name: meta for name, meta in contents.names.items() if isinstance(meta, TensorStorageMetadata)
-            },
+            tensors=contents.tensors,
             locations=contents.locations,
             # only our files end in checksums
             raw_files=frozenset(contents.digests),

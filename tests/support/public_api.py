@@ -31,7 +31,7 @@ FACES: dict[ModuleType, Iterable[str]] = {
     dcp_async.testing: dcp_async.testing.__all__,
     dcp_async.interop: dcp_async.interop.__all__,
 }
-MADE_BY_THE_ENGINE = {"AsyncSaveResponse", "CheckpointHandle", "CheckpointInfo", "LoadReport"}
+MADE_BY_THE_ENGINE = {"AsyncSaveResponse", "Checkpoint", "CheckpointHandle", "CheckpointInfo", "LoadReport"}
 """Their constructors are nobody else's."""
 OF_A_STORAGE = {name for name in vars(dcp_async.storage.Storage) if not name.startswith("_")}
 PUBLIC = {
@@ -60,6 +60,9 @@ def api() -> str:
 
 
 def _lines(name: str, value: Any) -> Iterator[str]:
+    if inspect.isfunction(value):
+        yield f"{name}{_signature(value)}"
+        return
     if not inspect.isclass(value):
         yield f"{name} = {value}"
         return
