@@ -22,6 +22,7 @@ from .._concurrency import Verb, Wait, drive
 from ..catalog import Opened
 from ..coordination import Coordination
 from ..errors import CheckpointNotFoundError, EngineStateError
+from ..formats import leaf_names
 from ..info import CheckpointInfo, CheckpointRef, LoadReport
 from ..load import Index
 from ..options import Dtypes, Limits, Timeouts
@@ -169,8 +170,8 @@ class CheckpointVerbs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of its tensors and leaves, in the order in which they were saved."""
-        return tuple(self._known().contents.names)
+        """The names of its tensors and leaves, in the order of the state that was saved."""
+        return tuple(leaf_names(self._known().contents.structure))
 
 
 class Checkpoint(CheckpointVerbs):
@@ -237,8 +238,8 @@ class Checkpoint(CheckpointVerbs):
         budget_bytes: int = STREAM_BYTES,
         device: torch.device | str = "cpu",
     ) -> AsyncGenerator[tuple[str, torch.Tensor], None]:
-        """The tensors at and below ``keys``, one after another in the order in which they were saved, while
-        the next ones are read.
+        """The tensors at and below ``keys``, one after another in the order in which they lie in its
+        files, while the next ones are read.
 
         Args:
             keys: names or patterns of names, as for ``read``; leaves that are no tensors are left out.

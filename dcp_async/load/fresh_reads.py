@@ -143,9 +143,15 @@ def tensor_meta(contents: Contents, name: str) -> TensorStorageMetadata:
 
 
 def tensor_names(contents: Contents, keys: Collection[str] | None) -> list[str]:
-    """The tensors at and below ``keys``, in the order in which they were saved. Raises LoadError for a key
-    that means none."""
-    names = list(contents.tensors)
+    """The tensors at and below ``keys``, in the order in which they lie in the files. Raises LoadError for a
+    key that means none."""
+
+    def location_of(name: str) -> tuple[str, int, int]:
+        chunks = contents.tensors[name].chunks
+        # of one that has none, whoever reads it says so
+        return contents.locations.get((name, chunks[0].offsets if chunks else None), ("", 0, 0))
+
+    names = sorted(contents.tensors, key=location_of)
     globs = [Glob(key) for key in keys] if keys is not None else []
     for glob in globs:
         if not any(map(glob.matches, names)):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import asyncio
+import ctypes
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 import torch
 
 from dcp_async import CheckpointEngine, open_checkpoint
+from tests.support.processes import run_in_process
 
 MIB = 1 << 20
 NUM_TENSORS = 24
+M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
 
 
 @pytest_asyncio.fixture
@@ -44,42 +47,37 @@ async def test_one_tensor_moves_its_own_bytes_and_a_mebibyte_at_most(path: Path)
     assert torch.equal(part, tensor[500:510])
 
 
-STREAM = """
-import asyncio, sys
-from pathlib import Path
-from dcp_async import open_checkpoint
-
-def memory(field):
+def memory(field: str) -> int:
+    """``VmRSS`` or ``VmHWM`` of this process, in bytes."""
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith(f"{field}:"))
 
-async def main(path, budget_bytes):
+
+async def peaks_of_streams(path: Path, budget_bytes: int) -> list[int]:
+    """The most memory that each of two streams took at once."""
+    peaks = []
     async with open_checkpoint(path) as checkpoint:
         async for _ in checkpoint.stream("model.w1", budget_bytes=budget_bytes):
-            pass
+            pass  # stacks of threads, and what else stays
         for keys in ("*", "model.w?"):
             before = memory("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
             async for _, tensor in checkpoint.stream(keys, budget_bytes=budget_bytes):
-                pass
+                assert tensor.nbytes
             del _, tensor
-            print(memory("VmHWM") - before)
-
-asyncio.run(main(sys.argv[1], int(sys.argv[2])))
-"""
+            peaks.append(memory("VmHWM") - before)
+    return peaks
 
 
+def stream_in_process(path: Path, budget_bytes: int) -> list[int]:
+    # else what glibc keeps of freed memory for later would count, which depends on what it was asked before
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB) == 1
+    return asyncio.run(peaks_of_streams(path, budget_bytes))
+
+
+@pytest.mark.usefixtures("process_server")
 def test_a_stream_takes_no_more_memory_than_it_may(path: Path) -> None:
     budget_bytes = 16 * MIB
-    done = subprocess.run(
-        [sys.executable, "-c", STREAM, str(path), str(budget_bytes)],
-        # else what glibc keeps of freed memory for its own use would count
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    peaks = [int(line) for line in done.stdout.split()]
-    assert len(peaks) == 2
+    peaks = run_in_process(stream_in_process, path, budget_bytes)
     # the caller's own beside it: the one that it has while it asks for the next
     assert max(peaks) <= budget_bytes + 4 * MIB, peaks

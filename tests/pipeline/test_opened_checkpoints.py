@@ -51,7 +51,7 @@ async def test_what_a_checkpoint_holds_is_told_without_a_model(path: Path) -> No
     async with open_checkpoint(path) as checkpoint:
         assert (checkpoint.info.step, checkpoint.info.notes) == (1, {"loss": 0.5})
         assert set(checkpoint.names) == set(checkpoint.metadata.state_dict_metadata)
-        assert checkpoint.names[0] == "model.w"
+        assert checkpoint.names[:3] == ("model.w", "model.t", "model.many.0")
         assert_same(await checkpoint.read(), make_state())
         assert_same(
             await checkpoint.read("model.many.1*"),
@@ -103,22 +103,25 @@ async def test_what_is_no_part_of_a_tensor_is_one_error(
 
 
 @pytest.mark.parametrize("budget_bytes", [1, 4096, 1 << 20, 128 << 20])
-async def test_a_stream_gives_every_tensor_once_in_the_order_in_which_they_were_saved(
+async def test_a_stream_gives_every_tensor_once_in_the_order_of_the_files(
     path: Path, budget_bytes: int
 ) -> None:
     async with open_checkpoint(path) as checkpoint:
         streamed = [item async for item in checkpoint.stream(budget_bytes=budget_bytes)]
-        assert [name for name, _ in streamed] == [name for name in checkpoint.names if name != "epoch"]
+        names = [name for name, _ in streamed]
+        stored = checkpoint.metadata.storage_data
+        offsets = {index.fqn: place.offset for index, place in stored.items()}
+        assert names == sorted(set(checkpoint.names) - {"epoch"}, key=offsets.__getitem__)
         for name, tensor in streamed:
             assert_same(tensor, await checkpoint.tensor(name))
         some = [name async for name, _ in checkpoint.stream(["scalar", "model.many.?"], budget_bytes=64)]
-        assert some == [*(f"model.many.{n}" for n in range(10)), "scalar"]
+        assert sorted(some) == [*(f"model.many.{n}" for n in range(10)), "scalar"]
 
 
 async def test_a_stream_that_nobody_follows_any_more_leaves_nothing_behind(path: Path) -> None:
     async with open_checkpoint(path) as checkpoint:
         stream = checkpoint.stream("model.*", budget_bytes=2048)
-        assert (await anext(stream))[0] == "model.w"
+        assert (await anext(stream))[0].startswith("model.")
         await stream.aclose()
         task = asyncio.ensure_future(anext(checkpoint.stream("model.*", budget_bytes=2048)))
         await asyncio.sleep(0)
@@ -272,8 +275,8 @@ def test_the_blocking_twin_reads_the_same(tmp_path: Path) -> None:
         assert_same(checkpoint.read("epoch"), {"epoch": 3})
         assert_same(checkpoint.tensor("model.w", (slice(0, 8),)), W[:8])
         names = [name for name, _ in checkpoint.stream(budget_bytes=1 << 20)]
-        assert names == [name for name in checkpoint.names if name != "epoch"]
+        assert sorted(names) == sorted(name for name in checkpoint.names if name != "epoch")
         for name, _ in checkpoint.stream(budget_bytes=2048):
-            assert name == "model.w"
+            assert name == names[0]
             break
     assert "closed" in repr(checkpoint)
