@@ -47,10 +47,10 @@ nitpicky = True
 nitpick_ignore_regex = [
     # Intersphinx would need the network, and the build must not.
     (r"py:.*", r"(collections|contextlib|os|pathlib|types|typing|torch)\..+"),
-    # What autodoc leaves as the source spells it: built-in errors, names of typing, "any JSON value".
+    # What autodoc leaves as the source spells it: built-in errors, names of typing, values of any kind.
     (
         r"py:(class|exc)",
-        r"(Exception|\w+Error|Any|Callable|Mapping|Self|Sequence|JSON|TypeAliasForwardRef|Literal\[.*)",
+        r"(Exception|\w+Error|Any|Callable|Mapping|Self|Sequence|JSON|Index|TypeAliasForwardRef|Literal\[.*)",
     ),
     # Type variables have no page.
     (r"py:(class|obj)", r"(dcp_async\.response\.)?(T|T_co)"),
@@ -58,6 +58,7 @@ nitpick_ignore_regex = [
 
 NOT_CALLED = {
     *("AsyncSaveResponse", "CheckpointHandle", "CheckpointInfo", "LoadReport", "StoredCheckpoint"),
+    "Checkpoint",
     *("SaveStarted", "SaveStaged", "SaveProgress", "SaveCommitted", "SaveFailed"),
     *("Observer", "Storage", "StorageContract", "Transaction", "Reader"),
     *(name for name in dcp_async.__all__ if name in vars(errors)),

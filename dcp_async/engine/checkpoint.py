@@ -63,6 +63,12 @@ def reader_at(
     return Lifetime(setup), name
 
 
+async def _let_go(life: Lifetime, opened: Opened) -> None:
+    """Close ``opened``, or have its last reader close it."""
+    life.opened.discard(opened)
+    await opened.close()
+
+
 class CheckpointVerbs:
     """Base of both twins. Owns what it opened, and its Lifetime if it was made with one of its own."""
 
@@ -90,7 +96,7 @@ class CheckpointVerbs:
                 ResourceWarning,
                 stacklevel=2,
             )
-            life.resources.loop.submit(life.let_go(opened))
+            life.resources.loop.submit(_let_go(life, opened))
 
     def _opening(self) -> Verb[None]:
         if self._opened is not None or self._is_closed:
@@ -124,7 +130,7 @@ class CheckpointVerbs:
         if self._owns_life:
             yield from self._life.leaving(exc_type)
         elif opened is not None and self._life.state == "open":
-            yield Wait(self._life.submit(self._life.let_go(opened)).future, shielded=True)
+            yield Wait(self._life.submit(_let_go(self._life, opened)).future, shielded=True)
 
     def _in_use(self) -> Opened:
         if self._is_closed:

@@ -83,7 +83,12 @@ class Lifetime:
             self.resources = self._make_resources()
             self.state = "open"
         # a cancelled caller waits until this has released everything again: it has nothing to close
-        yield self.resources.loop.submit(self._open()).join()
+        try:
+            yield self.resources.loop.submit(self._open()).join()
+        except BaseException:
+            if self.state == "open":  # cancelled before it began, or as it ended
+                yield Wait(self.resources.loop.submit(self._undo_opening()).future, shielded=True)
+            raise
 
     def _make_resources(self) -> Resources:
         setup, loop = self.setup, LoopThread("dcp_async-engine")
@@ -109,12 +114,21 @@ class Lifetime:
             catalog=Catalog(setup.storage, threads, self.metadata_of, timeout=setup.timeouts.storage),
         )
 
-    async def _open(self) -> None:
+    def _guard(self) -> None:
+        """What an end needs. On the loop."""
         self._release_lock = asyncio.Lock()
         self._exiting = main_has_ended()
         self._exit_guard = ExitGuard(
             self._drain_at_exit, self._release_at_exit, self.setup.timeouts.exit_grace + 4 * _ABORT_SECONDS
         )
+
+    async def _undo_opening(self) -> None:
+        if not self._has_opened:
+            self._guard()
+        await self._shut_down(0.0)
+
+    async def _open(self) -> None:
+        self._guard()
         try:
             # first: ranks that do not fit together find out before anything is asked of the root
             await self.resources.coordinator.open()
@@ -163,7 +177,9 @@ class Lifetime:
         try:
             yield Wait(self._begin_end(None).future)
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
-            yield from self._ending(self.setup.timeouts.exit_grace)
+            if not self._is_ended():  # else in this very moment: nothing is left to interrupt
+                yield from self._ending(self.setup.timeouts.exit_grace)
+            self.hooks.remove()
             raise
         # in the caller's thread, which runs no step now: within one torch iterates over its hooks
         self.hooks.remove()
@@ -315,11 +331,6 @@ class Lifetime:
         if release or not drained or self.state != "open":
             await self._shut_down(self.setup.timeouts.exit_grace)
 
-    async def let_go(self, opened: Opened) -> None:
-        """Close ``opened``, or have its last reader close it."""
-        self.opened.discard(opened)
-        await opened.close()
-
     def finishing(self, writer: ResponseWriter) -> Verb[None]:
         """``save`` is about to return. While the process ends nobody may look at its handles any more: then
         it is durable, or fails, here."""
@@ -386,7 +397,7 @@ class Lifetime:
         with self._lock:
             self.state = "closed"
         self.setup.stager.pool.forget(self.resources)
-        for opened in self.opened:
+        for opened in list(self.opened):  # a last reader may be closing its own
             await opened.close()
         # before its threads end: other ranks wait for this one's goodbye
         await self.resources.coordinator.close()

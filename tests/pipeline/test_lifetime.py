@@ -443,3 +443,31 @@ async def test_many_lives_leave_nothing(root: Path) -> None:
     for step in range(5):
         async with CheckpointEngine(root, staging=SMALL_OVERLAP) as engine:
             await engine.save(WIDE, step=step)
+
+
+async def test_an_interrupt_that_comes_as_a_close_ends_is_raised_as_it_is(tmp_path: Path) -> None:
+    engine = await CheckpointEngine(tmp_path).open()
+    verb = engine._life.closing()
+    drained = next(verb)
+    await drained.wait()  # closed, and the verb does not know yet
+    with pytest.raises(asyncio.CancelledError):
+        verb.throw(asyncio.CancelledError())
+
+
+async def test_an_open_that_is_cancelled_before_it_begins_leaves_nothing(tmp_path: Path) -> None:
+    for _ in range(5):
+        opening = asyncio.ensure_future(CheckpointEngine(tmp_path).open())
+        await asyncio.sleep(0)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+
+async def test_an_open_that_is_cancelled_as_it_ends_leaves_nothing(tmp_path: Path) -> None:
+    engine = CheckpointEngine(tmp_path)
+    verb = engine._life.opening()
+    await next(verb).wait()  # open, and the caller does not know yet
+    undone = verb.throw(asyncio.CancelledError())
+    await undone.wait()
+    with pytest.raises(asyncio.CancelledError):
+        next(verb)
