@@ -14,6 +14,7 @@ import warnings
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import unquote
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
@@ -47,8 +48,12 @@ def reader_at(
     """Threads of its own to read what lies beside ``path``, a checkpoint's directory, and its name there."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"a checkpoint is opened by the path of its directory, not by {path!r}")
-    # links are followed here: this very directory was asked for, wherever it lies
-    root, name = os.path.split(os.path.realpath(os.path.expanduser(os.fsdecode(path))))
+    if isinstance(path, str) and "://" in path:
+        root, _, name = path.rstrip("/").rpartition("/")
+        name = unquote(name) if path.lower().startswith("file:") else name
+    else:
+        # links are followed here: this very directory was asked for, wherever it lies
+        root, name = os.path.split(os.path.realpath(os.path.expanduser(os.fsdecode(path))))
     setup = make_setup(
         root,
         StagingOptions(),
@@ -292,7 +297,8 @@ def open_checkpoint(
     group: ``async with open_checkpoint("checkpoints/run1/step-00000100") as checkpoint``.
 
     Args:
-        path: the checkpoint's own directory; of its siblings none is looked at.
+        path: the checkpoint's own directory, or its URL (``memory://name/step-00000100``); of its siblings
+            none is looked at.
         trust: which pickled leaves are accepted.
         limits: how many reads go on at once.
         timeouts: how long one of them may take.

@@ -258,6 +258,19 @@ async def test_a_checkpoint_in_a_storage_of_the_users_is_read_in_parts(path: Pat
     await storage.close()
 
 
+async def test_a_checkpoint_is_opened_by_its_url(tmp_path: Path) -> None:
+    for root in (f"memory://{tmp_path.name}", (tmp_path / "a b").as_uri()):
+        async with CheckpointEngine(root) as engine:
+            await engine.save({"w": W}, checkpoint_id="one two")
+            await engine.wait()
+            name = "one%20two" if root.startswith("file") else "one two"
+            async with open_checkpoint(f"{root}/{name}") as checkpoint:
+                assert_same(await checkpoint.tensor("w", slice(3)), W[:3])
+            await engine.save({"w": W}, checkpoint_id="one two", replace=True)
+    with pytest.raises(ValueError, match="no storage serves s3"):
+        open_checkpoint("s3://bucket/step-1")
+
+
 @pytest.mark.parametrize("path", [3, None])
 async def test_only_a_path_is_opened_without_an_engine(path: Any) -> None:
     with pytest.raises(TypeError, match="by the path of its directory"):
