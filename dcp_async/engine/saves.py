@@ -22,7 +22,7 @@ from ..coordination import RemoteError, RemoteFailure
 from ..errors import EngineStateError, SaveCancelled, SaveError
 from ..events import SaveCommitted, SaveFailed, SaveStarted
 from ..info import JSON, CheckpointInfo
-from ..planning import CompiledPlan
+from ..planning import CompiledPlan, custom_planner
 from ..response import AsyncSaveResponse, Place, ResponseWriter
 from ..save import (
     Cancellation,
@@ -174,7 +174,10 @@ class Saves:
         """The state as it is now, and the plan that its structure has by now."""
         life = self._life
         ranks = life.resources.coordinator
-        latest = self._runner.carryover.latest if life.setup.planning.cache else None
+        planner = custom_planner(life.setup.planning)
+        # a planner may decide otherwise in each save, so it gets the whole state and no plan
+        is_reused = life.setup.planning.cache and planner is None
+        latest = self._runner.carryover.latest if is_reused else None
         plan, known = latest if latest is not None else (None, None)
         with ranks.activity.watched():
             captured = capture(
@@ -187,7 +190,7 @@ class Saves:
             )
         if captured.is_new:
             plan = None
-        return life.setup.stager.prepare(captured, plan), plan
+        return life.setup.stager.prepare(captured, plan, planner=planner), plan
 
     def preparing(self, state: Mapping[str, Any]) -> Verb[None]:
         """``CheckpointEngine.prepare``. Ranks: all must call it, in the same order as saves."""

@@ -108,5 +108,12 @@ class Format(Protocol):
     ) -> FileLayout:
         """Where ``tensors`` (dtype and chunk shape, row-major) lie and, behind them, leaves in ``rooms``."""
 
-    def index(self, groups: Sequence[Group], paths: Mapping[str, Sequence[str | int]]) -> MetadataTemplate:
-        """What all readers are told of the names in ``groups``, each of which has one of ``paths``."""
+    def index(
+        self,
+        groups: Sequence[Group],
+        paths: Mapping[str, Sequence[str | int]],
+        *,
+        planner_data: object = None,
+    ) -> MetadataTemplate:
+        """What all readers are told of the names in ``groups``, each of which has one of ``paths``; a planner
+        may have ``planner_data`` of its own in place of those."""

@@ -58,8 +58,14 @@ class DistcpFormat:
     def padded(self, item: bytes, room: int) -> bytes:
         return pad_item(item, room)
 
-    def index(self, groups: Sequence[Group], paths: Mapping[str, Sequence[str | int]]) -> MetadataTemplate:
-        return metadata_template(groups, paths)
+    def index(
+        self,
+        groups: Sequence[Group],
+        paths: Mapping[str, Sequence[str | int]],
+        *,
+        planner_data: object = None,
+    ) -> MetadataTemplate:
+        return metadata_template(groups, paths, planner_data=planner_data)
 
     def layout(
         self, tensors: Sequence[tuple[torch.dtype, tuple[int, ...]]], rooms: Sequence[int]

@@ -68,9 +68,13 @@ class Group:
 
 
 def metadata_template(
-    groups: Sequence[Group], paths: Mapping[str, Sequence[str | int]], *, file_number: int = 0
+    groups: Sequence[Group],
+    paths: Mapping[str, Sequence[str | int]],
+    *,
+    planner_data: object = None,
+    file_number: int = 0,
 ) -> MetadataTemplate:
-    """Encode what ``groups`` hold, with ``paths`` for planner_data.
+    """Encode what ``groups`` hold, with ``paths`` for planner_data, or ``planner_data`` itself.
 
     Written opcode by opcode: the objects per item that a pickler would be given, five dicts and more, took
     most of the time and the memory for many ranks. What many items have in common comes first; then a name is
@@ -86,6 +90,7 @@ def metadata_template(
     saved = StorageMeta(save_id=manifest_file(_PLACEHOLDER))
     others = dict(vars(Metadata({})), storage_meta=saved, version=_DCP_VERSION)
     rest = [constants(key) + constants(value) for key, value in others.items() if key not in known]
+    own = constants(planner_data) if planner_data is not None else None
     whole = constants(Metadata) + _NEW
     # no new constant from here on: names take the memories behind theirs
     strings = _Strings(constants.num_remembered)
@@ -94,9 +99,13 @@ def metadata_template(
     out.writelines((constants.head(), whole, keys["state_dict_metadata"], _DICT))
     for group, entry in zip(groups, entries, strict=True):
         out.writelines(strings[name] + entry for name in group.names)
-    out.writelines((pickle.SETITEMS, keys["planner_data"], _DICT))
-    out.writelines(strings[name] + strings.path(path) for name, path in paths.items())
-    out.writelines((pickle.SETITEMS, keys["storage_data"], _DICT))
+    out.writelines((pickle.SETITEMS, keys["planner_data"]))
+    if own is None:
+        out.writelines((_DICT, *(strings[name] + strings.path(path) for name, path in paths.items())))
+        out.write(pickle.SETITEMS)
+    else:
+        out.write(own)
+    out.writelines((keys["storage_data"], _DICT))
     out.writelines(items.encoded(strings, groups))
     out.writelines((pickle.SETITEMS, *rest, _BUILT, pickle.STOP))
     return MetadataTemplate(tuple(out.getvalue().split(_PLACEHOLDER.encode())))

@@ -15,7 +15,16 @@ from .leaf_equality import (
     value_digests,
 )
 from .local_plan import Mesh, group_hashes, make_local_plan
-from .planner import CompiledPlan, DefaultDraft, PlanningOptions, compile_plan, draft_plan
+from .planner import (
+    CompiledPlan,
+    DefaultDraft,
+    Draft,
+    PlanningOptions,
+    compile_plan,
+    custom_planner,
+    draft_plan,
+)
+from .protocol import PlannerError, SaveProtocol
 from .replica_groups import pieces_of
 from .replica_turns import Rotation, Turn
 from .self_proof import prove_head, prove_item
@@ -27,17 +36,21 @@ __all__ = [
     "DefaultDraft",
     "Description",
     "Digest",
+    "Draft",
     "GlobalPlan",
     "ItemLocations",
     "Mesh",
+    "PlannerError",
     "PlanningOptions",
     "Publication",
     "ReplicaGroup",
     "Rotation",
+    "SaveProtocol",
     "Turn",
     "WrittenItem",
     "compile_plan",
     "conflicts",
+    "custom_planner",
     "descriptions",
     "differing_leaves",
     "draft_plan",

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from .._geometry import Offsets
 from ..formats import DISTCP, Format, Group, MetadataTemplate, Place, dcp_paths, structure_json
+from ..info import JSON
 from .all_plans import AllPlans, Signature, dtype_of
 from .conflicts import ConflictError
 from .local_plan import Kind
@@ -60,10 +61,24 @@ class GlobalPlan:
     """What the coordinator knows of a plan. Holds what all ranks hold until the first publication,
     then only that."""
 
-    def __init__(self, all_plans: AllPlans, metadata: Metadata | None = None) -> None:
-        """``metadata`` comes from a planner of the user's; without one it is made from ``all_plans``."""
+    def __init__(
+        self,
+        all_plans: AllPlans,
+        metadata: Metadata | None = None,
+        *,
+        tree: JSON = None,
+        planner_data: object = None,
+    ) -> None:
+        """
+        Args:
+            metadata: comes from a planner; without one it is made from ``all_plans``.
+            tree: the containers that the names lie in; None for those that the ranks told of.
+            planner_data: what a planner keeps in `.metadata`; None for the names' paths.
+        """
         self._all_plans: AllPlans | None = all_plans
         self._metadata = metadata
+        self._tree = tree
+        self._planner_data = planner_data
         # ranks of one cohort number their pieces alike, so what is written is noted per cohort
         self._tensor_cohort_of = {
             rank: number for number, cohort in enumerate(all_plans.tensor_cohorts) for rank in cohort.ranks
@@ -103,13 +118,14 @@ class GlobalPlan:
 
     def _publish(self, format: Format) -> Publication:
         assert self._all_plans is not None
-        all_plans, tree = self._all_plans, self._all_plans.tree()
+        all_plans = self._all_plans
+        tree = self._tree if self._tree is not None else all_plans.tree()
         # without a planner of the user's no object per item is needed: ten times faster (docs/adr/0007)
         groups = (
             self._alike(all_plans) if self._metadata is None else self._planned(all_plans, self._metadata)
         )
         strides, exotic = _strides(all_plans), _exotic(all_plans)
-        template = format.index(groups, dcp_paths(tree))
+        template = format.index(groups, dcp_paths(tree), planner_data=self._planner_data)
         constant = structure_json(tree, strides, exotic)
         # from what ranks told, not from ``groups``: a proof of these would not see what went wrong in making
         # them

@@ -29,11 +29,9 @@ from .conflicts import ConflictError
 from .global_plan import GlobalPlan, ItemLocations
 from .leaf_equality import Canonical
 from .local_plan import LocalPlan, make_local_plan
+from .protocol import PlannerError, is_custom, planner_code
 from .replica_groups import shared_tensors
 from .replica_turns import Rotation
-
-# what a planner overrides to change data on its way: staging copies many tensors at once and asks nobody
-_RESOLVERS = ("resolve_data", "lookup_object", "transform_object")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +39,9 @@ class PlanningOptions:
     """How a save is planned."""
 
     save: Callable[[], SavePlanner] = DefaultSavePlanner
-    """Makes the planner of one plan: a factory, because a planner keeps state between its calls."""
+    """Makes the planner of one save: a factory, because a planner keeps state between its calls. One that
+    overrides a method of DCP's protocol is called in each save, in DCP's order; DCP's own, whatever its
+    options, plans once for all saves of one structure."""
     cache: bool = True
     """Reuse the plan while the structure stays the same. Off costs a full plan on every save."""
 
@@ -50,6 +50,20 @@ class PlanningOptions:
             raise ValueError(
                 f"PlanningOptions(save=...) takes a class or function that makes planners, not {self.save!r}"
             )
+
+
+def custom_planner(options: PlanningOptions) -> SavePlanner | None:
+    """A planner that is to be called in one save; None if DCP's default one would plan the same. Raises
+    PlannerError."""
+    if options.save is DefaultSavePlanner:  # of most engines, and asked in each save
+        return None
+    with planner_code(options.save, "__call__"):
+        planner = options.save()
+    if not isinstance(planner, SavePlanner):
+        raise PlannerError(
+            f"PlanningOptions(save=...) gave a {type(planner).__name__}, which is no SavePlanner"
+        )
+    return planner if is_custom(planner) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +91,9 @@ class CompiledPlan:
     """The pieces of tensors that it has in common with others."""
     shared: GlobalPlan | None
     """What is published; the coordinator's alone."""
+    is_exact: bool = False
+    """Whether the items of leaves end where their bytes do, not where their rooms end: a planner's bytes need
+    not be an item that can be padded. Such a plan is for one save."""
     canonical: Canonical = field(default_factory=dict, compare=False)
     """Leaves that are pickled otherwise on each rank although they are equal; they are compared by value. All
     ranks find them out together."""
@@ -96,6 +113,8 @@ class CompiledPlan:
     def padded(self, items: Sequence[bytes]) -> list[bytes]:
         """The items of the leaves that this rank writes, each grown to its room."""
         leaves = zip(items, self.leaves, strict=True)
+        if self.is_exact:
+            return [item.ljust(self.rooms[index], b"\0") for item, index in leaves]
         return [self.format.padded(item, self.rooms[index]) for item, index in leaves]
 
 
@@ -149,7 +168,7 @@ class DefaultDraft:
 
 
 class PlannerDraft:
-    """A plan by DCP's protocol, for planners of the user's.
+    """A plan by DCP's own planner with options of the user's.
 
     Their plans travel as pickles, as they do in stock: whoever writes to the process group's store can run
     code here.
@@ -158,13 +177,6 @@ class PlannerDraft:
     def __init__(
         self, captured: Captured, local_plan: LocalPlan, planner: SavePlanner, is_coordinator: bool
     ) -> None:
-        for method in _RESOLVERS:
-            if getattr(type(planner), method, None) is not getattr(DefaultSavePlanner, method):
-                raise CaptureError(
-                    f"{type(planner).__name__} overrides {method}(), which replaces the data item by item; "
-                    "this release copies tensors as they are. Transform the state before save(), "
-                    "or use a planner that overrides the plan only"
-                )
         self.local_plan = local_plan
         self._structure = captured.structure
         self._planner = planner
@@ -242,10 +254,11 @@ def compile_plan(
     shared: GlobalPlan | None,
     *,
     previous: CompiledPlan | None = None,
+    is_exact: bool = False,
     format: Format = DISTCP,
 ) -> tuple[CompiledPlan, ItemLocations]:
     """Lay out the file of what is assigned to this rank. ``previous`` is the plan of the structure, if that
-    is not new: no leaf gets less room than it had."""
+    is not new: no leaf gets less room than it had. ``is_exact`` as in CompiledPlan."""
     structure, tensors, leaves = captured.structure, mine["tensors"], mine["leaves"]
     rooms = list(map(format.room, map(len, captured.leaf_items)))
     if previous is not None:  # a leaf that shrank stays where it is, so that others do
@@ -266,11 +279,15 @@ def compile_plan(
         groups=mine["groups"],
         replicas=mine["replicas"],
         shared=shared,
+        is_exact=is_exact,
     )
+    lengths = layout.item_bytes
+    if is_exact:
+        lengths = [*lengths[: len(tensors)], *(len(captured.leaf_items[index]) for index in leaves)]
     locations = ItemLocations(
         tensors=array("I", tensors).tobytes(),
         leaves=array("I", leaves).tobytes(),
         offsets=array("Q", layout.item_offsets).tobytes(),
-        lengths=array("Q", layout.item_bytes).tobytes(),
+        lengths=array("Q", lengths).tobytes(),
     )
     return plan, locations

@@ -68,6 +68,8 @@ class SavePipeline:
         )
         self._flow: _Flow | None = None
         """The one that runs, or ran last."""
+        self._made: Prepared | None = None
+        """What a planner of the user's made of the state; it may refer to the trainer's tensors."""
 
     async def run(self) -> CommitOutcome:
         """Plan, stage, write, commit.
@@ -94,6 +96,8 @@ class SavePipeline:
     def _let_go(self) -> None:
         """The trainer may have its tensors back."""
         self._request.prepared.release()
+        if self._made is not None:
+            self._made.release()
         if self._flow is not None:
             self._flow.share.release()
 
@@ -106,8 +110,9 @@ class SavePipeline:
     async def _run(self) -> CommitOutcome:
         request, services = self._request, self._services
         ranks = PlanAgreement(
-            request.prepared.captured,
+            request.prepared,
             request.plan,
+            checkpoint_id=request.response.checkpoint_id,
             uid=self._uid,
             coordinator=services.coordinator,
             threads=services.threads,
@@ -128,8 +133,11 @@ class SavePipeline:
         if written is None:
             with in_phase("plan"):
                 plan = await ranks.compile()
-            # for the saves to come, whatever becomes of this one
-            self._carryover.latest = plan, request.prepared.captured.known
+            if ranks.captured is request.prepared.captured:
+                # for the saves to come, whatever becomes of this one
+                self._carryover.latest = plan, ranks.captured.known
+            else:  # its planner is asked anew in each save
+                self._made = Prepared.of_made(ranks.captured)
             written = await self._write_under(plan, None)
             assert written is not None
         commit = Commit(
@@ -154,7 +162,7 @@ class SavePipeline:
         """Stage and write what ``plan`` says. None if ``is_agreed``, asked meanwhile, says that it does not
         hold: then what was staged is dropped, and the state still held."""
         self._flow = _Flow(
-            plan, self._request, self._services, self._directory, self._comparison, self._staged
+            plan, self._request, self._services, self._directory, self._comparison, self._staged, self._made
         )
         return await self._flow.run(is_agreed)
 
@@ -185,9 +193,12 @@ class _Flow:
         directory: SaveDirectory,
         comparison: ReplicaComparison,
         on_staged: Callable[[int], None],
+        made: Prepared | None,
     ) -> None:
-        self.share: Prepared = request.prepared.share(plan.tensors, plan.leaves)
-        """What this rank writes of the state."""
+        """``made``: what is staged in place of the state, whose memory it may share."""
+        self._prepared = made or request.prepared
+        self.share: Prepared = self._prepared.share(plan.tensors, plan.leaves)
+        """What this rank writes of it."""
         self._plan = plan
         self._request = request
         self._services = services
@@ -302,7 +313,10 @@ class _Flow:
         await staged.close()
         # replicas are read last: the share that is written goes to the disk meanwhile
         with in_phase("stage"):
-            await self._comparison.read(self._plan, self._request.prepared)
+            await self._comparison.read(self._plan, self._prepared)
+            if self._prepared is not self._request.prepared:
+                # after the last copy: tensors that a planner gave are watched by those that they are views of
+                await self._services.threads.run(self._request.prepared.refuse_changes)
         self._calm.set()
         # that other ranks need a new plan, that a name is taken or a root can't be written, is the caller's
         # business: its state is held for the first, and it is told of the others before save() returns

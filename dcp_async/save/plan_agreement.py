@@ -11,15 +11,21 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, TypedDict
 
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import SavePlanner
+
 from .._concurrency import BlockingThreads
 from ..coordination import Coordinator
 from ..planning import (
     CompiledPlan,
     Description,
     Digest,
+    Draft,
     GlobalPlan,
     ItemLocations,
+    PlannerError,
     PlanningOptions,
+    SaveProtocol,
     Turn,
     compile_plan,
     conflicts,
@@ -31,7 +37,7 @@ from ..planning import (
     shared_hashes,
     value_digests,
 )
-from ..state import Captured
+from ..staging import Prepared
 from .replica_comparison import ReplicaComparison
 
 Verdict = Literal["reuse", "replan", "compare"]
@@ -60,13 +66,18 @@ def judge(plan: CompiledPlan | None, messages: Sequence[dict[str, Any]]) -> Verd
 
 
 class PlanAgreement:
-    """One save's way to a plan. ``captured`` must hold the whole state until the last call."""
+    """One save's way to a plan. ``prepared`` must hold the whole state until the last call.
+
+    Attributes:
+        captured: what the plan is of: what was captured, or what a planner of the user's made of that.
+    """
 
     def __init__(
         self,
-        captured: Captured,
+        prepared: Prepared,
         plan: CompiledPlan | None,
         *,
+        checkpoint_id: str,
         uid: str,
         coordinator: Coordinator,
         threads: BlockingThreads,
@@ -74,10 +85,14 @@ class PlanAgreement:
         lead: Callable[[CompiledPlan], Awaitable[None]],
         comparison: ReplicaComparison,
     ) -> None:
-        """``plan`` is what this rank has for the structure of ``captured``; ``lead``, called on the
-        coordinator of several ranks, makes the directory ready for them to write; ``comparison`` is told its
-        turn as soon as they have a plan."""
-        self._captured = captured
+        """``plan`` is what this rank has for the structure of ``prepared``, None if a planner of the user's
+        decides, which is told that ``checkpoint_id`` is saved; ``lead``, called on the coordinator of several
+        ranks, makes the directory ready for them to write; ``comparison`` is told its turn as soon as they
+        have a plan."""
+        captured = self.captured = prepared.captured
+        self._prepared = prepared
+        self._planner = prepared.planner
+        self._checkpoint_id = checkpoint_id
         # kept even if a leaf outgrew its room: the next plan gives no other leaf less than this one does
         self._previous = plan
         self._plan = plan if plan is not None and plan.has_room_for(captured) else None
@@ -102,12 +117,14 @@ class PlanAgreement:
         message: dict[str, Any] = {"generation": None, "groups": [], "shared": []}
         if plan is not None:
             if plan.groups:  # in a thread, since leaves may be large
-                hashes = await self._threads.run(shared_hashes, self._captured, plan.canonical)
+                hashes = await self._threads.run(shared_hashes, self.captured, plan.canonical)
             message = {
                 "generation": plan.generation,
                 "groups": [group for group, _ in plan.groups],
                 "shared": group_hashes(hashes, [leaves for _, leaves in plan.groups]),
             }
+        if self._planner is not None:
+            message["planner"] = type(self._planner).__qualname__
         ruling = await self._coordinator.exchange(self._uid, "verdict", message, self._judge)
         if ruling["verdict"] == "compare" and plan is not None:
             # bytes differ where values need not: sets and dicts pickle in an order of each process's own
@@ -132,7 +149,7 @@ class PlanAgreement:
         """Whether leaves whose bytes differ are equal all the same. ``agreed`` is the plan to go on with if
         they are. Raises ConflictError, or RemoteFailure."""
         run = self._threads.run
-        mine = await run(value_digests, self._captured, names)
+        mine = await run(value_digests, self.captured, names)
 
         async def compare(digests: Sequence[dict[str, Digest]]) -> list[list[str]]:
             unequal = conflicts(digests)
@@ -147,10 +164,18 @@ class PlanAgreement:
             async def explain(told: Sequence[dict[str, Description]]) -> list[None]:
                 raise explained(told, unequal)
 
-            described = await run(descriptions, self._captured, unequal)
+            described = await run(descriptions, self.captured, unequal)
             await self._coordinator.exchange(self._uid, "differences", described, explain)
 
     async def _judge(self, messages: Sequence[dict[str, Any]]) -> list[Ruling]:
+        # before anything of theirs is looked at: what they send from here on differs
+        planners = [message.get("planner", "") for message in messages]
+        for rank, planner in enumerate(planners):
+            if planner != planners[0]:
+                raise PlannerError(
+                    f"rank 0 plans with {planners[0] or 'the default planner'} and rank {rank} with "
+                    f"{planner or 'the default planner'}; PlanningOptions(save=...) gives the same everywhere"
+                )
         plan = self._plan
         verdict = judge(plan, messages)
         if plan is None or verdict == "replan":
@@ -168,13 +193,17 @@ class PlanAgreement:
         runs in a thread."""
         coordinator, run = self._coordinator, self._threads.run
         shared: GlobalPlan | None = None
-        draft = await run(
-            draft_plan,
-            self._captured,
-            self._previous,
-            self._options,
-            is_coordinator=coordinator.is_coordinator,
-        )
+        draft: Draft
+        if self._planner is not None:
+            draft = await self._resolved(self._planner)
+        else:
+            draft = await run(
+                draft_plan,
+                self.captured,
+                self._previous,
+                self._options,
+                is_coordinator=coordinator.is_coordinator,
+            )
 
         async def merge(messages: Sequence[Any]) -> list[Any]:
             nonlocal shared
@@ -195,16 +224,37 @@ class PlanAgreement:
             await self._compare_values(suspects)
         plan, locations = await run(
             compile_plan,
-            self._captured,
+            self.captured,
             draft.local_plan,
             draft.assigned(answer),
             self._uid,
             shared,
             previous=self._previous,
+            is_exact=self._planner is not None,
         )
         self._learn(plan, suspects)
         self._comparison.begin(await coordinator.exchange(self._uid, "place", locations, locate))
         return plan
+
+    async def _resolved(self, planner: SavePlanner) -> Draft:
+        """What ``planner`` makes of the state, by DCP's protocol. Raises PlannerError on every rank."""
+        coordinator, run = self._coordinator, self._threads.run
+        await run(self._prepared.await_capture)
+        protocol = SaveProtocol(
+            planner,
+            self.captured,
+            is_coordinator=coordinator.is_coordinator,
+            storage_meta=StorageMeta(checkpoint_id=self._checkpoint_id, save_id=self._uid),
+        )
+
+        async def merge(messages: Sequence[bytes]) -> list[bytes]:
+            return await run(protocol.global_plans, messages)
+
+        plan = await run(protocol.local_plan)
+        answer = await coordinator.exchange(self._uid, "planner", plan, merge)
+        draft = await run(protocol.resolve, answer)
+        self.captured = draft.captured
+        return draft
 
 
 async def _find_suspects(hashes: Sequence[dict[str, int]]) -> list[list[str]]:

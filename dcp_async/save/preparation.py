@@ -14,7 +14,7 @@ from .._concurrency import run_unless
 from ..coordination import RemoteError
 from ..planning import CompiledPlan
 from ..staging import Prepared, StageJob, num_parts
-from .failures import in_phase, tell_others
+from .failures import Preparing, in_phase, tell_others
 from .plan_agreement import PlanAgreement
 from .replica_comparison import ReplicaComparison
 from .services import Carryover, SaveServices
@@ -40,6 +40,8 @@ class Preparation:
         all ranks."""
         self.verdict: Mapping[int, RemoteError] = {}
         self._prepared = prepared
+        self._made: Prepared | None = None
+        """What a planner of the user's made of the state."""
         self._plan = plan
         self._services = services
         self._carryover = carryover
@@ -58,6 +60,8 @@ class Preparation:
             raise
         finally:
             self._prepared.release()
+            if self._made is not None:
+                self._made.release()
 
     async def _run(self) -> None:
         with in_phase("plan"):
@@ -77,8 +81,9 @@ class Preparation:
         )
         try:
             ranks = PlanAgreement(
-                self._prepared.captured,
+                self._prepared,
                 self._plan,
+                checkpoint_id=Preparing.checkpoint_id,
                 uid=self._uid,
                 coordinator=services.coordinator,
                 threads=services.threads,
@@ -90,13 +95,17 @@ class Preparation:
             if await ranks.is_agreed() and known is not None:
                 return known
             plan = await ranks.compile()
-            self._carryover.latest = plan, self._prepared.captured.known
+            if ranks.captured is self._prepared.captured:
+                self._carryover.latest = plan, ranks.captured.known
+            else:
+                self._made = Prepared.of_made(ranks.captured)
             return plan
         finally:
             comparison.close()  # the turn that it was dealt goes back: nothing is compared
 
     async def _stage(self, plan: CompiledPlan) -> None:
-        services, share = self._services, self._prepared.share(plan.tensors, plan.leaves)
+        services, prepared = self._services, self._made or self._prepared
+        share = prepared.share(plan.tensors, plan.leaves)
         pool = services.stager.pool
         pool.reserve(services, num_parts(plan.layout.image_bytes, pool.slot_bytes) * services.pending_saves)
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import accumulate
 from typing import TypeVar
 
@@ -57,8 +57,10 @@ def copy_aside(
     located: Located,
     snapshots: Mapping[torch.device, Snapshot],
     streams: Mapping[torch.device, Stream],
+    in_place: Set[int] = frozenset(),
 ) -> tuple[Captured, list[int]]:
-    """``captured`` with its small tensors replaced by copies, and which these are.
+    """``captured`` with its small tensors, but for those ``in_place``, replaced by copies, and which these
+    are.
 
     A forward changes small ones (BatchNorm's counters), and they are cheap. To be called before the events
     are recorded, so that copies on a device come first.
@@ -70,7 +72,7 @@ def copy_aside(
         aside += snapshot.pack.in_structure
         copies += snapshot.scratch.every
     # pinned ones are read when they have arrived, for which the trainer does not wait
-    taken = captured.known.cache.pinned.union(aside)
+    taken = captured.known.cache.pinned.union(aside, in_place)
     rest = [index for index in smallest if index not in taken] if taken else smallest
     # no step per tensor that calls anything: this is the trainer's time
     for device in (None, *streams):
@@ -123,8 +125,10 @@ def watched(
     located: Located,
     snapshots: Mapping[torch.device, Snapshot],
     streams: Mapping[torch.device, Stream],
+    in_place: Set[int] = frozenset(),
 ) -> tuple[Captured, MutationWatch]:
-    """``captured`` as a trainer that goes on may leave it: small tensors are copied, the others watched."""
-    copied, aside = copy_aside(captured, located, snapshots, streams)
+    """``captured`` as a trainer that goes on may leave it: small tensors, but for those ``in_place``, are
+    copied, the others watched."""
+    copied, aside = copy_aside(captured, located, snapshots, streams, in_place)
     sampled = Sampled.of(copied, located, aside)
     return copied, MutationWatch.begin(copied, aside, sampled, streams)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.distributed.checkpoint.planner import SavePlanner
 
 from ..state import Captured, versions_of
 from .device import Event
@@ -36,6 +37,8 @@ class Prepared:
     arrivals: Sequence[Event] = ()
     """Copies that the trainer queued into pinned host memory are done by then; none where nothing is
     pinned."""
+    planner: SavePlanner | None = None
+    """Decides on what is written of it; None where DCP's default one would."""
     indices: Sequence[int] | None = None
     """Where the tensors of a share stand in the structure; None if they are all of it."""
 
@@ -51,6 +54,7 @@ class Prepared:
     def release(self) -> None:
         """Drop every reference to the trainer's tensors."""
         self.captured.release()
+        self.planner = None  # it refers to the state
         # its layers are the trainer's tensors, too
         self.watch = None
         while self.snapshots:
@@ -61,6 +65,23 @@ class Prepared:
         """Return once host memory holds what the trainer had copied to it; in the thread that copies."""
         for event in self.arrivals:
             event.synchronize()
+
+    def await_capture(self) -> None:
+        """Return once the tensors hold what the trainer had queued for them; for a thread that may wait."""
+        for event in self.events.values():
+            event.synchronize()
+        self.await_arrivals()
+
+    def refuse_changes(self) -> None:
+        """Raises MutatedTensors if any of the tensors is other than it was captured."""
+        if self.watch is not None:
+            everything = Selection(range(len(self.captured.tensors)))
+            self.refuse(self.changed(everything) | self.reshaped(everything) | self.changed_unseen())
+
+    @classmethod
+    def of_made(cls, captured: Captured) -> Prepared:
+        """What nobody else refers to, or whoever made it watches: it lies in host memory."""
+        return cls(captured=captured, events={}, watch=None)
 
     def displaced(self, selection: Selection) -> set[int]:
         """Those that have other memory than was captured, or none."""

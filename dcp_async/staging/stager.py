@@ -18,6 +18,7 @@ from typing import ParamSpec, Self, TypeVar
 
 import anyio
 import torch
+from torch.distributed.checkpoint.planner import SavePlanner
 
 from .._concurrency import BlockingThreads, StuckThreadError, run_blocking
 from ..errors import EngineStateError
@@ -150,12 +151,19 @@ class Stager:
     ) -> None:
         await self.close()
 
-    def prepare(self, captured: Captured, plan: CompiledPlan | None = None) -> Prepared:
+    def prepare(
+        self,
+        captured: Captured,
+        plan: CompiledPlan | None = None,
+        *,
+        planner: SavePlanner | None = None,
+    ) -> Prepared:
         """In the caller's thread, right after capture: copies aside what overlap needs, marks the devices'
         queues.
 
         Args:
             plan: the one that the structure belongs to, if there is one yet.
+            planner: the user's, that decides on what is written.
         Raises: CaptureError; CaptureInProgressError.
         """
         cache = captured.known.cache
@@ -176,7 +184,9 @@ class Stager:
         if self.options.overlap:
             packs = self.copier.packs.known(plan, located) if plan is not None and devices else {}
             snapshots = take_snapshots(captured, packs, streams)
-            captured, watch = watched(captured, located, snapshots, streams)
+            # a planner sees distributed tensors themselves, so copies of their local parts would hide changes
+            in_place = captured.distributed_parts() if planner is not None else frozenset()
+            captured, watch = watched(captured, located, snapshots, streams, in_place)
         # after the copies aside, which are queued on the devices as well
         events = {device: stream.record() for device, stream in streams.items()}
         return Prepared(
@@ -186,6 +196,7 @@ class Stager:
             located=located,
             snapshots=snapshots,
             arrivals=[*events.values(), *self._queued(devices)] if cache.pinned else [],
+            planner=planner,
         )
 
     def _queued(self, besides: Collection[torch.device]) -> list[Event]:

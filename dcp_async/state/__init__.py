@@ -11,9 +11,10 @@ from .leaves import LeafRules
 from .mutation import layers_of, version_of, versions_of, wrappers_in
 from .optimizers import AppState, check_before_touch
 from .partial import narrow, part_of_state
+from .resolved import ResolvedItem, captured_items
 from .restore import ReadBack, Restorer
 from .schema import Asked, Schema, wishes_of
-from .sharding import is_known_to_autograd
+from .sharding import is_known_to_autograd, is_sharded
 from .stateful import PerRank, RNGState
 from .targets import OptimizerState, Region, Targets, Whole, capture_targets
 from .wrapped import is_wrapper, joined, pairs, part_of
@@ -34,6 +35,7 @@ __all__ = [
     "RNGState",
     "ReadBack",
     "Region",
+    "ResolvedItem",
     "Restorer",
     "Schema",
     "Structure",
@@ -41,10 +43,12 @@ __all__ = [
     "Whole",
     "capture",
     "capture_targets",
+    "captured_items",
     "check_before_touch",
     "empty_like",
     "global_size",
     "is_known_to_autograd",
+    "is_sharded",
     "is_wrapper",
     "joined",
     "layers_of",

@@ -8,6 +8,7 @@ a Captured refers to live tensors only until its save has staged them.
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .._geometry import Offsets
-from ..formats import Tree
+from ..formats import Tree, build
+from ..trust import Trust, load_item
 from .asking import Given, ask_in_order
 from .capture_cache import CacheHit, CaptureCache
-from .containers import CaptureError
+from .containers import ATOMS, CaptureError
 from .flat_state import FlatState
 from .flatten import flatten
 from .layouts import as_dtensors
@@ -114,6 +116,21 @@ class Captured:
         pieces = structure.pieces  # the tensors that they are of are there
         return leaves | {name: value for name, value in self.live.items() if name not in pieces}
 
+    def distributed_parts(self) -> frozenset[int]:
+        """Which tensors are local parts of distributed ones."""
+        return frozenset(index for index, name in enumerate(self.structure.tensor_names) if name in self.live)
+
+    def nested(self) -> Any:
+        """The state as DCP hands it to planners: containers as they were, states in place of Statefuls,
+        plain and distributed tensors by reference, everything else as it was when it was captured. Only of
+        a new structure."""
+        values = self.flat()
+        for name, item in zip(self.structure.leaf_names, self.leaf_items, strict=True):
+            # what can change was pickled in save(), so its item says what it was then
+            if name in values and (type(values[name]) not in ATOMS or is_exotic(values[name])):
+                values[name] = load_item(io.BytesIO(item), _OWN)
+        return build(self.tree, values.__getitem__, _as_it_is)
+
     def share(self, tensors: Sequence[int], leaves: Sequence[int]) -> Captured:
         """What one rank writes, both ascending; itself if that is everything."""
         if len(tensors) == len(self.tensors) and len(leaves) == len(self.leaf_items):
@@ -135,6 +152,14 @@ class Captured:
         self.live = {}
         self.dtensors = {}
         self.tree = None
+
+
+_OWN = Trust(unsafe=True)
+"""Nothing is at stake: this process pickled it."""
+
+
+def _as_it_is(key: Any) -> Any:
+    return key
 
 
 def is_exotic(leaf: object) -> bool:
@@ -257,7 +282,7 @@ def _repeated(hit: CacheHit, previous: KnownStructure, pickler: LeafPickler) -> 
     items = pickler.items(leaves, hit.leaves)
     # guards look at plain tensors alone: of a leaf only the type is known to be as before
     without_bytes = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in hit.leaves)
-    if without_bytes or _exotic(hit.leaves) != structure.exotic:
+    if without_bytes or exotic_leaves(hit.leaves) != structure.exotic:
         return None
     return Captured(
         known=previous,
@@ -271,7 +296,8 @@ def _repeated(hit: CacheHit, previous: KnownStructure, pickler: LeafPickler) -> 
     )
 
 
-def _exotic(leaves: Sequence[Any]) -> list[tuple[int, str, tuple[int, ...]]]:
+def exotic_leaves(leaves: Sequence[Any]) -> list[tuple[int, str, tuple[int, ...]]]:
+    """Those of ``leaves`` that are tensors, as ``Structure.exotic`` lists them."""
     return [
         (index, f"{leaf.dtype} {leaf.layout} {leaf.requires_grad}", tuple(leaf.size()))
         for index, leaf in enumerate(leaves)
@@ -308,7 +334,7 @@ def _structure(flat: FlatState, shapes: list[torch.Size]) -> Structure:
         shapes=[one_of_each.setdefault(shape, shape) for shape in shapes],
         strides=[None if tensor.is_contiguous() else tensor.stride() for tensor in flat.tensors],
         leaf_names=flat.leaf_names,
-        exotic=_exotic(flat.leaves),
+        exotic=exotic_leaves(flat.leaves),
         containers=flat.containers,
         odd_keys=flat.odd_keys,
         ties=flat.ties,
