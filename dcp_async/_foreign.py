@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pickle
 import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import TypeVar
 
 from .errors import CheckpointError, StorageError
+
+T = TypeVar("T")
 
 ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
 """What nobody may take for a failure of the code that it went through."""
@@ -45,6 +49,44 @@ class FillError(Exception):
     def __init__(self, message: str, names: tuple[str, ...]) -> None:
         super().__init__(message)
         self.names = names
+
+
+class PlannerError(ValueError):
+    """A planner failed, or does not keep to DCP's protocol; the message names its class and method."""
+
+
+@contextlib.contextmanager
+def planner_code(planner: object, method: str) -> Iterator[None]:
+    """Around a call of ``method``: what it raises becomes a PlannerError."""
+    try:
+        with user_code(method, planner, "the plan"):
+            yield
+    except ENDINGS:
+        raise
+    except BaseException as error:  # code of the user's: DCP's own exceptions are no Exceptions either
+        raise PlannerError(f"{type(planner).__name__}.{method}() failed: {words(error)}") from error
+
+
+def checked(planner: object, method: str, value: object, kind: type[T]) -> T:
+    """``value``, which ``method`` gave. Raises PlannerError if it is of no ``kind``."""
+    if not isinstance(value, kind):
+        raise PlannerError(
+            f"{type(planner).__name__}.{method}() gave {type(value).__name__}, not a {kind.__name__}"
+        )
+    return value
+
+
+def pickled_plan(planner: object, method: str, plan: object) -> bytes:
+    """A plan on its way to another rank, as a pickle like in stock: its classes may be of anybody's."""
+    try:
+        return pickle.dumps(plan)
+    except ENDINGS:
+        raise
+    except BaseException as error:
+        raise PlannerError(
+            f"the plan that {type(planner).__name__}.{method}() gave can't be pickled for the other ranks: "
+            f"{words(error)}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from __future__ import annotations
 MEETINGS = {"verdict": "save()", "choose": "load()", "latest": "latest()"}
 """Verbs of the engine, by their first phase. In it all ranks have to arrive within a time of the first: later
 ones take as long as writing or reading takes."""
-_AFTER_USER_CODE = frozenset({"ask", "unexpected", "restore"})
-_LOADS = frozenset({"choose", "open", "ask", "unexpected", "ready", "done", "restore"})
+_AFTER_USER_CODE = frozenset({"ask", "reads", "unexpected", "restore"})
+_LOADS = frozenset({"choose", "open", "ask", "reads", "unexpected", "ready", "done", "restore"})
 
 
 def _kind(phase: str) -> str:

@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlanner
+
 from .._concurrency import Verb, Wait, cancellation_point, run_blocking
 from .._foreign import ENDINGS, is_foreign, words
 from ..catalog import Opened, reference
@@ -26,14 +29,16 @@ from ..load import (
     DeviceWrites,
     Loaded,
     LoadOptions,
+    PlannedLoad,
     Rename,
     Selection,
     Together,
     load_into,
 )
 from ..options import Dtypes
+from ..planning import load_planner
 from ..staging import Event
-from ..state import Asked, CaptureError, Restorer, Schema, Targets, capture_targets, wishes_of
+from ..state import Asked, CaptureError, PlannedState, Restorer, Schema, Targets, capture_targets, wishes_of
 from .fallback import first_whole
 from .load_context import LoadContext, load_errors, writes_to
 
@@ -62,6 +67,12 @@ class Loads:
         self._life.check_open()
         if dtypes not in get_args(Dtypes):
             raise ValueError(f"dtypes is 'exact' or 'convert', not {dtypes!r}")
+        is_default = self._life.setup.planning.load is DefaultLoadPlanner
+        if not is_default and (atomic or keys is not None or rename is not None):
+            raise ValueError(
+                "atomic=True, keys= and rename= can't be had with PlanningOptions(load=...): a planner "
+                "decides on what is read, and writes by itself"
+            )
         ref, selection = reference(source), Selection(keys, rename)
         for writer in self._life.book.pending():  # what is being staged must not change under the copy
             yield Wait(writer.staging.future)  # its failure is told by its own handles
@@ -110,14 +121,14 @@ class Loads:
         """What was loaded, and the names of newer checkpoints that are not whole."""
         numbers, asked = itertools.count(), Asked()
         names = yield from self._context.ask(agreement.resolve(ordinal, source))
-        (info, targets, loaded), skipped = yield from first_whole(
+        (info, restorer, loaded), skipped = yield from first_whole(
             names,
             lambda name, touched: self._load_one(
                 agreement.attempt(ordinal, next(numbers), name), state, asked, how, refill=touched
             ),
             falls_back=source == "latest",
         )
-        self._restore(state, targets, loaded, info, how)
+        self._restore(state, restorer, loaded, info)
         if self._life.resources.coordinator.world_size > 1:
             # handing back ran the trainer's code, which may have cancelled this task: once this rank has said
             # that it has its state, the others go on
@@ -193,12 +204,10 @@ class Loads:
     def _restore(
         self,
         state: Mapping[str, Any],
-        targets: Targets,
+        restorer: Restorer | PlannedState,
         loaded: Loaded,
         info: CheckpointInfo,
-        how: LoadOptions,
     ) -> None:
-        restorer = Restorer(targets, loaded.read, strict=how.strict, exact=how.dtypes == "exact")
         try:
             with self._life.resources.coordinator.activity.watched():
                 if loaded.writes is not None:
@@ -215,8 +224,10 @@ class Loads:
 
     def _load_one(
         self, attempt: Attempt, state: Mapping[str, Any], asked: Asked, how: LoadOptions, *, refill: bool
-    ) -> Verb[tuple[CheckpointInfo, Targets, Loaded]]:
+    ) -> Verb[tuple[CheckpointInfo, Restorer | PlannedState, Loaded]]:
         try:
+            if self._life.setup.planning.load is not DefaultLoadPlanner:
+                return (yield from self._planned(attempt, state, how, refill=refill))
             return (yield from self._tried(attempt, state, asked, how, refill=refill))
         except BaseException as error:
             # what is open is closed by the step that fails; a cancellation may come between two of them
@@ -225,7 +236,7 @@ class Loads:
 
     def _tried(
         self, attempt: Attempt, state: Mapping[str, Any], asked: Asked, how: LoadOptions, *, refill: bool
-    ) -> Verb[tuple[CheckpointInfo, Targets, Loaded]]:
+    ) -> Verb[tuple[CheckpointInfo, Restorer | PlannedState, Loaded]]:
         contents = yield from self._context.ask(attempt.open())
         chosen = yield from self._look(attempt, lambda: how.selection.of(contents))
         part = yield from self._look(attempt, lambda: chosen.of_state(state))
@@ -257,7 +268,42 @@ class Loads:
                     chosen.contents, targets, services, how, refill=refill, ranks=ranks, writes=writes
                 )
 
-        return contents.info, targets, (yield from self._context.ask(attempt.load(load)))
+        loaded = yield from self._context.ask(attempt.load(load))
+        assert loaded.read is not None
+        exact = how.dtypes == "exact"
+        return contents.info, Restorer(targets, loaded.read, strict=how.strict, exact=exact), loaded
+
+    def _planned(
+        self, attempt: Attempt, state: Mapping[str, Any], how: LoadOptions, *, refill: bool
+    ) -> Verb[tuple[CheckpointInfo, Restorer | PlannedState, Loaded]]:
+        """One attempt by a planner of the user's."""
+        contents = yield from self._context.ask(attempt.open())
+        coordinator, services = self._life.resources.coordinator, self._context.services()
+
+        def look() -> tuple[LoadPlanner, PlannedState, list[Event]]:
+            planner, stager = load_planner(self._life.setup.planning), services.stager
+            planned = PlannedState(state, rank=coordinator.rank, world_size=coordinator.world_size)
+            devices = stager.backend.devices(planned.tensors)
+            queued = [stager.backend.record(device) for device in devices if device.type != "meta"]
+            return planner, planned, [*queued, *stager.queued_for(planned.tensors)]
+
+        planner, planned, queued = yield from self._look(attempt, look)
+
+        async def load(ranks: Together) -> Loaded:
+            name = contents.info.checkpoint_id
+            if refill:
+                raise LoadError(
+                    f"checkpoint {name!r} is not tried: a planner need not fill what holds bytes of another",
+                    checkpoint_id=name,
+                )
+            with load_errors(name, lambda: ranks.are_ready):
+                # a planner writes in a thread of the engine's, on no stream of the caller's
+                for event in queued:
+                    await run_blocking(services.threads, services.timeout, event.synchronize)
+                return await PlannedLoad(contents, planner, services, how, ranks).run(planned.nested)
+
+        loaded = yield from self._context.ask(attempt.load(load))
+        return contents.info, planned, loaded
 
     def _look(self, attempt: Attempt, look: Callable[[], T]) -> Verb[T]:
         """What ``look`` finds in the trainer's objects; where it fails, all ranks go no further."""

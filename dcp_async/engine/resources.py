@@ -47,12 +47,14 @@ class Setup:
     @property
     def configuration(self) -> str:
         """What ranks have to configure alike, since they wait for each other."""
-        save = self.planning.save
         # by name: it is compared with those of other processes, where the class is another object
-        planner = getattr(save, "__qualname__", type(save).__qualname__)
+        planners = [
+            getattr(factory, "__qualname__", type(factory).__qualname__)
+            for factory in (self.planning.save, self.planning.load)
+        ]
         return (
             f"pending_saves={self.limits.pending_saves} overlap={self.stager.options.overlap} "
-            f"planner={planner} replicas={self.coordination.replicas}"
+            f"planner={planners[0]} load_planner={planners[1]} replicas={self.coordination.replicas}"
         )
 
     def check_ranks(self, world_size: int) -> None:

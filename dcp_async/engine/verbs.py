@@ -47,7 +47,7 @@ class EngineVerbs:
                 ``file:///absolute/path`` or ``memory://name`` for MemoryStorage; or a Storage, which stays
                 the caller's to close.
             staging: how the state is copied, or a Stager to share, which stays the caller's to close.
-            planning: DCP's planner, and whether plans are reused.
+            planning: DCP's planners, and whether plans are reused.
             coordination: which processes save together.
             limits: how much goes on at once.
             timeouts: how long to wait.

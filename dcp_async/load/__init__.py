@@ -8,6 +8,7 @@ from .indexing import Index
 from .operations import Loaded, LoadOptions, load_into
 from .pipeline import LoadServices
 from .planned import read_planned
+from .planned_load import PlannedLoad
 from .rank_agreement import Agreement, Attempt, Together
 from .selection import Rename, Selection
 
@@ -19,6 +20,7 @@ __all__ = [
     "LoadOptions",
     "LoadServices",
     "Loaded",
+    "PlannedLoad",
     "Rename",
     "Selection",
     "Together",

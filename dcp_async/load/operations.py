@@ -57,12 +57,13 @@ class LoadOptions:
 class Loaded:
     """One load's outcome: what a Restorer takes, and what the report says."""
 
-    read: ReadBack
-    writes: DeviceWrites | None
+    read: ReadBack | None = None
+    """None if a planner has placed what was read."""
+    writes: DeviceWrites | None = None
     """What is to be handed out in the caller's thread, before ``read`` is."""
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    mismatched: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
     nbytes: int
 
 

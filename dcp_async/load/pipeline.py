@@ -114,7 +114,7 @@ class LoadPipeline:
         self._services = services
         self._failures = failures
         self._writes = writes
-        self._source = Source.of(contents, services.trust)
+        self.source = Source.of(contents, services.trust)
 
     def plan(
         self,
@@ -126,7 +126,7 @@ class LoadPipeline:
     ) -> LoadPlan:
         """What has to be read to fill ``tensors`` and to have the values of ``leaves``, and the bytes of
         ``items``. ``wrapped``: what is made of other tensors; nothing of it is written to by the pipeline."""
-        plan = LoadPlan(leaves=ReadPlan(self._source), tensors=ReadPlan(self._source, self._writes))
+        plan = LoadPlan(leaves=ReadPlan(self.source), tensors=ReadPlan(self.source, self._writes))
         with collection_paused():  # a plan of many tensors is as many objects, and all of them live on
             for leaf in leaves:
                 if (inner := self._contents.unfolded_leaf(leaf)) is not None:
@@ -151,13 +151,13 @@ class LoadPipeline:
         """Read ``plan.values``. ``fresh``: nobody else has seen the tensors of the plan, so a failure while
         they are filled leaves nothing half loaded."""
         if not (fresh or self._services.trust.unsafe):  # else nothing is at stake, or nothing is refused
-            await self._judge(plan.tensors.items)
+            await self.judge(plan.tensors.items)
         await self._flow(plan.leaves)
 
-    async def _judge(self, items: Iterable[StoredItem]) -> None:
+    async def judge(self, items: Iterable[StoredItem]) -> None:
         """Whether trust admits ``items``, of which nothing is kept."""
         # heads first: they settle most items, and a trial decodes one that is decoded once more later
-        heads, trials = ReadPlan(self._source), ReadPlan(self._source)
+        heads, trials = ReadPlan(self.source), ReadPlan(self.source)
         doubtful: list[StoredItem] = []
         for item in items:
             heads.want_head(item, doubtful.append)
@@ -191,6 +191,14 @@ class LoadPipeline:
             await self.read_leaves(plan, fresh=True)
             await self.fill(plan, fresh=True)
         return plan.values
+
+    async def read_wanted(self, want: Callable[[ReadPlan], None]) -> int:
+        """Read what ``want`` asks a plan for; gives the number of bytes."""
+        with self._failures.explained():
+            plan = ReadPlan(self.source, self._writes)
+            want(plan)
+            await self._flow(plan)
+        return plan.nbytes
 
     async def _flow(self, plan: ReadPlan) -> None:
         if not plan.pieces:

@@ -293,6 +293,17 @@ class Together:
         phase = f"ask {self._rounds}"
         return await self._coordinator.exchange(self._uid, phase, list(names), decide)
 
+    async def planned(
+        self, plan: bytes, decide: Callable[[Sequence[bytes]], Awaitable[list[bytes]]]
+    ) -> bytes:
+        """What ``decide``, on the coordinator, makes of this rank's ``plan``, given all of them. Ranks: all
+        must call it."""
+        return await self._coordinator.exchange(self._uid, "reads", plan, decide)
+
+    @property
+    def is_coordinator(self) -> bool:
+        return self._coordinator.is_coordinator
+
     async def unexpected(self, names: Sequence[str], prefixes: Collection[str]) -> list[str]:
         """Names that no rank expects; this one does not expect ``names``. Ranks: all must call it."""
 

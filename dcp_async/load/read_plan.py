@@ -162,7 +162,7 @@ class ReadPlan:
         self.pieces.setdefault(file, []).append(piece)
         self.nbytes += piece.nbytes
 
-    def _want_item(self, key: ItemKey, sizes: Sequence[int], receive: Receive, *, raw: bool = False) -> None:
+    def want_item(self, key: ItemKey, sizes: Sequence[int], receive: Receive, *, raw: bool = False) -> None:
         """Read an item and hand its value over, or itself. Raises DamagedError, UnsupportedError."""
         name, _ = key
         file, offset, length = self._source.location(key)
@@ -207,11 +207,11 @@ class ReadPlan:
             return
         # leaves have no offsets, and .metadata does not say how long they are
         offsets, sizes = (meta.chunks[0].offsets, meta.chunks[0].sizes) if meta else (None, ())
-        self._want_item((name, offsets), sizes, lambda value: receive(name, value))
+        self.want_item((name, offsets), sizes, lambda value: receive(name, value))
 
     def want_bytes(self, name: str, receive: Callable[[str, Any], None]) -> None:
         """Read the pickled leaf ``name`` and hand its item over, once trust has admitted what it holds."""
-        self._want_item((name, None), (), lambda item: receive(name, item), raw=True)
+        self.want_item((name, None), (), lambda item: receive(name, item), raw=True)
 
     def want_joined(self, name: str, wanted: Box, receive: Callable[[str, Any], None]) -> None:
         """Hand over a tensor made of what ``wanted`` meets of the chunks of one that is more than bytes.
@@ -245,7 +245,7 @@ class ReadPlan:
             return collect
 
         for chunk, box in met:
-            self._want_item((name, chunk.offsets), chunk.sizes, collector(chunk, box))
+            self.want_item((name, chunk.offsets), chunk.sizes, collector(chunk, box))
 
     def want_pairs(
         self, name: str, regions: Iterable[Region], hold: Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -281,7 +281,7 @@ class ReadPlan:
                 raise CoverageError(f"{name}: {error}") from error
             for chunk, in_chunk, in_region in met:
                 key = (name, chunk.offsets)
-                self._want_item(key, chunk.sizes, receiver(region.tensor, in_region, chunk, in_chunk))
+                self.want_item(key, chunk.sizes, receiver(region.tensor, in_region, chunk, in_chunk))
 
     def want_tensor(self, name: str, regions: Iterable[Region]) -> None:
         """Fill ``regions`` of a tensor.
@@ -368,7 +368,7 @@ class ReadPlan:
             )
         # a whole tensor is not indexed: sparse ones can't be
         destination = target if extents(in_target) == tuple(target.shape) else target[slices(in_target)]
-        self._want_item(key, shape, self._tensor_receiver(name, destination, shape, in_chunk))
+        self.want_item(key, shape, self._tensor_receiver(name, destination, shape, in_chunk))
 
     def _row_pieces(
         self,

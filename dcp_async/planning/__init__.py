@@ -23,8 +23,9 @@ from .planner import (
     compile_plan,
     custom_planner,
     draft_plan,
+    load_planner,
 )
-from .protocol import PlannerError, SaveProtocol
+from .protocol import SaveProtocol
 from .replica_groups import pieces_of
 from .replica_turns import Rotation, Turn
 from .self_proof import prove_head, prove_item
@@ -40,7 +41,6 @@ __all__ = [
     "GlobalPlan",
     "ItemLocations",
     "Mesh",
-    "PlannerError",
     "PlanningOptions",
     "Publication",
     "ReplicaGroup",
@@ -56,6 +56,7 @@ __all__ = [
     "draft_plan",
     "explained",
     "group_hashes",
+    "load_planner",
     "make_local_plan",
     "pieces_of",
     "prove_head",

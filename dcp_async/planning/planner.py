@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from operator import le
 from typing import Any, Protocol
 
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner, WriteItemType
 
+from .._foreign import PlannerError, planner_code
 from .._geometry import Offsets
 from ..formats import DISTCP, FileLayout, Format
 from ..state import Captured, CaptureError, Structure
@@ -29,27 +30,32 @@ from .conflicts import ConflictError
 from .global_plan import GlobalPlan, ItemLocations
 from .leaf_equality import Canonical
 from .local_plan import LocalPlan, make_local_plan
-from .protocol import PlannerError, is_custom, planner_code
+from .protocol import is_custom
 from .replica_groups import shared_tensors
 from .replica_turns import Rotation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanningOptions:
-    """How a save is planned."""
+    """How saves and loads are planned."""
 
     save: Callable[[], SavePlanner] = DefaultSavePlanner
     """Makes the planner of one save: a factory, because a planner keeps state between its calls. One that
     overrides a method of DCP's protocol is called in each save, in DCP's order; DCP's own, whatever its
     options, plans once for all saves of one structure."""
+    load: Callable[[], LoadPlanner] = DefaultLoadPlanner
+    """Makes the planner of one load, as ``save`` does. DCP's own class stands for the engine's way to load;
+    any other planner decides on what is read and where it goes, in DCP's order."""
     cache: bool = True
     """Reuse the plan while the structure stays the same. Off costs a full plan on every save."""
 
     def __post_init__(self) -> None:
-        if not callable(self.save):
-            raise ValueError(
-                f"PlanningOptions(save=...) takes a class or function that makes planners, not {self.save!r}"
-            )
+        for verb, factory in (("save", self.save), ("load", self.load)):
+            if not callable(factory):
+                raise ValueError(
+                    f"PlanningOptions({verb}=...) takes a class or function that makes planners, not "
+                    f"{factory!r}"
+                )
 
 
 def custom_planner(options: PlanningOptions) -> SavePlanner | None:
@@ -60,10 +66,23 @@ def custom_planner(options: PlanningOptions) -> SavePlanner | None:
     with planner_code(options.save, "__call__"):
         planner = options.save()
     if not isinstance(planner, SavePlanner):
-        raise PlannerError(
-            f"PlanningOptions(save=...) gave a {type(planner).__name__}, which is no SavePlanner"
-        )
+        raise _no_planner("save", planner)
     return planner if is_custom(planner) else None
+
+
+def load_planner(options: PlanningOptions) -> LoadPlanner:
+    """The planner of one load. Raises PlannerError."""
+    with planner_code(options.load, "__call__"):
+        planner = options.load()
+    if not isinstance(planner, LoadPlanner):
+        raise _no_planner("load", planner)
+    return planner
+
+
+def _no_planner(verb: str, value: object) -> PlannerError:
+    return PlannerError(
+        f"PlanningOptions({verb}=...) gave a {type(value).__name__}, which is no {verb.title()}Planner"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

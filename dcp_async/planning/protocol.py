@@ -9,19 +9,17 @@ Source: torch/distributed/checkpoint/planner.py and state_dict_saver.py (the ord
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import io
 import pickle
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
-from .._foreign import ENDINGS, user_code, words
+from .._foreign import PlannerError, checked, pickled_plan, planner_code
 from .._geometry import Offsets
 from ..formats import Tree, dcp_paths, leaf_names, tree_from_json, tree_from_paths, tree_to_json, usable_paths
 from ..info import JSON
@@ -30,8 +28,6 @@ from .all_plans import AllPlans
 from .assignment import Assignment, assign
 from .global_plan import GlobalPlan
 from .local_plan import LocalPlan, make_local_plan
-
-T = TypeVar("T")
 
 _METHODS = (
     "set_up_planner",
@@ -46,10 +42,6 @@ ItemId = tuple[str, Offsets]
 """(name, where it begins in the whole tensor) of an item; what is no tensor begins nowhere."""
 
 
-class PlannerError(ValueError):
-    """A planner failed, or does not keep to DCP's protocol; the message names its class and method."""
-
-
 def is_custom(planner: SavePlanner) -> bool:
     """Whether ``planner`` may plan or give other data than DCP's default one."""
     # by what it does, not by its class: one that only sets options of the default keeps the fast path
@@ -57,40 +49,6 @@ def is_custom(planner: SavePlanner) -> bool:
         getattr(getattr(planner, method, None), "__func__", None) is not getattr(DefaultSavePlanner, method)
         for method in _METHODS
     )
-
-
-@contextlib.contextmanager
-def planner_code(planner: object, method: str) -> Iterator[None]:
-    """Around a call of ``method``: what it raises becomes a PlannerError."""
-    try:
-        with user_code(method, planner, "the plan"):
-            yield
-    except ENDINGS:
-        raise
-    except BaseException as error:  # code of the user's: DCP's own exceptions are no Exceptions either
-        raise PlannerError(f"{type(planner).__name__}.{method}() failed: {words(error)}") from error
-
-
-def checked(planner: object, method: str, value: object, kind: type[T]) -> T:
-    """``value``, which ``method`` gave. Raises PlannerError if it is of no ``kind``."""
-    if not isinstance(value, kind):
-        raise PlannerError(
-            f"{type(planner).__name__}.{method}() gave {type(value).__name__}, not a {kind.__name__}"
-        )
-    return value
-
-
-def pickled(planner: object, method: str, plan: object) -> bytes:
-    """A plan on its way to another rank, as a pickle like in stock: its classes may be of anybody's."""
-    try:
-        return pickle.dumps(plan)
-    except ENDINGS:
-        raise
-    except BaseException as error:
-        raise PlannerError(
-            f"the plan that {type(planner).__name__}.{method}() gave can't be pickled for the other ranks: "
-            f"{words(error)}"
-        ) from error
 
 
 class SaveProtocol:
@@ -123,7 +81,9 @@ class SaveProtocol:
                 planner.set_up_planner(state, self._is_coordinator)  # type: ignore[arg-type]
         with planner_code(planner, "create_local_plan"):
             plan = planner.create_local_plan()
-        return pickled(planner, "create_local_plan", checked(planner, "create_local_plan", plan, SavePlan))
+        return pickled_plan(
+            planner, "create_local_plan", checked(planner, "create_local_plan", plan, SavePlan)
+        )
 
     def global_plans(self, messages: Sequence[bytes]) -> list[bytes]:
         """All ranks' plans -> each rank's; the coordinator alone calls it. Raises PlannerError."""
@@ -142,7 +102,7 @@ class SaveProtocol:
             )
         made_plans = [checked(planner, method, plan, SavePlan) for plan in made[0]]
         self._check_dtypes(made_plans)
-        return [pickled(planner, method, plan) for plan in made_plans]
+        return [pickled_plan(planner, method, plan) for plan in made_plans]
 
     def _check_dtypes(self, plans: Sequence[SavePlan]) -> None:
         """Whether the metadata names the dtypes of the plans. What is published is what the data has: many a
@@ -196,7 +156,7 @@ class SaveProtocol:
             raise PlannerError(
                 f"{what} of {tuple(value.shape)}, and its plan says {tuple(planned.chunk.sizes)}"
             )
-        # in host memory, as stock has it: what a planner makes on a device is not counted on for long
+        # in host memory, as stock's writer has it: of what a planner queues on a device no event tells
         local = value.detach().cpu()
         if planned.properties.requires_grad and local.is_floating_point() and not local.is_inference():
             local = local.detach().requires_grad_()  # on an alias: `.metadata` tells, the trainer's stays
@@ -233,9 +193,11 @@ class ResolvedDraft:
                     )
         all_plans = AllPlans([local_plan for local_plan, _ in messages], suspects)
         self._check_names(all_plans, metadata)
-        tree = _tree(all_plans, metadata)
-        # a planner may keep there what it likes; paths are encoded by our own writer, which is faster
-        own = metadata.planner_data if metadata.planner_data not in (None, dcp_paths(tree)) else None
+        tree, own = _tree(all_plans, metadata), metadata.planner_data
+        # a planner may keep there what it likes, also what can't be compared; paths our writer encodes faster
+        paths = usable_paths(metadata)
+        if isinstance(own, dict) and len(own) == len(paths) and paths == dcp_paths(tree):
+            own = None
         return assign(all_plans), GlobalPlan(all_plans, tree=tree, planner_data=own)
 
     def assigned(self, answer: Assignment) -> Assignment:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from .._concurrency import BlockingThreads
+from .._foreign import PlannerError
 from ..coordination import Coordinator
 from ..planning import (
     CompiledPlan,
@@ -23,7 +24,6 @@ from ..planning import (
     Draft,
     GlobalPlan,
     ItemLocations,
-    PlannerError,
     PlanningOptions,
     SaveProtocol,
     Turn,
@@ -91,7 +91,6 @@ class PlanAgreement:
         have a plan."""
         captured = self.captured = prepared.captured
         self._prepared = prepared
-        self._planner = prepared.planner
         self._checkpoint_id = checkpoint_id
         # kept even if a leaf outgrew its room: the next plan gives no other leaf less than this one does
         self._previous = plan
@@ -123,8 +122,8 @@ class PlanAgreement:
                 "groups": [group for group, _ in plan.groups],
                 "shared": group_hashes(hashes, [leaves for _, leaves in plan.groups]),
             }
-        if self._planner is not None:
-            message["planner"] = type(self._planner).__qualname__
+        if self._prepared.planner is not None:
+            message["planner"] = type(self._prepared.planner).__qualname__
         ruling = await self._coordinator.exchange(self._uid, "verdict", message, self._judge)
         if ruling["verdict"] == "compare" and plan is not None:
             # bytes differ where values need not: sets and dicts pickle in an order of each process's own
@@ -194,8 +193,9 @@ class PlanAgreement:
         coordinator, run = self._coordinator, self._threads.run
         shared: GlobalPlan | None = None
         draft: Draft
-        if self._planner is not None:
-            draft = await self._resolved(self._planner)
+        planner = self._prepared.planner
+        if planner is not None:
+            draft = await self._resolved(planner)
         else:
             draft = await run(
                 draft_plan,
@@ -230,7 +230,7 @@ class PlanAgreement:
             self._uid,
             shared,
             previous=self._previous,
-            is_exact=self._planner is not None,
+            is_exact=planner is not None,
         )
         self._learn(plan, suspects)
         self._comparison.begin(await coordinator.exchange(self._uid, "place", locations, locate))

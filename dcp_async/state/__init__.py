@@ -11,6 +11,7 @@ from .leaves import LeafRules
 from .mutation import layers_of, version_of, versions_of, wrappers_in
 from .optimizers import AppState, check_before_touch
 from .partial import narrow, part_of_state
+from .planned_state import PlannedState
 from .resolved import ResolvedItem, captured_items
 from .restore import ReadBack, Restorer
 from .schema import Asked, Schema, wishes_of
@@ -32,6 +33,7 @@ __all__ = [
     "LeafRules",
     "OptimizerState",
     "PerRank",
+    "PlannedState",
     "RNGState",
     "ReadBack",
     "Region",

@@ -26,11 +26,17 @@ UNASKED: Any = object()
 """In place of what a Stateful would have given, had it been asked."""
 
 
-def snapshot(name: str, stateful: Any) -> Any:
+def snapshot_to_fill(name: str, stateful: Any) -> Any:
+    """As ``snapshot``; an AppState also makes the entries that its optimizers lack, as it does for stock:
+    what is not there could not be filled."""
+    return snapshot(name, stateful, is_to_fill=True)
+
+
+def snapshot(name: str, stateful: Any, *, is_to_fill: bool = False) -> Any:
     """What the ``state_dict()`` of ``stateful``, which lies at ``name``, gives. Raises CaptureError."""
     try:
         with user_code("state_dict", stateful, name):
-            if isinstance(stateful, (AppState, RNGState)):
+            if isinstance(stateful, RNGState) or (isinstance(stateful, AppState) and not is_to_fill):
                 inner = snapshot_of_ours(stateful)
             else:
                 inner = stateful.state_dict()

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dcp_async import CheckpointEngine, CheckpointError, PlanningOptions
 from tests.distributed.agent import Agent
-from tests.support.planners import HalfUntold, RecordingSave
+from tests.support.planners import RecordingLoad, RecordingSave
 
 WHOLE = torch.arange(20.0).reshape(5, 4)
 
@@ -29,6 +29,24 @@ class FailsOnOne(RecordingSave):
         if dist.get_rank() == 1:
             raise ValueError("not to be had")
         return super().resolve_data(write_item)
+
+
+class FailsToPlan(RecordingLoad):
+    """One rank has no plan."""
+
+    def create_local_plan(self) -> Any:
+        if dist.get_rank() == 1:
+            raise ValueError("no plan")
+        return super().create_local_plan()
+
+
+class FailsToCommit(RecordingLoad):
+    """One rank can't take what was read."""
+
+    def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+        if dist.get_rank() == 1:
+            raise ValueError("no room")
+        super().commit_tensor(read_item, tensor)
 
 
 class Hoarding(RecordingSave):
@@ -82,7 +100,7 @@ class PlannerAgent(Agent):
         kinds: dict[str, Any] = {
             "one fails": FailsOnOne,
             "twice": Hoarding,
-            "half": HalfUntold,
+            "fine": RecordingSave,
             "unlike": RecordingSave if dist.get_rank() == 0 else _default,
         }
         # by one name: what ranks are configured with is compared by that as well
@@ -93,6 +111,25 @@ class PlannerAgent(Agent):
             except CheckpointError as error:
                 return f"{type(error).__name__}: {error}"
         return "committed"
+
+    async def record_load(self, root: str) -> Any:
+        """The calls of ours and of stock's, and what ours loads."""
+        ours, stock, target = RecordingLoad(), RecordingLoad(), blank()
+        async with CheckpointEngine(root, planning=PlanningOptions(load=lambda: ours)) as engine:
+            await engine.load(target, "ours")
+        dcp.load(blank(), checkpoint_id=Path(root) / "ours", planner=stock)
+        return ours.calls, stock.calls, told(target)
+
+    async def planned_load(self, root: str, kind: str) -> str:
+        """How a load with a planner ends."""
+        kinds: dict[str, Any] = {"plan": FailsToPlan, "commit": FailsToCommit}
+        planning = PlanningOptions(load=lambda: kinds[kind]())
+        async with CheckpointEngine(root, planning=planning) as engine:
+            try:
+                await engine.load(blank(), "ours")
+            except CheckpointError as error:
+                return f"{type(error).__name__}: {error}"
+        return "loaded"
 
 
 def _default() -> DefaultSavePlanner:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,16 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from dcp_async import CheckpointEngine, PlanningOptions, SaveError, StagingOptions, StateMutatedError
-from tests.support.doubles import assert_same, committed
+from dcp_async import (
+    CheckpointEngine,
+    PlanningOptions,
+    SaveError,
+    Stager,
+    StagingOptions,
+    StateMutatedError,
+)
+from tests.support.accelerator import FakeAccelerator
+from tests.support.doubles import assert_same, committed, faulty_storage
 from tests.support.planners import Calls, ExtraData, Half, HalfUntold, RecordingSave, Renaming
 
 
@@ -136,6 +146,26 @@ async def test_planner_data_of_its_own_is_published(tmp_path: Path) -> None:
         assert (await engine.read("ours"))["model"].keys() == {"w", "b", "t"}
 
 
+class Note:
+    """No trust admits it, and nothing can be compared with it."""
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("not to be compared")
+
+    __hash__ = None  # type: ignore[assignment]  # never a key
+
+
+async def test_planner_data_of_any_class_does_no_harm(tmp_path: Path) -> None:
+    class Noting(ExtraData):
+        data = Note()
+
+    await save(tmp_path, {"w": torch.ones(2)}, Noting)
+    (note,) = FileSystemReader(tmp_path / "ours").read_metadata().planner_data
+    assert isinstance(note, Note)
+    async with CheckpointEngine(tmp_path) as engine:
+        assert_same(await engine.read("ours"), {"w": torch.ones(2)})
+
+
 class OnlyModel(DefaultSavePlanner):
     """Saves a part of the state."""
 
@@ -149,6 +179,19 @@ async def test_part_of_the_state_is_saved(tmp_path: Path) -> None:
     await save(tmp_path, a_state(), OnlyModel)
     async with CheckpointEngine(tmp_path) as engine:
         assert_same(await engine.read("ours"), {"model": a_state()["model"]})
+
+
+class Old(DefaultSavePlanner):
+    """From before planners were told of the storage."""
+
+    def set_up_planner(self, state_dict: Any, is_coordinator: bool) -> None:  # type: ignore[override]  # on purpose
+        super().set_up_planner(state_dict, None, is_coordinator)
+
+
+async def test_planner_of_an_older_torch_is_called_as_it_wants(tmp_path: Path) -> None:
+    await save(tmp_path, {"w": torch.ones(2)}, Old)
+    async with CheckpointEngine(tmp_path) as engine:
+        assert_same(await engine.read("ours"), {"w": torch.ones(2)})
 
 
 class Own(SavePlanner):
@@ -221,6 +264,56 @@ async def test_tensor_that_changes_under_overlap_is_never_saved(tmp_path: Path) 
     with pytest.raises(StateMutatedError, match="w"):
         await save(tmp_path, {"w": weight}, lambda: Slow(lambda: weight.add_(1)), staging=options)
     assert committed(tmp_path) == []
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+async def test_what_a_device_is_still_at_is_waited_for(tmp_path: Path, overlap: bool) -> None:
+    fake = FakeAccelerator()
+    state = {"w": fake.tensor(torch.zeros(200_000)), "small": fake.tensor(torch.zeros(9))}
+    planning = PlanningOptions(save=RecordingSave)
+    async with (
+        Stager(StagingOptions(overlap=overlap), backend=fake) as stager,
+        CheckpointEngine(tmp_path, staging=stager, planning=planning) as engine,
+    ):
+        for tensor in state.values():
+            fake.fill(tensor, 2.0)
+        await (await engine.save(state, step=1)).upload_completion
+        saved = await engine.read(1)
+    assert_same(saved, {"w": torch.full((200_000,), 2.0), "small": torch.full((9,), 2.0)})
+
+
+async def test_prepare_asks_the_planner_and_leaves_nothing(tmp_path: Path) -> None:
+    made: list[RecordingSave] = []
+
+    def make() -> RecordingSave:
+        made.append(RecordingSave())
+        return made[-1]
+
+    async with CheckpointEngine(tmp_path, planning=PlanningOptions(save=make)) as engine:
+        await engine.prepare({"w": torch.ones(2)})
+        assert committed(tmp_path) == []
+        await (await engine.save({"w": torch.ones(2)}, step=1)).upload_completion
+    assert made[0].calls == made[1].calls
+
+
+async def test_nobody_keeps_the_state_of_a_planner_once_it_is_staged(tmp_path: Path) -> None:
+    planners: list[weakref.ref[RecordingSave]] = []
+
+    def make() -> RecordingSave:
+        planner = RecordingSave()
+        planners.append(weakref.ref(planner))
+        return planner
+
+    async with (
+        faulty_storage(tmp_path) as storage,
+        CheckpointEngine(storage, planning=PlanningOptions(save=make)) as engine,
+    ):
+        with storage.hold("commit") as gate:
+            response = await engine.save({"w": torch.ones(2)}, step=1)
+            await gate.until_arrived()
+            gc.collect()
+            assert planners[0]() is None
+        await response.upload_completion
 
 
 def _raising(*args: Any, **kwargs: Any) -> Any:

@@ -147,8 +147,10 @@ class HalfUntold(DefaultSavePlanner):
 class ExtraData(DefaultSavePlanner):
     """DCP's last example: what each rank says ends up in the metadata."""
 
+    data: Any = "of one rank"
+
     def create_local_plan(self) -> SavePlan:
-        return dataclasses.replace(super().create_local_plan(), planner_data="of one rank")
+        return dataclasses.replace(super().create_local_plan(), planner_data=self.data)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans, metadata = self._create_global_plan(all_plans)
