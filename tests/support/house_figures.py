@@ -447,8 +447,8 @@ def rows(package: Path = PACKAGE) -> list[Row]:
     ]
     percentage = comment_percentage(modules)
     return [
-        # 22 when the folders were made; interop and testing came since, and functional, integrations, observers
-        # and a command line are to come (docs/adr/0021)
+        # 22 when the folders were made; interop and testing came since, and functional, integrations,
+        # observers and a command line are to come (docs/adr/0021)
         counted("rooms that a reader of `ls dcp_async` sees", "98", 28, rooms(package)),
         *(counted(what, before, 0, list(count(modules))) for what, before, count in zero),
         Row(
