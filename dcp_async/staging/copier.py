@@ -40,20 +40,10 @@ class UnsettledError(Exception):
 class Copier:
     """Owns what is made once for the copies of a plan: views and packs."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        pinner: Pinner,
-        bounce: Bounce,
-        *,
-        keeps_views: bool,
-        overlaps: bool,
-    ) -> None:
-        """``overlaps``: whether the trainer goes on meanwhile."""
+    def __init__(self, backend: Backend, pinner: Pinner, bounce: Bounce, *, keeps_views: bool) -> None:
         self._backend = backend
         self._pinner = pinner
         self._bounce = bounce
-        self._overlaps = overlaps
         self._views = ViewCache(keeps=keeps_views)
         self.packs = Packs()
         self.helper: BlockingThreads | None = None

@@ -120,11 +120,6 @@ class Pack:
         self._free: list[Scratch] = []
         self._lock = threading.Lock()
 
-    @property
-    def nbytes(self) -> int:
-        """Size of a scratch."""
-        return self._nbytes
-
     def take(self, stream: Stream) -> Scratch:
         """A scratch of the caller's until it gives it back, to be written on ``stream``. Raises what the
         device does if it has no memory."""

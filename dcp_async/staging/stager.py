@@ -99,13 +99,7 @@ class Stager:
         self.bounce = Bounce(self.backend)
         self._leaf_bounce = Bounce(self.backend, nbytes=8 * MiB)
         self._leaf_lock = threading.Lock()
-        self.copier = Copier(
-            self.backend,
-            self.pinner,
-            self.bounce,
-            keeps_views=options.budget_bytes is None,
-            overlaps=options.overlap,
-        )
+        self.copier = Copier(self.backend, self.pinner, self.bounce, keeps_views=options.budget_bytes is None)
 
     def __repr__(self) -> str:
         return f"<Stager {'open' if self._threads else 'closed'} {self.pool!r}>"
