@@ -15,7 +15,7 @@ Files are DCP's: stock ``torch.distributed.checkpoint.load`` reads them, and thi
 from __future__ import annotations
 
 from .coordination import Coordination
-from .engine import Checkpoint, CheckpointEngine, open_checkpoint
+from .engine import Checkpoint, CheckpointEngine, open_checkpoint, verify
 from .errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -31,7 +31,7 @@ from .errors import (
     UntrustedCheckpointError,
 )
 from .events import Event, Observer, SaveCommitted, SaveFailed, SaveProgress, SaveStaged, SaveStarted
-from .info import JSON, CheckpointInfo, CheckpointRef, LoadReport
+from .info import JSON, CheckpointInfo, CheckpointRef, DamagedRange, LoadReport, VerifyReport
 from .options import Dtypes, Limits, Timeouts
 from .planning import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointHandle
@@ -55,6 +55,7 @@ __all__ = [
     "CheckpointRef",
     "Coordination",
     "CorruptCheckpointError",
+    "DamagedRange",
     "Dtypes",
     "EngineStateError",
     "Event",
@@ -80,5 +81,7 @@ __all__ = [
     "Timeouts",
     "Trust",
     "UntrustedCheckpointError",
+    "VerifyReport",
     "open_checkpoint",
+    "verify",
 ]

@@ -89,3 +89,45 @@ class LoadReport:
                 checkpoint_id=self.checkpoint_id,
             )
         return self.step + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DamagedRange:
+    """Bytes of a checkpoint that are not what was saved, or can't be read."""
+
+    file: str
+    """The file, in the checkpoint's directory."""
+    start: int
+    stop: int
+    """Bytes [start, stop) of it, as narrow as its checksums tell: 64 KiB blocks of ours, items of stock's."""
+    names: tuple[str, ...]
+    """The tensors and leaves that have bytes there; none where bytes lie between them, or if ``file`` is the
+    one that would tell."""
+    reason: str
+    """What is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What reading all of a checkpoint has shown. Names are DCP's fully qualified names."""
+
+    checkpoint_id: str
+    """The checkpoint that was read."""
+    producer: Literal["dcp_async", "stock"]
+    """Who wrote it, which decides what vouches for its bytes."""
+    damage: tuple[DamagedRange, ...]
+    """What is damaged, by file and offset."""
+    unrecorded: tuple[str, ...]
+    """Tensors and leaves that were read, but whose writer recorded no checksum of their bytes: as stock does
+    with ``set_crc32_options(False)``, and its compressing extensions."""
+    num_files: int
+    """How many data files were read."""
+    nbytes: int
+    """Bytes of data files that were read."""
+    seconds: float
+    """Wall time."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damage

@@ -14,14 +14,14 @@ from typing import Any, Self, TypeVar
 import torch
 
 from ._concurrency import Verb, drive_blocking
-from .engine import STREAM_BYTES, CheckpointVerbs, EngineVerbs, reader_at
-from .info import JSON, CheckpointInfo, CheckpointRef, LoadReport
+from .engine import STREAM_BYTES, CheckpointVerbs, EngineVerbs, reader_at, verifying
+from .info import JSON, CheckpointInfo, CheckpointRef, LoadReport, VerifyReport
 from .load import Index
 from .options import Dtypes, Limits, Timeouts
 from .response import AsyncSaveResponse
 from .trust import Trust
 
-__all__ = ["Checkpoint", "CheckpointEngine", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointEngine", "open_checkpoint", "verify"]
 
 T = TypeVar("T")
 
@@ -95,6 +95,10 @@ class CheckpointEngine(EngineVerbs):
     ) -> dict[str, Any]:
         """A checkpoint as fresh tensors and leaves, in exactly the structure that was saved."""
         return self._run("read", self._reads.reading(source, keys, device))
+
+    def verify(self, source: CheckpointRef = "latest") -> VerifyReport:
+        """Read all of a checkpoint and tell what of it is damaged."""
+        return self._run("verify", self._reads.verifying(source))
 
     def checkpoint(self, source: CheckpointRef = "latest") -> Checkpoint:
         """One checkpoint to read and load from any number of times, on one opening and one choice."""
@@ -202,3 +206,15 @@ def open_checkpoint(
     """The checkpoint in the directory ``path``, without an engine, a model or a process group."""
     life, name = reader_at(path, trust=trust, limits=limits, timeouts=timeouts)
     return Checkpoint(life, name, owns_life=True)
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    trust: Trust = Trust(),
+    limits: Limits = Limits(),
+    timeouts: Timeouts = Timeouts(),
+) -> VerifyReport:
+    """Read all of the checkpoint in the directory ``path`` and tell what of it is damaged."""
+    life, name = reader_at(path, trust=trust, limits=limits, timeouts=timeouts)
+    return drive_blocking("verify", verifying(life, name), life.inside)

@@ -21,7 +21,7 @@ from ..errors import (
     LoadError,
     StorageError,
 )
-from ..info import CheckpointInfo, CheckpointRef
+from ..info import CheckpointInfo, CheckpointRef, VerifyReport
 from ..storage import LinkError, Storage, StoredCheckpoint
 from .contents import Contents
 from .decoding import UnfitMetadataError
@@ -70,6 +70,10 @@ class Catalog:
     async def metadata(self, name: str) -> Metadata:
         """DCP's Metadata of ``name``. Raises: as ``open``."""
         return await self._opener.metadata(name)
+
+    async def verify(self, name: str, *, io_concurrency: int) -> VerifyReport:
+        """Read all of ``name`` and tell what is damaged. Raises: as ``Opener.verify``."""
+        return await self._opener.verify(name, io_concurrency=io_concurrency)
 
     async def is_current(self, contents: Contents) -> bool:
         """Whether what was opened has not been replaced or removed since."""

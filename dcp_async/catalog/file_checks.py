@@ -64,7 +64,7 @@ async def check_files(
         image_bytes[file] = nbytes
         entry = entries.get(file)
         if entry is not None:
-            footer = await _footer_of(name, reader, file, nbytes, entry.digest)
+            footer = await footer_of(name, reader, file, nbytes, entry.digest)
             digests[file] = footer.digests
             image_bytes[file] = footer.image_bytes
         elif manifest is not None and "/" not in file:
@@ -76,11 +76,12 @@ async def check_files(
     return digests, image_bytes
 
 
-async def _footer_of(name: str, reader: Reader, file: str, nbytes: int, digest: str) -> Footer:
+async def footer_of(name: str, reader: Reader, file: str, nbytes: int, digest: str | None) -> Footer:
+    """The footer of ``file``; ``digest`` is None if no manifest tells it. Raises CorruptCheckpointError."""
     try:
         footer = await _read_footer(reader, file, nbytes)
         # a footer vouches for its own table; that it is this save's, the manifest alone says
-        if footer.digest != digest:
+        if digest is not None and footer.digest != digest:
             raise FooterError("the footer's table is not the one that the manifest names")
     except FooterError as error:
         raise CorruptCheckpointError(

@@ -25,11 +25,12 @@ from ..errors import (
     UntrustedCheckpointError,
 )
 from ..formats import ItemKey, Manifest, ManifestError, decode_step, locations_of, transforms_of
-from ..info import CheckpointInfo
+from ..info import CheckpointInfo, VerifyReport
 from ..storage import LinkError, Reader, Storage, UnreadableError
 from .contents import Contents
 from .decoding import RawMetadata, decoded, digest_of, manifest_of, read_raw
 from .file_checks import check_files, open_files
+from .verification import Verification
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,28 @@ class Opener:
         Raises: as ``open``, but for LinkError: whoever looks for the newest must know.
         """
         return await self._look(name, self._describe)
+
+    async def verify(self, name: str, *, io_concurrency: int) -> VerifyReport:
+        """Read all of ``name`` and tell what is damaged, of one state of it.
+
+        Raises: CheckpointNotFoundError; CorruptCheckpointError if `.metadata` can't be read at all;
+            StorageError if the medium can't be asked; UntrustedCheckpointError, LoadError as ``open``.
+        """
+
+        async def look(name: str, reader: Reader, raw: RawMetadata) -> VerifyReport:
+            verification = Verification(
+                name, reader, self._threads, io_concurrency=io_concurrency, timeout=self._timeout
+            )
+            report = await verification.run(raw)
+            # files that a replace has taken away look damaged: as an error, it makes _look begin again
+            if report.damage and await self._was_replaced(name, digest_of(raw)):
+                raise CorruptCheckpointError(f"checkpoint {name!r} was replaced", checkpoint_id=name)
+            return report
+
+        try:
+            return await self._look(name, look)
+        except LinkError as error:
+            raise refused_link(name, error) from error
 
     async def is_current(self, contents: Contents) -> bool:
         """Whether ``contents`` are of the checkpoint that is there now."""

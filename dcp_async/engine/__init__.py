@@ -5,6 +5,7 @@ from __future__ import annotations
 from .checkpoint import STREAM_BYTES, Checkpoint, CheckpointVerbs, open_checkpoint, reader_at
 from .engine import CheckpointEngine
 from .verbs import EngineVerbs
+from .verification import verify, verifying
 
 __all__ = [
     "STREAM_BYTES",
@@ -14,4 +15,6 @@ __all__ = [
     "EngineVerbs",
     "open_checkpoint",
     "reader_at",
+    "verify",
+    "verifying",
 ]

@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 import torch
 
 from .._concurrency import Verb, drive
-from ..info import JSON, CheckpointInfo, CheckpointRef, LoadReport
+from ..info import JSON, CheckpointInfo, CheckpointRef, LoadReport, VerifyReport
 from ..options import Dtypes
 from ..response import AsyncSaveResponse
 from .checkpoint import Checkpoint
@@ -175,6 +175,18 @@ class CheckpointEngine(EngineVerbs):
         that it does not hold.
         """
         return await self._run("read", self._reads.reading(source, keys, device))
+
+    async def verify(self, source: CheckpointRef = "latest") -> VerifyReport:
+        """Read all of a checkpoint, ours or stock's, and tell what of it is damaged: which bytes of which
+        file, and which tensors have bytes there. Needs no model; nothing is unpickled but `.metadata`.
+
+        Args:
+            source: as for ``load``; "latest" is the newest that is committed, whatever state it is in.
+        Raises: CheckpointNotFoundError; CorruptCheckpointError if `.metadata` can't be read at all;
+            StorageError if the medium can't be asked. What is damaged is no error: see ``VerifyReport.ok``.
+        Ranks: each verifies by itself; one is enough.
+        """
+        return await self._run("verify", self._reads.verifying(source))
 
     def checkpoint(self, source: CheckpointRef = "latest") -> Checkpoint:
         """One checkpoint to read and load from any number of times, on one opening and one choice:

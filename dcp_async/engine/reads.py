@@ -15,7 +15,7 @@ import torch
 
 from .._concurrency import Job, SignalSafeFuture, Verb, Wait
 from ..catalog import Contents, reference
-from ..info import CheckpointRef
+from ..info import CheckpointRef, VerifyReport
 from ..load import (
     DeviceWrites,
     Index,
@@ -73,6 +73,16 @@ class Reads:
             names, lambda name, _: self._reading_one(name, read, place), falls_back=ref == "latest"
         )
         return value
+
+    def verifying(self, source: CheckpointRef) -> Verb[VerifyReport]:
+        """``CheckpointEngine.verify``: of "latest" the newest, whatever state it is in."""
+        context = self._context
+        context.life.check_open()
+        ref = reference(source)
+        yield from context.after_saves_of(ref)
+        have = context.life.resources
+        name, *_ = yield from context.ask(have.catalog.resolve(ref))
+        return (yield from context.ask(have.catalog.verify(name, io_concurrency=have.io_concurrency)))
 
     def reading_tensor(self, name: str, index: Index, device: torch.device | str) -> Verb[torch.Tensor]:
         """``Checkpoint.tensor``."""

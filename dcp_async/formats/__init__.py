@@ -38,7 +38,14 @@ from .stock_compat import (
     transforms_of,
     usable_paths,
 )
-from .stored_item import StoredItem, UnsupportedError, inflated_bound
+from .stored_item import (
+    RECORD_HEAD_BYTES,
+    StoredItem,
+    UnsupportedError,
+    check_item,
+    check_names,
+    inflated_bound,
+)
 from .tree import (
     Tree,
     build,
@@ -62,11 +69,13 @@ from .tree import (
 )
 from .tree_json import dcp_paths, merged_trees, tree_from_json, tree_to_json
 from .zip_item import PLAIN_DTYPES, object_item, tensor_frame
+from .zip_records import Record, find_records
 
 __all__ = [
     "BLOCK_BYTES",
     "DISTCP",
     "PLAIN_DTYPES",
+    "RECORD_HEAD_BYTES",
     "SECTOR_BYTES",
     "FileEntry",
     "FileLayout",
@@ -83,11 +92,14 @@ __all__ = [
     "NewerVersionError",
     "PickledKey",
     "Place",
+    "Record",
     "StoredItem",
     "Tree",
     "UnsupportedError",
     "block_digests",
     "build",
+    "check_item",
+    "check_names",
     "children_of",
     "cut",
     "dcp_paths",
@@ -95,6 +107,7 @@ __all__ = [
     "decode_metadata",
     "decode_step",
     "encode_manifest",
+    "find_records",
     "folded",
     "footer_span",
     "grafted",

@@ -8,18 +8,18 @@ records are not what was judged, or whose recorded checksums do not hold.
 from __future__ import annotations
 
 import io
-import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter
 from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..trust import Trust, check_globals, is_zip, load_item
-from .zip_item import CENTRAL, END, END64, LIMIT32, LOCAL, LOCATOR64
+from .zip_item import LOCAL
+from .zip_records import Record, records_in
 
 try:  # private, and only asked for by items that an extension wrote
     from torch.distributed.checkpoint import _extension
@@ -28,6 +28,10 @@ except ImportError:
 
 _HEAD_BYTES = 1024
 """Holds the pickle of any plain tensor, which is about 200 bytes long and starts at byte 64."""
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+"""A pickle of the number that begins each file of torch.save's before 1.6."""
+RECORD_HEAD_BYTES = LOCAL.size + 0xFFFF
+"""A record's header with the longest name there is."""
 _PACKED_HEAD_BYTES = 192 << 10
 """As many for a compressor that gives out nothing before its first block is whole; zstd's hold 128 KiB."""
 _INFLATE_BYTES = 1 << 20
@@ -173,78 +177,48 @@ def check_records(item: memoryview, *, crcs: bool) -> None:
     With ``crcs`` they must match the CRC-32s that their writer recorded: those that are not 0.
     Raises: ValueError, naming the record; or if the zip's directory makes no sense.
     """
-    try:
-        records = list(_records(item))
-    except (struct.error, OverflowError) as error:
-        raise ValueError(f"its zip has a damaged directory: {error}") from error
+    records = records_in(item)
+    check_names(records, bytes(item[:RECORD_HEAD_BYTES]))
+    if crcs:
+        _check_crcs(item, records)
+
+
+def check_item(item: memoryview) -> bool:
+    """Whether checksums of all its bytes were recorded in an item that was not inflated; they hold.
+
+    Raises: ValueError if they do not, or if it is no item of torch's.
+    """
+    head = bytes(item[:_HEAD_BYTES])
+    if not is_zip(head):
+        if not head.startswith(_LEGACY_MAGIC):  # what torch.save wrote before 1.6, without any checksum
+            raise ValueError("it is not what torch.save writes")
+        return False
+    records = records_in(item)
+    check_names(records, bytes(item[:RECORD_HEAD_BYTES]))
+    _check_crcs(item, records)
+    return all(record.is_recorded for record in records)
+
+
+def _check_crcs(item: memoryview, records: Sequence[Record]) -> None:
+    for record in records:
+        if record.crc:
+            record.check(zlib.crc32(item[record.start : record.stop]))
+
+
+def check_names(records: Sequence[Record], head: bytes) -> None:
+    """Whether every reader understands ``records`` alike, of a zip whose first bytes are ``head``. Raises
+    ValueError."""
     # torch finds names regardless of case
-    if len({name.casefold() for name, *_ in records}) < len(records):
+    if len({record.name.casefold() for record in records}) < len(records):
         raise ValueError("its zip has a record twice")
     end = 0
-    for name, header, _, start, nbytes in sorted(records, key=itemgetter(1)):
+    for record in sorted(records, key=attrgetter("header")):
         # two names for the same bytes: what was judged as one could be read as the other
-        if header < end:
-            raise ValueError(f"its record {name} overlaps another")
-        end = start + nbytes
-    first = next((name for name, header, *_ in records if header == 0), "")
-    pickles = [name for name, *_ in records if name.casefold().endswith("/data.pkl")]
+        if record.header < end:
+            raise ValueError(f"its record {record.name} overlaps another")
+        end = record.stop
+    first = next((record.name for record in records if record.header == 0), "")
+    pickles = [record.name for record in records if record.name.casefold().endswith("/data.pkl")]
     # torch finds the pickle by the directory, `judge` by the first bytes: it must be the same one
-    if pickle_start(bytes(item[:_FIRST_BYTES])) is not None and pickles != [first]:
+    if pickle_start(head) is not None and pickles != [first]:
         raise ValueError("its zip has another pickle than its first record")
-    for name, _, crc, start, nbytes in records:
-        if crcs and crc and zlib.crc32(item[start : start + nbytes]) != crc:
-            raise ValueError(f"its record {name} does not match its CRC-32")
-
-
-_FIRST_BYTES = LOCAL.size + 0xFFFF
-"""A record's header with the longest name there is."""
-
-
-def _records(item: memoryview) -> Iterator[tuple[str, int, int, int, int]]:
-    """(name, its header, CRC-32, first byte, length) of each record."""
-    position, count = _find_directory(item)
-    for _ in range(count):
-        fields = CENTRAL.unpack_from(item, position)
-        magic, method, crc = fields[0], fields[4], fields[7]
-        name_bytes, extra_bytes, comment_bytes = fields[10:13]
-        name = bytes(item[position + CENTRAL.size :][:name_bytes]).decode(errors="replace")
-        wide = _wide_values(bytes(item[position + CENTRAL.size + name_bytes :][:extra_bytes]))
-        size, packed, header = (
-            next(wide, -1) if value == LIMIT32 else value for value in (fields[9], fields[8], fields[16])
-        )
-        position += CENTRAL.size + name_bytes + extra_bytes + comment_bytes
-        if magic != b"PK\1\2" or size < 0 or not 0 <= header < len(item):
-            raise ValueError(f"its zip has a damaged directory, at record {name}")
-        if method or size != packed:  # torch never deflates; what does may inflate to any length
-            raise ValueError(f"its record {name} is compressed")
-        local = LOCAL.unpack_from(item, header)
-        start = header + LOCAL.size + local[9] + local[10]
-        if local[0] != b"PK\3\4" or start + size > len(item):
-            raise ValueError(f"its record {name} lies outside of it")
-        yield name, header, crc, start, size
-
-
-def _find_directory(item: memoryview) -> tuple[int, int]:
-    """(offset of the central directory, number of entries); the end record may have a comment behind it."""
-    before = max(len(item) - END.size - 0xFFFF, 0)
-    # from behind: the bytes of a payload may look like an end record
-    end_at = bytes(item[before:]).rfind(b"PK\5\6")
-    if end_at < 0:
-        raise ValueError("its zip has no end record, as if it was cut off")
-    end_at += before
-    *_, count, _, offset, _ = END.unpack_from(item, end_at)
-    locator = end_at - LOCATOR64.size
-    if locator >= 0 and bytes(item[locator : locator + 4]) == b"PK\6\7":  # stock's zips of any size have one
-        end64 = LOCATOR64.unpack_from(item, locator)[2]
-        *_, count, _, offset = END64.unpack_from(item, end64)
-    return offset, count
-
-
-def _wide_values(extra: bytes) -> Iterator[int]:
-    """What a central entry's zip64 field holds: of full size, packed size and offset those that 32 bits do
-    not."""
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<HH", extra)
-        if kind == 1:
-            yield from struct.unpack_from(f"<{length // 8}Q", extra, 4)
-        extra = extra[4 + length :]

@@ -335,6 +335,15 @@ class FaultyStorage(_Wrapped):
 
         self._add(_Fault(verb, nth, times, act))
 
+    def fail_if(self, verb: str, error: BaseException, concerns: Callable[[tuple[Any, ...]], bool]) -> None:
+        """Raise `error` at each call of `verb` whose arguments it `concerns`."""
+
+        async def act(_verb: str, args: tuple[Any, ...]) -> None:
+            if concerns(args):
+                raise error
+
+        self._add(_Fault(verb, 1, math.inf, act))
+
     @contextlib.contextmanager
     def hold(self, verb: str, *, nth: int = 1, times: float = math.inf) -> Iterator[Gate]:
         """Keep the nth call of `verb` and all later ones waiting at the gate; leaving releases it."""
