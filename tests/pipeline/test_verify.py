@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,42 +73,6 @@ async def test_a_whole_checkpoint_is_read_to_its_last_byte(path: Path) -> None:
     # all but the footer, which was read to be believed
     (file,) = data_files(path)
     assert file.stat().st_size - 8192 <= report.nbytes < file.stat().st_size
-
-
-async def test_each_flipped_bit_of_ours_is_told_with_its_block_and_all_names_in_it(path: Path) -> None:
-    chosen = random.Random(1)
-    files = [*data_files(path), path / ".metadata", manifest_file(path)]
-    found = dict.fromkeys(("payload", "between", "footer", "other"), 0)
-    (file,) = data_files(path)
-    items = items_of(path)[file.name]
-    image = (await verify(path)).nbytes
-    positions = [(chosen.choice(files), None) for _ in range(30)] + [(file, image + 3), (file, image - 1)]
-    for target, at in positions:
-        position = chosen.randrange(target.stat().st_size) if at is None else at
-        mask = 1 << chosen.randrange(8)
-        flip(target, position, mask)
-        report = await verify(path)
-        flip(target, position, mask)
-        if target == file and position >= image and report.ok:
-            assert not any(target.read_bytes()[position : position + 1])  # zeros behind the table
-            continue
-        damage = one(report)
-        assert damage.file == target.name
-        assert damage.start <= position < damage.stop
-        if target != file:
-            found["other"] += 1
-        elif position >= image:
-            found["footer"] += 1
-            assert set(damage.names) == {name for name, *_ in items}
-        else:
-            block = position // BLOCK * BLOCK
-            assert (damage.start, damage.stop) == (block, min(block + BLOCK, image))
-            inside = {name for name, start, stop in items if start < damage.stop and stop > damage.start}
-            assert set(damage.names) == inside
-            found["payload" if inside else "between"] += 1
-    assert found["payload"]
-    assert found["footer"]
-    assert found["other"]
 
 
 async def test_neighbouring_blocks_are_told_as_one_range(path: Path) -> None:
