@@ -8,6 +8,7 @@ raises a fresh error in each waiter, since one stored exception would grow its t
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import os
 import threading
@@ -63,6 +64,7 @@ class CheckpointHandle(Generic[T]):
         self._pid = os.getpid()
         self.observed = False
         """Whether somebody has been given this handle's failure."""
+        self._as_future: HandleFuture[T] | None = None
 
     def __repr__(self) -> str:
         state = "pending" if not self.done() else "done" if _failure_in(self._future) is None else "failed"
@@ -134,11 +136,44 @@ class CheckpointHandle(Generic[T]):
 
         self._future.add_done_callback(call)
 
+    @property
+    def future(self) -> concurrent.futures.Future[T]:
+        """The handle as a ``concurrent.futures.Future``, for code that asks for one; nothing cancels it."""
+        if self._as_future is None:
+            self._as_future = HandleFuture(self)
+        return self._as_future
+
     def __await__(self) -> Generator[object, None, T]:
         self._check_wait(blocking=False)
         # wrapped anew for each: a cancelled waiter cancels its own future alone
         outcome = yield from asyncio.wrap_future(self._future).__await__()
         return self._open(outcome)
+
+
+class HandleFuture(concurrent.futures.Future[T]):
+    """A handle to whoever wants a Future. Owns nothing; who reads the failure here has looked at it."""
+
+    def __init__(self, handle: CheckpointHandle[T]) -> None:
+        super().__init__()
+        self._handle = handle
+        self.set_running_or_notify_cancel()  # cancel() then says that it can't
+        handle.add_done_callback(self._settle)
+
+    def _settle(self, handle: CheckpointHandle[T]) -> None:
+        # not the handle's own outcome: reading that would count as somebody having looked at it
+        self.set_result(None)  # type: ignore[arg-type]  # nobody sees it: result() asks the handle
+
+    def result(self, timeout: float | None = None) -> T:
+        """As ``CheckpointHandle.result``."""
+        return self._handle.result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The failure, None after success. Raises TimeoutError."""
+        try:
+            self._handle.result(timeout)
+        except SaveError as error:
+            return error
+        return None
 
 
 class HandleWriter(Generic[T]):

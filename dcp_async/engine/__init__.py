@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from .checkpoint import STREAM_BYTES, Checkpoint, CheckpointVerbs, open_checkpoint, reader_at
+from .dcp_calls import CallOptions, DcpCalls, Directory
 from .engine import CheckpointEngine
 from .verbs import EngineVerbs
 from .verification import verify, verifying
 
 __all__ = [
     "STREAM_BYTES",
+    "CallOptions",
     "Checkpoint",
     "CheckpointEngine",
     "CheckpointVerbs",
+    "DcpCalls",
+    "Directory",
     "EngineVerbs",
     "open_checkpoint",
     "reader_at",

@@ -74,8 +74,6 @@ def checkpoint_name(step: int | None, checkpoint_id: str | None) -> str:
         return step_directory(step)
     name = normal_name(checkpoint_id)
     told = f"checkpoint_id={brief(name)}"
-    if name == "latest":
-        raise ValueError("checkpoint_id='latest' would hide the newest checkpoint from load('latest')")
     if not name or name.startswith(".") or set(name) & set("/\\\0"):
         raise ValueError(
             f"{told} must be a plain name (it becomes a directory): not empty, no slash, no dot at its start"
@@ -159,13 +157,18 @@ def brief(value: object) -> str:
 class SaveArguments:
     """What was passed to one ``save``, as plain values. Raises ValueError or TypeError."""
 
-    def __init__(self, step: Any, checkpoint_id: Any, notes: Any, replace: Any) -> None:
+    def __init__(
+        self, step: Any, checkpoint_id: Any, notes: Any, replace: Any, *, is_path: bool = False
+    ) -> None:
+        """``is_path``: the name is that of a directory which nobody asks for by "latest"."""
         self.step: int | None = None if step is None else normal_step(step)
         self.checkpoint_id: str | None = None if checkpoint_id is None else normal_name(checkpoint_id)
         self.name: str | None = None
         """None if the engine counts."""
         if step is not None or checkpoint_id is not None:
             self.name = checkpoint_name(self.step, self.checkpoint_id)
+        if self.checkpoint_id == "latest" and not is_path:
+            raise ValueError("checkpoint_id='latest' would hide the newest checkpoint from load('latest')")
         if not isinstance(replace, bool):
             raise TypeError(f"replace={brief(replace)} must be True or False")
         self.replace: bool = replace

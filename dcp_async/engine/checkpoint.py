@@ -68,7 +68,7 @@ def reader_at(
     return Lifetime(setup), name
 
 
-async def _let_go(life: Lifetime, opened: Opened) -> None:
+async def let_go(life: Lifetime, opened: Opened) -> None:
     """Close ``opened``, or have its last reader close it."""
     life.opened.discard(opened)
     await opened.close()
@@ -101,7 +101,7 @@ class CheckpointVerbs:
                 ResourceWarning,
                 stacklevel=2,
             )
-            life.resources.loop.submit(_let_go(life, opened))
+            life.resources.loop.submit(let_go(life, opened))
 
     def _opening(self) -> Verb[None]:
         if self._opened is not None or self._is_closed:
@@ -135,7 +135,7 @@ class CheckpointVerbs:
         if self._owns_life:
             yield from self._life.leaving(exc_type)
         elif opened is not None and self._life.state == "open":
-            yield Wait(self._life.submit(_let_go(self._life, opened)).future, shielded=True)
+            yield Wait(self._life.submit(let_go(self._life, opened)).future, shielded=True)
 
     def _in_use(self) -> Opened:
         if self._is_closed:

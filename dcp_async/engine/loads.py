@@ -62,8 +62,12 @@ class Loads:
         strict: bool,
         atomic: bool,
         dtypes: Dtypes,
+        is_partial: bool = False,
     ) -> Verb[LoadReport]:
-        """``CheckpointEngine.load``. Ranks: all must call it."""
+        """``CheckpointEngine.load``. Ranks: all must call it.
+
+        ``is_partial``: the checkpoint may hold more than the state asks for.
+        """
         self._life.check_open()
         if dtypes not in get_args(Dtypes):
             raise ValueError(f"dtypes is 'exact' or 'convert', not {dtypes!r}")
@@ -77,7 +81,9 @@ class Loads:
         for writer in self._life.book.pending():  # what is being staged must not change under the copy
             yield Wait(writer.staging.future)  # its failure is told by its own handles
         yield from self._context.after_saves_of(ref)
-        how = LoadOptions(selection=selection, strict=strict, atomic=atomic, dtypes=dtypes)
+        how = LoadOptions(
+            selection=selection, strict=strict, atomic=atomic, dtypes=dtypes, is_partial=is_partial
+        )
         # numbered after the waits: a rank that waits for a save of its own has not begun the load
         started, agreement = time.monotonic(), self._context.agreement()
         ordinal = self._life.book.next_ordinal()

@@ -65,10 +65,16 @@ class Saves:
         checkpoint_id: str | None,
         notes: Mapping[str, JSON] | None,
         replace: bool,
+        *,
+        is_path: bool = False,
     ) -> Verb[AsyncSaveResponse]:
-        """``CheckpointEngine.save``. Ranks: all must call it, in the same order."""
+        """``CheckpointEngine.save``. Ranks: all must call it, in the same order.
+
+        ``is_path``: ``checkpoint_id`` is the name of a directory which nobody asks for by "latest".
+        """
         try:
-            return (yield from self._admitting(state, step, checkpoint_id, notes, replace))
+            # refused within: what can't be saved while the process ends is lost, and is told so
+            return (yield from self._admitting(state, step, checkpoint_id, notes, replace, is_path))
         except BaseException as error:
             self._life.lose(brief(step if checkpoint_id is None else checkpoint_id), error)
             raise
@@ -80,10 +86,11 @@ class Saves:
         checkpoint_id: str | None,
         notes: Mapping[str, JSON] | None,
         replace: bool,
+        is_path: bool,
     ) -> Verb[AsyncSaveResponse]:
         self._life.check_open()
         try:
-            asked = SaveArguments(step, checkpoint_id, notes, replace)
+            asked = SaveArguments(step, checkpoint_id, notes, replace, is_path=is_path)
         except (TypeError, ValueError) as error:
             self._runner.refuse_arguments(error)
             raise

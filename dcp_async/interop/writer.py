@@ -122,6 +122,16 @@ class FileSystemWriter(StorageWriter):
         """The directory that is written to."""
         return os.fspath(self._path)
 
+    @property
+    def overwrite(self) -> bool:
+        """Whether a checkpoint that exists is replaced."""
+        return self._overwrite
+
+    @property
+    def thread_count(self) -> int:
+        """How many writes go on at a time."""
+        return self._thread_count
+
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it is a directory, or may become one, that this process can write to."""

@@ -76,9 +76,15 @@ def kept_options(targets: Targets, contents: Contents, values: Mapping[str, Any]
     return kept
 
 
-def check_fit(match: Match, checkpoint_id: str, *, unexpected: Sequence[str]) -> None:
-    """Raises IncompatibleStateError unless everything fits; ``unexpected``: what is only in the checkpoint
-    and counts."""
+def check_fit(
+    match: Match, checkpoint_id: str, *, unexpected: Sequence[str], lenient: str = "strict=False"
+) -> None:
+    """Raises IncompatibleStateError unless everything fits.
+
+    Args:
+        unexpected: what is only in the checkpoint and counts.
+        lenient: what the caller passes for a load of what fits.
+    """
     problems = []
     for what, names in (("missing in the checkpoint", match.missing), ("not in the state", unexpected)):
         if names:
@@ -93,6 +99,6 @@ def check_fit(match: Match, checkpoint_id: str, *, unexpected: Sequence[str]) ->
         )
         raise IncompatibleStateError(
             f"checkpoint {checkpoint_id!r} does not fit the state ({'; '.join(problems)}); nothing was "
-            f"loaded. Fix the state, {convert}or pass strict=False to load what fits",
+            f"loaded. Fix the state, {convert}or pass {lenient} to load what fits",
             checkpoint_id=checkpoint_id,
         )

@@ -40,6 +40,7 @@ from .rank_agreement import Together
 from .selection import Selection
 from .wrapped_load import Wrapped
 
+_DCP_LENIENT = "planner=DefaultLoadPlanner(allow_partial_load=True)"
 _Regions = Mapping[str, Sequence[Region]]
 
 
@@ -51,6 +52,8 @@ class LoadOptions:
     strict: bool
     atomic: bool
     dtypes: Dtypes
+    is_partial: bool = False
+    """Whether the checkpoint may hold more than the state asks for, as for DCP; missing names stay errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +122,13 @@ class _LoadInto:
         unexpected = await ranks.unexpected(match.unexpected, self._targets.prefixes)
         # bytes of a corrupt checkpoint must not stay in what is not filled now
         if self._how.strict or refill:
-            check_fit(match, self._name, unexpected=unexpected if self._how.strict else ())
+            is_surplus_refused = self._how.strict and not self._how.is_partial
+            check_fit(
+                match,
+                self._name,
+                unexpected=unexpected if is_surplus_refused else (),
+                lenient=_DCP_LENIENT if self._how.is_partial else "strict=False",
+            )
         return match, unexpected
 
     async def run(self, match: Match, unexpected: Sequence[str], ranks: Together) -> Loaded:

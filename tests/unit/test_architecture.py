@@ -66,8 +66,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_concurrency",
     },
     "testing": {*GROUND, "storage"},
+    "functional": {*GROUND, "engine", "interop", "response", "trust", "_concurrency"},
     "interop": {
         *GROUND,
+        "engine",
+        "coordination",
         "save",
         "load",
         "staging",

@@ -1,0 +1,315 @@
+"""DCP's functions as coroutines: ``save``, ``load`` and ``async_save`` with DCP's keywords and meanings.
+
+    from dcp_async import functional as dcp
+    metadata = await dcp.save(state_dict, checkpoint_id="checkpoints/step-100")
+
+Enters and leaves: what ``torch.distributed.checkpoint``'s functions of these names take and give. Each call
+makes what it needs and releases it; a Checkpointer keeps it for the next. Invariant: no logic of its own (see
+engine/dcp_calls.py); dcp_async.sync has the blocking twins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import warnings
+from collections.abc import Awaitable, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
+from ._concurrency import Verb, drive
+from .engine import CallOptions, DcpCalls
+from .interop import (
+    check_checkpointer_type,
+    check_planner,
+    check_stager,
+    load_calls,
+    load_directory,
+    ranks,
+    save_calls,
+    save_target,
+)
+from .response import AsyncSaveResponse
+from .trust import Trust
+
+__all__ = ["Checkpointer", "async_save", "load", "load_state_dict", "save", "save_state_dict"]
+
+Path: TypeAlias = "str | os.PathLike[str]"
+Staged: TypeAlias = "concurrent.futures.Future[Mapping[str, Any]] | torch.futures.Future[Mapping[str, Any]]"
+"""A state dict that somebody is still staging."""
+
+
+async def save(
+    state_dict: Mapping[str, Any],
+    *,
+    checkpoint_id: Path | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    trust: Trust = Trust(),
+) -> Metadata:
+    """Save ``state_dict`` into one directory; when this returns, it is durable on all ranks.
+
+    Args:
+        state_dict: names -> Statefuls, tensors, containers of them, or picklable leaves.
+        checkpoint_id: the checkpoint's own directory, or its URL; one that holds a checkpoint is replaced,
+            and stays readable until the new one is durable.
+        storage_writer: a FileSystemWriter, torch's or that of ``dcp_async.interop``, is asked for its path
+            and options, and the engine writes.
+        planner: of DCP's; one that overrides a method decides on what is written.
+        process_group: the ranks that save together, by default all.
+        no_dist: save this process's state alone.
+        use_collectives: has no meaning here: no collective is made.
+        trust: leaves that it does not admit are refused, since a load would refuse them.
+    Returns: DCP's Metadata, as stock's reader finds it.
+    Raises: SaveError, and then the directory is as it was; TypeError, ValueError; EngineStateError.
+    Cancellation: cancels the save.
+    Ranks: all must call it, in the same order.
+    """
+    coordination = ranks(process_group, no_dist=no_dist, use_collectives=use_collectives)
+    target = save_target(checkpoint_id, storage_writer)
+    calls = save_calls(target, planner, coordination, trust)
+    verb = calls.saving(state_dict, target.directory, overwrite=target.overwrite)
+    return await drive("save", verb, calls.inside)
+
+
+async def async_save(
+    state_dict: Mapping[str, Any] | Awaitable[Mapping[str, Any]] | Staged,
+    *,
+    checkpoint_id: Path | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: AsyncCheckpointerType | None = None,
+    async_stager: AsyncStager | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    trust: Trust = Trust(),
+) -> AsyncSaveResponse:
+    """Save ``state_dict`` as it is now; when this returns it may be mutated, and the upload goes on by
+    itself.
+
+    ``await response.upload_completion`` until it is durable; ``response.upload_completion.future`` is a
+    ``concurrent.futures.Future`` for code that asks for one. Another save of the same directory waits for it.
+    An upload that nobody waits for is finished before the process ends, and what makes it fail is logged.
+
+    Args:
+        state_dict: as for ``save``; or an awaitable or a future of it, which is awaited first.
+        async_checkpointer_type: has no meaning here: saves run on threads of their own.
+        async_stager: stages the state in this thread, as torch's do, before it is saved; what it gives is
+            copied once more. Without it the engine stages, once.
+        checkpoint_id, storage_writer, planner, process_group, no_dist, use_collectives, trust: see ``save``.
+    Raises: as ``save``, if it fails before the state may be mutated; later failures are those of the handles.
+    Cancellation: cancels the save.
+    Ranks: all must call it, in the same order.
+    """
+    coordination = ranks(process_group, no_dist=no_dist, use_collectives=use_collectives)
+    check_checkpointer_type(async_checkpointer_type)
+    check_stager(async_stager)
+    target = save_target(checkpoint_id, storage_writer)
+    calls = save_calls(target, planner, coordination, trust)
+    state = await _resolved(state_dict)
+    if async_stager is not None:
+        state = await _staged(state, async_stager)
+    verb = calls.async_saving(state, target.directory, overwrite=target.overwrite)
+    return await drive("async_save", verb, calls.inside)
+
+
+async def _staged(state: Mapping[str, Any], stager: AsyncStager) -> Mapping[str, Any]:
+    """What ``stager`` makes of ``state``, once it is done with it."""
+    staged = stager.stage(dict(state))
+    if isinstance(staged, Mapping):
+        stager.synchronize_staging()
+        return staged
+    return await _resolved(staged)
+
+
+async def _resolved(state: Any) -> Mapping[str, Any]:
+    """A state dict that may still be in the making."""
+    if isinstance(state, torch.futures.Future):
+        made: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def settle(done: torch.futures.Future[Any]) -> None:
+            try:
+                made.set_result(done.value())
+            except BaseException as error:  # whatever the code behind it raised
+                made.set_exception(error)
+
+        state.add_done_callback(settle)
+        state = made
+    if isinstance(state, concurrent.futures.Future):
+        state = asyncio.wrap_future(state)
+    resolved: Mapping[str, Any] = await state if isinstance(state, Awaitable) else state
+    return resolved
+
+
+async def load(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: Path | None = None,
+    storage_reader: StorageReader | None = None,
+    planner: LoadPlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    trust: Trust = Trust(),
+) -> None:
+    """Fill ``state_dict`` in place from one directory, ours or stock's, verified.
+
+    As with DCP, the checkpoint may hold more than ``state_dict`` names, a name that it lacks is an error, and
+    dtypes are converted. All of that is checked before the first tensor is touched.
+
+    Args:
+        state_dict: tensors are filled in place, Statefuls get ``load_state_dict``, other leaves are replaced.
+        checkpoint_id: the checkpoint's own directory, or its URL.
+        storage_reader: a FileSystemReader, torch's or that of ``dcp_async.interop``, is asked for its path.
+        planner: of DCP's; decides on what is read and where it goes (``DefaultLoadPlanner(
+            allow_partial_load=True)``).
+        process_group: the ranks that load together, by default all.
+        no_dist: load into this process alone.
+        trust: which pickled leaves are accepted.
+    Raises: LoadError (CheckpointNotFoundError, CorruptCheckpointError, IncompatibleStateError,
+        UntrustedCheckpointError); TypeError, ValueError; EngineStateError.
+    Cancellation: waits for the reads in progress; tensors may be partly filled.
+    Ranks: all must call it, in the same order.
+    """
+    coordination = ranks(process_group, no_dist=no_dist)
+    directory = load_directory(checkpoint_id, storage_reader)
+    calls = load_calls(planner, coordination, trust)
+    await drive("load", calls.loading(state_dict, directory), calls.inside)
+
+
+async def save_state_dict(
+    state_dict: Mapping[str, Any],
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+) -> Metadata:
+    """Deprecated, as DCP's: use ``save``; ``Checkpointer`` takes a ``coordinator_rank``."""
+    warnings.warn("save_state_dict is deprecated: use save", DeprecationWarning, stacklevel=2)
+    coordination = ranks(process_group, no_dist=no_dist, coordinator_rank=coordinator_rank)
+    target = save_target(None, storage_writer)
+    calls = save_calls(target, planner, coordination, Trust())
+    verb = calls.saving(state_dict, target.directory, overwrite=target.overwrite)
+    return await drive("save", verb, calls.inside)
+
+
+async def load_state_dict(
+    state_dict: dict[str, Any],
+    storage_reader: StorageReader,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: LoadPlanner | None = None,
+) -> None:
+    """Deprecated, as DCP's: use ``load``; ``Checkpointer`` takes a ``coordinator_rank``."""
+    warnings.warn("load_state_dict is deprecated: use load", DeprecationWarning, stacklevel=2)
+    coordination = ranks(process_group, no_dist=no_dist, coordinator_rank=coordinator_rank)
+    directory = load_directory(None, storage_reader)
+    calls = load_calls(planner, coordination, Trust())
+    await drive("load", calls.loading(state_dict, directory), calls.inside)
+
+
+class CheckpointerVerbs:
+    """Base of both twins. Owns threads and memory from its first call until it is closed."""
+
+    def __init__(
+        self,
+        storage_writer: StorageWriter,
+        storage_reader: StorageReader,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        coordinator_rank: int = 0,
+        no_dist: bool = False,
+        load_planner: LoadPlanner | None = None,
+        save_planner: SavePlanner | None = None,
+        trust: Trust = Trust(),
+    ) -> None:
+        """
+        Args:
+            storage_writer: says where and how to save, see ``save``.
+            storage_reader: says where to load from, see ``load``.
+            process_group: the ranks that save and load together, by default all.
+            coordinator_rank: which of them leads.
+            no_dist: save and load this process's state alone.
+            load_planner, save_planner: of DCP's, used for each load and each save.
+            trust: which pickled leaves are accepted.
+        """
+        check_planner(save_planner, SavePlanner)
+        check_planner(load_planner, LoadPlanner)
+        self._target = save_target(None, storage_writer)
+        self._directory = load_directory(None, storage_reader)
+        self._calls = DcpCalls(
+            CallOptions(
+                coordination=ranks(process_group, no_dist=no_dist, coordinator_rank=coordinator_rank),
+                save_planner=save_planner,
+                load_planner=load_planner,
+                trust=trust,
+                limits=self._target.limits,
+            ),
+            keeps=True,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Checkpointer {str(self._target.directory)!r}>"
+
+    def _saving(self, state_dict: Mapping[str, Any]) -> Verb[Metadata]:
+        target = self._target
+        return self._calls.saving(state_dict, target.directory, overwrite=target.overwrite)
+
+    def _async_saving(self, state_dict: Mapping[str, Any]) -> Verb[AsyncSaveResponse]:
+        target = self._target
+        return self._calls.async_saving(state_dict, target.directory, overwrite=target.overwrite)
+
+    def _loading(self, state_dict: dict[str, Any]) -> Verb[None]:
+        return self._calls.loading(state_dict, self._directory)
+
+
+class Checkpointer(CheckpointerVerbs):
+    """A writer, a reader and options, for any number of saves and loads: ``async with Checkpointer(...)``.
+
+    Unlike the functions it keeps its threads, its memory and the ranks' connection between calls, so that a
+    second save is planned and staged faster; ``close`` releases them.
+    """
+
+    async def save(self, state_dict: Mapping[str, Any]) -> Metadata:
+        """See ``dcp_async.functional.save``."""
+        return await drive("save", self._saving(state_dict), self._calls.inside)
+
+    async def async_save(
+        self, state_dict: Mapping[str, Any] | Awaitable[Mapping[str, Any]] | Staged
+    ) -> AsyncSaveResponse:
+        """See ``dcp_async.functional.async_save``."""
+        state = await _resolved(state_dict)
+        return await drive("async_save", self._async_saving(state), self._calls.inside)
+
+    async def load(self, state_dict: dict[str, Any]) -> None:
+        """See ``dcp_async.functional.load``."""
+        await drive("load", self._loading(state_dict), self._calls.inside)
+
+    async def close(self) -> None:
+        """Wait for the saves in flight, then release what was made. Closing twice does nothing.
+
+        Raises: the SaveError of a save whose failure nobody has looked at.
+        """
+        await drive("close", self._calls.closing(), self._calls.inside)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await drive("close", self._calls.closing(exc_type), self._calls.inside)
