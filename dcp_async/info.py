@@ -14,6 +14,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from .errors import LoadError
 
+Producer: TypeAlias = Literal["dcp_async", "stock", "safetensors"]
+"""Who wrote a checkpoint; of safetensors files nobody says who."""
+
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 """What ``save(notes=...)`` takes."""
 
@@ -36,7 +39,7 @@ class CheckpointInfo:
     """How many ranks wrote it; None where the writer did not say (stock)."""
     torch_version: str | None
     """The writer's torch; None where the writer did not say (stock)."""
-    producer: Literal["dcp_async", "stock"]
+    producer: Producer
     """Who wrote it."""
     notes: Mapping[str, JSON] = field(default_factory=dict)
     """What the trainer attached with ``save(notes=...)``."""
@@ -113,7 +116,7 @@ class VerifyReport:
 
     checkpoint_id: str
     """The checkpoint that was read."""
-    producer: Literal["dcp_async", "stock"]
+    producer: Producer
     """Who wrote it, which decides what vouches for its bytes."""
     damage: tuple[DamagedRange, ...]
     """What is damaged, by file and offset."""

@@ -8,12 +8,16 @@ from .decoding import UnfitMetadataError
 from .opened import Opened
 from .opening import last_number
 from .reference import reference
+from .safetensors_source import Model, SafetensorsOpener, model_at
 
 __all__ = [
     "Catalog",
     "Contents",
+    "Model",
     "Opened",
+    "SafetensorsOpener",
     "UnfitMetadataError",
     "last_number",
+    "model_at",
     "reference",
 ]

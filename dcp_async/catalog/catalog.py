@@ -27,6 +27,7 @@ from .contents import Contents
 from .decoding import UnfitMetadataError
 from .opening import Opener, last_number, refused_link
 from .reference import reference
+from .safetensors_source import SafetensorsOpener
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +51,17 @@ class Catalog:
         metadata_of: Callable[[str], Awaitable[Metadata]],
         *,
         timeout: float = 600.0,
+        opener: Opener | SafetensorsOpener | None = None,
     ) -> None:
         """
         Args:
             metadata_of: serves ``CheckpointInfo.metadata()``, which may be awaited on any loop.
             timeout: seconds after which a checkpoint that is replaced again and again is given up.
+            opener: opens what lies there, where that is no checkpoint of DCP's.
         """
         self._storage = storage
         self._metadata_of = metadata_of
-        self._opener = Opener(storage, threads, metadata_of, timeout=timeout)
+        self._opener = opener or Opener(storage, threads, metadata_of, timeout=timeout)
         self._told: set[tuple[str, str]] = set()
         """(name, why) of what could not be read: told once, not at every look."""
 

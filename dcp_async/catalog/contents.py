@@ -57,6 +57,8 @@ class Contents:
     """Checksums of the blocks of each file that has any."""
     image_bytes: Mapping[str, int]
     """Length of each file without its footer."""
+    bare: frozenset[str] = frozenset()
+    """Files whose items are the bytes of tensors and nothing else."""
     unfolded: Mapping[str, Mapping[str, InnerValue]] = field(default_factory=dict)
     """Leaf -> name -> what lay inside of it, for a state that has a container there."""
     # no argument, so that replace() makes contents whose tree is looked for anew

@@ -15,7 +15,7 @@ import time
 import zlib
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import anyio
@@ -28,6 +28,7 @@ from ..formats import (
     BLOCK_BYTES,
     RECORD_HEAD_BYTES,
     FileEntry,
+    ItemKey,
     ManifestError,
     Record,
     block_digests,
@@ -38,8 +39,9 @@ from ..formats import (
     locations_of,
     transforms_of,
 )
-from ..info import DamagedRange, VerifyReport
+from ..info import DamagedRange, Producer, VerifyReport
 from ..storage import LinkError, Reader, UnreadableError
+from .contents import Contents
 from .decoding import RawMetadata, decoded, manifest_of
 from .file_checks import footer_of
 
@@ -61,7 +63,7 @@ class _Item:
     stop: int
     name: str
     is_packed: bool
-    """Whether extensions of torch's wrote it."""
+    """Whether it is no zip of torch's as it lies there: its extensions wrote it, or it is bare bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +110,25 @@ class Verification:
         files = dict.fromkeys([*(entries or ()), *self._items])
         for file in files:
             await self._look_at(file, entries)
+        return await self._report("stock" if entries is None else "dcp_async", len(files), begun)
+
+    async def run_bare(self, contents: Contents) -> VerifyReport:
+        """Read all that ``contents`` locate, of which nobody recorded a checksum. Raises StorageError if the
+        medium can't be asked."""
+        begun = time.monotonic()
+        self._list(contents.locations, packed=contents.locations.keys())
+        self._chunks = [self._chunks_of_items(file, items) for file, items in self._items.items()]
+        return await self._report(contents.info.producer, len(self._items), begun)
+
+    async def _report(self, producer: Producer, num_files: int, begun: float) -> VerifyReport:
         await self._read_all()
         await self._reader.give_back()
         return VerifyReport(
             checkpoint_id=self._name,
-            producer="stock" if entries is None else "dcp_async",
+            producer=producer,
             damage=tuple(self._merged()),
             unrecorded=tuple(self._unrecorded),
-            num_files=len(files),
+            num_files=num_files,
             nbytes=self._nbytes,
             seconds=time.monotonic() - begun,
         )
@@ -156,11 +169,14 @@ class Verification:
     async def _locate(self, metadata: Metadata) -> None:
         with collection_paused():
             packed = transforms_of(self._name, metadata)
-            for key, (file, offset, length) in locations_of(self._name, metadata).items():
-                item = _Item(offset, offset + length, key[0], key in packed)
-                self._items.setdefault(file, []).append(item)
-            for items in self._items.values():
-                items.sort(key=lambda item: item.start)
+            self._list(locations_of(self._name, metadata), packed=packed.keys())
+
+    def _list(self, locations: Mapping[ItemKey, tuple[str, int, int]], *, packed: Set[ItemKey]) -> None:
+        for key, (file, offset, length) in locations.items():
+            item = _Item(offset, offset + length, key[0], key in packed)
+            self._items.setdefault(file, []).append(item)
+        for items in self._items.values():
+            items.sort(key=lambda item: item.start)
 
     async def _look_at(self, file: str, entries: Mapping[str, FileEntry | None] | None) -> None:
         """Open ``file``, and list what of it is to be read."""

@@ -20,7 +20,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import Verb, Wait, drive
-from ..catalog import Opened
+from ..catalog import Opened, model_at
 from ..coordination import Coordination
 from ..errors import CheckpointNotFoundError, EngineStateError
 from ..formats import leaf_names
@@ -48,9 +48,12 @@ def reader_at(
     """Threads of its own to read what lies beside ``path``, a checkpoint's directory, and its name there."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"a checkpoint is opened by the path of its directory, not by {path!r}")
+    model = None
     if isinstance(path, str) and "://" in path:
         root, _, name = path.rstrip("/").rpartition("/")
         name = unquote(name) if path.lower().startswith("file:") else name
+    elif (model := model_at(os.fsdecode(path))) is not None:
+        root, name = model.root, model.name
     else:
         # links are followed here: this very directory was asked for, wherever it lies
         root, name = os.path.split(os.path.realpath(os.path.expanduser(os.fsdecode(path))))
@@ -64,6 +67,7 @@ def reader_at(
         trust=trust,
         observer=None,
         is_reader=True,
+        model=model,
     )
     return Lifetime(setup), name
 
@@ -296,9 +300,13 @@ def open_checkpoint(
     """The checkpoint in the directory ``path``, ours or stock's, without an engine, a model or a process
     group: ``async with open_checkpoint("checkpoints/run1/step-00000100") as checkpoint``.
 
+    A directory of safetensors files (a model of Hugging Face's, with or without an index, or what torch's
+    HuggingFaceStorageWriter wrote) and one such file are opened as well. Nothing of them is unpickled, no
+    checksum vouches for them, and their names are flat: ``load(state, rename={"*": "model.*"})``.
+
     Args:
-        path: the checkpoint's own directory, or its URL (``memory://name/step-00000100``); of its siblings
-            none is looked at.
+        path: the checkpoint's own directory, or its URL (``memory://name/step-00000100``), or a
+            ``.safetensors`` file; of its siblings none is looked at.
         trust: which pickled leaves are accepted.
         limits: how many reads go on at once.
         timeouts: how long one of them may take.

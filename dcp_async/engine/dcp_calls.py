@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
 from .._concurrency import Inside, SignalSafeFuture, Verb, Wait, drive_blocking
-from ..catalog import Opened
+from ..catalog import Model, Opened, model_at
 from ..coordination import Coordination
 from ..errors import CheckpointError, CheckpointNotFoundError, EngineStateError
 from ..options import Limits, Timeouts
@@ -102,7 +102,7 @@ class CallOptions:
             load=DefaultLoadPlanner if self.load_planner is None else Given(self.load_planner),
         )
 
-    def lifetime(self, root: str, *, is_reader: bool) -> Lifetime:
+    def lifetime(self, root: str, *, is_reader: bool, model: Model | None = None) -> Lifetime:
         """What a call about ``root`` needs, not open yet. Raises ValueError for a URL that nobody serves."""
         return Lifetime(
             make_setup(
@@ -115,6 +115,7 @@ class CallOptions:
                 trust=self.trust,
                 observer=None,
                 is_reader=is_reader,
+                model=model,
             )
         )
 
@@ -127,20 +128,21 @@ class DcpCalls:
         """``keeps``: threads and memory serve further calls, until ``closing``."""
         self._options = options
         self._keeps = keeps
-        self._kept: dict[str, Lifetime] = {}
+        self._kept: dict[str | Model, Lifetime] = {}
         self._is_closed = False
         self.inside = Inside()
         """What a thread is in that runs one of the verbs."""
 
-    def _enter(self, root: str, *, is_reader: bool) -> Verb[Lifetime]:
+    def _enter(self, root: str, *, is_reader: bool, model: Model | None = None) -> Verb[Lifetime]:
         if self._is_closed:
             raise EngineStateError("this Checkpointer is closed; make a new one")
         check_torch()
-        life = self._kept.get(root)
+        life = self._kept.get(model or root)
         if life is not None:
             return life
         # one that is kept may be asked to save next
-        life = self._options.lifetime(root, is_reader=is_reader and not self._keeps)
+        is_reader = model is not None or (is_reader and not self._keeps)
+        life = self._options.lifetime(root, is_reader=is_reader, model=model)
         try:
             with life.storage_errors("open"):
                 yield from life.opening()
@@ -148,7 +150,7 @@ class DcpCalls:
             yield from life.leaving(type(error))
             raise
         if self._keeps:
-            self._kept[root] = life
+            self._kept[model or root] = life
         return life
 
     def saving(self, state: Mapping[str, Any], directory: Directory, *, overwrite: bool) -> Verb[Metadata]:
@@ -203,10 +205,11 @@ class DcpCalls:
             earlier = _landing.get(directory)
         if earlier is not None:
             yield Wait(earlier)
-        life = yield from self._enter(directory.root, is_reader=True)
+        model = None if "://" in directory.root else model_at(os.path.join(directory.root, directory.name))
+        life = yield from self._enter(directory.root, is_reader=True, model=model)
         opened: list[Opened] = []
         try:
-            yield from _opening(life, directory, opened)
+            yield from _opening(life, directory, directory.name if model is None else model.name, opened)
             yield from Loads(LoadContext(life, opened[0])).loading(
                 state,
                 opened[0].contents.info,
@@ -248,9 +251,9 @@ class DcpCalls:
             raise first
 
 
-def _opening(life: Lifetime, directory: Directory, opened: list[Opened]) -> Verb[None]:
+def _opening(life: Lifetime, directory: Directory, name: str, opened: list[Opened]) -> Verb[None]:
     try:
-        yield from Loads(LoadContext(life)).opening(directory.name, opened.append, is_name=True)
+        yield from Loads(LoadContext(life)).opening(name, opened.append, is_name=True)
     except CheckpointNotFoundError as error:
         raise CheckpointNotFoundError(
             f"there is no checkpoint in {str(directory)!r}; checkpoint_id is the directory of one "

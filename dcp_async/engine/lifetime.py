@@ -30,14 +30,14 @@ from .._concurrency import (
     on_work_thread,
 )
 from .._foreign import storage_errors
-from ..catalog import Catalog, Opened
+from ..catalog import Opened
 from ..coordination import make_coordinator
 from ..errors import EngineStateError
 from ..response import ResponseWriter
 from .admission import SaveBook
 from .exit_guard import ExitGuard, main_has_ended
 from .optimizer_hooks import OptimizerHooks
-from .resources import Resources, Setup
+from .resources import Resources, Setup, make_catalog
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Lifetime:
             coordinator=coordinator,
             loop=loop,
             threads=threads,
-            catalog=Catalog(setup.storage, threads, self.metadata_of, timeout=setup.timeouts.storage),
+            catalog=make_catalog(setup, threads, self.metadata_of),
         )
 
     def _guard(self) -> None:

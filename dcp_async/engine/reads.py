@@ -74,14 +74,19 @@ class Reads:
         )
         return value
 
-    def verifying(self, source: CheckpointRef) -> Verb[VerifyReport]:
-        """``CheckpointEngine.verify``: of "latest" the newest, whatever state it is in."""
+    def verifying(self, source: CheckpointRef, *, is_name: bool = False) -> Verb[VerifyReport]:
+        """``CheckpointEngine.verify``: of "latest" the newest, whatever state it is in.
+
+        ``is_name``: ``source`` is a name, for which the others are not looked at.
+        """
         context = self._context
         context.life.check_open()
         ref = reference(source)
         yield from context.after_saves_of(ref)
         have = context.life.resources
-        name, *_ = yield from context.ask(have.catalog.resolve(ref))
+        name = str(ref)
+        if not is_name:
+            name, *_ = yield from context.ask(have.catalog.resolve(ref))
         return (yield from context.ask(have.catalog.verify(name, io_concurrency=have.io_concurrency)))
 
     def reading_tensor(self, name: str, index: Index, device: torch.device | str) -> Verb[torch.Tensor]:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import logging
 import os
 import traceback
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from torch.distributed.checkpoint.metadata import Metadata
+
 from .._concurrency import BlockingThreads, LoopThread
-from ..catalog import Catalog
+from ..catalog import Catalog, Model, SafetensorsOpener
 from ..coordination import Coordination, Coordinator
 from ..events import Event, Observer
 from ..options import Limits, Timeouts
 from ..planning import PlanningOptions
 from ..staging import Stager, StagingOptions
-from ..storage import LimitedStorage, MemoryStorage, Storage, storage_at
+from ..storage import LimitedStorage, LocalStorage, MemoryStorage, Storage, storage_at
 from ..trust import Trust
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ class Setup:
     observer: Observer | None
     is_reader: bool
     """Whether nothing will be saved, so that nobody has to know which steps there are."""
+    model: Model | None
+    """The safetensors files that are read, where it is those and no checkpoints."""
 
     @property
     def configuration(self) -> str:
@@ -74,29 +79,16 @@ def make_setup(
     trust: Trust,
     observer: Observer | None,
     is_reader: bool = False,
+    model: Model | None = None,
 ) -> Setup:
     """A storage and a stager are made where paths, URLs and options were given. Raises TypeError for a root
     that is neither a path nor a storage; ValueError for a URL that no storage serves."""
     owns_storage = isinstance(root, (str, os.PathLike))
-    storage: Storage
-    memory = root if isinstance(root, MemoryStorage) else None
-    if isinstance(root, (str, os.PathLike)):
-        storage = storage_at(
-            root,
-            io_concurrency=limits.io_concurrency,
-            timeout=timeouts.storage,
-            lease_max_age=2 * timeouts.coordination,
-            follow_links=trust.follow_links,
-        )
-        memory = storage if isinstance(storage, MemoryStorage) else None
-    elif hasattr(root, "begin"):
-        # a storage of the user's promises no end of its calls
-        storage = LimitedStorage(root, timeouts.storage)
-    else:
-        raise TypeError(f"root={root!r} must be a directory's path (str or PathLike), a URL or a Storage")
+    storage = _storage_of(root, limits, timeouts, trust, model)
+    memory = storage if isinstance(storage, MemoryStorage) else root
     return Setup(
         storage=storage,
-        memory=memory,
+        memory=memory if isinstance(memory, MemoryStorage) else None,
         owns_storage=owns_storage,
         stager=staging if isinstance(staging, Stager) else Stager(staging),
         owns_stager=not isinstance(staging, Stager),
@@ -107,7 +99,50 @@ def make_setup(
         trust=trust,
         observer=observer,
         is_reader=is_reader,
+        model=model,
     )
+
+
+def _storage_of(
+    root: Storage | str | os.PathLike[str],
+    limits: Limits,
+    timeouts: Timeouts,
+    trust: Trust,
+    model: Model | None,
+) -> Storage:
+    """See ``make_setup``."""
+    if model is not None:
+        return LocalStorage(
+            model.root,
+            io_concurrency=limits.io_concurrency,
+            timeout=timeouts.storage,
+            # nothing of such files is unpickled, and Hugging Face's cache is made of links
+            follow_links=True,
+            only_committed=False,
+        )
+    if isinstance(root, (str, os.PathLike)):
+        return storage_at(
+            root,
+            io_concurrency=limits.io_concurrency,
+            timeout=timeouts.storage,
+            lease_max_age=2 * timeouts.coordination,
+            follow_links=trust.follow_links,
+        )
+    if not hasattr(root, "begin"):
+        raise TypeError(f"root={root!r} must be a directory's path (str or PathLike), a URL or a Storage")
+    # a storage of the user's promises no end of its calls
+    return LimitedStorage(root, timeouts.storage)
+
+
+def make_catalog(
+    setup: Setup, threads: BlockingThreads, metadata_of: Callable[[str], Awaitable[Metadata]]
+) -> Catalog:
+    """What chooses among the checkpoints of ``setup``, or opens the model that it names."""
+    storage, timeout, opener = setup.storage, setup.timeouts.storage, None
+    if setup.model is not None:
+        assert isinstance(storage, LocalStorage)
+        opener = SafetensorsOpener(storage, threads, metadata_of, timeout=timeout, model=setup.model)
+    return Catalog(storage, threads, metadata_of, timeout=timeout, opener=opener)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

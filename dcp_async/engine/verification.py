@@ -24,7 +24,7 @@ def verifying(life: Lifetime, name: str) -> Verb[VerifyReport]:
     try:
         with life.storage_errors("open"):
             yield from life.opening()
-        report = yield from Reads(LoadContext(life)).verifying(name)
+        report = yield from Reads(LoadContext(life)).verifying(name, is_name=True)
     except CheckpointNotFoundError as error:
         yield from life.leaving(type(error))
         raise CheckpointNotFoundError(

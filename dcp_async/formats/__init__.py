@@ -28,6 +28,14 @@ from .manifest import (
 from .metadata_reader import decode_metadata, uids_named_in
 from .metadata_writer import Group, MetadataTemplate, Place
 from .renamed_tree import renamed_paths, renamed_tree
+from .safetensors_header import (
+    LENGTH_BYTES,
+    HeaderError,
+    decode_header,
+    files_of_index,
+    header_bytes,
+    join_files,
+)
 from .stock_compat import (
     InnerValue,
     ItemKey,
@@ -74,6 +82,7 @@ from .zip_records import Record, find_records
 __all__ = [
     "BLOCK_BYTES",
     "DISTCP",
+    "LENGTH_BYTES",
     "PLAIN_DTYPES",
     "RECORD_HEAD_BYTES",
     "SECTOR_BYTES",
@@ -83,6 +92,7 @@ __all__ = [
     "FooterError",
     "Format",
     "Group",
+    "HeaderError",
     "InnerValue",
     "ItemKey",
     "Manifest",
@@ -103,17 +113,21 @@ __all__ = [
     "children_of",
     "cut",
     "dcp_paths",
+    "decode_header",
     "decode_manifest",
     "decode_metadata",
     "decode_step",
     "encode_manifest",
+    "files_of_index",
     "find_records",
     "folded",
     "footer_span",
     "grafted",
+    "header_bytes",
     "heads_of",
     "inflated_bound",
     "is_of_stateful",
+    "join_files",
     "kind_of",
     "kind_of_stateful",
     "leaf_names",

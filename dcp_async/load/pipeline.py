@@ -32,7 +32,8 @@ from .device_writes import DeviceWrites, Slot
 from .failures import DamagedError, LoadFailures
 from .fetch import Check, FetchBuffers, SlotBuffers, goes_to_device
 from .place import copy_all, scatter
-from .read_plan import ReadPlan, Source
+from .read_plan import ReadPlan
+from .source import Source
 from .spans import Span, make_batches, make_spans
 from .wrapped_load import Wrapped, want_distributed
 

@@ -7,8 +7,7 @@ byte of every target is covered before a target is touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +27,8 @@ from .._geometry import (
     shifted,
     slices,
 )
-from ..catalog import Contents
 from ..formats import (
     BLOCK_BYTES,
-    PLAIN_DTYPES,
     ItemKey,
     StoredItem,
     UnsupportedError,
@@ -39,106 +36,14 @@ from ..formats import (
     tensor_frame,
 )
 from ..state import PLAIN_TENSORS, Region, joined, pairs, part_of
-from ..trust import Trust
 from .device_writes import DeviceWrites
 from .failures import DamagedError
 from .place import Put, Receive, copy_exotic, is_plain, item_finisher, rows_finisher
+from .source import Source
 from .spans import DeviceTarget, Fill, Piece, host_memory
 
 _READ_BYTES = 32 << 20
 """The most that is read at once for what can't go straight into its target."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Source:
-    """Where a checkpoint's items lie and how to read them."""
-
-    tensors: Mapping[str, TensorStorageMetadata]
-    locations: Mapping[ItemKey, tuple[str, int, int]]
-    """Item -> (file, offset, length)."""
-    raw_files: frozenset[str]
-    """Files whose plain tensor items are laid out by our format: payload at a known place."""
-    exotic: frozenset[str]
-    transforms: Mapping[ItemKey, tuple[str, ...]]
-    """Item -> descriptors of torch's stream extensions, of the items that they wrote."""
-    trust: Trust
-
-    @classmethod
-    def of(cls, contents: Contents, trust: Trust) -> Source:
-        """What an opened checkpoint tells of its items."""
-        return cls(
-            tensors=contents.tensors,
-            locations=contents.locations,
-            # only our files end in checksums
-            raw_files=frozenset(contents.digests),
-            exotic=contents.exotic,
-            transforms=contents.transforms,
-            trust=trust,
-        )
-
-    def is_raw(self, name: str, file: str, dtype: torch.dtype) -> bool:
-        """Whether the item is laid out by our format, its payload at a known place."""
-        return file in self.raw_files and name not in self.exotic and dtype in PLAIN_DTYPES
-
-    def is_plain_of_stock(self, file: str, key: ItemKey) -> bool:
-        """Whether the item is a plain tensor that stock wrote without a stream extension."""
-        properties = self.tensors[key[0]].properties
-        return (
-            file not in self.raw_files
-            and key not in self.transforms
-            and properties.dtype in PLAIN_DTYPES
-            and properties.layout is torch.strided
-        )
-
-    def location(self, key: ItemKey) -> tuple[str, int, int]:
-        """(file, offset, length) of an item. Raises DamagedError."""
-        try:
-            return self.locations[key]
-        except KeyError:
-            name, offsets = key
-            item = "" if offsets is None else f" at {list(offsets)}"
-            raise DamagedError(f"{name}: .metadata does not say where its item{item} lies", [name]) from None
-
-    def chunk_boxes(self, name: str) -> list[Box]:
-        """Where the chunks of a tensor lie in it. Raises DamagedError if they can't lie so."""
-        meta = self.tensors[name]
-        boxes = [box_at(chunk.offsets, chunk.sizes) for chunk in meta.chunks]
-        if not all(_is_inside(box, meta.size) for box in boxes):
-            raise DamagedError(f"{name}: a chunk lies outside of the tensor", [name])
-        # cheap, and before anybody looks at all pairs: a hostile list of chunks may be long
-        if sum(chunk.sizes.numel() for chunk in meta.chunks) > meta.size.numel():
-            raise DamagedError(f"{name}: its chunks overlap", [name])
-        return boxes
-
-    def overlaps(
-        self, name: str, boxes: Iterable[Box], region: Region
-    ) -> list[tuple[ChunkStorageMetadata, Box, Box]]:
-        """Chunks that hold some of ``region``, each with (what of the chunk, where in the region). Raises
-        CoverageError unless they hold all of it once."""
-        shape = region.tensor.shape
-        wanted = box_at(region.offsets, shape)
-        met = [
-            (chunk, relative(box, chunk.offsets), relative(box, region.offsets))
-            for chunk, chunk_box in zip(self.tensors[name].chunks, boxes, strict=True)
-            if (box := common(chunk_box, wanted)) is not None
-        ]
-        try:
-            check_coverage(shape, [in_region for _, _, in_region in met])
-        except CoverageError as error:
-            raise CoverageError(f"{name}: {error}") from None
-        return met
-
-    def check_item(self, name: str, value: Any, shape: tuple[int, ...]) -> None:
-        """Raises DamagedError unless a decoded ``value`` is a chunk as `.metadata` names it."""
-        dtype = self.tensors[name].properties.dtype
-        if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
-            raise DamagedError(f"{name}: its item is not the tensor of {shape} that .metadata names", [name])
-
-
-def _is_inside(box: Box, shape: Sequence[int]) -> bool:
-    return len(box) == len(shape) and all(
-        0 <= low <= high <= extent for (low, high), extent in zip(box, shape, strict=True)
-    )
 
 
 class ReadPlan:
@@ -309,12 +214,14 @@ class ReadPlan:
         file, offset, length = self._source.location((name, chunk.offsets))
         if memory is None or not self._source.is_raw(name, file, dtype):
             return False
-        payload = offset + self._head_bytes(name, length, dtype, size)
+        payload = offset + self._head_bytes(name, file, length, dtype, size)
         self._add(file, Piece(payload, target.nbytes, memory, 0, name))
         return True
 
-    def _head_bytes(self, name: str, length: int, dtype: torch.dtype, size: torch.Size) -> int:
+    def _head_bytes(self, name: str, file: str, length: int, dtype: torch.dtype, size: torch.Size) -> int:
         """How far into a raw item its payload begins. Raises DamagedError if the item has another length."""
+        if file in self._source.bare_files:  # its length was compared with its shape when it was opened
+            return 0
         frame = self._frames.get((dtype, size))
         if frame is None:
             head, tail = tensor_frame(dtype, tuple(size))
@@ -356,7 +263,7 @@ class ReadPlan:
         shape = tuple(chunk.sizes)
         dtype = self._source.tensors[name].properties.dtype
         if self._source.is_raw(name, file, dtype):
-            payload = offset + self._head_bytes(name, length, dtype, chunk.sizes)
+            payload = offset + self._head_bytes(name, file, length, dtype, chunk.sizes)
             for piece in self._row_pieces(name, payload, shape, dtype, in_chunk, target, in_target):
                 self._add(file, piece)
             return

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from .base import LinkError, NamesUids, Reader, Storage, StoredCheckpoint, Transaction, UnreadableError
 from .deadline import LimitedStorage
-from .local import LocalStorage
+from .local import LocalReader, LocalStorage
 from .memory import MemoryStorage
 from .urls import storage_at
 
 __all__ = [
     "LimitedStorage",
     "LinkError",
+    "LocalReader",
     "LocalStorage",
     "MemoryStorage",
     "NamesUids",

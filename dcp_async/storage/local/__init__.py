@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from .reader import LocalReader
 from .storage import LocalStorage
 
 __all__ = [
+    "LocalReader",
     "LocalStorage",
 ]

@@ -52,8 +52,8 @@ def why_no_checkpoint(directory: int) -> str:
     """What to tell whoever takes the directory of this descriptor for a checkpoint."""
     if any(name.endswith(".safetensors") for name in os.listdir(directory)):
         return (
-            "it holds safetensors files, as Hugging Face's writer makes them, which dcp_async does not read; "
-            "load it with HuggingFaceStorageReader and save it again"
+            "it holds safetensors files and no .metadata: it is read by its own path, with "
+            "dcp_async.open_checkpoint(path)"
         )
     return "there is no .metadata, so no checkpoint"
 

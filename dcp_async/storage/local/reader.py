@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -29,11 +30,14 @@ T = TypeVar("T")
 class LocalReader:
     """Reads one checkpoint. Owns the descriptors that it opened, its directory's first."""
 
-    def __init__(self, calls: BlockingCalls, root: Path, name: str, *, follow_links: bool) -> None:
+    def __init__(
+        self, calls: BlockingCalls, root: Path, name: str, *, follow_links: bool, only_committed: bool = True
+    ) -> None:
         self._calls = calls
         self._root = root
         self._name = name
         self._follow_links = follow_links
+        self._only_committed = only_committed
         self._path = root / name
         self._directory: CheckpointDirectory | None = None
         self._files: dict[str, ReadFile] = {}
@@ -49,7 +53,9 @@ class LocalReader:
         except FileNotFoundError:
             return "there is no such directory"
         with unfit_entries("open", self._path):
-            return "" if commit_mark(self._directory.fd) else why_no_checkpoint(self._directory.fd)
+            if not self._only_committed or commit_mark(self._directory.fd):
+                return ""
+            return why_no_checkpoint(self._directory.fd)
 
     @property
     def _opened(self) -> CheckpointDirectory:
@@ -82,6 +88,10 @@ class LocalReader:
     async def rank_metadata(self) -> Mapping[int, bytes]:
         names = await self._run("list", self._path, rank_metadata_files, self._opened.fd)
         return {rank: await self._read_small(name) for rank, name in names.items()}
+
+    async def names(self) -> list[str]:
+        """The names of all that lies in the directory."""
+        return sorted(await self._run("list", self._path, os.listdir, self._opened.fd))
 
     async def manifest(self) -> Sequence[bytes]:
         # all of them: which one counts is known by the digest of `.metadata`, which only its reader computes
