@@ -20,13 +20,15 @@ from typing import Any, Self, TypeAlias
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as _stock
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
-from ._concurrency import Verb, drive
+from ._concurrency import drive
+from .coordination import Coordination
 from .engine import CallOptions, DcpCalls
 from .interop import (
     check_checkpointer_type,
@@ -34,14 +36,29 @@ from .interop import (
     check_stager,
     load_calls,
     load_directory,
+    load_through,
+    plain,
     ranks,
     save_calls,
     save_target,
+    save_through,
+    stage,
+    trust_of,
+    unstaged,
 )
+from .options import Limits
 from .response import AsyncSaveResponse
 from .trust import Trust
 
 __all__ = ["Checkpointer", "async_save", "load", "load_state_dict", "save", "save_state_dict"]
+
+
+def __getattr__(name: str) -> Any:
+    # planners, writers, readers, submodules: a script that has changed its import goes on with stock's
+    if name.startswith("_") or not hasattr(_stock, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_stock, name)
+
 
 Path: TypeAlias = "str | os.PathLike[str]"
 Staged: TypeAlias = "concurrent.futures.Future[Mapping[str, Any]] | torch.futures.Future[Mapping[str, Any]]"
@@ -66,7 +83,8 @@ async def save(
         checkpoint_id: the checkpoint's own directory, or its URL; one that holds a checkpoint is replaced,
             and stays readable until the new one is durable.
         storage_writer: a FileSystemWriter, torch's or that of ``dcp_async.interop``, is asked for its path
-            and options, and the engine writes.
+            and options, and the engine writes. Any other StorageWriter writes by itself, on a thread of ours,
+            from a copy of the whole state; ``trust`` has no say in what it writes.
         planner: of DCP's; one that overrides a method decides on what is written.
         process_group: the ranks that save together, by default all.
         no_dist: save this process's state alone.
@@ -78,10 +96,32 @@ async def save(
     Ranks: all must call it, in the same order.
     """
     coordination = ranks(process_group, no_dist=no_dist, use_collectives=use_collectives)
-    target = save_target(checkpoint_id, storage_writer)
-    calls = save_calls(target, planner, coordination, trust)
-    verb = calls.saving(state_dict, target.directory, overwrite=target.overwrite)
-    return await drive("save", verb, calls.inside)
+    return await _saved(state_dict, checkpoint_id, storage_writer, planner, coordination, trust)
+
+
+async def _saved(
+    state_dict: Mapping[str, Any],
+    checkpoint_id: Path | None,
+    writer: StorageWriter | None,
+    planner: SavePlanner | None,
+    coordination: Coordination,
+    trust: Trust,
+) -> Metadata:
+    target = save_target(checkpoint_id, writer)
+    if target is not None:
+        calls = save_calls(target, planner, coordination, trust)
+        verb = calls.saving(state_dict, target.directory, overwrite=target.overwrite)
+        return await drive("save", verb, calls.inside)
+    assert writer is not None
+    response = await save_through(
+        writer,
+        dict(state_dict),
+        planner=planner,
+        coordination=coordination,
+        checkpoint_id=checkpoint_id,
+        blocking=True,
+    )
+    return await (await response.upload_completion).metadata()
 
 
 async def async_save(
@@ -97,8 +137,7 @@ async def async_save(
     use_collectives: bool = True,
     trust: Trust = Trust(),
 ) -> AsyncSaveResponse:
-    """Save ``state_dict`` as it is now; when this returns it may be mutated, and the upload goes on by
-    itself.
+    """Save ``state_dict`` as it is now; once this returns it may be mutated, while the upload goes on.
 
     ``await response.upload_completion`` until it is durable; ``response.upload_completion.future`` is a
     ``concurrent.futures.Future`` for code that asks for one. Another save of the same directory waits for it.
@@ -107,8 +146,8 @@ async def async_save(
     Args:
         state_dict: as for ``save``; or an awaitable or a future of it, which is awaited first.
         async_checkpointer_type: has no meaning here: saves run on threads of their own.
-        async_stager: stages the state in this thread, as torch's do, before it is saved; what it gives is
-            copied once more. Without it the engine stages, once.
+        async_stager: stages the state before it is saved; the engine, which stages by itself, copies once
+            more what it gives.
         checkpoint_id, storage_writer, planner, process_group, no_dist, use_collectives, trust: see ``save``.
     Raises: as ``save``, if it fails before the state may be mutated; later failures are those of the handles.
     Cancellation: cancels the save.
@@ -118,21 +157,23 @@ async def async_save(
     check_checkpointer_type(async_checkpointer_type)
     check_stager(async_stager)
     target = save_target(checkpoint_id, storage_writer)
-    calls = save_calls(target, planner, coordination, trust)
     state = await _resolved(state_dict)
-    if async_stager is not None:
-        state = await _staged(state, async_stager)
-    verb = calls.async_saving(state, target.directory, overwrite=target.overwrite)
-    return await drive("async_save", verb, calls.inside)
-
-
-async def _staged(state: Mapping[str, Any], stager: AsyncStager) -> Mapping[str, Any]:
-    """What ``stager`` makes of ``state``, once it is done with it."""
-    staged = stager.stage(dict(state))
-    if isinstance(staged, Mapping):
-        stager.synchronize_staging()
-        return staged
-    return await _resolved(staged)
+    if target is not None:
+        calls = save_calls(target, planner, coordination, trust)
+        if async_stager is not None:
+            state = await _resolved(stage(async_stager, state))
+        verb = calls.async_saving(state, target.directory, overwrite=target.overwrite)
+        return await drive("async_save", verb, calls.inside)
+    assert storage_writer is not None
+    return await save_through(
+        storage_writer,
+        plain(state),
+        planner=planner,
+        coordination=coordination,
+        checkpoint_id=checkpoint_id,
+        stager=async_stager,
+        blocking=False,
+    )
 
 
 async def _resolved(state: Any) -> Mapping[str, Any]:
@@ -150,7 +191,10 @@ async def _resolved(state: Any) -> Mapping[str, Any]:
         state = made
     if isinstance(state, concurrent.futures.Future):
         state = asyncio.wrap_future(state)
-    resolved: Mapping[str, Any] = await state if isinstance(state, Awaitable) else state
+    try:
+        resolved: Mapping[str, Any] = await state if isinstance(state, Awaitable) else state
+    except Exception as error:  # of whoever stages; all ranks hear of it
+        return unstaged(error)
     return resolved
 
 
@@ -173,6 +217,7 @@ async def load(
         state_dict: tensors are filled in place, Statefuls get ``load_state_dict``, other leaves are replaced.
         checkpoint_id: the checkpoint's own directory, or its URL.
         storage_reader: a FileSystemReader, torch's or that of ``dcp_async.interop``, is asked for its path.
+            Any other StorageReader reads by itself, on a thread of ours; ``trust`` has no say in that.
         planner: of DCP's; decides on what is read and where it goes (``DefaultLoadPlanner(
             allow_partial_load=True)``).
         process_group: the ranks that load together, by default all.
@@ -184,9 +229,26 @@ async def load(
     Ranks: all must call it, in the same order.
     """
     coordination = ranks(process_group, no_dist=no_dist)
-    directory = load_directory(checkpoint_id, storage_reader)
-    calls = load_calls(planner, coordination, trust)
-    await drive("load", calls.loading(state_dict, directory), calls.inside)
+    await _loaded(state_dict, checkpoint_id, storage_reader, planner, coordination, trust)
+
+
+async def _loaded(
+    state_dict: dict[str, Any],
+    checkpoint_id: Path | None,
+    reader: StorageReader | None,
+    planner: LoadPlanner | None,
+    coordination: Coordination,
+    trust: Trust,
+) -> None:
+    directory = load_directory(checkpoint_id, reader)
+    if directory is not None:
+        calls = load_calls(planner, coordination, trust_of(reader, trust))
+        await drive("load", calls.loading(state_dict, directory), calls.inside)
+        return
+    assert reader is not None
+    await load_through(
+        reader, state_dict, planner=planner, coordination=coordination, checkpoint_id=checkpoint_id
+    )
 
 
 async def save_state_dict(
@@ -200,10 +262,7 @@ async def save_state_dict(
     """Deprecated, as DCP's: use ``save``; ``Checkpointer`` takes a ``coordinator_rank``."""
     warnings.warn("save_state_dict is deprecated: use save", DeprecationWarning, stacklevel=2)
     coordination = ranks(process_group, no_dist=no_dist, coordinator_rank=coordinator_rank)
-    target = save_target(None, storage_writer)
-    calls = save_calls(target, planner, coordination, Trust())
-    verb = calls.saving(state_dict, target.directory, overwrite=target.overwrite)
-    return await drive("save", verb, calls.inside)
+    return await _saved(state_dict, None, storage_writer, planner, coordination, Trust())
 
 
 async def load_state_dict(
@@ -217,9 +276,7 @@ async def load_state_dict(
     """Deprecated, as DCP's: use ``load``; ``Checkpointer`` takes a ``coordinator_rank``."""
     warnings.warn("load_state_dict is deprecated: use load", DeprecationWarning, stacklevel=2)
     coordination = ranks(process_group, no_dist=no_dist, coordinator_rank=coordinator_rank)
-    directory = load_directory(None, storage_reader)
-    calls = load_calls(planner, coordination, Trust())
-    await drive("load", calls.loading(state_dict, directory), calls.inside)
+    await _loaded(state_dict, None, storage_reader, planner, coordination, Trust())
 
 
 class CheckpointerVerbs:
@@ -249,32 +306,47 @@ class CheckpointerVerbs:
         """
         check_planner(save_planner, SavePlanner)
         check_planner(load_planner, LoadPlanner)
+        self._writer, self._reader = storage_writer, storage_reader
+        self._save_planner, self._load_planner = save_planner, load_planner
         self._target = save_target(None, storage_writer)
+        """Where the engine saves; None if the writer does it."""
         self._directory = load_directory(None, storage_reader)
+        self._coordination = ranks(process_group, no_dist=no_dist, coordinator_rank=coordinator_rank)
+        limits = Limits() if self._target is None else self._target.limits
         self._calls = DcpCalls(
             CallOptions(
-                coordination=ranks(process_group, no_dist=no_dist, coordinator_rank=coordinator_rank),
+                coordination=self._coordination,
                 save_planner=save_planner,
                 load_planner=load_planner,
-                trust=trust,
-                limits=self._target.limits,
+                trust=trust_of(storage_reader, trust),
+                limits=limits,
             ),
             keeps=True,
         )
 
     def __repr__(self) -> str:
-        return f"<Checkpointer {str(self._target.directory)!r}>"
+        where = self._writer if self._target is None else str(self._target.directory)
+        return f"<Checkpointer {where!r}>"
 
-    def _saving(self, state_dict: Mapping[str, Any]) -> Verb[Metadata]:
-        target = self._target
-        return self._calls.saving(state_dict, target.directory, overwrite=target.overwrite)
+    async def _through(self, state_dict: Mapping[str, Any], *, blocking: bool) -> AsyncSaveResponse:
+        """A save by a writer that writes by itself."""
+        self._calls.check_open()
+        return await save_through(
+            self._writer,
+            plain(state_dict),
+            planner=self._save_planner,
+            coordination=self._coordination,
+            blocking=blocking,
+        )
 
-    def _async_saving(self, state_dict: Mapping[str, Any]) -> Verb[AsyncSaveResponse]:
-        target = self._target
-        return self._calls.async_saving(state_dict, target.directory, overwrite=target.overwrite)
+    async def _save_through(self, state_dict: Mapping[str, Any]) -> Metadata:
+        response = await self._through(state_dict, blocking=True)
+        return await (await response.upload_completion).metadata()
 
-    def _loading(self, state_dict: dict[str, Any]) -> Verb[None]:
-        return self._calls.loading(state_dict, self._directory)
+    async def _load_through(self, state_dict: dict[str, Any]) -> None:
+        self._calls.check_open()
+        planner, coordination = self._load_planner, self._coordination
+        await load_through(self._reader, state_dict, planner=planner, coordination=coordination)
 
 
 class Checkpointer(CheckpointerVerbs):
@@ -286,18 +358,29 @@ class Checkpointer(CheckpointerVerbs):
 
     async def save(self, state_dict: Mapping[str, Any]) -> Metadata:
         """See ``dcp_async.functional.save``."""
-        return await drive("save", self._saving(state_dict), self._calls.inside)
+        if self._target is None:
+            return await self._save_through(state_dict)
+        target = self._target
+        verb = self._calls.saving(state_dict, target.directory, overwrite=target.overwrite)
+        return await drive("save", verb, self._calls.inside)
 
     async def async_save(
         self, state_dict: Mapping[str, Any] | Awaitable[Mapping[str, Any]] | Staged
     ) -> AsyncSaveResponse:
         """See ``dcp_async.functional.async_save``."""
         state = await _resolved(state_dict)
-        return await drive("async_save", self._async_saving(state), self._calls.inside)
+        if self._target is None:
+            return await self._through(state, blocking=False)
+        target = self._target
+        verb = self._calls.async_saving(state, target.directory, overwrite=target.overwrite)
+        return await drive("async_save", verb, self._calls.inside)
 
     async def load(self, state_dict: dict[str, Any]) -> None:
         """See ``dcp_async.functional.load``."""
-        await drive("load", self._loading(state_dict), self._calls.inside)
+        if self._directory is None:
+            await self._load_through(state_dict)
+        else:
+            await drive("load", self._calls.loading(state_dict, self._directory), self._calls.inside)
 
     async def close(self) -> None:
         """Wait for the saves in flight, then release what was made. Closing twice does nothing.

@@ -7,7 +7,7 @@ from .gc_pause import collection_paused
 from .loop_thread import Job, LoopThread
 from .signal_safe import SignalSafeFuture
 from .threads import BlockingThreads, StuckThreadError, on_work_thread, run_blocking, settle
-from .verbs import Inside, Verb, drive, drive_blocking
+from .verbs import Inside, Verb, drive, drive_blocking, run_coroutine
 from .waiting import Wait, cancellation_point
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "first_failure",
     "on_work_thread",
     "run_blocking",
+    "run_coroutine",
     "run_unless",
     "settle",
 ]

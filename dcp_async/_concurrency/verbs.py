@@ -8,13 +8,16 @@ first can do; two threads, or two tasks of one thread, may.
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import threading
-from collections.abc import Callable, Generator
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from ..errors import EngineStateError
 from .waiting import Wait
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -95,3 +98,14 @@ def _drive_blocking(verb: Verb[T]) -> T:
     except StopIteration as end:
         result: T = end.value
         return result
+
+
+def run_coroutine(fn: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """What the coroutine ``fn(*args)`` gives, from a thread that may have a loop that runs: then it runs on a
+    thread of its own meanwhile, as on a notebook's."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(fn(*args, **kwargs))
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        return executor.submit(lambda: asyncio.run(fn(*args, **kwargs))).result()

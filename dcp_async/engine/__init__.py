@@ -5,6 +5,7 @@ from __future__ import annotations
 from .checkpoint import STREAM_BYTES, Checkpoint, CheckpointVerbs, open_checkpoint, reader_at
 from .dcp_calls import CallOptions, DcpCalls, Directory
 from .engine import CheckpointEngine
+from .exit_guard import ExitGuard
 from .verbs import EngineVerbs
 from .verification import verify, verifying
 
@@ -17,6 +18,7 @@ __all__ = [
     "DcpCalls",
     "Directory",
     "EngineVerbs",
+    "ExitGuard",
     "open_checkpoint",
     "reader_at",
     "verify",

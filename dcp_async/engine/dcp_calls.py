@@ -65,7 +65,8 @@ class Directory:
                     f"'{checkpoint_id.rstrip('/')}/step-100'"
                 )
             return cls(root, unquote(name) if checkpoint_id.lower().startswith("file:") else name)
-        path = os.path.abspath(os.path.expanduser(os.fsdecode(checkpoint_id)))
+        # through links, as stock: the very directory that this leads to was meant
+        path = os.path.realpath(os.path.expanduser(os.fsdecode(checkpoint_id)))
         root, name = os.path.split(path)
         if not os.fsdecode(checkpoint_id) or not name:
             raise ValueError(f"checkpoint_id={checkpoint_id!r} names no directory that a checkpoint could be")
@@ -102,10 +103,10 @@ class CallOptions:
             load=DefaultLoadPlanner if self.load_planner is None else Given(self.load_planner),
         )
 
-    def lifetime(self, root: str, *, is_reader: bool, model: Model | None = None) -> Lifetime:
+    def lifetime(self, root: str, model: Model | None = None) -> Lifetime:
         """What a call about ``root`` needs, not open yet. Raises ValueError for a URL that nobody serves."""
-        return Lifetime(
-            make_setup(
+        try:
+            setup = make_setup(
                 root,
                 StagingOptions(),
                 planning=self.planning(),
@@ -114,10 +115,16 @@ class CallOptions:
                 timeouts=self.timeouts,
                 trust=self.trust,
                 observer=None,
-                is_reader=is_reader,
+                # names are given, so nobody counts steps: what lies beside the directory is not looked at
+                is_reader=True,
                 model=model,
             )
-        )
+        except ValueError as error:
+            raise ValueError(
+                f"checkpoint_id can't be served: {error}; or pass a storage_writer and storage_reader for "
+                "it, such as torch's FsspecWriter and FsspecReader"
+            ) from error
+        return Lifetime(setup)
 
 
 class DcpCalls:
@@ -129,33 +136,49 @@ class DcpCalls:
         self._options = options
         self._keeps = keeps
         self._kept: dict[str | Model, Lifetime] = {}
+        self._opening: dict[str | Model, SignalSafeFuture[None]] = {}
+        """Done when the one call that opens a lifetime has."""
         self._is_closed = False
         self.inside = Inside()
         """What a thread is in that runs one of the verbs."""
 
-    def _enter(self, root: str, *, is_reader: bool, model: Model | None = None) -> Verb[Lifetime]:
+    def check_open(self) -> None:
+        """Raises EngineStateError once it was closed."""
         if self._is_closed:
             raise EngineStateError("this Checkpointer is closed; make a new one")
+
+    def _enter(self, root: str, model: Model | None = None) -> Verb[Lifetime]:
+        key, mine = model or root, SignalSafeFuture[None]()
+        # one at a time: calls that both come first would open two, of which one would be forgotten
+        while self._keeps and (other := self._opening.setdefault(key, mine)) is not mine:
+            yield Wait(other)
+        try:
+            return (yield from self._entered(key, root, model))
+        finally:
+            if self._keeps:
+                del self._opening[key]
+                mine.set_result(None)
+
+    def _entered(self, key: str | Model, root: str, model: Model | None) -> Verb[Lifetime]:
+        self.check_open()
         check_torch()
-        life = self._kept.get(model or root)
-        if life is not None:
+        if (life := self._kept.get(key)) is not None:
             return life
-        # one that is kept may be asked to save next
-        is_reader = model is not None or (is_reader and not self._keeps)
-        life = self._options.lifetime(root, is_reader=is_reader, model=model)
+        life = self._options.lifetime(root, model)
         try:
             with life.storage_errors("open"):
                 yield from life.opening()
+            self.check_open()  # it may have been closed meanwhile
         except BaseException as error:
             yield from life.leaving(type(error))
             raise
         if self._keeps:
-            self._kept[model or root] = life
+            self._kept[key] = life
         return life
 
     def saving(self, state: Mapping[str, Any], directory: Directory, *, overwrite: bool) -> Verb[Metadata]:
         """DCP's ``save``: returns when the checkpoint is durable. Cancellation: cancels the save."""
-        life = yield from self._enter(directory.root, is_reader=False)
+        life = yield from self._enter(directory.root)
         try:
             response = yield from self._begin(life, state, directory, overwrite)
             try:
@@ -168,6 +191,8 @@ class DcpCalls:
                 life.resources.catalog.metadata(directory.name)
             ).join()
             assert metadata is not None  # it waits without a timeout
+            if metadata.storage_meta is not None:  # in the file stands what every copy of it may say
+                metadata.storage_meta.checkpoint_id = str(directory)
         except BaseException as error:
             yield from self._leave(life, error)
             raise
@@ -178,7 +203,7 @@ class DcpCalls:
         self, state: Mapping[str, Any], directory: Directory, *, overwrite: bool
     ) -> Verb[AsyncSaveResponse]:
         """DCP's ``async_save``: returns when the state may change. Cancellation: cancels the save."""
-        life = yield from self._enter(directory.root, is_reader=False)
+        life = yield from self._enter(directory.root)
         try:
             response = yield from self._begin(life, state, directory, overwrite)
         except BaseException as error:
@@ -206,7 +231,7 @@ class DcpCalls:
         if earlier is not None:
             yield Wait(earlier)
         model = None if "://" in directory.root else model_at(os.path.join(directory.root, directory.name))
-        life = yield from self._enter(directory.root, is_reader=True, model=model)
+        life = yield from self._enter(directory.root, model)
         opened: list[Opened] = []
         try:
             yield from _opening(life, directory, directory.name if model is None else model.name, opened)

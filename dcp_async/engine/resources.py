@@ -45,7 +45,7 @@ class Setup:
     trust: Trust
     observer: Observer | None
     is_reader: bool
-    """Whether nothing will be saved, so that nobody has to know which steps there are."""
+    """Whether nothing will be saved, or only under given names, so that nobody has to know the steps."""
     model: Model | None
     """The safetensors files that are read, where it is those and no checkpoints."""
 

@@ -1,4 +1,4 @@
-"""Our files by stock's protocols: a StorageWriter and a StorageReader for torch.distributed.checkpoint."""
+"""Parts of torch.distributed.checkpoint plug into ours, and ours into stock's calls."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from .arguments import (
     ranks,
     save_calls,
     save_target,
+    trust_of,
 )
 from .reader import FileSystemReader
+from .stagers import plain, stage, unstaged
+from .stock_load import load_through
+from .stock_save import save_through
 from .writer import FileSystemWriter
 
 __all__ = [
@@ -25,7 +29,13 @@ __all__ = [
     "check_stager",
     "load_calls",
     "load_directory",
+    "load_through",
+    "plain",
     "ranks",
     "save_calls",
     "save_target",
+    "save_through",
+    "stage",
+    "trust_of",
+    "unstaged",
 ]

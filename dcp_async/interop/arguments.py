@@ -1,8 +1,9 @@
 """What DCP's functions are called with, in the engine's words: which directory, which ranks, which planner.
 
 Enters: arguments of ``torch.distributed.checkpoint``'s save and load. Leaves: a Directory and options, or an
-error that says what to write instead. Pure. Invariant: a writer or reader is only
-asked for its path and its options; the engine does its work.
+error that says what to write instead. Pure. Invariant: a FileSystemWriter
+or FileSystemReader is only asked for its path and its options, since the engine does its work; every other
+part does its own.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class SaveTarget:
 
 def save_target(
     checkpoint_id: str | os.PathLike[str] | None, storage_writer: StorageWriter | None
-) -> SaveTarget:
-    """Where the engine is to save, and how. Raises TypeError, ValueError."""
+) -> SaveTarget | None:
+    """Where the engine is to save, and how; None if ``storage_writer`` is one that writes by itself. Raises
+    TypeError, ValueError."""
     path, overwrite, writes = checkpoint_id, True, 1
     if storage_writer is not None:
         if not isinstance(storage_writer, StorageWriter):
@@ -61,15 +63,16 @@ def save_target(
             path = storage_writer.path if checkpoint_id is None else checkpoint_id
             overwrite, writes = storage_writer.overwrite, storage_writer.thread_count
         else:
-            raise _foreign("storage_writer", storage_writer)
+            return None
     limits = Limits(io_concurrency=max(writes, Limits().io_concurrency))
     return SaveTarget(_directory(path, "storage_writer"), overwrite, limits)
 
 
 def load_directory(
     checkpoint_id: str | os.PathLike[str] | None, storage_reader: StorageReader | None
-) -> Directory:
-    """Which checkpoint the engine is to load. Raises TypeError, ValueError."""
+) -> Directory | None:
+    """Which checkpoint the engine is to load; None if ``storage_reader`` is one that reads by itself. Raises
+    TypeError, ValueError."""
     path = checkpoint_id
     if storage_reader is not None:
         if not isinstance(storage_reader, StorageReader):
@@ -78,18 +81,17 @@ def load_directory(
                 "checkpoint_id='path', or FileSystemReader('path')"
             )
         if type(storage_reader) not in (FileSystemReader, StockReader):
-            raise _foreign("storage_reader", storage_reader)
+            return None
         if checkpoint_id is None:
             path = storage_reader.checkpoint_id  # type: ignore[attr-defined]  # both have it
     return _directory(path, "storage_reader")
 
 
-def _foreign(argument: str, value: object) -> ValueError:
-    return ValueError(
-        f"{argument}={value!r}: of writers and readers the FileSystemWriter and FileSystemReader of torch "
-        "and of dcp_async.interop are known here, with plain files; pass checkpoint_id=..., or call "
-        "torch.distributed.checkpoint with it"
-    )
+def trust_of(storage_reader: StorageReader | None, trust: Trust) -> Trust:
+    """What a load trusts: that which a reader of ours was made with, unless the caller says more."""
+    if type(storage_reader) is FileSystemReader and trust == Trust():
+        return storage_reader.trust
+    return trust
 
 
 def _is_plain(writer: Any) -> bool:

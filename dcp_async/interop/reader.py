@@ -141,6 +141,11 @@ class FileSystemReader(StorageReader):
         return f"{type(self).__name__}({os.fspath(self._path)!r})"
 
     @property
+    def trust(self) -> Trust:
+        """Which pickled leaves are accepted."""
+        return self._trust
+
+    @property
     def checkpoint_id(self) -> str:
         """The directory that is read."""
         return os.fspath(self._path)

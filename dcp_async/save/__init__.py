@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .commit import CommitOutcome
-from .failures import Preparing, Subject, cancelled_error, forget_locals, save_error
+from .failures import Preparing, Subject, cancelled_error, forget_locals, save_error, tell_others
 from .file_writer import File
 from .items_pipeline import write_items
 from .pipeline import SavePipeline
@@ -33,5 +33,6 @@ __all__ = [
     "is_raw",
     "make_release",
     "save_error",
+    "tell_others",
     "write_items",
 ]

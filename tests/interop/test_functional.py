@@ -242,9 +242,64 @@ def test_futures_of_a_state_are_waited_for(call: Callable[..., Any], tmp_path: P
         assert target["n"] == number
     failed: concurrent.futures.Future[Any] = concurrent.futures.Future()
     failed.set_exception(RuntimeError("staging broke"))
-    with pytest.raises(RuntimeError, match="staging broke"):
+    with pytest.raises(SaveError, match="could not be staged: RuntimeError: staging broke"):
         call("async_save", failed, checkpoint_id=tmp_path / "e")
     assert sorted(committed(tmp_path)) == ["c", "d"]
+
+
+class Plain:
+    """A stager with no method but the one that counts."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.seen: dict[str, Any] = {}
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self.seen = state_dict
+        if self.error is not None:
+            raise self.error
+        return dict(state_dict)
+
+
+def test_a_stager_is_given_what_statefuls_give_and_may_fail(call: Callable[..., Any], tmp_path: Path) -> None:
+    stager = Plain()
+    response = call("async_save", {"m": nn.Linear(2, 2)}, checkpoint_id=tmp_path / "c", async_stager=stager)
+    response.upload_completion.result(60)
+    assert set(stager.seen["m"]) == {"weight", "bias"}
+    with pytest.raises(SaveError, match="could not be staged: MemoryError: no room"):
+        call("async_save", {"n": 1}, checkpoint_id=tmp_path / "d", async_stager=Plain(MemoryError("no room")))
+    assert committed(tmp_path) == ["c"]
+
+
+def test_a_directory_is_reached_through_links(call: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    metadata = call("save", {"n": 1}, checkpoint_id=tmp_path / "link")
+    assert metadata.storage_meta.checkpoint_id == str(tmp_path / "real")
+    target = {"n": 0}
+    call("load", target, checkpoint_id=tmp_path / "link")
+    assert target["n"] == 1
+    assert (tmp_path / "real" / ".metadata").exists()
+
+
+def test_a_reader_brings_its_trust(call: Callable[..., Any], tmp_path: Path) -> None:
+    trust = Trust(safe_globals=(Unknown,))
+    call("save", {"u": Unknown()}, checkpoint_id=tmp_path / "c", trust=trust)
+    target: dict[str, Any] = {"u": None}
+    call("load", target, storage_reader=interop.FileSystemReader(tmp_path / "c", trust=trust))
+    assert isinstance(target["u"], Unknown)
+
+
+def test_a_script_goes_on_with_stocks_other_names(tmp_path: Path) -> None:
+    for module in (dcp_async.sync, functional):
+        assert module.FileSystemWriter is stock.FileSystemWriter
+        assert module.state_dict.get_state_dict is get_state_dict
+        assert all(hasattr(module, name) for name in dir(stock) if not name.startswith("_"))
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            _ = module.nothing
+    dcp = dcp_async.sync
+    dcp.save({"n": 1}, storage_writer=dcp.FileSystemWriter(tmp_path / "c"))
+    assert committed(tmp_path) == ["c"]
 
 
 async def test_an_awaitable_of_a_state_is_awaited(tmp_path: Path) -> None:
@@ -369,6 +424,17 @@ async def test_a_checkpointer_serves_many_calls_and_is_closed_once(tmp_path: Pat
     await checkpointer.close()
     with pytest.raises(EngineStateError, match="closed"):
         await checkpointer.save({"n": 1})
+
+
+async def test_first_calls_of_a_checkpointer_that_come_at_once_open_one_engine(tmp_path: Path) -> None:
+    writer, reader = stock.FileSystemWriter(tmp_path / "c"), stock.FileSystemReader(tmp_path / "c")
+    before = set(threading.enumerate())
+    async with functional.Checkpointer(writer, reader) as checkpointer:
+        await asyncio.gather(*(checkpointer.save({"n": number}) for number in range(3)))
+        engines = [t for t in set(threading.enumerate()) - before if t.name == "dcp_async-engine"]
+        assert len(engines) == 1
+    engines[0].join(30)
+    assert not engines[0].is_alive()
 
 
 def test_the_blocking_checkpointer(tmp_path: Path) -> None:

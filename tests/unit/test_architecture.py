@@ -66,11 +66,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_concurrency",
     },
     "testing": {*GROUND, "storage"},
-    "functional": {*GROUND, "engine", "interop", "response", "trust", "_concurrency"},
+    "functional": {*GROUND, "engine", "interop", "coordination", "response", "trust", "_concurrency"},
     "interop": {
         *GROUND,
         "engine",
         "coordination",
+        "response",
         "save",
         "load",
         "staging",

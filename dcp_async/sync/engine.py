@@ -1,58 +1,25 @@
-"""For trainers without an event loop: the verbs of the engine and DCP's functions, blocking.
+"""CheckpointEngine for trainers without an event loop: the verbs of the async one, blocking.
 
-    import dcp_async.sync as dcp
-
-Enters and leaves: what dcp_async.engine and dcp_async.functional take and give. Invariant: no logic of its
-own; each method waits, in the caller's thread, for the verb that its asynchronous twin awaits.
+Enters and leaves: what dcp_async.engine takes and gives. Invariant: no logic of its own; each method waits,
+in the caller's thread, for the verb that its asynchronous twin awaits.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import os
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
-from torch.distributed.checkpoint.staging import AsyncStager
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
-from ._concurrency import Verb, drive_blocking
-from .engine import STREAM_BYTES, CheckpointVerbs, EngineVerbs, reader_at, verifying
-from .functional import CheckpointerVerbs, Staged
-from .info import JSON, CheckpointInfo, CheckpointRef, LoadReport, VerifyReport
-from .interop import (
-    check_checkpointer_type,
-    check_stager,
-    load_calls,
-    load_directory,
-    ranks,
-    save_calls,
-    save_target,
-)
-from .load import Index
-from .options import Dtypes, Limits, Timeouts
-from .response import AsyncSaveResponse
-from .trust import Trust
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointEngine",
-    "Checkpointer",
-    "async_save",
-    "load",
-    "load_state_dict",
-    "open_checkpoint",
-    "save",
-    "save_state_dict",
-    "verify",
-]
+from .._concurrency import Verb, drive_blocking
+from ..engine import STREAM_BYTES, CheckpointVerbs, EngineVerbs, reader_at, verifying
+from ..info import JSON, CheckpointInfo, CheckpointRef, LoadReport, VerifyReport
+from ..load import Index
+from ..options import Dtypes, Limits, Timeouts
+from ..response import AsyncSaveResponse
+from ..trust import Trust
 
 T = TypeVar("T")
 
@@ -249,139 +216,3 @@ def verify(
     """Read all of the checkpoint in the directory ``path`` and tell what of it is damaged."""
     life, name = reader_at(path, trust=trust, limits=limits, timeouts=timeouts)
     return drive_blocking("verify", verifying(life, name), life.inside)
-
-
-def save(
-    state_dict: Mapping[str, Any],
-    *,
-    checkpoint_id: str | os.PathLike[str] | None = None,
-    storage_writer: StorageWriter | None = None,
-    planner: SavePlanner | None = None,
-    process_group: dist.ProcessGroup | None = None,
-    no_dist: bool = False,
-    use_collectives: bool = True,
-    trust: Trust = Trust(),
-) -> Metadata:
-    """Save ``state_dict`` into one directory. See ``dcp_async.functional.save``."""
-    coordination = ranks(process_group, no_dist=no_dist, use_collectives=use_collectives)
-    target = save_target(checkpoint_id, storage_writer)
-    calls = save_calls(target, planner, coordination, trust)
-    verb = calls.saving(state_dict, target.directory, overwrite=target.overwrite)
-    return drive_blocking("save", verb, calls.inside)
-
-
-def async_save(
-    state_dict: Mapping[str, Any] | Staged,
-    *,
-    checkpoint_id: str | os.PathLike[str] | None = None,
-    storage_writer: StorageWriter | None = None,
-    planner: SavePlanner | None = None,
-    process_group: dist.ProcessGroup | None = None,
-    async_checkpointer_type: AsyncCheckpointerType | None = None,
-    async_stager: AsyncStager | None = None,
-    no_dist: bool = False,
-    use_collectives: bool = True,
-    trust: Trust = Trust(),
-) -> AsyncSaveResponse:
-    """Save ``state_dict`` as it is now. See ``dcp_async.functional.async_save``."""
-    coordination = ranks(process_group, no_dist=no_dist, use_collectives=use_collectives)
-    check_checkpointer_type(async_checkpointer_type)
-    check_stager(async_stager)
-    target = save_target(checkpoint_id, storage_writer)
-    calls = save_calls(target, planner, coordination, trust)
-    state = _resolved(state_dict)
-    if async_stager is not None:
-        staged = async_stager.stage(dict(state))
-        if isinstance(staged, Mapping):
-            async_stager.synchronize_staging()
-        state = _resolved(staged)
-    verb = calls.async_saving(state, target.directory, overwrite=target.overwrite)
-    return drive_blocking("async_save", verb, calls.inside)
-
-
-def _resolved(state: Any) -> Mapping[str, Any]:
-    """A state dict that may still be in the making."""
-    if isinstance(state, torch.futures.Future):
-        state = state.wait()
-    elif isinstance(state, concurrent.futures.Future):
-        state = state.result()
-    resolved: Mapping[str, Any] = state
-    return resolved
-
-
-def load(
-    state_dict: dict[str, Any],
-    *,
-    checkpoint_id: str | os.PathLike[str] | None = None,
-    storage_reader: StorageReader | None = None,
-    planner: LoadPlanner | None = None,
-    process_group: dist.ProcessGroup | None = None,
-    no_dist: bool = False,
-    trust: Trust = Trust(),
-) -> None:
-    """Fill ``state_dict`` in place from one directory. See ``dcp_async.functional.load``."""
-    coordination = ranks(process_group, no_dist=no_dist)
-    directory = load_directory(checkpoint_id, storage_reader)
-    calls = load_calls(planner, coordination, trust)
-    drive_blocking("load", calls.loading(state_dict, directory), calls.inside)
-
-
-def save_state_dict(
-    state_dict: Mapping[str, Any],
-    storage_writer: StorageWriter,
-    process_group: dist.ProcessGroup | None = None,
-    coordinator_rank: int = 0,
-    no_dist: bool = False,
-    planner: SavePlanner | None = None,
-) -> Metadata:
-    """Deprecated, as DCP's: ``save`` with ``storage_writer``."""
-    warnings.warn("save_state_dict is deprecated: use save", DeprecationWarning, stacklevel=2)
-    coordination = ranks(process_group, no_dist=no_dist, coordinator_rank=coordinator_rank)
-    target = save_target(None, storage_writer)
-    calls = save_calls(target, planner, coordination, Trust())
-    verb = calls.saving(state_dict, target.directory, overwrite=target.overwrite)
-    return drive_blocking("save", verb, calls.inside)
-
-
-def load_state_dict(
-    state_dict: dict[str, Any],
-    storage_reader: StorageReader,
-    process_group: dist.ProcessGroup | None = None,
-    coordinator_rank: int = 0,
-    no_dist: bool = False,
-    planner: LoadPlanner | None = None,
-) -> None:
-    """Deprecated, as DCP's: ``load`` with ``storage_reader``."""
-    warnings.warn("load_state_dict is deprecated: use load", DeprecationWarning, stacklevel=2)
-    coordination = ranks(process_group, no_dist=no_dist, coordinator_rank=coordinator_rank)
-    directory = load_directory(None, storage_reader)
-    calls = load_calls(planner, coordination, Trust())
-    drive_blocking("load", calls.loading(state_dict, directory), calls.inside)
-
-
-class Checkpointer(CheckpointerVerbs):
-    """``with Checkpointer(writer, reader) as checkpointer``: see ``dcp_async.functional.Checkpointer``."""
-
-    def save(self, state_dict: Mapping[str, Any]) -> Metadata:
-        """See ``save``."""
-        return drive_blocking("save", self._saving(state_dict), self._calls.inside)
-
-    def async_save(self, state_dict: Mapping[str, Any] | Staged) -> AsyncSaveResponse:
-        """See ``async_save``."""
-        return drive_blocking("async_save", self._async_saving(_resolved(state_dict)), self._calls.inside)
-
-    def load(self, state_dict: dict[str, Any]) -> None:
-        """See ``load``."""
-        drive_blocking("load", self._loading(state_dict), self._calls.inside)
-
-    def close(self) -> None:
-        """Wait for the saves in flight, then release what was made."""
-        drive_blocking("close", self._calls.closing(), self._calls.inside)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        drive_blocking("close", self._calls.closing(exc_type), self._calls.inside)
