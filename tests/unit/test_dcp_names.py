@@ -24,6 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import dcp_async
+import dcp_async.functional
 import dcp_async.interop
 import dcp_async.storage
 import dcp_async.sync
@@ -39,7 +40,7 @@ DOCUMENTED_IN = ("_extension", "_fsspec_filesystem")
 ROOTS: dict[str, Any] = {
     **vars(builtins),
     **{name: getattr(dcp_async, name) for name in dcp_async.__all__},
-    **{name: getattr(dcp_async, name) for name in ("interop", "storage", "sync", "testing")},
+    **{name: getattr(dcp_async, name) for name in ("functional", "interop", "storage", "sync", "testing")},
     **{name: getattr(dcp, name) for name in ("DefaultSavePlanner", "DefaultLoadPlanner")},
     "StateDictOptions": dcp.state_dict.StateDictOptions,
     "dcp": dcp,
@@ -54,7 +55,7 @@ ROOTS: dict[str, Any] = {
     "response": dcp_async.AsyncSaveResponse,
 }
 """What code of the right column may begin with."""
-VALUES = {"state", "n", "path", "optim"}
+VALUES = {"state", "n", "path", "optim", "yours"}
 """Variables of the reader's."""
 ATTRIBUTES = frozenset(
     re.findall(r"^[\w.]+", (Path(__file__).parent / "public_api.txt").read_text(), re.MULTILINE)
