@@ -17,6 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from .containers import PLAIN_TENSORS
 from .materialise import canonical
 from .sharding import is_sharded
 from .stateful import is_stateful
@@ -53,10 +54,24 @@ def _held(thing: object) -> Iterator[Any]:
             yield from islice(value, _MAX_ENTRIES)
 
 
+def _nested(thing: object) -> Iterator[Any]:
+    """What ``thing`` holds, and what lies in its mappings and lists at whatever depth: those that DCP names
+    the entries of."""
+    todo = list(_attributes(thing))
+    seen: set[int] = set()
+    while todo and len(seen) < _MAX_ENTRIES:
+        value = todo.pop()
+        yield value
+        # containers may lie in circles
+        if isinstance(value, (Mapping, list)) and id(value) not in seen:
+            seen.add(id(value))
+            todo += islice(value.values() if isinstance(value, Mapping) else value, _MAX_ENTRIES)
+
+
 def holds_memory_for(thing: object, saved: Mapping[str, tuple[torch.Size, torch.dtype]]) -> bool:
     """Whether ``thing`` holds, itself or in a module or an optimizer, a tensor of the shape and dtype of a
     ``saved`` one, or a distributed tensor; or a module with a tensor of one's name, whose shape must fit.
-    Distributed ones are found one object further in as well."""
+    Distributed ones are found at whatever depth, and one object further in as well."""
     wanted = set(saved.values())
     # by their ends: under which name an object shows its module is its own affair
     tails = {name[dot + 1 :] for name in saved for dot, letter in enumerate(name) if letter == "."}
@@ -73,12 +88,14 @@ def holds_memory_for(thing: object, saved: Mapping[str, tuple[torch.Size, torch.
             canonical(value, name) in tails for name, _ in value.named_parameters()
         ):
             return True
-        # unasked, it would be handed whole tensors in place of its distributed ones
-        if _is_object(value) and any(
-            _is_distributed(tensor) for inner in _held(value) for tensor in _tensors_in(inner)
-        ):
+        if _is_object(value) and _holds_distributed(value):
             return True
-    return False
+    return _holds_distributed(thing)
+
+
+def _holds_distributed(thing: object) -> bool:
+    # unasked, it would be handed whole tensors in place of these
+    return any(_is_distributed(tensor) for value in _nested(thing) for tensor in _tensors_in(value))
 
 
 def holds_objects(thing: object) -> bool:
@@ -90,20 +107,17 @@ def holds_objects(thing: object) -> bool:
 
 
 def holds_what_stock_changes(thing: object) -> bool:
-    """Whether ``thing`` holds, at whatever depth, an empty container, which stock drops, or a mapping other
-    than a dict, which it makes one."""
-    todo = [value for value in _attributes(thing) if isinstance(value, (Mapping, list))]
-    seen: set[int] = set()
-    while todo and len(seen) < _MAX_ENTRIES:
-        value = todo.pop()
-        if id(value) in seen:  # containers in circles
-            continue
-        seen.add(id(value))
-        if not value or (isinstance(value, Mapping) and type(value) is not dict):
-            return True
-        entries = islice(value.values() if isinstance(value, Mapping) else value, _MAX_ENTRIES)
-        todo += [entry for entry in entries if isinstance(entry, (Mapping, list))]
-    return False
+    """Whether ``thing`` holds, at whatever depth, what stock's `.metadata` does not tell: an empty container,
+    which it drops, a mapping other than a dict, or a tensor of a class of its own."""
+    return any(map(_is_changed_by_stock, _nested(thing)))
+
+
+def _is_changed_by_stock(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return type(value) not in PLAIN_TENSORS
+    if isinstance(value, Mapping):
+        return not value or type(value) is not dict
+    return isinstance(value, list) and not value
 
 
 def _tensors_in(value: object) -> Iterator[torch.Tensor]:

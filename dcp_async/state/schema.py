@@ -55,8 +55,8 @@ class Schema:
 
         It is where it seems to hold memory to read into, for distributed tensors, for objects inside of its
         state, and where the checkpoint does not tell what was saved: stock drops empty containers, kinds of
-        mappings and of their keys, and older releases do not say what was an object. Where nothing was saved
-        it says whether anything is missing.
+        mappings, of keys and of tensors, and older releases do not say what was an object. Where nothing was
+        saved it says whether anything is missing.
         """
         was_saved, node = locate(self._structure, name)
         if not was_saved:
