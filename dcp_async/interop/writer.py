@@ -55,6 +55,8 @@ class FileSystemWriter(StorageWriter):
     """
 
     should_synchronize_after_execute = False
+    # AsyncStager's protocol has this name too: without it async_save() makes a copy of its own instead
+    _synchronize_after_execute = False
 
     def __init__(
         self,

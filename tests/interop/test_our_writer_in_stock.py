@@ -308,6 +308,19 @@ def test_saves_that_share_a_writer_know_nothing_of_each_other(tmp_path: Path) ->
     assert not (tmp_path / "unused").exists()
 
 
+def test_async_save_has_the_writer_copy_the_state(tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Recording(FileSystemWriter):
+        def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+            asked.append(state_dict)
+            return super().stage(state_dict)
+
+    future: Any = dcp.async_save(small(), storage_writer=Recording(tmp_path / "a"), no_dist=True)
+    future.result()
+    assert [list(state) for state in asked] == [["model", "epoch"]]
+
+
 def test_the_state_may_change_once_async_save_has_returned(tmp_path: Path) -> None:
     state = nested_state()
     state["tied"] = [state["model"]["weight"], {"a", "b"}, (torch.ones(3), 4)]
