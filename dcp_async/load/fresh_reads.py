@@ -173,9 +173,9 @@ def memory_for(contents: Contents, name: str) -> int:
     """Bytes of memory that reading the tensor ``name`` may take."""
     meta = tensor_meta(contents, name)
     nbytes = meta.size.numel() * meta.properties.dtype.itemsize
-    # only our files have checksums, and only of them are payloads at known places
+    # only of our files, which have checksums, and of safetensors are payloads at known places
     is_direct = (
-        bool(contents.digests)
+        bool(contents.digests or contents.bare)
         and is_raw(meta, name, contents)
         and nbytes >= _DIRECT_BYTES * len(meta.chunks)
         and all(chunk.sizes[1:] == meta.size[1:] for chunk in meta.chunks)

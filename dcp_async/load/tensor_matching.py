@@ -87,6 +87,7 @@ class TensorMatcher:
             if isinstance(meta, TensorStorageMetadata) and meta.size == global_size(tensor):
                 saved = meta.properties.dtype
                 castable = saved != tensor.dtype and _can_cast(saved, tensor.dtype)
+                castable = castable and not self._is_scaled(name)
                 match.convertible = match.convertible or castable
             return
         assert isinstance(meta, TensorStorageMetadata)
@@ -175,6 +176,11 @@ class TensorMatcher:
             return "is a tensor in the state, but not in the checkpoint"
         saved = meta.properties.dtype
         size = global_size(tensor)
+        if saved != tensor.dtype and self._is_scaled(name):
+            return (
+                f"is {saved} in blocks with scales of their own ({name}_scale_inv), without which its "
+                "values are wrong; load it through torch's QuantizedHuggingFaceStorageReader"
+            )
         if meta.size != size or (saved != tensor.dtype and self._dtypes == "exact"):
             return f"is {_shown(tensor)} in the state, {tuple(meta.size)} {saved} in the checkpoint"
         if saved != tensor.dtype and not _can_cast(saved, tensor.dtype):
@@ -186,6 +192,10 @@ class TensorMatcher:
                 if _is_expanded(region.tensor):
                     return "is expanded: its elements share one place; clone() it first"
         return None
+
+    def _is_scaled(self, name: str) -> bool:
+        """Whether it is quantised as Hugging Face's block-wise FP8 is."""
+        return f"{name}_scale_inv" in self._names
 
     def _regions(self, name: str, tensor: torch.Tensor) -> list[Region]:
         # what lies here is asked, not the tensor itself: a ShardedTensor has few answers

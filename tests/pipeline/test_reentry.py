@@ -38,7 +38,7 @@ WIDE = {"w": random_tensor(torch.uint8, (20 * PART,), 2)}
 OURS = (
     "engine/engine",
     "engine/verbs",
-    "sync",
+    "sync/engine",
     "_concurrency/verbs",
     "engine/admission",
     "engine/lifetime",

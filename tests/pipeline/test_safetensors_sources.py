@@ -26,6 +26,7 @@ from dcp_async import (
     verify,
 )
 from dcp_async.formats.safetensors_header import _DTYPES
+from dcp_async.load import batches
 from dcp_async.storage.local.reader import LocalReader
 from tests.support.doubles import assert_same, random_tensor, raw_bytes
 
@@ -277,3 +278,27 @@ async def test_an_engine_says_how_a_model_is_read(model: Path) -> None:
         assert await engine.latest() is None
         with pytest.raises(CheckpointNotFoundError, match=r"open_checkpoint\(path\)"):
             await engine.load({}, "hf")
+
+
+async def test_what_is_quantised_in_blocks_is_not_taken_without_its_scales(tmp_path: Path) -> None:
+    weight, scales = torch.ones(128, 128).to(torch.float8_e4m3fn), torch.full((1, 1), 3.0)
+    save_file({"w": weight, "w_scale_inv": scales}, tmp_path / "model.safetensors")
+    for dtypes in ("exact", "convert"):
+        target = {"w": torch.zeros(128, 128)}
+        async with open_checkpoint(tmp_path) as checkpoint:
+            with pytest.raises(LoadError, match="QuantizedHuggingFaceStorageReader") as caught:
+                await checkpoint.load(target, dtypes=dtypes)
+        assert "dtypes='convert'" not in str(caught.value)
+        assert not target["w"].any()
+    kept = {"w": torch.zeros(128, 128).to(torch.float8_e4m3fn)}
+    async with open_checkpoint(tmp_path) as checkpoint:
+        await checkpoint.load(kept)
+    assert_same(kept["w"], weight)
+
+
+async def test_a_stream_holds_such_tensors_once(tmp_path: Path) -> None:
+    nbytes = 8 << 20
+    save_file({str(n): torch.ones(nbytes // 4) for n in range(3)}, tmp_path / "model.safetensors")
+    async with open_checkpoint(tmp_path) as checkpoint:
+        (first, taken), *_ = list(batches(checkpoint._known().contents, checkpoint.names, 2 * nbytes))
+    assert (len(first), taken) == (2, 2 * nbytes)  # read straight into their tensors
