@@ -216,20 +216,14 @@ class DcpCalls:
     def _begin(
         self, life: Lifetime, state: Mapping[str, Any], directory: Directory, overwrite: bool
     ) -> Verb[AsyncSaveResponse]:
-        with _landing_lock:
-            earlier = _landing.get(directory)
-        if earlier is not None:  # on any engine of this process; its failure is told by its own handles
-            yield Wait(earlier)
+        yield from _after_earlier(directory)
         response = yield from Saves(life).saving(state, None, directory.name, None, overwrite, is_path=True)
         _lands(directory, _upload_of(life, response))
         return response
 
     def loading(self, state: Mapping[str, Any], directory: Directory) -> Verb[None]:
         """DCP's ``load``: the checkpoint may hold more than ``state`` asks for, dtypes are converted."""
-        with _landing_lock:
-            earlier = _landing.get(directory)
-        if earlier is not None:
-            yield Wait(earlier)
+        yield from _after_earlier(directory)
         model = None if "://" in directory.root else model_at(os.path.join(directory.root, directory.name))
         life = yield from self._enter(directory.root, model)
         opened: list[Opened] = []
@@ -301,6 +295,15 @@ _landing: dict[Directory, SignalSafeFuture[Any]] = {}
 """The last save of each directory that this process has begun: with engines that know nothing of each other,
 an older state could otherwise land after a newer one, and stay."""
 _landing_lock = threading.Lock()
+
+
+def _after_earlier(directory: Directory) -> Verb[None]:
+    """Wait for the save of ``directory`` that any engine of this process has begun; its failure is told by
+    its own handles."""
+    with _landing_lock:
+        earlier = _landing.get(directory)
+    if earlier is not None:
+        yield Wait(earlier)
 
 
 def _lands(directory: Directory, upload: SignalSafeFuture[Any]) -> None:
