@@ -5,7 +5,7 @@ from __future__ import annotations
 from .checkpoint import STREAM_BYTES, Checkpoint, CheckpointVerbs, open_checkpoint, reader_at
 from .dcp_calls import CallOptions, DcpCalls, Directory
 from .engine import CheckpointEngine
-from .exit_guard import ExitGuard
+from .exit_guard import ExitGuard, fail_unless_seen
 from .verbs import EngineVerbs
 from .verification import verify, verifying
 
@@ -19,6 +19,7 @@ __all__ = [
     "Directory",
     "EngineVerbs",
     "ExitGuard",
+    "fail_unless_seen",
     "open_checkpoint",
     "reader_at",
     "verify",

@@ -30,6 +30,7 @@ from ..response import AsyncSaveResponse
 from ..staging import StagingOptions
 from ..trust import Trust
 from .checkpoint import let_go
+from .exit_guard import fail_unless_seen
 from .lifetime import Lifetime
 from .load_context import LoadContext
 from .loads import Loads
@@ -210,7 +211,7 @@ class DcpCalls:
             yield from self._leave(life, error)
             raise
         if not self._keeps:
-            _release_after(life)
+            _release_after(life, response)
         return response
 
     def _begin(
@@ -318,7 +319,7 @@ def _lands(directory: Directory, upload: SignalSafeFuture[Any]) -> None:
     upload.add_done_callback(ended)
 
 
-def _release_after(life: Lifetime) -> None:
+def _release_after(life: Lifetime, response: AsyncSaveResponse) -> None:
     """Release all of ``life`` once its save has ended."""
 
     def release() -> None:
@@ -326,6 +327,7 @@ def _release_after(life: Lifetime) -> None:
             drive_blocking("close", life.closing(), life.inside)
         except CheckpointError as error:  # it was logged when it happened, and its handles tell it
             logger.debug("closed after %s", error)
+            fail_unless_seen(response)
 
     # no daemon: the end of the process waits for it, and with it for the upload, as for an open engine
     thread = threading.Thread(target=release, name="dcp_async-release")

@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+from ..response import AsyncSaveResponse
+
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
@@ -96,6 +98,19 @@ class ExitGuard:
                 stream.flush()
         # not sys.exit(): a thread and an `atexit` callback can't change the status of the process by raising
         os._exit(1)
+
+
+def fail_unless_seen(response: AsyncSaveResponse) -> None:
+    """``response`` is of a save that failed, and no engine will be closed that could raise it: if nobody has
+    been given the failure by the end of the process, that ends with a status that is not 0."""
+    pid = os.getpid()
+    handles = response.staging_completion, response.upload_completion
+
+    def at_exit() -> None:
+        if os.getpid() == pid and not any(handle.observed for handle in handles):
+            ExitGuard._end("a save failed, and nobody looked at its handles")
+
+    atexit.register(at_exit)
 
 
 def _is_trainers(thread: threading.Thread) -> bool:

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from .._concurrency import Job, Wait, first_failure, run_unless
 from .._foreign import ENDINGS
 from ..coordination import Coordination, PhaseFailure, RemoteError
-from ..engine import ExitGuard
+from ..engine import ExitGuard, fail_unless_seen
 from ..errors import CheckpointError, SaveCancelled
 from ..info import CheckpointInfo
 from ..response import AsyncSaveResponse, Place, ResponseWriter
@@ -300,6 +300,7 @@ class _Save:
         self.response.failed(failure)
         if self._guard is not None and not isinstance(failure, SaveCancelled):
             logger.error("%s", failure)  # nobody may ever ask the handles
+            fail_unless_seen(self.response.response)
 
     async def _together(self, uid: str, staged: Staged | PhaseFailure) -> CheckpointInfo:
         """With the other ranks: what one fails at, all fail at."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -407,6 +409,28 @@ def test_urls_are_served(call: Callable[..., Any], tmp_path: Path) -> None:
         target = {"n": 0}
         call("load", target, checkpoint_id=url)
         assert target["n"] == 4
+
+
+@pytest.mark.parametrize("writer", ["ours", "stock"])
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_process_whose_failed_save_nobody_looked_at_does_not_end_well(
+    looks: bool, writer: str, tmp_path: Path
+) -> None:
+    script = f"""
+import resource, torch
+import dcp_async.sync as dcp
+from torch.distributed.checkpoint import FileSystemWriter
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))  # as on a full disk
+writer = FileSystemWriter({str(tmp_path / "a")!r}) if {writer == "stock"} else None
+state = {{"w": torch.ones(1 << 18)}}
+response = dcp.async_save(state, checkpoint_id={str(tmp_path / "a")!r}, storage_writer=writer)
+if {looks}:
+    print(type(response.upload_completion.future.exception()).__name__)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.stdout == ("SaveError\n" if looks else ""), ended.stderr
+    assert ended.returncode == (0 if looks else 1), ended.stderr
+    assert ("nobody looked at its handles" in ended.stderr) is not looks
 
 
 async def test_a_checkpointer_serves_many_calls_and_is_closed_once(tmp_path: Path) -> None:
