@@ -7,6 +7,7 @@ apart by names alone (docs/reference/on-disk-format.md).
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Literal, NamedTuple, TypeAlias
 
 METADATA = ".metadata"
@@ -14,20 +15,26 @@ METADATA = ".metadata"
 FIRST_RANK_METADATA = "__0.metadata"
 """What makes one a checkpoint of stock's ``use_collectives=False``."""
 UID_DIGITS = 16
+ATTACHED_NAME_BYTES = 255 - len(".attached--") - UID_DIGITS
+"""What of the 255 bytes that file systems take is left to the name of what is attached."""
 
-Kind: TypeAlias = Literal["data", "manifest", "temporary", "lease"]
+Kind: TypeAlias = Literal["data", "manifest", "attached", "temporary", "copy", "lease"]
+_KINDS: tuple[Kind, ...] = ("data", "manifest", "attached", "temporary", "copy", "lease")
 
 _UID = f"[0-9a-f]{{{UID_DIGITS}}}"
 # [0-9], not \d, which takes the digits of every script: no file that somebody else named may look like ours
 _DATA_FILE = rf"__[0-9]+_[0-9]+-(?P<data>{_UID})\.distcp"
 _MANIFEST = rf"manifest-(?P<manifest>{_UID})\.json"
 _OWNED = re.compile(
-    rf"{_DATA_FILE}|{_MANIFEST}"
-    rf"|\.metadata-(?P<temporary>{_UID})\.tmp|\.lease-(?P<lease>{_UID})"
+    rf"{_DATA_FILE}|{_MANIFEST}|\.attached-(?P<attached>{_UID})-(?P<name>.+)|\.copy-(?P<copy>{_UID})-.+"
+    rf"|\.metadata-(?P<temporary>{_UID})\.tmp|\.lease-(?P<lease>{_UID})",
+    re.DOTALL,
 )
 _PUBLISHED = re.compile(rf"{_DATA_FILE}|{_MANIFEST}".encode())
 _RANK_METADATA = re.compile(r"__([0-9]+)\.metadata")
 _ANY_MANIFEST = re.compile(r"manifest-.*\.json", re.DOTALL)
+# ours, stock's, and by what a directory is taken for another kind of checkpoint
+_RESERVED = re.compile(r"__.*|manifest-.*\.json|.*\.distcp|.*\.safetensors(\.index\.json)?", re.DOTALL)
 # eight digits or more: a number that has outgrown them is written out, not cut
 _STEP_DIRECTORY = re.compile(r"step-[0-9]{8,}")
 
@@ -74,13 +81,52 @@ def lease_file(uid: str) -> str:
     return f".lease-{uid}"
 
 
+def attached_file(uid: str, name: str) -> str:
+    """What was attached to one save as ``name``. Hidden, so that nothing that globs finds it twice."""
+    return f".attached-{uid}-{name}"
+
+
+def attached_name(file: str) -> str:
+    """The name of what is attached as ``file``."""
+    match = _OWNED.fullmatch(file)
+    return "" if match is None else match["name"] or ""
+
+
+def attached_copy(uid: str, name: str) -> str:
+    """A copy of what was attached, before it gets its ``name``."""
+    return f".copy-{uid}-{name}"
+
+
+def folded_name(name: str) -> str:
+    """What file systems that know no case or no accents may take ``name`` for."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def why_not_attachable(name: str) -> str:
+    """Why no file can be attached as ``name``, wherever the checkpoint is copied to; "" if one can."""
+    if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
+        return 'a plain name is not empty, does not begin with a dot and has none of / \\ : * ? " < > |'
+    if name[-1] in ". ":
+        return "some file systems drop a dot or blank at the end"
+    if any(ord(char) < 32 or 127 <= ord(char) < 160 or char in "\u2028\u2029" for char in name):
+        return "it has a line break or another control"
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return "it has a lone surrogate, which is no character"
+    if length > ATTACHED_NAME_BYTES:
+        return f"it takes {length} bytes, and {ATTACHED_NAME_BYTES} at most fit"
+    if _RESERVED.fullmatch(folded_name(name)):
+        return "checkpoints have files of their own of such names"
+    return ""
+
+
 def owned_file(name: str) -> OwnedFile | None:
     """What ``name`` is to one save of ours; None if it is none of ours."""
     match = _OWNED.fullmatch(name)
     if match is None:
         return None
-    kind: Kind
-    for kind in ("data", "manifest", "temporary", "lease"):
+    for kind in _KINDS:
         if match[kind] is not None:
             return OwnedFile(kind, match[kind])
     raise AssertionError(f"{name!r} matches no kind")

@@ -43,6 +43,8 @@ class CheckpointInfo:
     """Who wrote it."""
     notes: Mapping[str, JSON] = field(default_factory=dict)
     """What the trainer attached with ``save(notes=...)``."""
+    files: Mapping[str, int] = field(default_factory=dict)
+    """What it attached with ``save(files=...)``: name -> length in bytes. No part of ``nbytes``."""
     _metadata: Callable[[str], Awaitable[Metadata]] = field(repr=False, compare=False)
     """Decodes ``.metadata``: tens of thousands of objects, so only when asked for."""
 
@@ -54,8 +56,9 @@ class CheckpointInfo:
 def plain_fields(info: CheckpointInfo) -> dict[str, Any]:
     """Everything of ``info`` but the way to its metadata, to be told to other ranks."""
     names = (part.name for part in fields(info) if part.name != "_metadata")
-    # a plain dict of notes: what travels between ranks holds no other mapping
-    return {name: getattr(info, name) for name in names} | {"notes": dict(info.notes)}
+    # plain dicts: what travels between ranks holds no other mapping
+    plain = {"notes": dict(info.notes), "files": dict(info.files)}
+    return {name: getattr(info, name) for name in names} | plain
 
 
 CheckpointRef: TypeAlias = "Literal['latest'] | str | os.PathLike[str] | SupportsIndex | CheckpointInfo"
@@ -124,9 +127,13 @@ class VerifyReport:
     """Tensors and leaves that were read, but whose writer recorded no checksum of their bytes: as stock does
     with ``set_crc32_options(False)``, and its compressing extensions."""
     num_files: int
-    """How many data files were read."""
+    """How many files were read: data files, and what is attached."""
+    foreign: tuple[str, ...] = ()
+    """What else lies in its directory and is none of its files: left alone, and not read. So is a file under
+    the name of an attached one that has other bytes by now; ``checkpoint.file(name)`` gives what was saved.
+    Only of storages that can tell."""
     nbytes: int
-    """Bytes of data files that were read."""
+    """Bytes of them that were read."""
     seconds: float
     """Wall time."""
 

@@ -17,12 +17,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from .._concurrency import collection_paused
-from ..errors import CorruptCheckpointError
+from ..errors import CorruptCheckpointError, LoadError
 from ..formats import (
     InnerValue,
     ItemKey,
     Manifest,
     Tree,
+    attached_digest,
     leaf_names,
     renamed_paths,
     renamed_tree,
@@ -158,6 +159,29 @@ class Contents:
                 self.structure, lambda name: names.get(name) if name in known else rename(name)
             )
         return made
+
+    async def attached(self, name: str) -> bytes:
+        """The bytes of a file that was attached. Raises: LoadError for a name that was not;
+        CorruptCheckpointError; StorageError."""
+        checkpoint_id = self.info.checkpoint_id
+        files = self.manifest.attached_files if self.manifest is not None else {}
+        for file, entry in files.items():
+            if entry.name == name:
+                # as long as the file was found to be when it was opened
+                content = bytearray(entry.nbytes)
+                await self.reader.read_into(file, [(0, memoryview(content))])
+                if attached_digest(content) != entry.digest:
+                    raise CorruptCheckpointError(
+                        f"checkpoint {checkpoint_id!r}: {file}, which holds {name!r}, does not match its "
+                        "checksum; load an older checkpoint",
+                        checkpoint_id=checkpoint_id,
+                    )
+                return bytes(content)
+        raise LoadError(
+            f"checkpoint {checkpoint_id!r} has no file {name!r}; attached to it: "
+            f"{', '.join(map(repr, self.info.files)) or 'none'}",
+            checkpoint_id=checkpoint_id,
+        )
 
     @property
     def is_merged(self) -> bool:

@@ -23,10 +23,12 @@ async def open_files(name: str, reader: Reader, manifest: Manifest) -> dict[str,
     Raises: CorruptCheckpointError for one that has another length.
     """
     sizes: dict[str, int] = {}
-    for entry in manifest.files:
-        nbytes = sizes[entry.name] = await reader.size(entry.name)
-        if nbytes != entry.nbytes:
-            raise _cut_off(name, entry.name, nbytes, entry.nbytes)
+    lengths = {entry.name: entry.nbytes for entry in manifest.files}
+    lengths |= {file: entry.nbytes for file, entry in manifest.attached_files.items()}
+    for file, promised in lengths.items():
+        nbytes = sizes[file] = await reader.size(file)
+        if nbytes != promised:
+            raise _cut_off(name, file, nbytes, promised)
     return sizes
 
 

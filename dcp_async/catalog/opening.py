@@ -287,6 +287,7 @@ class Opener:
             torch_version=manifest.torch_version,
             producer="dcp_async",
             notes=manifest.notes,
+            files={entry.name: entry.nbytes for entry in manifest.attached},
             _metadata=self._metadata_of,
         )
 

@@ -27,6 +27,7 @@ from ..errors import CorruptCheckpointError, StorageError
 from ..formats import (
     BLOCK_BYTES,
     RECORD_HEAD_BYTES,
+    AttachedEntry,
     FileEntry,
     ItemKey,
     ManifestError,
@@ -41,6 +42,7 @@ from ..formats import (
 )
 from ..info import DamagedRange, Producer, VerifyReport
 from ..storage import LinkError, Reader, UnreadableError
+from .attached_files import foreign_names, what_is_wrong
 from .contents import Contents
 from .decoding import RawMetadata, decoded, manifest_of
 from .file_checks import footer_of
@@ -95,6 +97,7 @@ class Verification:
         self._timeout = timeout
         self._items: dict[str, list[_Item]] = {}
         """By file, ascending."""
+        self._attached: dict[str, AttachedEntry] = {}
         self._chunks: list[Iterator[_Chunk]] = []
         self._damage: list[DamagedRange] = []
         self._unrecorded: dict[str, None] = {}
@@ -110,7 +113,11 @@ class Verification:
         files = dict.fromkeys([*(entries or ()), *self._items])
         for file in files:
             await self._look_at(file, entries)
-        return await self._report("stock" if entries is None else "dcp_async", len(files), begun)
+        for file, attached in self._attached.items():
+            await self._check_attached(file, attached)
+        foreign = await foreign_names(self._reader, files, self._attached)
+        num_files = len(files) + len(self._attached)
+        return await self._report("stock" if entries is None else "dcp_async", num_files, begun, foreign)
 
     async def run_bare(self, contents: Contents) -> VerifyReport:
         """Read all that ``contents`` locate, of which nobody recorded a checksum. Raises StorageError if the
@@ -120,7 +127,9 @@ class Verification:
         self._chunks = [self._chunks_of_items(file, items) for file, items in self._items.items()]
         return await self._report(contents.info.producer, len(self._items), begun)
 
-    async def _report(self, producer: Producer, num_files: int, begun: float) -> VerifyReport:
+    async def _report(
+        self, producer: Producer, num_files: int, begun: float, foreign: tuple[str, ...] = ()
+    ) -> VerifyReport:
         await self._read_all()
         await self._reader.give_back()
         return VerifyReport(
@@ -129,6 +138,7 @@ class Verification:
             damage=tuple(self._merged()),
             unrecorded=tuple(self._unrecorded),
             num_files=num_files,
+            foreign=foreign,
             nbytes=self._nbytes,
             seconds=time.monotonic() - begun,
         )
@@ -144,7 +154,10 @@ class Verification:
             await self._locate(await decoded(self._name, raw, self._threads))
         except CorruptCheckpointError as error:  # stock's, or written wrong: it is what the manifest names
             self._add(METADATA, 0, sum(map(len, raw.values())), str(error))
-        return None if manifest is None else {entry.name: entry for entry in manifest.files}
+        if manifest is None:
+            return None
+        self._attached = manifest.attached_files
+        return {entry.name: entry for entry in manifest.files}
 
     async def _survey_damaged(
         self, raw: RawMetadata, error: CorruptCheckpointError
@@ -159,6 +172,8 @@ class Verification:
                 logger.debug("a manifest of %r is damaged: %s", self._name, problem)
         if whole:  # each has a checksum of itself, so it is `.metadata` that has changed
             self._add(METADATA, 0, len(raw[None]), str(error))
+            for manifest in whole:
+                self._attached |= manifest.attached_files
             return {entry.name: entry for manifest in whole for entry in manifest.files}
         metadata = await decoded(self._name, raw, self._threads)
         await self._locate(metadata)
@@ -207,6 +222,18 @@ class Verification:
             self._add(file, 0, nbytes, str(error))
             return
         self._chunks.append(self._chunks_of_blocks(file, footer.image_bytes, footer.digests))
+
+    async def _check_attached(self, file: str, entry: AttachedEntry) -> None:
+        try:
+            why = await what_is_wrong(self._reader, file, entry)
+        except StorageError as error:
+            if isinstance(error, LinkError) or not _is_damage(error):
+                raise
+            why = str(error)
+        if why:
+            self._add(file, 0, entry.nbytes, f"{why}; it holds {entry.name!r}")
+        else:
+            self._nbytes += entry.nbytes
 
     def _chunks_of_blocks(self, file: str, nbytes: int, digests: array[int]) -> Iterator[_Chunk]:
         for start in range(0, nbytes, _CHUNK_BYTES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attaching import Attachable
 from .checkpoint import STREAM_BYTES, Checkpoint, CheckpointVerbs, open_checkpoint, reader_at
 from .dcp_calls import CallOptions, DcpCalls, Directory
 from .engine import CheckpointEngine
@@ -11,6 +12,7 @@ from .verification import verify, verifying
 
 __all__ = [
     "STREAM_BYTES",
+    "Attachable",
     "CallOptions",
     "Checkpoint",
     "CheckpointEngine",

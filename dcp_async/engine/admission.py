@@ -14,12 +14,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from .._concurrency import SignalSafeFuture
-from .._names import step_directory
+from .._names import folded_name, step_directory, why_not_attachable
 from ..errors import SaveError
 from ..info import JSON
 from ..response import Place, ResponseWriter
@@ -141,6 +142,35 @@ def _plain_json(value: object, where: str, depth: int) -> JSON:
     raise ValueError(f"{where} must be JSON, not {type(value).__name__}; convert it to a number, str or list")
 
 
+def normal_files(files: object) -> dict[str, bytes | Path]:
+    """A copy of ``files``: names -> bytes, or the path to read them from. Raises ValueError or TypeError if
+    they can't be attached."""
+    if files is None:
+        return {}
+    if not isinstance(files, Mapping):
+        raise TypeError(f"files must be a mapping of names to bytes or paths, not {type(files).__name__}")
+    sources: dict[str, bytes | Path] = {}
+    folded: dict[str, str] = {}
+    for key, value in files.items():
+        if not isinstance(key, str):
+            raise TypeError(f"files has the key {brief(key)}; the name of a file is a str")
+        name = str.__str__(key)
+        if why := why_not_attachable(name):
+            raise ValueError(f"files[{brief(name)}]: no file can be attached under this name: {why}")
+        if (other := folded.setdefault(folded_name(name), name)) != name:
+            raise ValueError(
+                f"files[{brief(other)}] and files[{brief(name)}] differ in case or accents alone, and some "
+                "file systems take them for one"
+            )
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            sources[name] = bytes(value)  # at once: the caller may change its buffer
+        elif isinstance(value, (str, os.PathLike)):
+            sources[name] = Path(os.fsdecode(value))
+        else:
+            raise TypeError(f"files[{brief(name)}] must be bytes or a path, not {type(value).__name__}")
+    return sources
+
+
 def brief(value: object) -> str:
     """``repr`` for a message, whatever it is."""
     if isinstance(value, torch.Tensor):
@@ -158,7 +188,14 @@ class SaveArguments:
     """What was passed to one ``save``, as plain values. Raises ValueError or TypeError."""
 
     def __init__(
-        self, step: Any, checkpoint_id: Any, notes: Any, replace: Any, *, is_path: bool = False
+        self,
+        step: Any,
+        checkpoint_id: Any,
+        notes: Any,
+        files: Any,
+        replace: Any,
+        *,
+        is_path: bool = False,
     ) -> None:
         """``is_path``: the name is that of a directory which nobody asks for by "latest"."""
         self.step: int | None = None if step is None else normal_step(step)
@@ -173,6 +210,7 @@ class SaveArguments:
             raise TypeError(f"replace={brief(replace)} must be True or False")
         self.replace: bool = replace
         self.notes: dict[str, JSON] = normal_notes(notes)
+        self.files: dict[str, bytes | Path] = normal_files(files)
 
 
 class SaveBook:

@@ -188,6 +188,11 @@ class CheckpointVerbs:
         """The names of its tensors and leaves, in the order of the state that was saved."""
         return tuple(leaf_names(self._known().contents.structure))
 
+    @property
+    def files(self) -> Mapping[str, int]:
+        """What was attached with ``save(files=...)``: name -> length in bytes."""
+        return self.info.files
+
 
 class Checkpoint(CheckpointVerbs):
     """One opened checkpoint: ``async with engine.checkpoint(source) as checkpoint``, or
@@ -245,6 +250,16 @@ class Checkpoint(CheckpointVerbs):
             can't be; CorruptCheckpointError, UntrustedCheckpointError.
         """
         return await self._run("tensor", self._reads.reading_tensor(name, index, device))
+
+    async def file(self, name: str) -> bytes:
+        """The bytes of a file that was attached with ``save(files=...)``, verified: what was saved, whatever
+        has become of the copy that lies in the directory under this name.
+
+        Args:
+            name: one of ``files``.
+        Raises: LoadError for a name that was not attached; CorruptCheckpointError.
+        """
+        return await self._run("file", self._reads.reading_file(name))
 
     async def stream(
         self,

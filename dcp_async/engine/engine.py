@@ -19,6 +19,7 @@ from .._concurrency import Verb, drive
 from ..info import JSON, CheckpointInfo, CheckpointRef, LoadReport, VerifyReport
 from ..options import Dtypes
 from ..response import AsyncSaveResponse
+from .attaching import Attachable
 from .checkpoint import Checkpoint
 from .verbs import EngineVerbs
 
@@ -77,6 +78,7 @@ class CheckpointEngine(EngineVerbs):
         step: int | None = None,
         checkpoint_id: str | None = None,
         notes: Mapping[str, JSON] | None = None,
+        files: Attachable | None = None,
         replace: bool = False,
     ) -> AsyncSaveResponse:
         """Save ``state`` as it is now; when this returns, the state may be mutated and the upload goes on by
@@ -90,14 +92,19 @@ class CheckpointEngine(EngineVerbs):
             step: its step; without one (and without a ``checkpoint_id``), 1 + the highest step so far.
             checkpoint_id: its name, by default ``step-00000100``.
             notes: JSON to keep with it.
+            files: small files to keep with it: name -> bytes, or the path to read them from, before this
+                returns. They are committed with it, checksummed, and lie in its directory under their names
+                for other programs. At most 64 MiB in all.
             replace: whether an existing checkpoint of this name may be replaced; it stays readable until the
                 new one is durable.
         Raises: SaveError (CheckpointExistsError, StateMutatedError), and then no checkpoint of this name will
-            appear; EngineStateError; ValueError for a name, step or notes that can't be.
+            appear; EngineStateError; ValueError for a name, step, notes or files that can't be.
         Cancellation: cancels the save.
-        Ranks: all must call it, in the same order.
+        Ranks: all must call it, in the same order. ``files`` of one rank or of several are kept; under one
+            name all that have it must have the same bytes.
         """
-        return await self._run("save", self._saves.saving(state, step, checkpoint_id, notes, replace))
+        verb = self._saves.saving(state, step, checkpoint_id, notes, replace, files=files)
+        return await self._run("save", verb)
 
     async def prepare(self, state: Mapping[str, Any]) -> None:
         """Do ahead of time what the first save of ``state`` would do while training waits: plan, make the

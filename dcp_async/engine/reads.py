@@ -108,6 +108,23 @@ class Reads:
 
         return (yield from self._reading_one(contents.info.checkpoint_id, read, context.device(device)))
 
+    def reading_file(self, name: str) -> Verb[bytes]:
+        """``Checkpoint.file``."""
+        context = self._context
+        context.life.check_open()
+        assert context.opened is not None
+        checkpoint_id = context.opened.contents.info.checkpoint_id
+
+        async def read() -> bytes:
+            contents = await context.catalog.open(checkpoint_id)
+            try:
+                with load_errors(checkpoint_id):
+                    return await contents.attached(name)
+            finally:
+                await contents.close()
+
+        return (yield from context.ask(read()))
+
     def _reading_one(self, name: str, read: _Read[T], device: torch.device) -> Verb[T]:
         services = self._context.services()
         writes = self._context.fresh_writes(services, device)

@@ -19,12 +19,13 @@ import torch
 from .._concurrency import Verb, Wait, first_failure
 from .._foreign import ENDINGS
 from ..coordination import RemoteError, RemoteFailure
-from ..errors import EngineStateError, SaveCancelled, SaveError
+from ..errors import EngineStateError, SaveCancelled, SaveError, StorageError
 from ..events import SaveCommitted, SaveFailed, SaveStarted
 from ..info import JSON, CheckpointInfo
 from ..planning import CompiledPlan, custom_planner
 from ..response import AsyncSaveResponse, Place, ResponseWriter
 from ..save import (
+    Attachment,
     Cancellation,
     Carryover,
     CommitOutcome,
@@ -41,6 +42,7 @@ from ..save import (
 from ..staging import Prepared
 from ..state import LeafRules, capture
 from .admission import SaveArguments, brief, checkpoint_name
+from .attaching import Attachable, reading_attachments
 from .lifetime import Lifetime
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class Saves:
         notes: Mapping[str, JSON] | None,
         replace: bool,
         *,
+        files: Attachable | None = None,
         is_path: bool = False,
     ) -> Verb[AsyncSaveResponse]:
         """``CheckpointEngine.save``. Ranks: all must call it, in the same order.
@@ -74,7 +77,7 @@ class Saves:
         """
         try:
             # refused within: what can't be saved while the process ends is lost, and is told so
-            return (yield from self._admitting(state, step, checkpoint_id, notes, replace, is_path))
+            return (yield from self._admitting(state, step, checkpoint_id, notes, files, replace, is_path))
         except BaseException as error:
             self._life.lose(brief(step if checkpoint_id is None else checkpoint_id), error)
             raise
@@ -85,20 +88,22 @@ class Saves:
         step: int | None,
         checkpoint_id: str | None,
         notes: Mapping[str, JSON] | None,
+        files: Attachable | None,
         replace: bool,
         is_path: bool,
     ) -> Verb[AsyncSaveResponse]:
         self._life.check_open()
         try:
-            asked = SaveArguments(step, checkpoint_id, notes, replace, is_path=is_path)
-        except (TypeError, ValueError) as error:
+            asked = SaveArguments(step, checkpoint_id, notes, files, replace, is_path=is_path)
+            attached = yield from reading_attachments(self._life, asked.files)
+        except (TypeError, ValueError, StorageError) as error:
             self._runner.refuse_arguments(error)
             raise
         book, place = self._life.book, Place()
         request: SaveRequest | None = None
         try:
             yield from self._waiting(asked, place)
-            request = yield from self._captured(state, asked, place)
+            request = yield from self._captured(state, asked, attached, place)
             yield from self._started(request)
             yield from self._life.finishing(request.writer)
         except BaseException:
@@ -122,7 +127,9 @@ class Saves:
             yield Wait(room)
             self._life.check_open()
 
-    def _captured(self, state: Mapping[str, Any], asked: SaveArguments, place: Place) -> Verb[SaveRequest]:
+    def _captured(
+        self, state: Mapping[str, Any], asked: SaveArguments, attached: Mapping[str, Attachment], place: Place
+    ) -> Verb[SaveRequest]:
         """Admission and capture, in the caller's thread and in one piece."""
         started = time.monotonic()
         ordinal, step = self._life.book.admit(asked.step, asked.checkpoint_id)
@@ -144,6 +151,7 @@ class Saves:
                 prepared=prepared,
                 plan=plan,
                 notes=asked.notes,
+                files=attached,
                 replace=asked.replace,
                 started=started,
                 cancellation=cancellation,
@@ -362,6 +370,7 @@ class SaveRunner:
             torch_version=torch.__version__,
             producer="dcp_async",
             notes=request.notes,
+            files=outcome.attached,
             _metadata=self._life.metadata_of,
         )
         seconds = time.monotonic() - request.started

@@ -15,11 +15,13 @@ from .distcp import (
 )
 from .keys import PickledKey, pickled_key, plain_key, text_of
 from .manifest import (
+    AttachedEntry,
     FileEntry,
     Manifest,
     ManifestError,
     ManifestHead,
     NewerVersionError,
+    attached_digest,
     decode_manifest,
     decode_step,
     encode_manifest,
@@ -86,6 +88,7 @@ __all__ = [
     "PLAIN_DTYPES",
     "RECORD_HEAD_BYTES",
     "SECTOR_BYTES",
+    "AttachedEntry",
     "FileEntry",
     "FileLayout",
     "Footer",
@@ -106,6 +109,7 @@ __all__ = [
     "StoredItem",
     "Tree",
     "UnsupportedError",
+    "attached_digest",
     "block_digests",
     "build",
     "check_item",

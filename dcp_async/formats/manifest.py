@@ -12,10 +12,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, Unpack
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import xxhash
 
+from .._names import attached_file, why_not_attachable
 from ..info import JSON
 
 MANIFEST_VERSION = 1
@@ -41,6 +42,22 @@ class FileEntry:
     """Checksum of its footer's table."""
 
 
+def attached_digest(content: bytes | bytearray) -> str:
+    """The checksum of an attached file."""
+    return xxhash.xxh3_64_hexdigest(content)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachedEntry:
+    """One file that was attached with ``save(files=...)``."""
+
+    name: str
+    """What it is called; where it lies follows from that and the uid."""
+    nbytes: int
+    digest: str
+    """``attached_digest`` of its bytes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What a checkpoint is, beyond DCP's metadata."""
@@ -62,6 +79,12 @@ class Manifest:
     exotic: tuple[str, ...]
     """Tensors stored as ``torch.save`` bytes in a room, not as raw payload."""
     notes: Mapping[str, JSON] = field(default_factory=dict)
+    attached: tuple[AttachedEntry, ...] = ()
+
+    @property
+    def attached_files(self) -> dict[str, AttachedEntry]:
+        """What is attached, by the names of the files that hold it."""
+        return {attached_file(self.uid, entry.name): entry for entry in self.attached}
 
 
 def structure_json(structure: JSON, strides: Mapping[str, tuple[int, ...]], exotic: tuple[str, ...]) -> str:
@@ -83,6 +106,7 @@ class ManifestHead(TypedDict):
     torch_version: str
     files: tuple[FileEntry, ...]
     notes: Mapping[str, JSON]
+    attached: NotRequired[tuple[AttachedEntry, ...]]
 
 
 def encode_manifest(*, metadata: bytes, constant: str, **head: Unpack[ManifestHead]) -> bytes:
@@ -96,6 +120,12 @@ def encode_manifest(*, metadata: bytes, constant: str, **head: Unpack[ManifestHe
         "files": files,
         "notes": dict(head["notes"]),
     }
+    # left out where there is nothing: the manifest is the one that releases before it wrote
+    fields.pop("attached", None)
+    if head.get("attached"):
+        fields["attached"] = [
+            {"name": entry.name, "nbytes": entry.nbytes, "digest": entry.digest} for entry in head["attached"]
+        ]
     # the tree last, so that a reader who wants the step stops in front of it
     body = (json.dumps(fields, separators=(",", ":"))[:-1] + "," + constant).encode()
     # over the bytes as they are: one JSON has many spellings
@@ -126,6 +156,7 @@ def decode_manifest(raw: bytes) -> Manifest:
             strides=_strides(fields.found["strides"]),
             exotic=_texts(fields.found["exotic"], "exotic"),
             notes=_Fields(fields.found["notes"]).found,
+            attached=_attached(fields.found.get("attached", [])),
         )
 
 
@@ -295,6 +326,22 @@ def _files(value: object) -> tuple[FileEntry, ...]:
     if len({entry.name for entry in files}) < len(files):
         raise ManifestError("it lists a file twice")
     return tuple(files)
+
+
+def _attached(value: object) -> tuple[AttachedEntry, ...]:
+    if type(value) is not list:
+        raise ManifestError(f"what is attached is {_shown(value)}")
+    entries = []
+    for raw in value:
+        entry = _Fields(raw)
+        name = entry.text("name")
+        if why_not_attachable(name):  # it is put behind a prefix, and must not lead out of the directory
+            raise ManifestError(f"a file attached to it is called {_shown(name)}")
+        nbytes, digest = entry.integer("nbytes", 0), entry.text("digest", _HEX)
+        entries.append(AttachedEntry(name=name, nbytes=nbytes, digest=digest))
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ManifestError("it lists an attached file twice")
+    return tuple(entries)
 
 
 def _strides(value: object) -> dict[str, tuple[int, ...]]:

@@ -206,6 +206,7 @@ class OneSave:
             release = make_release(
                 publication,
                 files,
+                {},
                 checkpoint_id=self.checkpoint_id,
                 uid=self.uid,
                 # as a checkpoint that stock wrote has one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attachments import Attachment, read_attachments
 from .commit import CommitOutcome
 from .failures import Preparing, Subject, cancelled_error, forget_locals, save_error, tell_others
 from .file_writer import File
@@ -15,6 +16,7 @@ from .resolved_items import ResolvedItems, is_raw
 from .services import Carryover, SaveServices
 
 __all__ = [
+    "Attachment",
     "Cancellation",
     "Carryover",
     "CommitOutcome",
@@ -32,6 +34,7 @@ __all__ = [
     "forget_locals",
     "is_raw",
     "make_release",
+    "read_attachments",
     "save_error",
     "tell_others",
     "write_items",

@@ -8,7 +8,7 @@ long as it must be, and no replica that differs; and no rank commits before its 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -16,6 +16,7 @@ import anyio
 
 from .._concurrency import collection_paused
 from ..planning import CompiledPlan, Publication
+from .attachments import Attachments, Told
 from .directory import SaveDirectory
 from .file_writer import File, FileWriter
 from .publishing import make_release
@@ -29,14 +30,15 @@ class ShareOutcome(TypedDict):
     """What a rank has written and compared. Plain data: it travels."""
 
     file: File | None
+    attached: Told
     replicas: list[Digest]
 
 
 class Conclusion(TypedDict):
     """What the coordinator made of it. Plain data: it travels."""
 
-    published: tuple[float, int, int]
-    """(time, files, bytes), unless something differs."""
+    published: tuple[float, int, int, dict[str, int]]
+    """(time, data files, their bytes, length of each attached file), unless something differs."""
     differing: list[tuple[int, Kind]]
     """Groups of replicas that are not alike."""
 
@@ -48,6 +50,8 @@ class CommitOutcome:
     time: float
     num_files: int
     nbytes: int
+    attached: Mapping[str, int]
+    """Name -> length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +76,7 @@ class Commit:
         uid: str,
         directory: SaveDirectory,
         comparison: ReplicaComparison,
+        attachments: Attachments,
     ) -> None:
         self._request = request
         self._services = services
@@ -79,6 +84,7 @@ class Commit:
         self._uid = uid
         self._directory = directory
         self._comparison = comparison
+        self._attachments = attachments
 
     async def run(self, written: Written) -> CommitOutcome:
         """Ranks: all must call it. Cancellation: until the commit has begun, then not any more. Raises
@@ -87,15 +93,16 @@ class Commit:
         entry = await written.file.complete(transaction)
         # not before the caller has its state back: a save() that raises must leave no checkpoint
         await asyncio.shield(asyncio.wrap_future(self._request.has_returned))
-        if entry is not None and not coordinator.is_coordinator:  # it looks at all of them
-            await transaction.verify({entry[0]: entry[1]})
+        mine = ({entry[0]: entry[1]} if entry is not None else {}) | self._attachments.lengths
+        if mine and not coordinator.is_coordinator:  # it looks at all of them
+            await transaction.verify(mine)
         # the files are the coordinator's now: if this process dies they may be published all the same
         transaction.hand_over()
         if not coordinator.is_coordinator:
             # the coordinator may publish as soon as it hears from this rank
             self._request.cancellation.close()
         # a rank without a file sends one, too: the commit is of all ranks or of none
-        message = ShareOutcome(file=entry, replicas=written.replicas)
+        message = ShareOutcome(file=entry, attached=self._attachments.written, replicas=written.replicas)
 
         async def conclude(outcomes: Sequence[ShareOutcome]) -> list[Conclusion]:
             return [await self._conclude(written.plan, outcomes)] * len(outcomes)
@@ -112,17 +119,20 @@ class Commit:
         """Publish, unless ranks hold other bytes under one name."""
         unlike = differing([outcome["replicas"] for outcome in outcomes])
         if unlike:
-            return Conclusion(published=(0.0, 0, 0), differing=unlike)
-        published = await self._publish(plan, [outcome["file"] for outcome in outcomes])
+            return Conclusion(published=(0.0, 0, 0, {}), differing=unlike)
+        published = await self._publish(plan, outcomes)
         return Conclusion(published=published, differing=[])
 
-    async def _publish(self, plan: CompiledPlan, entries: Sequence[File | None]) -> tuple[float, int, int]:
+    async def _publish(
+        self, plan: CompiledPlan, outcomes: Sequence[ShareOutcome]
+    ) -> tuple[float, int, int, dict[str, int]]:
         request, response = self._request, self._request.response
         coordinator, transaction = self._services.coordinator, self._directory.transaction
         publication = await self._publication(plan)
         release = make_release(
             publication,
-            entries,
+            [outcome["file"] for outcome in outcomes],
+            {name: told for outcome in outcomes for name, told in outcome["attached"].items()},
             checkpoint_id=response.checkpoint_id,
             uid=self._uid,
             step=response.step,
@@ -136,7 +146,7 @@ class Commit:
         request.cancellation.close()
         with anyio.CancelScope(shield=True):
             await transaction.commit(release.metadata, release.manifest, replace=request.replace)
-        return release.time, len(release.sizes), sum(release.sizes.values())
+        return release.time, release.num_files, release.nbytes, release.attached
 
     async def _publication(self, plan: CompiledPlan) -> Publication:
         """What is published, made by the first save of a plan; others that are in flight wait for it."""

@@ -12,6 +12,7 @@ import logging
 from .._names import data_file
 from ..formats import FileLayout, uids_named_in
 from ..storage import Transaction
+from .attachments import Attachments
 from .request import SaveRequest
 from .services import Carryover, SaveServices
 
@@ -22,12 +23,19 @@ class SaveDirectory:
     """Where one save writes. Owns its transaction."""
 
     def __init__(
-        self, request: SaveRequest, services: SaveServices, carryover: Carryover, *, uid: str
+        self,
+        request: SaveRequest,
+        services: SaveServices,
+        carryover: Carryover,
+        *,
+        uid: str,
+        attachments: Attachments,
     ) -> None:
         self._request = request
         self._services = services
         self._carryover = carryover
         self._uid = uid
+        self._attachments = attachments
         self._transaction: Transaction | None = None
         self.file = data_file(services.coordinator.rank, 0, uid)
         """The name of this rank's file."""
@@ -43,9 +51,10 @@ class SaveDirectory:
         to write, and again when it comes to write itself."""
         coordinator = self._services.coordinator
         if self._transaction is None:
+            data = {self.file: layout.file_bytes} if layout.image_bytes else {}
             self._transaction = await self._services.storage.begin(
                 self._request.response.checkpoint_id,
-                {self.file: layout.file_bytes} if layout.image_bytes else {},
+                data | self._attachments.lengths,
                 uid=self._uid,
                 replace=self._request.replace,
                 led_from=None if coordinator.is_coordinator else coordinator.coordinator_host,

@@ -24,6 +24,7 @@ from ..coordination import RemoteError
 from ..events import SaveProgress, SaveStaged
 from ..planning import CompiledPlan
 from ..staging import Lease, Prepared, Run, StageJob, num_parts, parts_between
+from .attachments import Attachments
 from .commit import Commit, CommitOutcome, Written
 from .directory import SaveDirectory
 from .failures import in_phase, tell_others
@@ -57,7 +58,8 @@ class SavePipeline:
         self._services = services
         self._carryover = carryover
         self._uid = uid
-        self._directory = SaveDirectory(request, services, carryover, uid=uid)
+        self._attachments = Attachments(request.files, uid)
+        self._directory = SaveDirectory(request, services, carryover, uid=uid, attachments=self._attachments)
         self._comparison = ReplicaComparison(
             carryover.replicas,
             uid=uid,
@@ -119,6 +121,7 @@ class SavePipeline:
             options=services.planning,
             lead=self._lead,
             comparison=self._comparison,
+            attachments=self._attachments,
         )
         known, written = ranks.plan, None
         # staging under a plan that may not hold is a bet that it does, as it nearly always does. Not under a
@@ -147,6 +150,7 @@ class SavePipeline:
             uid=self._uid,
             directory=self._directory,
             comparison=self._comparison,
+            attachments=self._attachments,
         )
         with in_phase("commit"):
             return await commit.run(written)
@@ -162,7 +166,14 @@ class SavePipeline:
         """Stage and write what ``plan`` says. None if ``is_agreed``, asked meanwhile, says that it does not
         hold: then what was staged is dropped, and the state still held."""
         self._flow = _Flow(
-            plan, self._request, self._services, self._directory, self._comparison, self._staged, self._made
+            plan,
+            self._request,
+            self._services,
+            self._directory,
+            self._comparison,
+            self._attachments,
+            self._staged,
+            self._made,
         )
         return await self._flow.run(is_agreed)
 
@@ -192,6 +203,7 @@ class _Flow:
         services: SaveServices,
         directory: SaveDirectory,
         comparison: ReplicaComparison,
+        attachments: Attachments,
         on_staged: Callable[[int], None],
         made: Prepared | None,
     ) -> None:
@@ -204,6 +216,7 @@ class _Flow:
         self._services = services
         self._directory = directory
         self._comparison = comparison
+        self._attachments = attachments
         self._on_staged = on_staged
         self._num_parts = num_parts(plan.layout.image_bytes, services.stager.pool.slot_bytes)
         self._job = StageJob(plan=plan, prepared=self.share)
@@ -275,7 +288,9 @@ class _Flow:
             with anyio.CancelScope(shield=True):  # half a sweep would leave what no save has to undo
                 await self._directory.sweep()
             await self._directory.open(self._plan.layout)
-        self._begun.set()
+            self._begun.set()
+            # beside the parts, which are the longer way
+            await self._attachments.write(self._directory.transaction)
 
     async def _stage(self, runs: Pipe[Run]) -> None:
         """Copy runs of parts, or queue their copies on devices; the first thing a caller waits for, so

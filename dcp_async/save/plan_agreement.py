@@ -38,6 +38,7 @@ from ..planning import (
     value_digests,
 )
 from ..staging import Prepared
+from .attachments import Attachments, deal
 from .replica_comparison import ReplicaComparison
 
 Verdict = Literal["reuse", "replan", "compare"]
@@ -49,6 +50,8 @@ class Ruling(TypedDict):
     verdict: Verdict
     turn: Turn | None
     """None if they have to plan anew."""
+    files: list[str]
+    """What the rank writes of the files that are attached."""
 
 
 def judge(plan: CompiledPlan | None, messages: Sequence[dict[str, Any]]) -> Verdict:
@@ -84,11 +87,12 @@ class PlanAgreement:
         options: PlanningOptions,
         lead: Callable[[CompiledPlan], Awaitable[None]],
         comparison: ReplicaComparison,
+        attachments: Attachments | None = None,
     ) -> None:
         """``plan`` is what this rank has for the structure of ``prepared``, None if a planner of the user's
         decides, which is told that ``checkpoint_id`` is saved; ``lead``, called on the coordinator of several
         ranks, makes the directory ready for them to write; ``comparison`` is told its turn as soon as they
-        have a plan."""
+        have a plan, ``attachments`` which of them this rank writes."""
         captured = self.captured = prepared.captured
         self._prepared = prepared
         self._checkpoint_id = checkpoint_id
@@ -101,6 +105,7 @@ class PlanAgreement:
         self._options = options
         self._lead = lead
         self._comparison = comparison
+        self._attachments = attachments
 
     @property
     def plan(self) -> CompiledPlan | None:
@@ -124,7 +129,10 @@ class PlanAgreement:
             }
         if self._prepared.planner is not None:
             message["planner"] = type(self._prepared.planner).__qualname__
+        if self._attachments is not None and (files := self._attachments.told):
+            message["files"] = files
         ruling = await self._coordinator.exchange(self._uid, "verdict", message, self._judge)
+        self._take_files(ruling["files"])
         if ruling["verdict"] == "compare" and plan is not None:
             # bytes differ where values need not: sets and dicts pickle in an order of each process's own
             named = dict(zip(plan.structure.leaf_names, hashes, strict=True))
@@ -137,6 +145,10 @@ class PlanAgreement:
             return False
         self._comparison.begin(ruling["turn"])
         return True
+
+    def _take_files(self, share: Sequence[str]) -> None:
+        if self._attachments is not None:
+            self._attachments.take(share)
 
     def _learn(self, plan: CompiledPlan, names: Sequence[str]) -> None:
         """These leaves are equal, and pickled otherwise on each rank."""
@@ -175,13 +187,16 @@ class PlanAgreement:
                     f"rank 0 plans with {planners[0] or 'the default planner'} and rank {rank} with "
                     f"{planner or 'the default planner'}; PlanningOptions(save=...) gives the same everywhere"
                 )
-        plan = self._plan
+        shares = deal([message.get("files", {}) for message in messages])
+        # before it hears its own ruling: the directory is made ready for its files as well
+        self._take_files(shares[self._coordinator.rank])
+        plan, turn = self._plan, None
         verdict = judge(plan, messages)
-        if plan is None or verdict == "replan":
-            return [Ruling(verdict=verdict, turn=None)] * len(messages)
-        if verdict == "reuse":
-            await self._go_ahead(plan)
-        return [Ruling(verdict=verdict, turn=self._comparison.deal(plan))] * len(messages)
+        if plan is not None and verdict != "replan":
+            if verdict == "reuse":
+                await self._go_ahead(plan)
+            turn = self._comparison.deal(plan)
+        return [Ruling(verdict=verdict, turn=turn, files=share) for share in shares]
 
     async def _go_ahead(self, plan: CompiledPlan) -> None:
         if self._coordinator.world_size > 1:  # alone, it opens the directory beside staging

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats import FileEntry, ManifestHead, encode_manifest
+from .._names import attached_file
+from ..formats import AttachedEntry, FileEntry, ManifestHead, encode_manifest
 from ..info import JSON
 from ..planning import Publication, prove_head
+from .attachments import Told
 from .file_writer import File
 
 
@@ -25,20 +27,28 @@ class Release:
     metadata: bytes
     manifest: bytes
     sizes: Mapping[str, int]
-    """File -> length, of all data files."""
+    """File -> length, of all that was written."""
     time: float
+    num_files: int
+    """How many of them are data files."""
+    nbytes: int
+    """Length of those."""
+    attached: dict[str, int]
+    """Name -> length, of what is attached."""
 
 
 def make_release(
     publication: Publication,
     entries: Sequence[File | None],
+    attached: Told,
     *,
     checkpoint_id: str,
     uid: str,
     step: int | None,
     notes: Mapping[str, JSON],
 ) -> Release:
-    """``entries``: per rank, what it wrote, if anything. Raises ProofError."""
+    """``entries``: per rank, what it wrote, if anything; ``attached``: what all of them attached. Raises
+    ProofError."""
     metadata = publication.metadata.render(uid)
     now = time.time()
     ranks = [entry and FileEntry(name=entry[0], nbytes=entry[1], digest=entry[2]) for entry in entries]
@@ -52,13 +62,21 @@ def make_release(
         torch_version=torch.__version__,
         files=files,
         notes=notes,
+        attached=tuple(
+            AttachedEntry(name=name, nbytes=nbytes, digest=digest)
+            for name, (nbytes, digest) in attached.items()
+        ),
     )
+    sizes = {file.name: file.nbytes for file in files}
     # what is read back wrongly fails the save now, not the resume in a week
     prove_head(head, publication.ends, ranks)
     manifest = encode_manifest(**head, metadata=metadata, constant=publication.manifest_json)
     return Release(
         metadata=metadata,
         manifest=manifest,
-        sizes={file.name: file.nbytes for file in files},
+        sizes=sizes | {attached_file(uid, name): nbytes for name, (nbytes, _) in attached.items()},
         time=now,
+        num_files=len(sizes),
+        nbytes=sum(sizes.values()),
+        attached={name: nbytes for name, (nbytes, _) in attached.items()},
     )

@@ -17,6 +17,7 @@ from ..info import JSON
 from ..planning import CompiledPlan
 from ..response import AsyncSaveResponse, ResponseWriter
 from ..staging import Prepared
+from .attachments import Attachment
 
 
 class Cancellation:
@@ -65,6 +66,7 @@ class SaveRequest:
     """The compiled plan that the captured structure belongs to, be it that a leaf outgrew its room; None if
     the structure is new."""
     notes: Mapping[str, JSON]
+    files: Mapping[str, Attachment]
     replace: bool
     started: float
     """time.monotonic() of the request."""

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from .base import LinkError, NamesUids, Reader, Storage, StoredCheckpoint, Transaction, UnreadableError
+from .base import (
+    LinkError,
+    Listing,
+    NamesUids,
+    Reader,
+    Storage,
+    StoredCheckpoint,
+    Transaction,
+    UnreadableError,
+)
 from .deadline import LimitedStorage
 from .local import LocalReader, LocalStorage
 from .memory import MemoryStorage
@@ -11,6 +20,7 @@ from .urls import storage_at
 __all__ = [
     "LimitedStorage",
     "LinkError",
+    "Listing",
     "LocalReader",
     "LocalStorage",
     "MemoryStorage",

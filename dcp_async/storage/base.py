@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from ..errors import StorageError
 
@@ -124,6 +124,14 @@ class Reader(Protocol):
 
     async def close(self) -> None:
         """Release the files."""
+
+
+@runtime_checkable
+class Listing(Protocol):
+    """What a reader may offer besides: where others' files can lie among a checkpoint's, which there are."""
+
+    async def names(self) -> Sequence[str]:
+        """The names of all that lies beside `.metadata`, this included."""
 
 
 class Storage(Protocol):

@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 import torch
 
 from .._concurrency import Verb, drive_blocking
-from ..engine import STREAM_BYTES, CheckpointVerbs, EngineVerbs, reader_at, verifying
+from ..engine import STREAM_BYTES, Attachable, CheckpointVerbs, EngineVerbs, reader_at, verifying
 from ..info import JSON, CheckpointInfo, CheckpointRef, LoadReport, VerifyReport
 from ..load import Index
 from ..options import Dtypes, Limits, Timeouts
@@ -57,11 +57,13 @@ class CheckpointEngine(EngineVerbs):
         step: int | None = None,
         checkpoint_id: str | None = None,
         notes: Mapping[str, JSON] | None = None,
+        files: Attachable | None = None,
         replace: bool = False,
     ) -> AsyncSaveResponse:
         """Save ``state`` as it is now; the upload goes on by itself. An interrupt while it waits cancels the
         save."""
-        return self._run("save", self._saves.saving(state, step, checkpoint_id, notes, replace))
+        verb = self._saves.saving(state, step, checkpoint_id, notes, replace, files=files)
+        return self._run("save", verb)
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Do ahead of time what the first save of ``state`` would do while training waits; writes nothing."""
@@ -163,6 +165,10 @@ class Checkpoint(CheckpointVerbs):
     def tensor(self, name: str, index: Index = ..., *, device: torch.device | str = "cpu") -> torch.Tensor:
         """One tensor, or what ``index`` means of it; no more is read than that."""
         return self._run("tensor", self._reads.reading_tensor(name, index, device))
+
+    def file(self, name: str) -> bytes:
+        """The bytes of a file that was attached with ``save(files=...)``, verified."""
+        return self._run("file", self._reads.reading_file(name))
 
     def stream(
         self,

@@ -54,7 +54,7 @@ from tests.faults.calls import (
     is_data_write,
     tear,
 )
-from tests.faults.states import PART_BYTES, Trainer, flat, numbers, stock_target
+from tests.faults.states import PART_BYTES, Trainer, files_of, flat, numbers, stock_target
 from tests.support.clock import skip_time
 
 STEPS_OF_ANOTHER = 900
@@ -177,14 +177,23 @@ def inspect(
         found: dict[str, Any] = {}
         async with CheckpointEngine(root, staging=staging()) as engine:
             latest = await engine.latest()
+            files = {}
             async for info in engine.checkpoints():
                 try:
                     content = flat(await engine.read(info))
+                    async with engine.checkpoint(info) as checkpoint:
+                        attached = {name: str(await checkpoint.file(name)) for name in checkpoint.files}
                 except CheckpointError as error:
                     content = {"error": repr(error)}
+                    attached = content
                 found[info.checkpoint_id] = {"step": info.step, "found": content}
+                files[info.checkpoint_id] = {
+                    "attached": attached,
+                    "by_name": by_name(root, info.checkpoint_id),
+                }
         return {
             "found": found,
+            "files": files,
             "latest": latest and latest.checkpoint_id,
             "latest_step": latest and latest.step,
         }
@@ -215,6 +224,15 @@ def read_with_stock(root: str, kind: str, megabytes: float) -> dict[str, Any]:
     return found
 
 
+def by_name(root: str, name: str) -> dict[str, str]:
+    """What other programs find beside a checkpoint's own files: name -> content."""
+    return {
+        path.name: str(path.read_bytes())
+        for path in sorted((Path(root) / name).iterdir())
+        if not path.name.startswith((".", "__", "manifest-"))
+    }
+
+
 def leftovers(root: str) -> list[str]:
     """What no committed checkpoint names, judged by the names of the format alone; a directory ends in a
     slash.
@@ -230,6 +248,9 @@ def leftovers(root: str) -> list[str]:
             data = data_files(dcp.FileSystemReader(directory).read_metadata())
             uids = {name.rsplit("-", 1)[1].removesuffix(".distcp") for name in data}
             owned = {".metadata"} | data | {f"manifest-{uid}.json" for uid in uids}
+            for uid in uids:
+                attached = {name for name in names if name.startswith(f".attached-{uid}-")}
+                owned |= attached | {name.removeprefix(f".attached-{uid}-") for name in attached}
         else:
             strays.append(f"{directory.name}/")
         strays += [f"{directory.name}/{name}" for name in sorted(names - owned)]
@@ -256,6 +277,7 @@ def save(
     record: bool = False,
     hold: bool = False,
     is_late: bool = False,
+    attach: bool = False,
 ) -> None:
     """Opens, saves one version, closes; reports the outcome. Counts start before `open()` and end after
     `close()`.
@@ -309,7 +331,8 @@ def save(
                 line.report("paused", call="save()")
                 line.wait()
             try:
-                response = await engine.save(numbers(version), step=step, replace=replace)
+                files = files_of(version) if attach else None
+                response = await engine.save(numbers(version), step=step, files=files, replace=replace)
                 await response.upload_completion
             except CheckpointExistsError as error:
                 line.report("outcome", outcome="exists", **describe(error))

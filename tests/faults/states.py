@@ -50,6 +50,12 @@ def numbers(version: int, *, megabytes: float = 0.7) -> dict[str, Any]:
     }
 
 
+def files_of(version: int) -> dict[str, bytes]:
+    """What is attached to a version: one file that changes, one that does not, one that comes and goes."""
+    files = {"config.json": b'{"version": %d}' % version, "LICENSE": b"free\n"}
+    return files if version % 2 else files | {"even.txt": b"even"}
+
+
 class Trainer:
     """A real model with AdamW whose every step is a function of the step's number and of what came before."""
 

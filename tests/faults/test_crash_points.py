@@ -4,14 +4,16 @@ whole.
 
 from __future__ import annotations
 
+import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.faults.harness import Child, Nursery
-from tests.faults.states import versions
+from tests.faults.states import files_of, versions
 
 MOST_CALLS = 400
 """A bound for the sweep; a save of four parts makes far fewer."""
@@ -28,22 +30,38 @@ class Point:
     where: str
     left: dict[str, int]
     strays: list[str]
+    files: dict[str, Any]
+    """What each checkpoint has attached, and what lies beside its own files."""
+    later_files: dict[str, Any]
+    """The same after another save."""
 
 
-def killed_at_each_call(nursery: Nursery, base: Path, work: Path, *, replace: bool) -> list[Point]:
-    """One point for each call, after the checks that hold for all."""
+def killed_at_each_call(
+    nursery: Nursery,
+    base: Path,
+    work: Path,
+    *,
+    replace: bool,
+    attach: bool = False,
+    stride: int = 1,
+    first: int = 1,
+) -> list[Point]:
+    """One point for each call (of every ``stride``-th from the ``first`` on), after the checks that hold for
+    all."""
 
     def start(at: int) -> Child:
         shutil.copytree(base, work / str(at))
         step = 1 if replace else 2
-        return nursery.start("save", root=work / str(at), version=2, step=step, replace=replace, die_at=at)
+        return nursery.start(
+            "save", root=work / str(at), version=2, step=step, replace=replace, die_at=at, attach=attach
+        )
 
     name = "step-00000001" if replace else "step-00000002"
     points = []
-    following = start(1)
-    for at in range(1, MOST_CALLS):
+    following = start(first)
+    for at in range(first, MOST_CALLS, stride):
         # The next save runs beside the inspection of this one.
-        child, following = following, start(at + 1)
+        child, following = following, start(at + stride)
         child.rest()
         status = child.wait()
         where = child.said("dies")[-1]["call"] if child.said("dies") else "the end"
@@ -54,7 +72,15 @@ def killed_at_each_call(nursery: Nursery, base: Path, work: Path, *, replace: bo
         assert after == before | {"step-00000900": 0}, f"a later save changed what was left at {where}"
         if committed(child):
             assert before[name] == 2, f"reported as committed, killed at {where}"
-        points.append(Point(where=where, left=before, strays=left["swept"]["leftovers"]))
+        points.append(
+            Point(
+                where=where,
+                left=before,
+                strays=left["swept"]["leftovers"],
+                files=left["files"],
+                later_files=left["swept"]["files"],
+            )
+        )
         nursery.forget(child)
         shutil.rmtree(work / str(at))
         if where == "the end":
@@ -94,6 +120,29 @@ def test_replacing_save_killed_at_each_call_leaves_old_or_new(nursery: Nursery, 
         assert point.left in (old, new), point.where
     assert points[0].left == old
     assert points[-1].left == new
+    assert {point.where: point.strays for point in points if point.strays} == {}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("replace", [False, True], ids=["fresh", "replace"])
+def test_attached_files_are_those_of_the_checkpoint_wherever_a_save_is_killed(
+    nursery: Nursery, root: Path, replace: bool, kills: int
+) -> None:
+    base, work = root / "base", root / "work"
+    nursery.run("save", root=base, version=1, step=1, attach=True)
+    stride = 1 if kills >= 50 else 9
+    first = random.Random(kills + replace).randint(1, stride)
+
+    points = killed_at_each_call(
+        nursery, base, work, replace=replace, attach=True, stride=stride, first=first
+    )
+
+    assert points[-1].where == "the end"
+    for point in points:
+        for name, version in point.left.items():
+            files = {name: str(content) for name, content in files_of(version).items()}
+            assert point.files[name]["attached"] == files, point.where
+            assert point.later_files[name] == {"attached": files, "by_name": files}, point.where
     assert {point.where: point.strays for point in points if point.strays} == {}
 
 

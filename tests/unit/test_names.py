@@ -41,6 +41,9 @@ def test_what_is_written_is_recognised_with_its_kind_and_uid(uid: str, rank: int
         "manifest-0123456789abcdef.json\n",
         "__\u0661_0-0123456789abcdef.distcp",  # a digit, but none that we write
         "model.safetensors",
+        "config.json",
+        ".attached-0123456789abcdef-",
+        ".attached-0123456789ABCDEF-config.json",
     ],
 )
 def test_what_others_write_is_none_of_ours(name: str) -> None:

@@ -21,13 +21,14 @@ from collections.abc import Set
 from functools import partial
 from pathlib import Path
 
-from ..._names import METADATA, is_manifest, is_step_directory, lease_file, owned_file, temporary_metadata
+from ..._names import METADATA, is_manifest, is_step_directory, lease_file, owned_file
 from ..base import NamesUids
+from .attached_names import give_names, take_names
 from .safe_open import open_regular, read_small
 
 logger = logging.getLogger(__name__)
 
-_TEMPORARY = ("temporary", "lease")
+_TEMPORARY = ("temporary", "copy", "lease")
 """Kinds of files that a finished save has no more of."""
 _VISIBLE_SECONDS = 10.0
 """For a network file system to show one host what another made."""
@@ -223,6 +224,11 @@ def _lock_if_free(directory: Path, uid: str, max_age: float) -> int | None:
     return None
 
 
+def _is_temporary(name: str) -> bool:
+    owned = owned_file(name)
+    return owned is not None and owned.kind in _TEMPORARY
+
+
 def sweep_directory(directory: Path, named: NamesUids, *, max_age: float) -> bool:
     """Remove the files of dead saves from one checkpoint directory, and the directory if nothing is left in
     it; ``named`` reads its `.metadata`.
@@ -239,7 +245,7 @@ def sweep_directory(directory: Path, named: NamesUids, *, max_age: float) -> boo
     for name in listed:
         if (owned := owned_file(name)) is not None:
             by_uid.setdefault(owned.uid, []).append(name)
-            temporary = temporary or owned.kind in _TEMPORARY
+            temporary = temporary or _is_temporary(name)
     committed = (directory / METADATA).exists()
     if (
         committed
@@ -279,15 +285,18 @@ def _sweep_free(directory: Path, by_uid: dict[str, list[str]], free: set[str], n
         published = named(metadata, free)
     if published is None:
         return False
+    for uid in free & published:  # published by a process that died before it had tidied up
+        left = [name for name in by_uid[uid] if _is_temporary(name)]
+        # before an earlier save's are removed: only by them are its copies known for ours
+        if left and give_names(directory, uid):
+            for name in left:
+                (directory / name).unlink(missing_ok=True)
     for uid in free - published:
+        take_names(directory, uid)
         # the lease goes last: until then the leftovers stay recognisable as free
         for name in sorted(by_uid[uid], key=partial(operator.eq, lease_file(uid))):
             (directory / name).unlink(missing_ok=True)
         logger.info("swept %d files of the unfinished save %s from %s", len(by_uid[uid]), uid, directory)
-    for uid in free & published:  # published by a process that died before it had tidied up
-        for name in by_uid[uid]:
-            if name in (lease_file(uid), temporary_metadata(uid)):
-                (directory / name).unlink(missing_ok=True)
     if not committed and free - published:
         remove_if_empty(directory)
     return True

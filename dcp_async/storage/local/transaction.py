@@ -16,6 +16,7 @@ from typing import ParamSpec, TypeVar
 from ..._concurrency import StuckThreadError
 from ..._names import METADATA, manifest_file, temporary_metadata
 from ..calls import BlockingCalls
+from .attached_names import give_names
 from .files import DataFile, commit_mark, make_directory, refuse_link, sync, sync_directory
 from .lease import Beat, Lease, remove_if_empty, sweep_directory, take_lease
 
@@ -146,8 +147,7 @@ class LocalTransaction:
     async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
         lease = self._lease
         assert lease is not None, "only the rank that leads commits"
-        final = self._directory / METADATA
-        temporary = self._directory / temporary_metadata(self._uid)
+        final, temporary = self._directory / METADATA, self._directory / temporary_metadata(self._uid)
         await self._write_small(self._directory / manifest_file(self._uid), manifest)
         await self._write_small(temporary, metadata)
 
@@ -182,6 +182,7 @@ class LocalTransaction:
                     final.unlink()
                     self._published = False
                 raise
+            give_names(self._directory, self._uid)  # before the lease goes, by which a sweep would finish it
             temporary.unlink(missing_ok=True)
             self._release_lease()
             self._close_files()
