@@ -56,6 +56,7 @@ from .stored_item import (
     check_names,
     inflated_bound,
 )
+from .torch_save import Archive, StandIn
 from .tree import (
     Tree,
     build,
@@ -88,6 +89,7 @@ __all__ = [
     "PLAIN_DTYPES",
     "RECORD_HEAD_BYTES",
     "SECTOR_BYTES",
+    "Archive",
     "AttachedEntry",
     "FileEntry",
     "FileLayout",
@@ -106,6 +108,7 @@ __all__ = [
     "PickledKey",
     "Place",
     "Record",
+    "StandIn",
     "StoredItem",
     "Tree",
     "UnsupportedError",

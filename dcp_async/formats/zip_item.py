@@ -28,7 +28,7 @@ LOCATOR64 = struct.Struct("<4sIQI")
 
 # Storage classes that torch pickles a tensor's bytes under; dtypes younger than typed storages name
 # UntypedStorage instead.
-_STORAGE_CLASS = {
+STORAGE_CLASS = {
     torch.float32: "FloatStorage",
     torch.float64: "DoubleStorage",
     torch.float16: "HalfStorage",
@@ -54,19 +54,22 @@ _UNTYPED_NAMES = (
 )
 # by name: an older torch lacks the youngest of them
 _UNTYPED = frozenset(getattr(torch, name) for name in _UNTYPED_NAMES if hasattr(torch, name))
-PLAIN_DTYPES = frozenset(_STORAGE_CLASS) | _UNTYPED
+PLAIN_DTYPES = frozenset(STORAGE_CLASS) | _UNTYPED
 """dtypes whose items are made by hand; tensors of any other go through ``torch.save``."""
 
 
-def _local_header(name: bytes, size: int) -> bytes:
+def local_header(name: bytes, size: int, *, crc: int = 0, filler: bytes = b"") -> bytes:
+    """What stands before a record. ``filler``: extra fields that mean nothing, to move what is behind."""
     big = size >= LIMIT32
     # both sizes, though they are equal: in a local header zip64's field must have the two
     extra = struct.pack("<HHQQ", 1, 16, size, size) if big else b""
+    extra += filler
     size32 = LIMIT32 if big else size
-    return LOCAL.pack(b"PK\3\4", 0, _UTF8, 0, 0, 0, 0, size32, size32, len(name), len(extra)) + name + extra
+    return LOCAL.pack(b"PK\3\4", 0, _UTF8, 0, 0, 0, crc, size32, size32, len(name), len(extra)) + name + extra
 
 
-def _central_entry(name: bytes, size: int, offset: int) -> bytes:
+def central_entry(name: bytes, size: int, offset: int, *, crc: int = 0) -> bytes:
+    """A record's entry in the directory; ``offset`` of its header."""
     # zip64's field has only what does not fit above, in this order
     wide = [value for value in (size, size, offset) if value >= LIMIT32]
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
@@ -78,7 +81,7 @@ def _central_entry(name: bytes, size: int, offset: int) -> bytes:
         0,
         0,
         0,
-        0,
+        crc,
         size32,
         size32,
         len(name),
@@ -92,14 +95,15 @@ def _central_entry(name: bytes, size: int, offset: int) -> bytes:
     return CENTRAL.pack(b"PK\1\2", *fields) + name + extra
 
 
-def _directory(entries: Sequence[bytes], offset: int) -> bytes:
+def zip_directory(entries: Sequence[bytes], offset: int) -> bytes:
     """Central directory and its end record, to be placed at ``offset`` of the item."""
     body = b"".join(entries)
     end = b""
-    if offset + len(body) >= LIMIT32:
+    if offset + len(body) >= LIMIT32 or len(entries) >= 0xFFFF:
         end += END64.pack(b"PK\6\6", 44, 45, 45, 0, 0, len(entries), len(entries), len(body), offset)
         end += LOCATOR64.pack(b"PK\6\7", 0, offset + len(body), 1)
-    end += END.pack(b"PK\5\6", 0, 0, len(entries), len(entries), len(body), min(offset, LIMIT32), 0)
+    few = min(len(entries), 0xFFFF)
+    end += END.pack(b"PK\5\6", 0, 0, few, few, len(body), min(offset, LIMIT32), 0)
     return body + end
 
 
@@ -125,7 +129,7 @@ def _pickle_ints(values: Sequence[int]) -> bytes:
 
 def _tensor_pickle(dtype: torch.dtype, shape: Sequence[int], nbytes: int, numel: int) -> bytes:
     """``data.pkl`` of a row-major tensor, protocol 2, as ``torch.save`` would rebuild it."""
-    typed = _STORAGE_CLASS.get(dtype)
+    typed = STORAGE_CLASS.get(dtype)
     rebuild = "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"
     storage = f"ctorch\n{typed}\n" if typed else "ctorch.storage\nUntypedStorage\n"
     persistent_id = (
@@ -164,12 +168,12 @@ def tensor_frame(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, byt
         (_PREFIX + b"version", b"3\n"),
         (_PREFIX + b"byteorder", b"little"),
     ):
-        entries.append(_central_entry(name, len(content), len(head)))
-        head += _local_header(name, len(content)) + content
+        entries.append(central_entry(name, len(content), len(head)))
+        head += local_header(name, len(content)) + content
     name = _PREFIX + b"data/0"
-    entries.append(_central_entry(name, nbytes, len(head)))
-    head += _local_header(name, nbytes)
-    return head, _directory(entries, len(head) + nbytes)
+    entries.append(central_entry(name, nbytes, len(head)))
+    head += local_header(name, nbytes)
+    return head, zip_directory(entries, len(head) + nbytes)
 
 
 def object_item(pickled: bytes) -> bytes:
@@ -181,9 +185,9 @@ def object_item(pickled: bytes) -> bytes:
         (_PREFIX + b"version", b"3\n"),
         (_PREFIX + b"byteorder", b"little"),
     ):
-        entries.append(_central_entry(name, len(content), len(body)))
-        body += _local_header(name, len(content)) + content
-    return body + _directory(entries, len(body))
+        entries.append(central_entry(name, len(content), len(body)))
+        body += local_header(name, len(content)) + content
+    return body + zip_directory(entries, len(body))
 
 
 def _split(item: bytes) -> tuple[int, bytes, int]:
@@ -221,10 +225,10 @@ def pad_item(item: bytes, room: int) -> bytes:
     return b"".join(
         (
             item[:directory_at],
-            _local_header(name, padding),
+            local_header(name, padding),
             bytes(padding),
             entries,
-            _central_entry(name, padding, directory_at),
+            central_entry(name, padding, directory_at),
             end,
         )
     )

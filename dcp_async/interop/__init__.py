@@ -18,6 +18,7 @@ from .reader import FileSystemReader
 from .stagers import plain, stage, unstaged
 from .stock_load import load_through
 from .stock_save import save_through
+from .torch_save import dcp_to_torch_save
 from .writer import FileSystemWriter
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "check_checkpointer_type",
     "check_planner",
     "check_stager",
+    "dcp_to_torch_save",
     "load_calls",
     "load_directory",
     "load_through",

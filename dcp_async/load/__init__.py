@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .device_writes import DeviceWrites
-from .fresh_reads import batches, check_index, read_box, read_fresh, read_names, tensor_names
+from .fresh_reads import batches, check_index, read_box, read_fresh, read_names, read_outline, tensor_names
 from .indexing import Index
 from .operations import Loaded, LoadOptions, load_into
 from .pipeline import LoadServices
@@ -30,6 +30,7 @@ __all__ = [
     "read_box",
     "read_fresh",
     "read_names",
+    "read_outline",
     "read_planned",
     "tensor_names",
 ]

@@ -8,7 +8,7 @@ there.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -50,6 +50,21 @@ async def read_fresh(
     values = await read_names(contents, services, leaf_names(structure), device=device, writes=writes)
     keys_of = Keys(services.trust, LoadFailures(contents, touched=False))
     tree: dict[str, Any] = build(structure, values.__getitem__, keys_of.unpickle)
+    return tree
+
+
+async def read_outline(
+    contents: Contents, services: LoadServices, stand_in: Callable[[str, TensorStorageMetadata], Any]
+) -> dict[str, Any]:
+    """The checkpoint in the structure that was saved, with ``stand_in`` for each tensor that is plain bytes;
+    all else is read."""
+    metas = contents.names
+    names = leaf_names(contents.structure)
+    raw = {name: stand_in(name, meta) for name in names if is_raw(meta := metas[name], name, contents)}
+    others = [name for name in names if name not in raw]
+    values = raw | await read_names(contents, services, others, device=torch.device("cpu"), writes=None)
+    keys_of = Keys(services.trust, LoadFailures(contents, touched=False))
+    tree: dict[str, Any] = build(contents.structure, values.__getitem__, keys_of.unpickle)
     return tree
 
 

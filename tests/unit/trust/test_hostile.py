@@ -372,18 +372,18 @@ def _zip(entries: list[tuple[bytes, bytes, int, int]], body: bytes) -> bytes:
     """A zip with a directory of its own making: (name, content, where its header lies, CRC-32)."""
     lines = []
     for name, content, at, crc in entries:
-        line = zip_item._central_entry(name, len(content), at)
+        line = zip_item.central_entry(name, len(content), at)
         lines.append(line[:16] + struct.pack("<I", crc) + line[20:])
-    return body + zip_item._directory(lines, len(body))
+    return body + zip_item.zip_directory(lines, len(body))
 
 
 def test_the_pickle_that_was_judged_is_the_one_that_is_loaded() -> None:
     good, evil = pickle.dumps(5, 2), b"\x80\x02cos\ngetpid\n)R."
     name = b"archive/data.pkl"
-    first = zip_item._local_header(name, len(good)) + good
+    first = zip_item.local_header(name, len(good)) + good
     raw = _zip(
         [(name, evil, len(first), 0)],
-        first + zip_item._local_header(name, len(evil)) + evil,
+        first + zip_item.local_header(name, len(evil)) + evil,
     )
     item = _item(raw)
     assert not item.judge(bytearray(raw[: item.head_bytes]))
@@ -406,7 +406,7 @@ def test_deflated_records_are_refused(digests: bool) -> None:
 
 def test_records_that_share_bytes_are_refused() -> None:
     data = bytes(1000)
-    body = zip_item._local_header(b"archive/x", len(data)) + data
+    body = zip_item.local_header(b"archive/x", len(data)) + data
     for names in ((b"archive/x", b"archive/y"), (b"archive/x", b"archive/X")):
         with pytest.raises(ValueError, match=r"overlaps|twice"):
             check_records(
