@@ -72,7 +72,7 @@ class _Pickler(pickle.Pickler):
         if isinstance(value, torch.storage.TypedStorage):
             value = cast(Any, value)  # untyped where it counts
             memory, kind = value._untyped_storage, getattr(torch, value._pickle_storage_type())
-            numel = value._size()
+            numel = memory.nbytes() // value.dtype.itemsize
         elif isinstance(value, torch.UntypedStorage):
             memory, kind, numel = value, torch.UntypedStorage, value.nbytes()
         else:

@@ -98,7 +98,12 @@ async def _write(resources: CallResources, name: str, path: Path, trust: Trust, 
         for record, content in archive.small:
             _put(file, archive, record, [content])
         for record, storage in archive.held.items():
-            _put(file, archive, record, [_bytes_of(torch.empty(0, dtype=torch.uint8).set_(storage))])
+            _put(
+                file,
+                archive,
+                record,
+                [_bytes_of(torch.empty(0, dtype=torch.uint8, device=_CPU).set_(storage))],
+            )
         wanted = [name for name in tensor_names(contents, None) if name in ties.values()]
         limit = max(budget_bytes // 4, 1)
         for names, nbytes in batches(contents, wanted, limit):
