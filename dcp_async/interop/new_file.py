@@ -1,7 +1,8 @@
 """A local file that appears whole, under its name, or not at all.
 
 Enters: bytes at offsets. Leaves: a durable file, or nothing. Invariant: until it is published it has no name
-where the file system can do without one, so that not even a kill leaves any of it behind.
+where the file system can do without one, so that a kill leaves nothing of it behind but, between two calls of
+a replace, all of it under a temporary name.
 """
 
 from __future__ import annotations
@@ -46,17 +47,24 @@ class NewFile:
         os.fsync(self._fd)
         directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            if not self._is_named:
-                # a link can't replace: through a name of its own, for a moment. Only with a directory's
-                # descriptor does Python ask the system to follow the link in /proc
-                source = f"/proc/self/fd/{self._fd}"
-                os.link(source, self._temporary.name, dst_dir_fd=directory, follow_symlinks=True)
-                self._is_named = True
-            os.replace(self._temporary, self._path)
-            self._is_named = False
+            if not self._is_named and not self._linked(self._path.name, directory):
+                # a link can't replace: through a name of its own, for a moment
+                self._is_named = self._linked(self._temporary.name, directory)
+            if self._is_named:
+                os.replace(self._temporary, self._path)
+                self._is_named = False
             os.fsync(directory)
         finally:
             os.close(directory)
+
+    def _linked(self, name: str, directory: int) -> bool:
+        """Whether the file has ``name`` now, which nothing had before."""
+        try:
+            # only with a directory's descriptor does Python ask the system to follow the link in /proc
+            os.link(f"/proc/self/fd/{self._fd}", name, dst_dir_fd=directory, follow_symlinks=True)
+        except FileExistsError:
+            return False
+        return True
 
     def close(self) -> None:
         os.close(self._fd)

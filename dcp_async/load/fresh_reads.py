@@ -121,10 +121,24 @@ async def read_box(
     check_room(name, meta, contents)
     part = TensorStorageMetadata(meta.properties, torch.Size(extents(box)), [])
     tensor = fresh_tensor(part, None, device, writes=writes)
-    region = Region(tensor, tuple(low for low, _ in box))
-    failures = LoadFailures(contents, touched=False)
-    await LoadPipeline(contents, services, failures, writes).read({name: [region]}, ())
+    await fill_box(contents, services, name, tensor, tuple(low for low, _ in box), writes=writes)
     return tensor[rest]
+
+
+async def fill_box(
+    contents: Contents,
+    services: LoadServices,
+    name: str,
+    target: torch.Tensor,
+    offsets: tuple[int, ...],
+    *,
+    writes: DeviceWrites | None,
+) -> None:
+    """Fill ``target``, which nobody else has seen, with what lies at ``offsets`` of the tensor ``name``, one
+    of plain bytes."""
+    failures = LoadFailures(contents, touched=False)
+    pipeline = LoadPipeline(contents, services, failures, writes)
+    await pipeline.read({name: [Region(target, offsets)]}, ())
 
 
 def _cut(value: torch.Tensor, index: Index, name: str, contents: Contents) -> torch.Tensor:

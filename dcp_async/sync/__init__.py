@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as _stock
 
+from .conversions import dcp_to_torch_save
 from .engine import Checkpoint, CheckpointEngine, open_checkpoint, verify
 from .functional import Checkpointer, async_save, load, load_state_dict, save, save_state_dict
 
@@ -14,6 +15,7 @@ __all__ = [
     "CheckpointEngine",
     "Checkpointer",
     "async_save",
+    "dcp_to_torch_save",
     "load",
     "load_state_dict",
     "open_checkpoint",
