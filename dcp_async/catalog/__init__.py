@@ -7,17 +7,18 @@ from .contents import Contents
 from .decoding import UnfitMetadataError
 from .opened import Opened
 from .opening import last_number
-from .reference import reference
-from .safetensors_source import Model, SafetensorsOpener, model_at
+from .path_opener import PathOpener
+from .reference import is_path, reference
+from .safetensors_source import is_model_file
 
 __all__ = [
     "Catalog",
     "Contents",
-    "Model",
     "Opened",
-    "SafetensorsOpener",
+    "PathOpener",
     "UnfitMetadataError",
+    "is_model_file",
+    "is_path",
     "last_number",
-    "model_at",
     "reference",
 ]

@@ -1,7 +1,7 @@
 """Which checkpoints exist, in which order, and which one a reference means.
 
-Enters: a Storage. Leaves: names and CheckpointInfo of committed checkpoints. Invariant: all verbs see the
-same checkpoints in the same order.
+Enters: a Storage, and what opens paths. Leaves: names and CheckpointInfo of committed checkpoints. Invariant:
+all verbs see the same checkpoints in the same order; what a path leads to is none of them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ..storage import LinkError, Storage, StoredCheckpoint
 from .contents import Contents
 from .decoding import UnfitMetadataError
 from .opening import Opener, last_number, refused_link
-from .reference import reference
-from .safetensors_source import SafetensorsOpener
+from .path_opener import PathOpener
+from .reference import is_path, reference
 
 logger = logging.getLogger(__name__)
 
@@ -51,36 +51,42 @@ class Catalog:
         metadata_of: Callable[[str], Awaitable[Metadata]],
         *,
         timeout: float = 600.0,
-        opener: Opener | SafetensorsOpener | None = None,
+        paths: PathOpener | None = None,
+        opener: PathOpener | None = None,
     ) -> None:
         """
         Args:
             metadata_of: serves ``CheckpointInfo.metadata()``, which may be awaited on any loop.
             timeout: seconds after which a checkpoint that is replaced again and again is given up.
-            opener: opens what lies there, where that is no checkpoint of DCP's.
+            paths: opens what absolute paths lead to; None where names are all that is asked for.
+            opener: opens names, where they may be those of more than checkpoints.
         """
         self._storage = storage
         self._metadata_of = metadata_of
+        self._paths = paths
         self._opener = opener or Opener(storage, threads, metadata_of, timeout=timeout)
         self._told: set[tuple[str, str]] = set()
         """(name, why) of what could not be read: told once, not at every look."""
 
+    def _opener_of(self, name: str) -> Opener | PathOpener:
+        return self._paths if self._paths is not None and is_path(name) else self._opener
+
     async def open(self, name: str) -> Contents:
         """Open ``name`` and all its files, and check everything but the payload. Raises:
         CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError."""
-        return await self._opener.open(name)
+        return await self._opener_of(name).open(name)
 
     async def metadata(self, name: str) -> Metadata:
         """DCP's Metadata of ``name``. Raises: as ``open``."""
-        return await self._opener.metadata(name)
+        return await self._opener_of(name).metadata(name)
 
     async def verify(self, name: str, *, io_concurrency: int) -> VerifyReport:
         """Read all of ``name`` and tell what is damaged. Raises: as ``Opener.verify``."""
-        return await self._opener.verify(name, io_concurrency=io_concurrency)
+        return await self._opener_of(name).verify(name, io_concurrency=io_concurrency)
 
     async def is_current(self, contents: Contents) -> bool:
         """Whether what was opened has not been replaced or removed since."""
-        return await self._opener.is_current(contents)
+        return await self._opener_of(contents.info.checkpoint_id).is_current(contents)
 
     async def steps(self) -> list[int]:
         """The steps of all checkpoints, committed or not."""
@@ -186,6 +192,10 @@ class Catalog:
         """The names to try, best first. Raises CheckpointNotFoundError; TypeError for what can't be a
         reference."""
         wanted = reference(ref)
+        if self._paths is not None and isinstance(wanted, str) and is_path(wanted):
+            # before the root is looked at, which may hold many and need not even be there
+            await self._paths.check(wanted)
+            return [wanted]
         steps = await self._ordered()
         names = list(steps)
         if wanted == "latest":
@@ -202,7 +212,9 @@ class Catalog:
             what = "no checkpoint" if wanted == "latest" else f"no checkpoint {wanted!r}"
             others = f"there are {', '.join(map(_shown, names[-5:]))}" if names else "there is none yet"
             why = await self._why_none(wanted)
-            raise CheckpointNotFoundError(f"{what} is committed in {self._storage!r}{why}; {others}")
+            is_name = isinstance(wanted, str) and wanted != "latest"
+            hint = f"; what lies elsewhere is named by its path, such as './{wanted}'" if is_name else ""
+            raise CheckpointNotFoundError(f"{what} is committed in {self._storage!r}{why}; {others}{hint}")
         return chosen
 
     async def _meant_by(self, name: str) -> str:

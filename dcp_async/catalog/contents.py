@@ -60,6 +60,8 @@ class Contents:
     """Length of each file without its footer."""
     bare: frozenset[str] = frozenset()
     """Files whose items are the bytes of tensors and nothing else."""
+    open_ended: frozenset[str] = frozenset()
+    """Tensors in parts of which nobody recorded how many there are."""
     unfolded: Mapping[str, Mapping[str, InnerValue]] = field(default_factory=dict)
     """Leaf -> name -> what lay inside of it, for a state that has a container there."""
     # no argument, so that replace() makes contents whose tree is looked for anew
@@ -151,6 +153,7 @@ class Contents:
                 if name in names
             },
             exotic=frozenset(names[name] for name in self.exotic if name in names),
+            open_ended=frozenset(names[name] for name in self.open_ended if name in names),
             strides={names[name]: strides for name, strides in self.strides.items() if name in names},
         )
         # of stock's the paths above are all there is

@@ -26,7 +26,7 @@ from ..errors import (
 )
 from ..formats import ItemKey, Manifest, ManifestError, decode_step, locations_of, transforms_of
 from ..info import CheckpointInfo, VerifyReport
-from ..storage import LinkError, Reader, Storage, UnreadableError
+from ..storage import LinkError, ReadableStorage, Reader, UnreadableError
 from .contents import Contents
 from .decoding import RawMetadata, decoded, digest_of, manifest_of, read_raw
 from .file_checks import check_files, open_files
@@ -85,7 +85,7 @@ class Opener:
 
     def __init__(
         self,
-        storage: Storage,
+        storage: ReadableStorage,
         threads: BlockingThreads,
         metadata_of: Callable[[str], Awaitable[Metadata]],
         *,

@@ -1,8 +1,8 @@
 """What names a checkpoint in a call: "latest", a name, a step, or what was told of it.
 
 Enters: whatever a caller has at hand, numpy's integers, tensors of one element, paths and kinds of str
-included. Leaves: a plain str or int. Invariant: what ``save`` takes for a name or a step, every other verb
-takes for the same one.
+included. Leaves: a plain str or int; a path is absolute, which no name is. Invariant: what ``save`` takes for
+a name or a step, every other verb takes for the same one.
 """
 
 from __future__ import annotations
@@ -18,20 +18,38 @@ logger = logging.getLogger(__name__)
 
 
 def reference(ref: CheckpointRef) -> str | int:
-    """The plain name (or "latest") or step that ``ref`` means. Raises TypeError for what can be neither."""
+    """The plain name (or "latest"), absolute path or step that ``ref`` means. Raises: TypeError for what can
+    be none of them; ValueError for a URL."""
     if isinstance(ref, CheckpointInfo):
         return ref.checkpoint_id
     if isinstance(ref, str):
         # the plain text, whatever a kind of str prints itself as
-        return str.__str__(ref)
+        return _name_or_path(str.__str__(ref))
     if isinstance(ref, os.PathLike):
-        return os.fsdecode(ref)
+        return _name_or_path(os.fsdecode(ref))
     step = _step(ref)
     if step is None:
         raise TypeError(
-            f"a checkpoint is named by 'latest', its name, its step or its CheckpointInfo, not by {ref!r}"
+            f"a checkpoint is named by 'latest', its name, step, path or CheckpointInfo, not by {ref!r}"
         )
     return step
+
+
+def is_path(ref: str | int) -> bool:
+    """Whether what ``reference`` gave is a path, and no name below a root."""
+    return isinstance(ref, str) and os.path.isabs(ref)
+
+
+def _name_or_path(text: str) -> str:
+    if "/" not in text:  # no name below a root has one
+        return text
+    if "://" in text:
+        raise ValueError(
+            f"{text!r} is a URL, which dcp_async.open_checkpoint(url) opens; an engine takes names below its "
+            "root, and paths"
+        )
+    # now, and by whoever asked: a later chdir() does not move it
+    return os.path.abspath(os.path.expanduser(text))
 
 
 def _step(value: Any) -> int | None:

@@ -1,60 +1,42 @@
 """A directory of safetensors files, as Hugging Face's models are, opened as if it were a checkpoint.
 
-Enters: a LocalStorage and a name below its root. Leaves: Contents whose items are the bare bytes of tensors.
+Enters: the place of a directory. Leaves: Contents whose items are the bare bytes of tensors.
 Invariant: headers and index are checked before anything is told of them; nothing is unpickled, so files may
 lie behind links of their owner's, as in Hugging Face's cache.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 
 import xxhash
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import BlockingThreads, collection_paused
-from .._names import FIRST_RANK_METADATA, METADATA
-from ..errors import CheckpointNotFoundError, CorruptCheckpointError
-from ..formats import LENGTH_BYTES, HeaderError, decode_header, files_of_index, header_bytes, join_files
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError, LoadError
+from ..formats import (
+    LENGTH_BYTES,
+    AmbiguousNameError,
+    HeaderError,
+    StoredTensor,
+    decode_header,
+    files_of_index,
+    header_bytes,
+    join_files,
+)
 from ..info import CheckpointInfo, VerifyReport
-from ..storage import LocalReader, LocalStorage
+from ..storage import LocalPlace, LocalReader
 from .contents import Contents
 from .verification import Verification
 
-SUFFIX = ".safetensors"
+_SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _INDEX_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What a path names that leads to safetensors files and not to a checkpoint."""
-
-    root: str
-    name: str
-    """The directory below ``root`` that the files lie in."""
-    only: str | None
-    """The one file that is meant; None for the directory's model."""
-
-
-def model_at(path: str) -> Model | None:
-    """The model that ``path``, a directory or a file, leads to; None if it may be a checkpoint. Looks at the
-    file system."""
-    path = os.path.abspath(os.path.expanduser(path))
-    # not what the file is a link to: in Hugging Face's cache that has neither the name nor the neighbours
-    if path.endswith(SUFFIX) and not os.path.isdir(path):
-        root, name = os.path.split(os.path.realpath(os.path.dirname(path)))
-        return Model(root, name, os.path.basename(path))
-    try:
-        names = set(os.listdir(path))
-    except OSError:  # whoever opens it says what is wrong
-        return None
-    if names & {METADATA, FIRST_RANK_METADATA} or not any(name.endswith(SUFFIX) for name in names):
-        return None
-    root, name = os.path.split(os.path.realpath(path))
-    return Model(root, name, None)
+def is_model_file(name: str) -> bool:
+    """Whether ``name`` is that of a safetensors file, or of an index of some."""
+    return name.endswith((_SUFFIX, _INDEX_SUFFIX))
 
 
 class SafetensorsOpener:
@@ -62,23 +44,24 @@ class SafetensorsOpener:
 
     def __init__(
         self,
-        storage: LocalStorage,
+        place: LocalPlace,
         threads: BlockingThreads,
         metadata_of: Callable[[str], Awaitable[Metadata]],
         *,
         timeout: float,
-        model: Model,
+        only: str | None,
     ) -> None:
         """
         Args:
             timeout: seconds that a call in a thread may take.
-            model: what of the directory is meant.
+            only: the one file of the directory that is meant, or the index that says which; None for all of
+                the model that lies there.
         """
-        self._storage = storage
+        self._place = place
         self._threads = threads
         self._metadata_of = metadata_of
         self._timeout = timeout
-        self._only = model.only
+        self._only = only
 
     async def open(self, name: str) -> Contents:
         """Read the headers of all files of ``name``, which stay open.
@@ -86,7 +69,7 @@ class SafetensorsOpener:
         Raises: CheckpointNotFoundError if it holds none; CorruptCheckpointError for what can't be believed.
         """
         try:
-            reader = await self._storage.open(name)
+            reader = await self._place.open(name)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"there is no directory {name!r}", checkpoint_id=name) from error
         try:
@@ -96,24 +79,18 @@ class SafetensorsOpener:
             raise
 
     async def _contents(self, name: str, reader: LocalReader) -> Contents:
-        digest, num_bytes = xxhash.xxh3_64(), 0
         files, weights = await self._files(name, reader)
-        listed = {}
-        for file in files:
-            try:
-                nbytes = await reader.size(file)
-                first = await _read(reader, file, 0, min(LENGTH_BYTES, nbytes))
-                raw = await _read(reader, file, LENGTH_BYTES, header_bytes(first, nbytes))
-                listed[file] = await self._threads.run(decode_header, raw, nbytes)
-            except HeaderError as error:
-                raise _damaged(name, file, error) from error
-            digest.update(raw)
-            num_bytes += nbytes
+        listed, digest, num_bytes = await self._headers(name, reader, files)
         try:
             with collection_paused():
                 metadata, locations = join_files(listed, weights)
+        except AmbiguousNameError as error:
+            raise LoadError(
+                f"{name!r} has no index and more than one model: {error}; name one file by its own path",
+                checkpoint_id=name,
+            ) from error
         except HeaderError as error:
-            raise _damaged(name, "its index", error) from error
+            raise _damaged(name, "its files" if weights is None else "its index", error) from error
         return Contents(
             info=CheckpointInfo(
                 checkpoint_id=name,
@@ -128,7 +105,7 @@ class SafetensorsOpener:
             ),
             reader=reader,
             metadata=metadata,
-            digest=digest.hexdigest(),
+            digest=digest,
             manifest=None,
             locations=locations,
             transforms={},
@@ -137,55 +114,67 @@ class SafetensorsOpener:
             digests={},
             image_bytes={},
             bare=frozenset(files),
+            open_ended=frozenset(
+                tensor.name for tensors in listed.values() for tensor in tensors if tensor.offsets is not None
+            ),
         )
+
+    async def _headers(
+        self, name: str, reader: LocalReader, files: Sequence[str]
+    ) -> tuple[dict[str, list[StoredTensor]], str, int]:
+        """(what each of ``files`` holds, checksum of all headers, bytes of all files)."""
+        # by the headers alone: nothing vouches for payload, and ranks compare what they see by this
+        digest, num_bytes = xxhash.xxh3_64(), 0
+        listed = {}
+        for file in files:
+            try:
+                nbytes = await reader.size(file)
+                first = await _read(reader, file, 0, min(LENGTH_BYTES, nbytes))
+                raw = await _read(reader, file, LENGTH_BYTES, header_bytes(first, nbytes))
+                listed[file] = await self._threads.run(decode_header, raw, nbytes)
+            except HeaderError as error:
+                raise _damaged(name, file, error) from error
+            digest.update(raw)
+            num_bytes += nbytes
+        return listed, digest.hexdigest(), num_bytes
 
     async def _files(self, name: str, reader: LocalReader) -> tuple[Sequence[str], dict[str, str] | None]:
         """The files that make up the model, and what an index says of them."""
         names = await reader.names()
-        if self._only is not None:
-            if self._only not in names:
-                raise CheckpointNotFoundError(f"there is no {self._only!r} in {name!r}", checkpoint_id=name)
-            return [self._only], None
-        indexes = [file for file in names if file.endswith(_INDEX_SUFFIX)]
-        plain = [file for file in names if file.endswith(SUFFIX)]
-        if f"model{_INDEX_SUFFIX}" in indexes:
-            indexes = [f"model{_INDEX_SUFFIX}"]
-        elif f"model{SUFFIX}" in plain:
-            return [f"model{SUFFIX}"], None
-        if len(indexes) > 1:
-            raise CorruptCheckpointError(
-                f"{name!r} has several models, {', '.join(indexes[:3])}; open one of its files by its own "
-                "path",
-                checkpoint_id=name,
-            )
-        if not indexes:
-            if not plain:
+        file = _main_file(name, names) if self._only is None else self._only
+        if file is None:
+            if not (plain := [file for file in names if file.endswith(_SUFFIX)]):
                 raise CheckpointNotFoundError(f"{name!r} has no safetensors files", checkpoint_id=name)
             return plain, None
-        index = indexes[0]
+        if file not in names:
+            raise CheckpointNotFoundError(f"there is no file {file!r} for {name!r}", checkpoint_id=name)
+        if not file.endswith(_INDEX_SUFFIX):
+            return [file], None
         try:
-            nbytes = await reader.size(index)
+            nbytes = await reader.size(file)
             if nbytes > _INDEX_BYTES:
                 raise HeaderError(f"it is {nbytes} bytes long, which no index is")
-            weights = await self._threads.run(files_of_index, await _read(reader, index, 0, nbytes))
+            weights = await self._threads.run(files_of_index, await _read(reader, file, 0, nbytes))
             files = sorted(set(weights.values()))
             if missing := [file for file in files if file not in names]:
                 raise HeaderError(f"it names {missing[0]}, which is not there")
         except HeaderError as error:
-            raise _damaged(name, index, error) from error
+            raise _damaged(name, file, error) from error
         return files, weights
 
     async def metadata(self, name: str) -> Metadata:
         """What ``name`` holds. Raises: as ``open``."""
-        contents = await self.open(name)
-        await contents.close()
-        return contents.metadata
+        return (await self._looked_at(name)).metadata
 
     async def describe(self, name: str) -> CheckpointInfo:
         """What ``name`` is. Raises: as ``open``."""
+        return (await self._looked_at(name)).info
+
+    async def _looked_at(self, name: str) -> Contents:
+        """What ``name`` holds, its files closed again."""
         contents = await self.open(name)
         await contents.close()
-        return contents.info
+        return contents
 
     async def is_current(self, contents: Contents) -> bool:
         """Always: nobody replaces a model by a commit that could be told."""
@@ -209,6 +198,21 @@ class SafetensorsOpener:
             return await verification.run_bare(contents)
         finally:
             await contents.close()
+
+
+def _main_file(name: str, names: Sequence[str]) -> str | None:
+    """The index, or the one file, that stands for the model among ``names``; None if all its files do. Raises
+    LoadError."""
+    indexes = [file for file in names if file.endswith(_INDEX_SUFFIX)]
+    for file in (f"model{_INDEX_SUFFIX}", f"model{_SUFFIX}"):
+        if file in names:
+            return file
+    if len(indexes) > 1:
+        raise LoadError(
+            f"{name!r} has several models, {', '.join(indexes[:3])}; name one of them by its own path",
+            checkpoint_id=name,
+        )
+    return indexes[0] if indexes else None
 
 
 def _damaged(name: str, file: str, error: HeaderError) -> CorruptCheckpointError:

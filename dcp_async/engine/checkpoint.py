@@ -20,7 +20,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import Verb, Wait, drive
-from ..catalog import Opened, model_at
+from ..catalog import Opened
 from ..coordination import Coordination
 from ..errors import CheckpointNotFoundError, EngineStateError
 from ..formats import leaf_names
@@ -48,15 +48,12 @@ def reader_at(
     """Threads of its own to read what lies beside ``path``, a checkpoint's directory, and its name there."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"a checkpoint is opened by the path of its directory, not by {path!r}")
-    model = None
     if isinstance(path, str) and "://" in path:
         root, _, name = path.rstrip("/").rpartition("/")
         name = unquote(name) if path.lower().startswith("file:") else name
-    elif (model := model_at(os.fsdecode(path))) is not None:
-        root, name = model.root, model.name
     else:
-        # links are followed here: this very directory was asked for, wherever it lies
-        root, name = os.path.split(os.path.realpath(os.path.expanduser(os.fsdecode(path))))
+        # links are followed where it is opened: this very directory was asked for, wherever it lies
+        root, name = os.path.split(os.path.abspath(os.path.expanduser(os.fsdecode(path))))
     setup = make_setup(
         root,
         StagingOptions(),
@@ -67,7 +64,6 @@ def reader_at(
         trust=trust,
         observer=None,
         is_reader=True,
-        model=model,
     )
     return Lifetime(setup), name
 

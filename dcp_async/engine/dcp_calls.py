@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
 from .._concurrency import Inside, SignalSafeFuture, Verb, Wait, drive_blocking
-from ..catalog import Model, Opened, model_at
+from ..catalog import Opened, is_model_file
 from ..coordination import Coordination
 from ..errors import CheckpointError, CheckpointNotFoundError, EngineStateError
 from ..options import Limits, Timeouts
@@ -67,8 +67,10 @@ class Directory:
                 )
             return cls(root, unquote(name) if checkpoint_id.lower().startswith("file:") else name)
         # through links, as stock: the very directory that this leads to was meant
-        path = os.path.realpath(os.path.expanduser(os.fsdecode(checkpoint_id)))
-        root, name = os.path.split(path)
+        path = os.path.expanduser(os.fsdecode(checkpoint_id))
+        if is_model_file(path):  # in Hugging Face's cache a link, to what has another name
+            return cls(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        root, name = os.path.split(os.path.realpath(path))
         if not os.fsdecode(checkpoint_id) or not name:
             raise ValueError(f"checkpoint_id={checkpoint_id!r} names no directory that a checkpoint could be")
         return cls(root, name)
@@ -104,7 +106,7 @@ class CallOptions:
             load=DefaultLoadPlanner if self.load_planner is None else Given(self.load_planner),
         )
 
-    def lifetime(self, root: str, model: Model | None = None) -> Lifetime:
+    def lifetime(self, root: str) -> Lifetime:
         """What a call about ``root`` needs, not open yet. Raises ValueError for a URL that nobody serves."""
         try:
             setup = make_setup(
@@ -118,7 +120,6 @@ class CallOptions:
                 observer=None,
                 # names are given, so nobody counts steps: what lies beside the directory is not looked at
                 is_reader=True,
-                model=model,
             )
         except ValueError as error:
             raise ValueError(
@@ -136,8 +137,8 @@ class DcpCalls:
         """``keeps``: threads and memory serve further calls, until ``closing``."""
         self._options = options
         self._keeps = keeps
-        self._kept: dict[str | Model, Lifetime] = {}
-        self._opening: dict[str | Model, SignalSafeFuture[None]] = {}
+        self._kept: dict[str, Lifetime] = {}
+        self._opening: dict[str, SignalSafeFuture[None]] = {}
         """Done when the one call that opens a lifetime has."""
         self._is_closed = False
         self.inside = Inside()
@@ -148,24 +149,24 @@ class DcpCalls:
         if self._is_closed:
             raise EngineStateError("this Checkpointer is closed; make a new one")
 
-    def _enter(self, root: str, model: Model | None = None) -> Verb[Lifetime]:
-        key, mine = model or root, SignalSafeFuture[None]()
+    def _enter(self, root: str) -> Verb[Lifetime]:
+        mine = SignalSafeFuture[None]()
         # one at a time: calls that both come first would open two, of which one would be forgotten
-        while self._keeps and (other := self._opening.setdefault(key, mine)) is not mine:
+        while self._keeps and (other := self._opening.setdefault(root, mine)) is not mine:
             yield Wait(other)
         try:
-            return (yield from self._entered(key, root, model))
+            return (yield from self._entered(root))
         finally:
             if self._keeps:
-                del self._opening[key]
+                del self._opening[root]
                 mine.set_result(None)
 
-    def _entered(self, key: str | Model, root: str, model: Model | None) -> Verb[Lifetime]:
+    def _entered(self, root: str) -> Verb[Lifetime]:
         self.check_open()
         check_torch()
-        if (life := self._kept.get(key)) is not None:
+        if (life := self._kept.get(root)) is not None:
             return life
-        life = self._options.lifetime(root, model)
+        life = self._options.lifetime(root)
         try:
             with life.storage_errors("open"):
                 yield from life.opening()
@@ -174,7 +175,7 @@ class DcpCalls:
             yield from life.leaving(type(error))
             raise
         if self._keeps:
-            self._kept[key] = life
+            self._kept[root] = life
         return life
 
     def saving(self, state: Mapping[str, Any], directory: Directory, *, overwrite: bool) -> Verb[Metadata]:
@@ -225,11 +226,10 @@ class DcpCalls:
     def loading(self, state: Mapping[str, Any], directory: Directory) -> Verb[None]:
         """DCP's ``load``: the checkpoint may hold more than ``state`` asks for, dtypes are converted."""
         yield from _after_earlier(directory)
-        model = None if "://" in directory.root else model_at(os.path.join(directory.root, directory.name))
-        life = yield from self._enter(directory.root, model)
+        life = yield from self._enter(directory.root)
         opened: list[Opened] = []
         try:
-            yield from _opening(life, directory, directory.name if model is None else model.name, opened)
+            yield from _opening(life, directory, opened)
             yield from Loads(LoadContext(life, opened[0])).loading(
                 state,
                 opened[0].contents.info,
@@ -271,9 +271,9 @@ class DcpCalls:
             raise first
 
 
-def _opening(life: Lifetime, directory: Directory, name: str, opened: list[Opened]) -> Verb[None]:
+def _opening(life: Lifetime, directory: Directory, opened: list[Opened]) -> Verb[None]:
     try:
-        yield from Loads(LoadContext(life)).opening(name, opened.append, is_name=True)
+        yield from Loads(LoadContext(life)).opening(directory.name, opened.append, is_name=True)
     except CheckpointNotFoundError as error:
         raise CheckpointNotFoundError(
             f"there is no checkpoint in {str(directory)!r}; checkpoint_id is the directory of one "

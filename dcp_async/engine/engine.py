@@ -139,8 +139,10 @@ class CheckpointEngine(EngineVerbs):
         Args:
             state: what ``save`` was given. Tensors are filled in place, Statefuls get ``load_state_dict``,
                 other leaves are replaced.
-            source: "latest" (which passes over corrupt checkpoints), a name, a step, or a CheckpointInfo; a
-                name may be a path, a step any kind of integer.
+            source: "latest" (which passes over corrupt checkpoints), a name, a step (any kind of integer), a
+                CheckpointInfo; or the path, absolute or with a slash in it, of a checkpoint wherever it lies,
+                of a directory of safetensors files, as Hugging Face's models are, or of one such file. A
+                relative path is one of the coordinator's.
             keys: names of the state, or patterns of them (``"model.layers.*"``): all at and below what they
                 match is loaded, nothing else is touched, and strictness is about them alone. A ``*`` reaches
                 over dots. Modules are loaded in part; any other object with a ``load_state_dict()`` takes its

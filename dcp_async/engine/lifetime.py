@@ -37,7 +37,7 @@ from ..response import ResponseWriter
 from .admission import SaveBook
 from .exit_guard import ExitGuard, main_has_ended
 from .optimizer_hooks import OptimizerHooks
-from .resources import Resources, Setup, make_catalog
+from .resources import Resources, Setup, make_calls, make_catalog
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +106,14 @@ class Lifetime:
             raise EngineStateError(
                 f"the engine can't start its threads ({error}); open it before the program ends"
             ) from error
+        calls = make_calls(setup)
         return Resources(
             setup=setup,
             coordinator=coordinator,
             loop=loop,
             threads=threads,
-            catalog=make_catalog(setup, threads, self.metadata_of),
+            calls=calls,
+            catalog=make_catalog(setup, threads, calls, self.metadata_of),
         )
 
     def _guard(self) -> None:
@@ -305,7 +307,7 @@ class Lifetime:
             # a cancelled save joins its calls, so this takes as long as the slowest of them
             if not await self._drain(_ABORT_SECONDS):
                 logger.critical("the storage does not answer; its calls are abandoned")
-                self._abandon()
+                self.resources.abandon()
                 await self._drain(_ABORT_SECONDS)
         return not late
 
@@ -380,18 +382,11 @@ class Lifetime:
                 _, late = await asyncio.wait(late, timeout=_ABORT_SECONDS)
             if late:
                 logger.critical("the storage does not answer; its calls are abandoned")
-                self._abandon()
+                self.resources.abandon()
                 await asyncio.wait(late, timeout=_ABORT_SECONDS)
             for waiter in waiting:
                 if waiter.done() and not waiter.cancelled():
                     waiter.exception()  # its own caller is told
-
-    def _abandon(self) -> None:
-        self.setup.storage.abandon()
-        self.resources.threads.abandon()
-        self.resources.coordinator.abandon()
-        if self.setup.owns_stager:
-            self.setup.stager.abandon()
 
     async def _release(self) -> None:
         with self._lock:
@@ -403,8 +398,7 @@ class Lifetime:
         await self.resources.coordinator.close()
         if self.setup.owns_stager:
             await self.setup.stager.close()
-        if self.setup.owns_storage:
-            await self.setup.storage.close()
+        await self.resources.release_storage()
         self.resources.threads.shutdown()
         if self._is_unheard and self.book.has_unobserved():
             self._exit_guard.lost = True

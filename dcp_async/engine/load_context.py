@@ -7,6 +7,7 @@ services, waits, writers to devices, errors of the tree. Owns nothing.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 
 from .._concurrency import Job, Verb, Wait
 from .._foreign import is_foreign, words
-from ..catalog import Catalog, Opened
+from ..catalog import Catalog, Opened, is_path
 from ..coordination import RemoteFailure
 from ..errors import LoadError
 from ..load import Agreement, DeviceWrites, LoadServices
@@ -44,8 +45,10 @@ class LoadContext:
     def after_saves_of(self, source: str | int) -> Verb[None]:
         """Wait for the earlier saves of this engine that ``source`` may mean, as if ``save`` had been all of
         them; one that fails is none. A cancelled wait leaves them alone."""
+        # a path may be that of the root: the name at its end then is the save's
+        name = os.path.basename(source) if isinstance(source, str) and is_path(source) else source
         for writer in self.life.book.pending() if self.opened is None else ():
-            if source == "latest" or source in (writer.response.checkpoint_id, writer.response.step):
+            if name == "latest" or name in (writer.response.checkpoint_id, writer.response.step):
                 yield Wait(writer.upload.future)
         self.life.check_open()  # it may have been closed meanwhile
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import BlockingThreads, LoopThread
-from ..catalog import Catalog, Model, SafetensorsOpener
+from ..catalog import Catalog, PathOpener
 from ..coordination import Coordination, Coordinator
 from ..events import Event, Observer
 from ..options import Limits, Timeouts
 from ..planning import PlanningOptions
 from ..staging import Stager, StagingOptions
-from ..storage import LimitedStorage, LocalStorage, MemoryStorage, Storage, storage_at
+from ..storage import BlockingCalls, LimitedStorage, LocalStorage, MemoryStorage, Storage, storage_at
 from ..trust import Trust
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,6 @@ class Setup:
     observer: Observer | None
     is_reader: bool
     """Whether nothing will be saved, or only under given names, so that nobody has to know the steps."""
-    model: Model | None
-    """The safetensors files that are read, where it is those and no checkpoints."""
 
     @property
     def configuration(self) -> str:
@@ -79,12 +77,11 @@ def make_setup(
     trust: Trust,
     observer: Observer | None,
     is_reader: bool = False,
-    model: Model | None = None,
 ) -> Setup:
     """A storage and a stager are made where paths, URLs and options were given. Raises TypeError for a root
     that is neither a path nor a storage; ValueError for a URL that no storage serves."""
     owns_storage = isinstance(root, (str, os.PathLike))
-    storage = _storage_of(root, limits, timeouts, trust, model)
+    storage = _storage_of(root, limits, timeouts, trust)
     memory = storage if isinstance(storage, MemoryStorage) else root
     return Setup(
         storage=storage,
@@ -99,27 +96,13 @@ def make_setup(
         trust=trust,
         observer=observer,
         is_reader=is_reader,
-        model=model,
     )
 
 
 def _storage_of(
-    root: Storage | str | os.PathLike[str],
-    limits: Limits,
-    timeouts: Timeouts,
-    trust: Trust,
-    model: Model | None,
+    root: Storage | str | os.PathLike[str], limits: Limits, timeouts: Timeouts, trust: Trust
 ) -> Storage:
     """See ``make_setup``."""
-    if model is not None:
-        return LocalStorage(
-            model.root,
-            io_concurrency=limits.io_concurrency,
-            timeout=timeouts.storage,
-            # nothing of such files is unpickled, and Hugging Face's cache is made of links
-            follow_links=True,
-            only_committed=False,
-        )
     if isinstance(root, (str, os.PathLike)):
         return storage_at(
             root,
@@ -134,15 +117,33 @@ def _storage_of(
     return LimitedStorage(root, timeouts.storage)
 
 
+def make_calls(setup: Setup) -> BlockingCalls:
+    """Where calls run that look at paths: the storage's own threads, if it has such, else others that start
+    with the first path."""
+    if isinstance(setup.storage, LocalStorage):
+        return setup.storage
+    # nothing starts before a path is asked for
+    return BlockingCalls(io_concurrency=setup.limits.io_concurrency, timeout=setup.timeouts.storage)
+
+
 def make_catalog(
-    setup: Setup, threads: BlockingThreads, metadata_of: Callable[[str], Awaitable[Metadata]]
+    setup: Setup,
+    threads: BlockingThreads,
+    calls: BlockingCalls,
+    metadata_of: Callable[[str], Awaitable[Metadata]],
 ) -> Catalog:
-    """What chooses among the checkpoints of ``setup``, or opens the model that it names."""
-    storage, timeout, opener = setup.storage, setup.timeouts.storage, None
-    if setup.model is not None:
-        assert isinstance(storage, LocalStorage)
-        opener = SafetensorsOpener(storage, threads, metadata_of, timeout=timeout, model=setup.model)
-    return Catalog(storage, threads, metadata_of, timeout=timeout, opener=opener)
+    """What chooses among the checkpoints of ``setup``, and opens paths."""
+    storage, timeout = setup.storage, setup.timeouts.storage
+
+    def paths(root: str) -> PathOpener:
+        return PathOpener(
+            root, calls, threads, metadata_of, timeout=timeout, follow_links=setup.trust.follow_links
+        )
+
+    opener = None
+    if setup.is_reader and isinstance(storage, LocalStorage):
+        opener = paths(os.fspath(storage.root))  # who asks for one directory means whatever lies there
+    return Catalog(storage, threads, metadata_of, timeout=timeout, paths=paths("/"), opener=opener)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -155,6 +156,8 @@ class Resources:
     """Runs the engine's coroutines."""
     threads: BlockingThreads
     """For hashing, planning and decoding."""
+    calls: BlockingCalls
+    """For looking at paths outside of the root; the storage itself, if that has threads for it."""
     catalog: Catalog
 
     @property
@@ -183,6 +186,23 @@ class Resources:
     def timeout(self) -> float:
         """Seconds that one blocking call may take."""
         return self.setup.timeouts.storage
+
+    def abandon(self) -> None:
+        """Calls that hang are not waited for any more."""
+        self.storage.abandon()
+        self.calls.abandon()
+        self.threads.abandon()
+        self.coordinator.abandon()
+        if self.setup.owns_stager:
+            self.stager.abandon()
+
+    async def release_storage(self) -> None:
+        """Close what was made to reach storage; what was given stays open."""
+        if self.setup.owns_storage:
+            await self.storage.close()
+        # else it is the storage itself, which may be somebody else's
+        if not isinstance(self.calls, LocalStorage):
+            await self.calls.close()
 
     def observe(self, event: Event) -> None:
         """Tell the observer, if there is one; what it raises is logged and goes no further."""

@@ -32,7 +32,9 @@ from .metadata_writer import Group, MetadataTemplate, Place
 from .renamed_tree import renamed_paths, renamed_tree
 from .safetensors_header import (
     LENGTH_BYTES,
+    AmbiguousNameError,
     HeaderError,
+    StoredTensor,
     decode_header,
     files_of_index,
     header_bytes,
@@ -89,6 +91,7 @@ __all__ = [
     "PLAIN_DTYPES",
     "RECORD_HEAD_BYTES",
     "SECTOR_BYTES",
+    "AmbiguousNameError",
     "Archive",
     "AttachedEntry",
     "FileEntry",
@@ -110,6 +113,7 @@ __all__ = [
     "Record",
     "StandIn",
     "StoredItem",
+    "StoredTensor",
     "Tree",
     "UnsupportedError",
     "attached_digest",

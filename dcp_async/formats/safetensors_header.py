@@ -57,6 +57,10 @@ class HeaderError(ValueError):
     """A header or an index that is damaged, or lies."""
 
 
+class AmbiguousNameError(ValueError):
+    """Several files hold a tensor of one name, and no index says which is meant."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One tensor of one file."""
@@ -180,7 +184,8 @@ def files_of_index(raw: bytes) -> dict[str, str]:
 def join_files(
     files: Mapping[str, Sequence[StoredTensor]], weights: Mapping[str, str] | None
 ) -> tuple[Metadata, dict[tuple[str, Any], tuple[str, int, int]]]:
-    """What ``files`` hold together, and where: (name, offsets) -> (file, offset, length). Raises HeaderError.
+    """What ``files`` hold together, and where: (name, offsets) -> (file, offset, length). Raises HeaderError;
+    AmbiguousNameError without an index.
 
     Args:
         weights: what the index says of each name; None without one.
@@ -195,18 +200,21 @@ def join_files(
     names: dict[str, TensorStorageMetadata] = {}
     locations: dict[tuple[str, Any], tuple[str, int, int]] = {}
     for name, stored in parts.items():
-        names[name] = _joined(name, stored)
+        names[name] = _joined(name, stored, HeaderError if weights is not None else AmbiguousNameError)
         for file, tensor in stored:
             begin = torch.Size(tensor.offsets or (0,) * len(tensor.shape))
             locations[name, begin] = (file, tensor.start, tensor.stop - tensor.start)
     return Metadata(state_dict_metadata=dict(names), storage_data={}), locations
 
 
-def _joined(name: str, stored: Sequence[tuple[str, StoredTensor]]) -> TensorStorageMetadata:
+def _joined(
+    name: str, stored: Sequence[tuple[str, StoredTensor]], twice: type[ValueError]
+) -> TensorStorageMetadata:
+    """``twice``: what is raised for whole tensors of one name."""
     first = stored[0][1]
     if len(stored) > 1 and any(tensor.offsets is None for _, tensor in stored):
         files = ", ".join(sorted({file for file, _ in stored})[:3])
-        raise HeaderError(f"{name!r} lies in several files: {files}")
+        raise twice(f"{name!r} lies in several files: {files}")
     if any((t.dtype, len(t.shape)) != (first.dtype, len(first.shape)) for _, t in stored):
         raise HeaderError(f"the parts of {name!r} are of different dtypes or ranks")
     chunks = [

@@ -8,6 +8,7 @@ there.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ from .keys import Keys
 from .pipeline import LoadPipeline, LoadServices
 from .room import check_room
 from .tensor_matching import fresh_tensor, is_raw
+
+logger = logging.getLogger(__name__)
 
 
 async def read_fresh(
@@ -82,6 +85,8 @@ async def read_names(
     tied: dict[str, str] = {}
     leaves: list[str] = []
     metas = contents.names
+    names = list(names)
+    _warn_of_parts(contents, names)
     for name in names:
         meta = metas[name]
         if not is_raw(meta, name, contents):
@@ -118,6 +123,7 @@ async def read_box(
     if not is_raw(meta, name, contents):
         values = await read_names(contents, services, [name], device=device, writes=writes)
         return _cut(values[name], index, name, contents)
+    _warn_of_parts(contents, [name])
     check_room(name, meta, contents)
     part = TensorStorageMetadata(meta.properties, torch.Size(extents(box)), [])
     tensor = fresh_tensor(part, None, device, writes=writes)
@@ -139,6 +145,17 @@ async def fill_box(
     failures = LoadFailures(contents, touched=False)
     pipeline = LoadPipeline(contents, services, failures, writes)
     await pipeline.read({name: [Region(target, offsets)]}, ())
+
+
+def _warn_of_parts(contents: Contents, names: Iterable[str]) -> None:
+    """A load compares shapes with the state's; who makes new tensors has nothing to compare with."""
+    if open_ended := [name for name in names if name in contents.open_ended]:
+        logger.warning(
+            "checkpoint %r holds parts that ranks wrote, and nothing in it says of how many: should the last "
+            "one's file be lost, tensors are shorter than they were (%s)",
+            contents.info.checkpoint_id,
+            ", ".join(f"{name} {tuple(contents.tensors[name].size)}" for name in open_ended[:3]),
+        )
 
 
 def _cut(value: torch.Tensor, index: Index, name: str, contents: Contents) -> torch.Tensor:

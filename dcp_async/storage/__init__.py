@@ -6,25 +6,30 @@ from .base import (
     LinkError,
     Listing,
     NamesUids,
+    ReadableStorage,
     Reader,
     Storage,
     StoredCheckpoint,
     Transaction,
     UnreadableError,
 )
+from .calls import BlockingCalls
 from .deadline import LimitedStorage
-from .local import LocalReader, LocalStorage
+from .local import LocalPlace, LocalReader, LocalStorage
 from .memory import MemoryStorage
 from .urls import storage_at
 
 __all__ = [
+    "BlockingCalls",
     "LimitedStorage",
     "LinkError",
     "Listing",
+    "LocalPlace",
     "LocalReader",
     "LocalStorage",
     "MemoryStorage",
     "NamesUids",
+    "ReadableStorage",
     "Reader",
     "Storage",
     "StoredCheckpoint",

@@ -189,3 +189,13 @@ class Storage(Protocol):
 
         Raises: FileNotFoundError if it is not committed; LinkError; UnreadableError; StorageError.
         """
+
+
+class ReadableStorage(Protocol):
+    """What a checkpoint is opened from: the part of a Storage that looks and reads."""
+
+    async def list(self) -> Sequence[StoredCheckpoint]:
+        """As ``Storage.list``."""
+
+    async def open(self, name: str) -> Reader:
+        """As ``Storage.open``."""

@@ -106,9 +106,23 @@ async def test_files_without_an_index_are_one_model(tmp_path: Path) -> None:
     async with open_checkpoint(tmp_path) as checkpoint:
         assert set(checkpoint.names) == {"a", "b"}
     save_file({"a": torch.ones(3)}, tmp_path / "z.safetensors")
-    with pytest.raises(CorruptCheckpointError, match=r"'a' lies in several files: x\.safe"):
+    with pytest.raises(LoadError, match=r"more than one model: 'a' lies in several files: x\.safe") as caught:
         async with open_checkpoint(tmp_path):
             pass
+    assert not isinstance(caught.value, CorruptCheckpointError)  # nothing is damaged
+
+
+async def test_of_several_indexes_one_is_named_by_its_path(tmp_path: Path) -> None:
+    for variant in ("fp16", "fp32"):
+        save_file({variant: torch.ones(3)}, tmp_path / f"x.{variant}.safetensors")
+        index = {"weight_map": {variant: f"x.{variant}.safetensors"}}
+        (tmp_path / f"x.{variant}.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(LoadError, match=r"several models, x\.fp16.*by its own path") as caught:
+        async with open_checkpoint(tmp_path):
+            pass
+    assert not isinstance(caught.value, CorruptCheckpointError)
+    async with open_checkpoint(tmp_path / "x.fp32.safetensors.index.json") as checkpoint:
+        assert set(checkpoint.names) == {"fp32"}
 
 
 @pytest.mark.parametrize("kind", sorted(_DTYPES))
@@ -218,6 +232,9 @@ async def test_the_links_of_hugging_faces_cache_are_followed(model: Path, tmp_pa
         assert_same(await checkpoint.read(), tensors())
     async with open_checkpoint(snapshot / "model-00001-of-00002.safetensors") as checkpoint:
         assert set(checkpoint.names) == {"0.weight", "0.bias"}
+    target = {"0.bias": torch.zeros(8)}
+    await functional.load(target, checkpoint_id=snapshot / "model-00001-of-00002.safetensors")
+    assert_same(target["0.bias"], tensors()["0.bias"])
 
 
 async def test_verify_says_that_nothing_vouches_for_it(model: Path) -> None:
@@ -259,7 +276,7 @@ async def test_what_stocks_writer_for_hugging_face_wrote_is_read(consolidated: b
             assert_same(await checkpoint.read(), expected)
 
 
-async def test_parts_of_ranks_are_joined(tmp_path: Path) -> None:
+async def test_parts_of_ranks_are_joined(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = torch.arange(24.0).reshape(6, 4)
     for rank, (start, stop) in enumerate(((0, 4), (4, 6))):
         sharding = json.dumps({"w": {"saved_offsets": [start, 0]}})
@@ -271,6 +288,16 @@ async def test_parts_of_ranks_are_joined(tmp_path: Path) -> None:
     async with open_checkpoint(tmp_path) as checkpoint:
         assert torch.equal((await checkpoint.read())["w"], whole)
         assert torch.equal(await checkpoint.tensor("w", (slice(3, 5), 2)), whole[3:5, 2])
+    # nothing tells that there was a third one
+    told = [record.getMessage() for record in caplog.records if "tensors are shorter" in record.getMessage()]
+    assert len(told) == 2
+    assert "w (6, 4)" in told[0]
+    caplog.clear()
+    async with open_checkpoint(tmp_path) as checkpoint:
+        await checkpoint.load({"w": torch.zeros(6, 4)})
+        with pytest.raises(LoadError, match=r"\(8, 4\)"):
+            await checkpoint.load({"w": torch.zeros(8, 4)})
+    assert not caplog.records  # the state's shape tells
 
 
 async def test_an_engine_says_how_a_model_is_read(model: Path) -> None:

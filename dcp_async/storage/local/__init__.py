@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from .place import LocalPlace
 from .reader import LocalReader
 from .storage import LocalStorage
 
 __all__ = [
+    "LocalPlace",
     "LocalReader",
     "LocalStorage",
 ]

@@ -52,7 +52,7 @@ def why_no_checkpoint(directory: int) -> str:
     """What to tell whoever takes the directory of this descriptor for a checkpoint."""
     if any(name.endswith(".safetensors") for name in os.listdir(directory)):
         return (
-            "it holds safetensors files and no .metadata: it is read by its own path, with "
+            "it holds safetensors files and no .metadata: it is read by its own path, here or with "
             "dcp_async.open_checkpoint(path)"
         )
     return "there is no .metadata, so no checkpoint"

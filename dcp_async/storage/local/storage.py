@@ -63,7 +63,6 @@ class LocalStorage(LeasingCalls):
         timeout: float = 600.0,
         lease_max_age: float = 600.0,
         follow_links: bool = False,
-        only_committed: bool = True,
     ) -> None:
         """
         Args:
@@ -73,8 +72,6 @@ class LocalStorage(LeasingCalls):
             dead.
             follow_links: whether a checkpoint, or a file of one, may be a link out of the root. Only links
             that the root's owner made are followed, and only to what is that owner's.
-            only_committed: whether ``open`` refuses a directory without `.metadata`, which others' files may
-            lie in.
         """
         if sys.platform == "win32":
             raise StorageError(
@@ -88,7 +85,6 @@ class LocalStorage(LeasingCalls):
         self.beat = Beat(lease_max_age / 5)
         """Keeps the leases of its transactions young."""
         self._follow_links = follow_links
-        self._only_committed = only_committed
         self._clean: dict[str, int] = {}
         """Directories in which a sweep found nothing to do -> when they last changed, so that the next one is
         quick."""
@@ -188,9 +184,7 @@ class LocalStorage(LeasingCalls):
         await self.run("sweep", self.root, sweep)
 
     async def open(self, name: str) -> LocalReader:
-        reader = LocalReader(
-            self, self.root, name, follow_links=self._follow_links, only_committed=self._only_committed
-        )
+        reader = LocalReader(self, self.root, name, follow_links=self._follow_links)
         try:
             if why := await self.run("open", self.root / name, reader.enter):
                 raise FileNotFoundError(errno.ENOENT, why, os.fspath(self.root / name))

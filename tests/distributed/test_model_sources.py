@@ -1,0 +1,135 @@
+"""Ranks load their shards of a Hugging Face model together, and each reads no more than its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from dcp_async import CheckpointEngine, LoadError
+from tests.support.processes import run_in_processes
+
+SIZE = 2
+SLACK_BYTES = 256 << 10
+"""Headers, the index, and what this process reads of its own pipes meanwhile."""
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(1024, 2048), nn.Linear(2048, 512), nn.LayerNorm(512))
+
+
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return {name: torch.randn_like(value) for name, value in net().state_dict().items()}
+
+
+def write_model(directory: Path) -> None:
+    directory.mkdir()
+    made = weights()
+    files = {name: f"model-0000{1 + int(name[0]) % 2}-of-00002.safetensors" for name in made}
+    for file in set(files.values()):
+        save_file({name: made[name] for name in made if files[name] == file}, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def read_bytes() -> int:
+    """What this process has read by now, of files, caches and pipes, as the system counts it."""
+    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counters["rchar"])
+
+
+def run_rank(rank: int, root: str) -> dict[str, Any]:
+    """What a rank saw."""
+    store = dist.FileStore(f"{root}/store", SIZE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
+    try:
+        return asyncio.run(_run_rank(rank, root))
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(mesh: Any) -> nn.Sequential:
+    """The model on the meta device, cut by FSDP2."""
+    with torch.device("meta"):
+        model = net()
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def holds_its_shards(model: nn.Module) -> bool:
+    expected = weights()
+    return all(
+        isinstance(value, DTensor) and torch.equal(value.full_tensor(), expected[name])
+        for name, value in model.state_dict().items()
+    )
+
+
+async def _run_rank(rank: int, root: str) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (SIZE,))
+    seen: dict[str, Any] = {}
+    async with CheckpointEngine(f"{root}/own") as engine:
+        model = sharded(mesh)
+        model.to_empty(device="cpu")
+        needed = sum(value.to_local().nbytes for value in model.state_dict().values())
+        before = read_bytes()
+        report = await engine.load({"model": model}, f"{root}/hf", rename={"*": "model.*"})
+        seen["more than needed"] = read_bytes() - before - needed
+        seen["needed"] = needed == report.nbytes
+        seen["shards"] = holds_its_shards(model)
+        async with engine.checkpoint(f"{root}/hf") as checkpoint:
+            again = sharded(mesh)
+            again.to_empty(device="cpu")
+            await checkpoint.load({"model": again}, rename={"*": "model.*"})
+            seen["opened"] = holds_its_shards(again)
+        seen["read alone"] = torch.equal((await engine.read(f"{root}/hf"))["2.bias"], weights()["2.bias"])
+        for name, source in (("lacks a shard", "lacking"), ("is not there", "absent"), ("no fit", "hf")):
+            target = {"2.bias": torch.zeros(512), "2.weight": torch.zeros(512 + (rank and name == "no fit"))}
+            try:
+                await engine.load(target, f"{root}/{source}")
+            except LoadError as error:
+                seen[name] = (type(error).__name__, str(error), target["2.bias"].any().item())
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    root = tmp_path_factory.mktemp("models")
+    write_model(root / "hf")
+    write_model(root / "lacking")
+    (root / "lacking" / "model-00002-of-00002.safetensors").unlink()
+    return run_in_processes([(run_rank, (rank, str(root))) for rank in range(SIZE)])
+
+
+def test_a_model_cut_by_fsdp2_is_filled_and_each_rank_reads_its_shards_alone(
+    seen: list[dict[str, Any]],
+) -> None:
+    for one in seen:
+        assert one["shards"]
+        assert one["opened"]
+        assert one["needed"]
+        assert 0 <= one["more than needed"] < SLACK_BYTES, one["more than needed"]
+        assert one["read alone"]
+
+
+def test_what_fails_on_a_rank_fails_on_all_and_nothing_is_loaded(seen: list[dict[str, Any]]) -> None:
+    for name, kind, words in (
+        ("lacks a shard", "CorruptCheckpointError", "which is not there"),
+        ("is not there", "CheckpointNotFoundError", "there is no such directory"),
+        ("no fit", "IncompatibleStateError", "(513,)"),
+    ):
+        for one in seen:
+            told, text, touched = one[name]
+            assert (told, touched) == (kind, False)
+            assert words in text
