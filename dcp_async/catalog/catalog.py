@@ -7,7 +7,7 @@ all verbs see the same checkpoints in the same order; what a path leads to is no
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -154,10 +154,15 @@ class Catalog:
             self._pass_over(name, error)
         return None
 
-    def _pass_over(self, name: str, error: CheckpointError) -> None:
+    def tell_passed_over(self, reasons: Mapping[str, str]) -> None:
+        """Log what another rank has passed over, by name, in its words."""
+        for name, reason in reasons.items():
+            self._pass_over(name, reason)
+
+    def _pass_over(self, name: str, error: CheckpointError | str) -> None:
         self._tell(name, error, "is passed over")
 
-    def _tell(self, name: str, error: CheckpointError, what: str) -> None:
+    def _tell(self, name: str, error: CheckpointError | str, what: str) -> None:
         if (name, str(error)) not in self._told:
             self._told.add((name, str(error)))
             logger.warning("%r in %r %s: %s", name, self._storage, what, error)
@@ -166,18 +171,19 @@ class Catalog:
         """What another rank told of a checkpoint, see ``plain_fields``."""
         return CheckpointInfo(**plain, _metadata=self._metadata_of)
 
-    async def latest(self) -> CheckpointInfo | None:
-        """The newest whole checkpoint.
+    async def latest(self) -> tuple[CheckpointInfo | None, Mapping[str, str]]:
+        """The newest whole checkpoint; and of newer ones that are not, by name, what is wrong with them.
 
         Raises: UntrustedCheckpointError or StorageError for a link that is not followed, or leads to nothing,
         and may be newer; LoadError for one that a newer release wrote.
         """
         return await self._newest(list(await self._ordered()))
 
-    async def _newest(self, names: Sequence[str]) -> CheckpointInfo | None:
+    async def _newest(self, names: Sequence[str]) -> tuple[CheckpointInfo | None, Mapping[str, str]]:
+        passed_over: dict[str, str] = {}
         for name in reversed(names):
             try:
-                return await self._opener.describe(name)
+                return await self._opener.describe(name), passed_over
             except CheckpointNotFoundError:
                 continue  # removed meanwhile
             except LinkError as error:
@@ -185,8 +191,9 @@ class Catalog:
                 raise refused_link(name, error) from error
             # not every LoadError: what a newer release wrote is whole, and an older one no substitute
             except (CorruptCheckpointError, UnfitMetadataError) as error:
+                passed_over[name] = str(error)
                 self._pass_over(name, error)
-        return None
+        return None, passed_over
 
     async def resolve(self, ref: CheckpointRef) -> list[str]:
         """The names to try, best first. Raises CheckpointNotFoundError; TypeError for what can't be a

@@ -7,7 +7,7 @@ passed over. Invariant: a target that a corrupt checkpoint has touched is never 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from .._concurrency import Verb
@@ -24,12 +24,13 @@ Trial = Callable[[str, bool], Verb[T]]
 
 def first_whole(
     names: Sequence[str], trial: Trial[T], *, falls_back: bool
-) -> Verb[tuple[T, tuple[str, ...]]]:
-    """The first checkpoint that is whole, and the names of newer ones that are not."""
+) -> Verb[tuple[T, Mapping[str, str]]]:
+    """The first checkpoint that is whole; and of newer ones that are not, by name, what is wrong with
+    them."""
     first: LoadError | None = None
     gone: CheckpointNotFoundError | None = None
     touched = False
-    skipped: list[str] = []
+    skipped: dict[str, str] = {}
     passed_over = ""
     for name in names:
         if passed_over:  # said of one that is followed by another: what is raised need not be
@@ -42,8 +43,7 @@ def first_whole(
                 raise
             first = first or error  # of all that are corrupt the newest is what the user asked for
             touched = touched or has_touched(error)
-            skipped.append(name)
-            passed_over = str(error)
+            skipped[name] = passed_over = str(error)
         except CheckpointNotFoundError as error:  # removed since it was chosen, as old ones are
             if not falls_back:
                 raise
@@ -55,15 +55,15 @@ def first_whole(
             if not touched:
                 raise
             raise _overwritten(
-                skipped[0], f"{first}; and the next older one can't be loaded ({error})"
+                next(iter(skipped)), f"{first}; and the next older one can't be loaded ({error})"
             ) from error
         else:
-            return value, tuple(skipped)
+            return value, skipped
     if first is None:
         assert gone is not None
         raise gone
     if touched and not has_touched(first):
-        raise _overwritten(skipped[0], f"{first}; and the older ones are corrupt as well") from first
+        raise _overwritten(next(iter(skipped)), f"{first}; and the older ones are corrupt as well") from first
     raise first
 
 

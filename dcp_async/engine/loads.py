@@ -96,7 +96,8 @@ class Loads:
             missing=loaded.missing,
             unexpected=loaded.unexpected,
             mismatched=loaded.mismatched,
-            skipped=skipped,
+            skipped=tuple(skipped),
+            skip_reasons=skipped,
             nbytes=loaded.nbytes,
             seconds=time.monotonic() - started,
         )
@@ -123,8 +124,9 @@ class Loads:
         state: Mapping[str, Any],
         source: str | int,
         how: LoadOptions,
-    ) -> Verb[tuple[CheckpointInfo, Loaded, tuple[str, ...]]]:
-        """What was loaded, and the names of newer checkpoints that are not whole."""
+    ) -> Verb[tuple[CheckpointInfo, Loaded, Mapping[str, str]]]:
+        """What was loaded; and of newer checkpoints that are not whole, by name, what is wrong with
+        them."""
         numbers, asked = itertools.count(), Asked()
         names = yield from self._context.ask(agreement.resolve(ordinal, source))
         (info, restorer, loaded), skipped = yield from first_whole(

@@ -70,20 +70,22 @@ class Agreement:
         """Errors that every rank raises alike."""
 
     async def latest(self, ordinal: int) -> CheckpointInfo | None:
-        """The newest whole checkpoint. Ranks: all must call it."""
+        """The newest whole checkpoint; each rank logs which newer ones are not, and why. Ranks: all must call
+        it."""
 
         async def find() -> Any:
-            info = await self._catalog.latest()
-            return info and plain_fields(info)
+            info, passed_over = await self._catalog.latest()
+            return info and plain_fields(info), dict(passed_over)
 
         uid = self._coordinator.uid(ordinal, "latest")
         try:
-            plain = await self._told(uid, "latest", find)
+            plain, passed_over = await self._told(uid, "latest", find)
         except BaseException as error:
             self._coordinator.fail(uid, "latest", error)
             raise
         finally:
             self._coordinator.forget(uid)
+        self._catalog.tell_passed_over(passed_over)
         return plain and self._catalog.info_from(plain)
 
     async def resolve(self, ordinal: int, ref: CheckpointRef) -> list[str]:

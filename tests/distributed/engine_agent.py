@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -48,6 +49,17 @@ FAILURES: dict[str, Callable[[], Exception]] = {
     "unreadable": lambda: OSError(5, "Input/output error"),
     "missing": lambda: FileNotFoundError(2, "No such file or directory"),
 }
+
+
+class Logged(logging.Handler):
+    """Keeps what was logged."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 class Foreign:
@@ -274,14 +286,23 @@ class EngineAgent(Agent):
             report = await self._checkpoints[engine].load(self._state, **arguments)
         except CheckpointError as error:
             return described(error)
-        return {"kind": "loaded", "id": report.checkpoint_id, "skipped": report.skipped}
+        return {
+            "kind": "loaded",
+            "id": report.checkpoint_id,
+            "skipped": report.skipped,
+            "why": dict(report.skip_reasons),
+        }
 
     async def latest(self, engine: str = "main") -> Outcome:
+        warnings = Logged(logging.WARNING)
+        logging.getLogger("dcp_async").addHandler(warnings)
         try:
             info = await self._checkpoints[engine].latest()
         except LoadError as error:
             return described(error)
-        return {"kind": "found", "id": info and info.checkpoint_id}
+        finally:
+            logging.getLogger("dcp_async").removeHandler(warnings)
+        return {"kind": "found", "id": info and info.checkpoint_id, "logged": warnings.texts}
 
     async def train(self, seconds: float, every: int) -> Outcome:
         """all_reduce in a loop with two saves in flight, on one process group; until rank 0's time is up."""

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from dcp_async import CheckpointEngine, Coordination, PerRank, RNGState, StagingOptions, Timeouts, Trust
 from dcp_async.errors import CheckpointError
-from tests.distributed.engine_agent import EngineAgent, Outcome, described
+from tests.distributed.engine_agent import EngineAgent, Logged, Outcome, described
 
 State = dict[str, Any]
 
@@ -304,17 +304,6 @@ class Picky:
     def load_state_dict(self, state: State) -> None:
         if not self.accepts:
             raise KeyError("taste")
-
-
-class Logged(logging.Handler):
-    """Keeps what was logged."""
-
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
 
 
 class ReplicaAgent(EngineAgent):

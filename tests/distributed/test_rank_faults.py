@@ -767,8 +767,28 @@ def test_what_is_wrong_with_one_ranks_file_all_are_told_and_latest_falls_back(
         assert [(each["kind"], each["id"], each["skipped"]) for each in outcomes] == [
             ("loaded", step(1), (step(2),))
         ] * job.size
+        reasons = [each["why"] for each in outcomes]
+        assert reasons == [reasons[0]] * job.size, reasons
+        assert path.name in reasons[0][step(2)]
         assert job.world.all("holds", value=1) == [None] * job.size
         end_well(shared, job)
+
+
+def test_latest_tells_every_rank_which_newer_ones_are_damaged_and_why(pair: Shared, root: Path) -> None:
+    with pair.job(root) as job:
+        job.open()
+        for number in (1, 2, 3):
+            job.save_well(number)
+        for number in (2, 3):
+            _file_of(root, number, 0).unlink()
+        found = job.world.all("latest")
+        assert {each["id"] for each in found} == {step(1)}
+        logged = [each["logged"] for each in found]
+        assert logged == [logged[0]] * job.size
+        for name, text in zip((step(3), step(2)), logged[0], strict=True):
+            assert name in text
+            assert "No such file" in text
+        end_well(pair, job)
 
 
 def test_a_metadata_file_that_names_what_no_checkpoint_needs_is_passed_over_by_the_load_of_all(

@@ -404,7 +404,9 @@ async def test_latest_passes_over_several_corrupt_ones(root: Path) -> None:
         target = {"a": torch.zeros_like(A)}
         report = await engine.load(target)
     assert report.checkpoint_id == "step-00000001"
-    assert set(report.skipped) == {"step-00000002", "step-00000003"}
+    assert report.skipped == tuple(report.skip_reasons) == ("step-00000003", "step-00000002")
+    assert "do not match" in report.skip_reasons["step-00000003"]
+    assert "No such file" in report.skip_reasons["step-00000002"]
     assert_same(target["a"], A + 1)
 
 
