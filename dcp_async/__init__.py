@@ -14,6 +14,7 @@ Files are DCP's: stock ``torch.distributed.checkpoint.load`` reads them, and thi
 
 from __future__ import annotations
 
+from .catalog import KeepBest, KeepEvery, KeepLatest, Retention, RetentionPlan, plan_retention
 from .coordination import Coordination
 from .engine import Checkpoint, CheckpointEngine, open_checkpoint, verify
 from .errors import (
@@ -60,6 +61,9 @@ __all__ = [
     "EngineStateError",
     "Event",
     "IncompatibleStateError",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLatest",
     "Limits",
     "LoadError",
     "LoadReport",
@@ -67,6 +71,8 @@ __all__ = [
     "PerRank",
     "PlanningOptions",
     "RNGState",
+    "Retention",
+    "RetentionPlan",
     "SaveCancelled",
     "SaveCommitted",
     "SaveError",
@@ -83,5 +89,6 @@ __all__ = [
     "UntrustedCheckpointError",
     "VerifyReport",
     "open_checkpoint",
+    "plan_retention",
     "verify",
 ]

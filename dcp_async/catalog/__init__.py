@@ -10,15 +10,36 @@ from .opening import last_number
 from .path_opener import PathOpener
 from .reference import is_path, reference
 from .safetensors_source import is_model_file
+from .reference import reference
+from .retention import (
+    CheckpointRecord,
+    KeepBest,
+    KeepEvery,
+    KeepLatest,
+    Retention,
+    RetentionPlan,
+    plan_retention,
+)
+from .safetensors_source import Model, SafetensorsOpener, model_at
 
 __all__ = [
     "Catalog",
+    "CheckpointRecord",
     "Contents",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLatest",
+    "Model",
     "Opened",
     "PathOpener",
+    "Retention",
+    "RetentionPlan",
+    "SafetensorsOpener",
     "UnfitMetadataError",
     "is_model_file",
     "is_path",
     "last_number",
+    "model_at",
+    "plan_retention",
     "reference",
 ]
