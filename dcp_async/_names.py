@@ -14,6 +14,8 @@ METADATA = ".metadata"
 """What makes a directory a checkpoint."""
 FIRST_RANK_METADATA = "__0.metadata"
 """What makes one a checkpoint of stock's ``use_collectives=False``."""
+REMOVED = ".metadata-removed"
+"""What is left of a removed checkpoint's `.metadata` until the last of its files has gone."""
 UID_DIGITS = 16
 ATTACHED_NAME_BYTES = 255 - len(".attached--") - UID_DIGITS
 """What of the 255 bytes that file systems take is left to the name of what is attached."""
@@ -31,6 +33,7 @@ _OWNED = re.compile(
     re.DOTALL,
 )
 _PUBLISHED = re.compile(rf"{_DATA_FILE}|{_MANIFEST}".encode())
+_STOCK_DATA = re.compile(r"__[0-9]+_[0-9]+\.distcp")
 _RANK_METADATA = re.compile(r"__([0-9]+)\.metadata")
 _ANY_MANIFEST = re.compile(r"manifest-.*\.json", re.DOTALL)
 # ours, stock's, and by what a directory is taken for another kind of checkpoint
@@ -135,6 +138,11 @@ def owned_file(name: str) -> OwnedFile | None:
 def is_manifest(name: str) -> bool:
     """Whether ``name`` is that of a manifest, whoever wrote it."""
     return _ANY_MANIFEST.fullmatch(name) is not None
+
+
+def is_stock_data(name: str) -> bool:
+    """Whether ``name`` is that of a data file as stock names them."""
+    return _STOCK_DATA.fullmatch(name) is not None
 
 
 def rank_of_metadata(name: str) -> int | None:

@@ -7,6 +7,7 @@ from .base import (
     Listing,
     NamesUids,
     ReadableStorage,
+    InUseError,
     Reader,
     Storage,
     StoredCheckpoint,
@@ -21,6 +22,7 @@ from .urls import storage_at
 
 __all__ = [
     "BlockingCalls",
+    "InUseError",
     "LimitedStorage",
     "LinkError",
     "Listing",

@@ -26,6 +26,10 @@ class LinkError(StorageError):
     checkpoint, so no older one is given in its place."""
 
 
+class InUseError(StorageError):
+    """The checkpoint is being read, and was to be removed only if it is not."""
+
+
 NamesUids: TypeAlias = Callable[[bytes, Set[str]], Set[str] | None]
 """Tells which of some uids the bytes of a `.metadata` name: the files of those are the checkpoint's. None if
 they can't be read; then no file beside them is a leftover. Pure, for any thread."""
@@ -175,8 +179,14 @@ class Storage(Protocol):
         What may be a checkpoint and can't be looked at counts as committed: ``open`` says what it is.
         """
 
-    async def remove(self, name: str) -> None:
-        """Remove a checkpoint: what makes it one (`.metadata`, stock's of each rank) first, then the rest."""
+    async def remove(self, name: str, *, unless_read: bool = False) -> None:
+        """Remove a checkpoint: what makes it one (`.metadata`, stock's of each rank) first, then the rest.
+        What is killed half way, ``sweep`` finishes.
+
+        ``unless_read``: not while a reader has it open, in this process or another one; a storage that can't
+        tell removes it.
+        Raises: StorageError (ENOENT) if there is none; InUseError.
+        """
 
     async def sweep(self, *, named: NamesUids) -> None:
         """Remove what dead saves left under the root, and nothing that a live save or stock owns.

@@ -40,6 +40,7 @@ class BlockingCalls:
         self._timeout = timeout
         self._small: BlockingThreads | None = None
         self._bulk: BlockingThreads | None = None
+        self._removing: BlockingThreads | None = None
 
     @property
     def threads(self) -> BlockingThreads:
@@ -56,6 +57,13 @@ class BlockingCalls:
             self._bulk = BlockingThreads("dcp_async-io", self._io_concurrency)
         return self._bulk
 
+    @property
+    def removing_threads(self) -> BlockingThreads:
+        """For removals, which take seconds where files are large, and for which no save waits."""
+        if self._removing is None:
+            self._removing = BlockingThreads("dcp_async-rm", 2)
+        return self._removing
+
     async def run(
         self, verb: str, path: PathText, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
@@ -68,6 +76,12 @@ class BlockingCalls:
     ) -> T:
         """Run a call that moves many bytes, in threads that such calls share."""
         return await self._run_in(self.bulk_threads, verb, path, fn, *args, **kwargs)
+
+    async def run_removal(
+        self, verb: str, path: PathText, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run a call that removes files, in threads of its own."""
+        return await self._run_in(self.removing_threads, verb, path, fn, *args, **kwargs)
 
     async def _run_in(
         self,
@@ -90,12 +104,12 @@ class BlockingCalls:
             raise StorageError.of(verb, os.fspath(path), error) from error
 
     async def close(self) -> None:
-        for threads in (self._small, self._bulk):
+        for threads in (self._small, self._bulk, self._removing):
             if threads is not None:
                 threads.shutdown()
-        self._small = self._bulk = None
+        self._small = self._bulk = self._removing = None
 
     def abandon(self) -> None:
-        for threads in (self._small, self._bulk):
+        for threads in (self._small, self._bulk, self._removing):
             if threads is not None:
                 threads.abandon()

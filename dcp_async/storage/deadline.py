@@ -145,8 +145,9 @@ class LimitedStorage:
     async def list(self) -> Sequence[StoredCheckpoint]:
         return await self._deadline.call("list", repr(self._inner), self._inner.list())
 
-    async def remove(self, name: str) -> None:
-        await self._deadline.call("remove", f"{name!r} in {self._inner!r}", self._inner.remove(name))
+    async def remove(self, name: str, *, unless_read: bool = False) -> None:
+        removing = self._inner.remove(name, unless_read=unless_read)
+        await self._deadline.call("remove", f"{name!r} in {self._inner!r}", removing)
 
     async def sweep(self, *, named: NamesUids) -> None:
         await self._deadline.call("sweep", repr(self._inner), self._inner.sweep(named=named))

@@ -7,6 +7,7 @@ test uses verbs of the protocol alone, on a loop of its own, and needs no plugin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -18,7 +19,7 @@ import pytest
 
 from .._names import data_file
 from ..errors import StorageError
-from ..storage import Storage
+from ..storage import InUseError, Storage
 from .saves import (
     ALIGN,
     CONTENT,
@@ -338,6 +339,20 @@ class StorageContract:
             assert await reader.size(file_of(FIRST)) == len(CONTENT)
             await storage.remove(NAME)
             assert await read(reader, file_of(FIRST)) == CONTENT
+
+    @_promise
+    async def test_a_removal_that_spares_readers_takes_nothing_from_them(self, storage: Storage) -> None:
+        await save(storage, NAME, FIRST)
+        async with opened(storage, NAME) as reader:
+            await reader.metadata()
+            await reader.size(file_of(FIRST))
+            # a storage that can't tell removes it
+            with contextlib.suppress(InUseError):
+                await storage.remove(NAME, unless_read=True)
+            assert await read(reader, file_of(FIRST)) == CONTENT
+        if NAME in await committed(storage):
+            await storage.remove(NAME, unless_read=True)
+        await check_absent(storage, NAME)
 
     # -- sweeping
 

@@ -19,6 +19,7 @@ from ...errors import StorageError
 from ..base import LinkError, UnreadableError
 from ..calls import BlockingCalls
 from .files import ReadFile, commit_mark, manifest_files, rank_metadata_files, why_no_checkpoint
+from .read_lease import ReadLease
 from .safe_open import CheckpointDirectory, read_small, unfit_entries
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class LocalReader:
         self._path = root / name
         self._directory: CheckpointDirectory | None = None
         self._files: dict[str, ReadFile] = {}
+        self._lease: ReadLease | None = None
         # apart: a read that hangs does not use the directory, nor a look the files
         self._reading_hangs = False
         self._looking_hangs = False
@@ -70,12 +72,16 @@ class LocalReader:
             self._looking_hangs = True
             raise
 
-    async def _read_small(self, name: str) -> bytes:
+    async def _read_small(self, name: str, *, leased: bool = False) -> bytes:
+        """``leased``: from here on others know that the checkpoint is being read."""
         path = self._path / name
 
         def read() -> bytes:
             with unfit_entries("read", path):
-                return read_small(self._opened.open_file(name))
+                fd = self._opened.open_file(name)
+                if leased and self._lease is None:
+                    self._lease = ReadLease(fd)
+                return read_small(fd)
 
         try:
             return await self._run("open", path, read)
@@ -83,11 +89,12 @@ class LocalReader:
             raise UnreadableError(str(error), verb=error.verb, path=error.path, errno=errno.EPERM) from error
 
     async def metadata(self) -> bytes:
-        return await self._read_small(METADATA)
+        return await self._read_small(METADATA, leased=True)
 
     async def rank_metadata(self) -> Mapping[int, bytes]:
         names = await self._run("list", self._path, rank_metadata_files, self._opened.fd)
-        return {rank: await self._read_small(name) for rank, name in names.items()}
+        # rank 0's makes it a checkpoint
+        return {rank: await self._read_small(name, leased=rank == 0) for rank, name in names.items()}
 
     async def names(self) -> list[str]:
         """The names of all that lies in the directory."""
@@ -156,6 +163,8 @@ class LocalReader:
             for file in self._files.values():
                 file.close()
         self._files.clear()
+        if self._lease is not None:
+            self._lease.release()
         if self._directory is not None and not self._looking_hangs:
             self._directory.close()
         self._directory = None

@@ -18,16 +18,12 @@ from typing import ParamSpec, TypeVar
 
 import anyio
 
-from ..._names import METADATA
 from ...errors import StorageError
 from ..base import NamesUids, StoredCheckpoint
-from .files import (
-    rank_metadata_files,
-    sync_directory,
-)
-from .lease import Beat, sees_lease, sweep_directory
+from .lease import Beat, sees_lease
 from .listing import list_checkpoints
 from .reader import LocalReader
+from .removal import remove_checkpoint, sweep_checkpoint
 from .transaction import LeasingCalls, LocalTransaction
 
 logger = logging.getLogger(__name__)
@@ -139,24 +135,11 @@ class LocalStorage(LeasingCalls):
     async def list(self) -> Sequence[StoredCheckpoint]:
         return await self.run("list", self.root, list_checkpoints, self.root)
 
-    async def remove(self, name: str) -> None:
-        directory = self.root / name
-
-        def remove() -> None:
-            if directory.is_symlink():  # what it leads to is somebody else's
-                directory.unlink()
-                sync_directory(self.root)
-                return
-            # rank 0's comes first: without a `.metadata` it is what makes the checkpoint, with one it is dead
-            # weight that must not come to life when `.metadata` goes
-            for file in (*rank_metadata_files(directory).values(), METADATA):
-                (directory / file).unlink(missing_ok=True)
-            sync_directory(directory)
-            # a `.metadata` that lies there by now is that of a save which published meanwhile
-            sweep_directory(directory, lambda metadata, uids: None, max_age=self.lease_max_age)
-            sync_directory(self.root)
-
-        await self.run("remove", directory, remove)
+    async def remove(self, name: str, *, unless_read: bool = False) -> None:
+        directory, max_age = self.root / name, self.lease_max_age
+        await self.run_removal(
+            "remove", directory, remove_checkpoint, directory, unless_read=unless_read, max_age=max_age
+        )
 
     async def sweep(self, *, named: NamesUids) -> None:
         def sweep() -> None:
@@ -169,7 +152,7 @@ class LocalStorage(LeasingCalls):
                         continue
                     # before the sweep: what changes meanwhile is looked at by the next one
                     changed = entry.stat(follow_symlinks=False).st_mtime_ns
-                    if self._clean.get(entry.name) == changed or sweep_directory(
+                    if self._clean.get(entry.name) == changed or sweep_checkpoint(
                         Path(entry.path), named, max_age=self.lease_max_age
                     ):
                         clean[entry.name] = changed

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from ...errors import StorageError
-from ..base import StoredCheckpoint
+from ..base import InUseError, StoredCheckpoint
 from .files import Content
 
 _NAME = re.compile(r"[^\s/?#%]+(/[^\s/?#%]+)*")
@@ -32,6 +32,8 @@ class MemoryCheckpoint:
     metadata: bytes
     manifest: bytes
     modified: float
+    # weak: one that was dropped reads no more
+    readers: weakref.WeakSet[object] = field(default_factory=weakref.WeakSet)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -161,8 +163,12 @@ class MemoryRoot:
         with self._changing():
             return self._checkpoints.get(name)
 
-    def pop(self, name: str) -> MemoryCheckpoint | None:
+    def pop(self, name: str, *, unless_read: bool) -> MemoryCheckpoint | None:
+        """Raises: InUseError."""
         with self._changing():
+            if unless_read and (checkpoint := self._checkpoints.get(name)) and checkpoint.readers:
+                path = f"{self.url}/{name}"
+                raise InUseError(f"{path} is being read", verb="remove", path=path, errno=errno.EBUSY)
             return self._checkpoints.pop(name, None)
 
 

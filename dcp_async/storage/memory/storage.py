@@ -74,6 +74,7 @@ class MemoryReader:
         self._calls = calls
         self._path = path
         self._checkpoint: MemoryCheckpoint | None = checkpoint
+        checkpoint.readers.add(self)
 
     def __repr__(self) -> str:
         return f"<MemoryReader {self._path}>"
@@ -114,6 +115,8 @@ class MemoryReader:
         """Nothing: the bytes are the checkpoint itself."""
 
     async def close(self) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.readers.discard(self)
         self._checkpoint = None
 
 
@@ -178,8 +181,8 @@ class MemoryStorage(BlockingCalls):
     async def list(self) -> Sequence[StoredCheckpoint]:
         return self._root.list()
 
-    async def remove(self, name: str) -> None:
-        if self._root.pop(name) is None:
+    async def remove(self, name: str, *, unless_read: bool = False) -> None:
+        if self._root.pop(name, unless_read=unless_read) is None:
             raise refusal("remove", f"{self._root.url}/{name}", errno.ENOENT, "there is no such checkpoint")
 
     async def sweep(self, *, named: NamesUids) -> None:
