@@ -25,6 +25,7 @@ from .errors import (
     EngineStateError,
     IncompatibleStateError,
     LoadError,
+    PreemptionError,
     SaveCancelled,
     SaveError,
     StateMutatedError,
@@ -36,6 +37,7 @@ from .info import JSON, CheckpointInfo, CheckpointRef, DamagedRange, LoadReport,
 from .options import Dtypes, Limits, Timeouts
 from .planning import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointHandle
+from .schedule import Adaptive, Every, OnSignal, Preemption, SaveCost, SavePolicy
 from .staging import Stager, StagingOptions
 from .state import AppState, PerRank, RNGState
 from .trust import Trust
@@ -44,6 +46,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "JSON",
+    "Adaptive",
     "AppState",
     "AsyncSaveResponse",
     "Checkpoint",
@@ -60,6 +63,7 @@ __all__ = [
     "Dtypes",
     "EngineStateError",
     "Event",
+    "Every",
     "IncompatibleStateError",
     "KeepBest",
     "KeepEvery",
@@ -68,15 +72,20 @@ __all__ = [
     "LoadError",
     "LoadReport",
     "Observer",
+    "OnSignal",
     "PerRank",
     "PlanningOptions",
+    "Preemption",
+    "PreemptionError",
     "RNGState",
     "Retention",
     "RetentionPlan",
     "SaveCancelled",
     "SaveCommitted",
+    "SaveCost",
     "SaveError",
     "SaveFailed",
+    "SavePolicy",
     "SaveProgress",
     "SaveStaged",
     "SaveStarted",

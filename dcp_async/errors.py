@@ -10,6 +10,7 @@ CheckpointError(Exception)
 |   |-- CorruptCheckpointError
 |   |-- IncompatibleStateError
 |   `-- UntrustedCheckpointError
+|-- PreemptionError
 |-- StorageError (OSError)
 `-- EngineStateError (RuntimeError)
 """
@@ -122,6 +123,11 @@ class IncompatibleStateError(LoadError):
 class UntrustedCheckpointError(LoadError):
     """The checkpoint names a global, or is behind a link, that ``Trust`` does not allow; nothing of it was
     run or read."""
+
+
+class PreemptionError(CheckpointError):
+    """The process was asked to stop, and there is no durable checkpoint of the step that its ranks were told
+    to save; or they could not be told one. The message says why."""
 
 
 class StorageError(CheckpointError, OSError):

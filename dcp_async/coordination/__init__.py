@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .coordinator import Coordination, Coordinator, make_coordinator
 from .failures import PhaseFailure, RemoteError, RemoteFailure, name_ranks
+from .messages import SyncCalled
 
 __all__ = [
     "Coordination",
@@ -11,6 +12,7 @@ __all__ = [
     "PhaseFailure",
     "RemoteError",
     "RemoteFailure",
+    "SyncCalled",
     "make_coordinator",
     "name_ranks",
 ]

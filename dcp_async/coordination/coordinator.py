@@ -23,6 +23,7 @@ from ..errors import EngineStateError
 from ..options import Timeouts
 from .settlement import Verdict
 from .store_coordinator import StoreCoordinator
+from .sync_points import SyncCalls
 
 M = TypeVar("M")
 A = TypeVar("A")
@@ -70,6 +71,8 @@ class Coordinator(Protocol):
     """The name of the machine that the coordinator runs on."""
     activity: Activity
     """What code of the trainer's this rank is in."""
+    sync_calls: SyncCalls
+    """The sync points that this rank is called to, by its own request or another's."""
 
     async def open(self) -> None:
         """Meet the other ranks and agree on a nonce."""
@@ -112,6 +115,10 @@ class Coordinator(Protocol):
     def forget(self, uid: str) -> None:
         """``uid`` is over on this rank."""
 
+    def request_sync_point(self, why: str, stop: bool, seconds: float) -> None:
+        """Ask that all ranks agree on a step within ``seconds``: each is called, this one included, unless a
+        sync point that serves is under way."""
+
     async def close(self) -> None:
         """Leave; no exchange may follow."""
 
@@ -129,6 +136,7 @@ class LocalCoordinator:
 
     def __init__(self) -> None:
         self.activity = Activity()
+        self.sync_calls = SyncCalls()
 
     async def open(self) -> None:
         # ordinals begin anew in each process, and uids are in the names of files that stay
@@ -163,6 +171,9 @@ class LocalCoordinator:
 
     def forget(self, uid: str) -> None:
         """Nothing is remembered."""
+
+    def request_sync_point(self, why: str, stop: bool, seconds: float) -> None:
+        """Whoever saves alone has nobody to agree with."""
 
     async def close(self) -> None:
         """There is nobody to leave."""

@@ -31,12 +31,15 @@ from .messages import (
     Send,
     Silent,
     Stopped,
+    SyncCalled,
+    SyncRequested,
     ToCoordinator,
 )
 from .phases import MEETINGS, follows_user_code
 from .recent import Recent
 from .rounds import Round, Rounds
 from .settlement import Settlement
+from .sync_points import SyncPoints
 
 
 @dataclass(slots=True)
@@ -61,6 +64,7 @@ class Ledger:
         self._rounds = Rounds()
         self._calls = CallOrder()
         self._settlement = Settlement(world_size=world_size, patience=patience)
+        self._sync_points = SyncPoints()
         self._held: dict[str, _Held] = {}
         self._gone: dict[int, str] = {}
         """Ranks that closed their engine, and how to say so."""
@@ -106,6 +110,8 @@ class Ledger:
                 effects = self._fail_of_busy(now)
             case Stopped():
                 effects = [*self._settlement.stopped(message, now)]
+            case SyncRequested():
+                effects = self._call(self._sync_points.requested(message))
             case Goodbye():
                 effects = self._leave(message.rank, f"rank {message.rank} closed its engine", now)
         return self._to_listeners(effects)
@@ -132,9 +138,13 @@ class Ledger:
             values = [gathered.values[rank] for rank in sorted(self._ranks)]
             return [Send(rank=self._rank, message=Gathered(uid=uid, phase=phase, values=values))]
         # from the first to come; one more deadline for each that follows would keep them all waiting
-        if phase in MEETINGS and len(gathered.values) == 1:
-            gathered.deadline = now + self._timeout
+        limit = self._timeout if phase in MEETINGS else self._sync_points.seconds(uid)
+        if limit is not None and len(gathered.values) == 1:
+            gathered.deadline = now + limit
         return self._fail_of_gone(gathered, now)
+
+    def _call(self, called: SyncCalled | None) -> list[Effect]:
+        return [Send(rank=rank, message=called) for rank in sorted(self._ranks) if called is not None]
 
     # Failing.
 
@@ -229,6 +239,9 @@ class Ledger:
         return self._to_listeners([*effects, *self._fail_all(gathered.uid, failures, now)])
 
     def _not_done(self, rank: int, gathered: Round, now: float) -> str:
+        seconds = self._sync_points.seconds(gathered.uid)
+        if seconds is not None:
+            return f"did not tell within {seconds:g} s which step it has reached"
         call = MEETINGS[gathered.phase]
         if gathered.phase == "verdict" and gathered.name:
             call += f" of {gathered.name!r}"
@@ -298,7 +311,7 @@ class Ledger:
         self._failed.pop(uid, None)
         # last, since a uid that is over can't fail any more
         self._over[uid] = None
-        return self._to_listeners(effects)
+        return self._to_listeners([*effects, *self._call(self._sync_points.over(uid))])
 
     def _to_listeners(self, effects: list[Effect]) -> list[Effect]:
         """Without what is meant for ranks that read nothing any more."""

@@ -70,6 +70,18 @@ class Goodbye:
     leave."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncRequested:
+    """A rank asks for a step at which all of them save."""
+
+    why: str
+    """A clause for messages: "rank 3 received SIGTERM"."""
+    stop: bool
+    """Whether they are to leave their loops there."""
+    seconds: float
+    """How long the ranks have to answer."""
+
+
 # From the coordinator.
 
 
@@ -105,6 +117,16 @@ class Missed:
 
     ordinal: int
     name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncCalled:
+    """Every rank is to contribute the step that it has reached, under ``uid``."""
+
+    uid: str
+    why: str
+    stop: bool
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,8 +189,8 @@ class StoreGone:
     why: str
 
 
-ToCoordinator = Contribution | FailureReport | Busy | Stopped | Goodbye
-ToRank = Answer | Failed | Settled | Missed | Left
+ToCoordinator = Contribution | FailureReport | Busy | Stopped | SyncRequested | Goodbye
+ToRank = Answer | Failed | Settled | Missed | SyncCalled | Left
 Local = Gathered | Refused | GapChecked | Silent | Tick | StoreGone
 Message = ToCoordinator | ToRank | Local
 
@@ -201,11 +223,13 @@ _KINDS: dict[str, type[ToCoordinator | ToRank]] = {
     "report": FailureReport,
     "busy": Busy,
     "stopped": Stopped,
+    "sync": SyncRequested,
     "goodbye": Goodbye,
     "answer": Answer,
     "failure": Failed,
     "verdict": Settled,
     "missed": Missed,
+    "called": SyncCalled,
     "left": Left,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}

@@ -24,6 +24,7 @@ import xxhash
 from .._foreign import Activity
 from ..errors import EngineStateError
 from ..options import Timeouts
+from .alarm import Alarm
 from .connection import Connection
 from .failures import RemoteError, silent, stood_still
 from .ledger import Ledger
@@ -47,11 +48,14 @@ from .messages import (
     Silent,
     Stopped,
     StoreGone,
+    SyncCalled,
+    SyncRequested,
     Tick,
     ToCoordinator,
 )
 from .recent import Recent
 from .settlement import Verdict
+from .sync_points import SyncCalls
 from .waiters import Waiters, raiser
 
 _SETTLE_SECONDS = 3.0
@@ -86,6 +90,7 @@ class StoreCoordinator:
         self.is_coordinator = self.rank == coordinator_rank
         self.coordinator_host = ""
         self.activity = Activity()
+        self.sync_calls = SyncCalls()
         self._connection = Connection(process_group, coordinator_rank=coordinator_rank)
         self._timeouts, self._digest, self._missed = timeouts, digest, missed
         self._patience = min(timeouts.coordination / 4, _SETTLE_SECONDS)
@@ -98,9 +103,8 @@ class StoreCoordinator:
         """By uid, the phase that the coordinator answered last."""
         self._ledger: Ledger | None = None
         """On the coordinator."""
-        self._timer: asyncio.TimerHandle | None = None
-        self._due: float | None = None
-        """When the timer calls."""
+        self._alarm: Alarm
+        """When the ledger has to look again; from ``open`` on."""
         self._told_busy = False
 
     def __repr__(self) -> str:
@@ -133,6 +137,7 @@ class StoreCoordinator:
         if self._state != "new":
             raise EngineStateError(f"this coordinator is {self._state}")
         self._loop = asyncio.get_running_loop()
+        self._alarm = Alarm(self._loop, lambda now: self._judge(lambda ledger, _: ledger.tick(now)))
         timeout = self._timeouts.coordination
         try:
             await self._connection.open(digest=self._digest, seconds=timeout)
@@ -262,6 +267,11 @@ class StoreCoordinator:
             self._verdicts.pop(uid, None)  # a verdict that comes later finds nobody
         return verdict.result() if verdict.done() else mine
 
+    def request_sync_point(self, why: str, stop: bool, seconds: float) -> None:
+        """Have the coordinator call all ranks, if it has not; it does not matter whether it can be told."""
+        if self._state == "open":
+            self._tell_coordinator(SyncRequested(why=why, stop=stop, seconds=seconds))
+
     def forget(self, uid: str) -> None:
         """``uid`` is over on this rank; what still comes of it is dropped."""
         if self._ledger is not None:
@@ -288,7 +298,7 @@ class StoreCoordinator:
         if self._state == "closed":
             return  # what was on its way when the threads ended
         match message:
-            case Contribution() | FailureReport() | Busy() | Stopped() | Goodbye():
+            case Contribution() | FailureReport() | Busy() | Stopped() | SyncRequested() | Goodbye():
                 if isinstance(message, Goodbye):
                     self._connection.part(message)
                 self._judge(lambda ledger, now: ledger.hear(message, now))
@@ -304,6 +314,8 @@ class StoreCoordinator:
                 waiter = self._verdicts.get(message.uid)
                 if waiter is not None and not waiter.done():
                     waiter.set_result((dict(message.failures), message.flag))
+            case SyncCalled():
+                self.sync_calls.put(message)
             case Missed():
                 self._missed(message.ordinal, message.name)
             case Left():
@@ -338,21 +350,7 @@ class StoreCoordinator:
                 case CheckGap():
                     self._sender.skip_gap(effect)
         assert self._ledger is not None
-        due = self._ledger.next_deadline()
-        if due != self._due:
-            self._stop_timer()
-            if due is not None:
-                self._due, self._timer = due, self._loop.call_at(due, self._tick)
-
-    def _tick(self) -> None:
-        # a loop may call a timer a moment early by its own clock
-        now = max(self._loop.time(), self._due or 0.0)
-        self._judge(lambda ledger, _: ledger.tick(now))
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._due = self._timer = None
+        self._alarm.set(self._ledger.next_deadline())
 
     # Silence.
 
@@ -399,13 +397,14 @@ class StoreCoordinator:
         if self._state != "open":
             return
         self._state = "closing"
+        self.sync_calls.end()
         self._waiters.end(lambda: EngineStateError("the engine is closed"))
         if self._ledger is not None:
             self._judge(lambda ledger, now: ledger.leave(now))
         try:
             await self._connection.close(grace=self._timeouts.exit_grace)
         finally:
-            self._stop_timer()
+            self._alarm.set(None)
             self._state = "closed"
 
     def abandon(self) -> None:
@@ -416,5 +415,6 @@ class StoreCoordinator:
 
     def _release(self, why: str) -> None:
         """Nothing will be sent or received any more."""
+        self.sync_calls.end()
         self._waiters.end(lambda: EngineStateError(why))
         self._connection.release()

@@ -52,7 +52,7 @@ class CheckpointEngine(EngineVerbs):
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._run("close", self._life.leaving(exc_type))
+        await self._run("close", self._leaving(exc_type))
 
     async def wait(self) -> None:
         """Wait until no save is in flight. Raises the SaveError of a save whose failure nobody has looked
@@ -65,11 +65,11 @@ class CheckpointEngine(EngineVerbs):
         Raises: the SaveError of a save whose failure nobody has looked at.
         Cancellation: drains for ``exit_grace`` seconds more, then aborts.
         """
-        await self._run("close", self._life.closing())
+        await self._run("close", self._closing())
 
     async def abort(self) -> None:
         """Cancel the saves in flight, leave nothing of them behind, release what the engine made."""
-        await self._run("abort", self._life.aborting())
+        await self._run("abort", self._aborting())
 
     async def save(
         self,

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -100,6 +101,8 @@ class OptimizerHooks:
     """The hooks of one engine. ``remove()`` takes them off again."""
 
     def __init__(self) -> None:
+        self.waited = 0.0
+        """Seconds for which optimizers were held back so far."""
         self._pid = os.getpid()
         # a signal handler may come in anywhere below, so each change is one step that can be made twice
         self._lock = threading.RLock()
@@ -136,8 +139,13 @@ class OptimizerHooks:
         if os.getpid() != self._pid:
             return  # a forked child has its own copy of the tensors, and nobody to wait for
         while waiting := self._waiting(optimizer):  # again: a signal handler may have saved meanwhile
-            for staging in waiting:
-                staging.wait()
+            self._wait_for(waiting)
+
+    def _wait_for(self, waiting: list[Staging]) -> None:
+        began = time.monotonic()
+        for staging in waiting:
+            staging.wait()
+        self.waited += time.monotonic() - began
 
     @_locked
     def _waiting(self, optimizer: Optimizer) -> list[Staging]:
@@ -150,8 +158,7 @@ class OptimizerHooks:
         if not self._saves or os.getpid() != self._pid:
             return
         while waiting := self._concerned(optimizer):
-            for staging in waiting:
-                staging.wait()
+            self._wait_for(waiting)
 
     @_locked
     def _concerned(self, optimizer: Optimizer) -> list[Staging]:

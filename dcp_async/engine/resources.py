@@ -21,6 +21,7 @@ from ..coordination import Coordination, Coordinator
 from ..events import Event, Observer
 from ..options import Limits, Timeouts
 from ..planning import PlanningOptions
+from ..schedule import SavePolicy
 from ..staging import Stager, StagingOptions
 from ..storage import BlockingCalls, LimitedStorage, LocalStorage, MemoryStorage, Storage, storage_at
 from ..trust import Trust
@@ -44,6 +45,7 @@ class Setup:
     timeouts: Timeouts
     trust: Trust
     observer: Observer | None
+    policy: SavePolicy | None
     is_reader: bool
     """Whether nothing will be saved, or only under given names, so that nobody has to know the steps."""
 
@@ -57,7 +59,8 @@ class Setup:
         ]
         return (
             f"pending_saves={self.limits.pending_saves} overlap={self.stager.options.overlap} "
-            f"planner={planners[0]} load_planner={planners[1]} replicas={self.coordination.replicas}"
+            f"planner={planners[0]} load_planner={planners[1]} replicas={self.coordination.replicas} "
+            f"policy={self.policy!r}"
         )
 
     def check_ranks(self, world_size: int) -> None:
@@ -76,10 +79,14 @@ def make_setup(
     timeouts: Timeouts,
     trust: Trust,
     observer: Observer | None,
+    policy: SavePolicy | None = None,
     is_reader: bool = False,
 ) -> Setup:
     """A storage and a stager are made where paths, URLs and options were given. Raises TypeError for a root
-    that is neither a path nor a storage; ValueError for a URL that no storage serves."""
+    that is neither a path nor a storage, or a policy that is none; ValueError for a URL that no storage
+    serves."""
+    if policy is not None and not isinstance(policy, SavePolicy):
+        raise TypeError(f"policy={policy!r} must be a SavePolicy: Every, Adaptive, OnSignal, joined with |")
     owns_storage = isinstance(root, (str, os.PathLike))
     storage = _storage_of(root, limits, timeouts, trust)
     memory = storage if isinstance(storage, MemoryStorage) else root
@@ -95,6 +102,7 @@ def make_setup(
         timeouts=timeouts,
         trust=trust,
         observer=observer,
+        policy=policy,
         is_reader=is_reader,
     )
 

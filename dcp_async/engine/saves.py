@@ -11,7 +11,7 @@ import concurrent.futures
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,8 +55,13 @@ async def _nothing(messages: Sequence[None]) -> list[None]:
 class Saves:
     """The verb, in the caller's thread. Owns nothing but its runner."""
 
-    def __init__(self, life: Lifetime) -> None:
-        self._life = life
+    def __init__(
+        self,
+        life: Lifetime,
+        saved: Callable[[AsyncSaveResponse, float], object] = lambda response, seconds: None,
+    ) -> None:
+        """``saved`` is told the response of each save, and for how many seconds its caller was held."""
+        self._life, self._saved = life, saved
         self._runner = SaveRunner(life)
         self._leaf_rules = LeafRules(life.setup.trust)
 
@@ -75,9 +80,12 @@ class Saves:
 
         ``is_path``: ``checkpoint_id`` is the name of a directory which nobody asks for by "latest".
         """
+        began = time.monotonic()
         try:
             # refused within: what can't be saved while the process ends is lost, and is told so
-            return (yield from self._admitting(state, step, checkpoint_id, notes, files, replace, is_path))
+            response = yield from self._admitting(state, step, checkpoint_id, notes, files, replace, is_path)
+            self._saved(response, time.monotonic() - began)
+            return response
         except BaseException as error:
             self._life.lose(brief(step if checkpoint_id is None else checkpoint_id), error)
             raise

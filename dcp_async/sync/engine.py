@@ -48,7 +48,7 @@ class CheckpointEngine(EngineVerbs):
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._run("close", self._life.leaving(exc_type))
+        self._run("close", self._leaving(exc_type))
 
     def save(
         self,
@@ -122,11 +122,11 @@ class CheckpointEngine(EngineVerbs):
 
     def close(self) -> None:
         """Wait for the saves in flight, then release what the engine made."""
-        self._run("close", self._life.closing())
+        self._run("close", self._closing())
 
     def abort(self) -> None:
         """Cancel the saves in flight, leave nothing of them behind, release what the engine made."""
-        self._run("abort", self._life.aborting())
+        self._run("abort", self._aborting())
 
 
 class Checkpoint(CheckpointVerbs):
