@@ -18,6 +18,7 @@ from .calls import BlockingCalls
 from .deadline import LimitedStorage
 from .local import LocalPlace, LocalReader, LocalStorage
 from .memory import MemoryStorage
+from .object_store import ObjectStorage, Retries
 from .urls import storage_at
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "LocalStorage",
     "MemoryStorage",
     "NamesUids",
+    "ObjectStorage",
     "ReadableStorage",
     "Reader",
+    "Retries",
     "Storage",
     "StoredCheckpoint",
     "Transaction",

@@ -87,7 +87,8 @@ class Transaction(Protocol):
 
 
 class Reader(Protocol):
-    """Reads one committed checkpoint; the files it opened stay readable even if somebody removes it.
+    """Reads one committed checkpoint; the files it opened stay readable even if somebody removes it, where
+    the medium can hold them open (a bucket can't: there they are gone, an ENOENT).
 
     Somebody may replace the checkpoint meanwhile. Then a reader shows the old one, the new one, or both in
     part, and raises StorageError (ENOENT) for a file that is gone: whoever opens a checkpoint finds out by

@@ -11,11 +11,13 @@ import re
 from urllib.parse import unquote, urlsplit
 
 from .base import Storage
+from .deadline import LimitedStorage
 from .local import LocalStorage
 from .memory import MemoryStorage
+from .object_store import SCHEMES, ObjectStorage
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_SERVED = "file:///absolute/path and memory://name"
+_SERVED = "s3://bucket/run1, gs://bucket/run1, az://container/run1, file:///absolute/path and memory://name"
 
 
 def storage_at(
@@ -28,7 +30,7 @@ def storage_at(
 ) -> Storage:
     """The storage that ``root`` names, made with these options as far as it has them.
 
-    Raises: ValueError for a URL that no storage serves.
+    Raises: ValueError for a URL that no storage serves; ModuleNotFoundError for one that needs an extra.
     """
     match = _SCHEME.match(root) if isinstance(root, str) else None
     if match is not None:
@@ -36,6 +38,9 @@ def storage_at(
         scheme = match[1].lower()
         if scheme == "memory":
             return MemoryStorage(root[match.end() :], io_concurrency=io_concurrency, timeout=timeout)
+        if scheme in SCHEMES:
+            # what waits is no thread of ours, which BlockingCalls would give up after this time
+            return LimitedStorage(ObjectStorage(root, lease_max_age=lease_max_age), timeout)
         if scheme != "file":
             raise ValueError(
                 f"root={root!r}: no storage serves {scheme}://; those that are served are {_SERVED}. "

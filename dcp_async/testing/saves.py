@@ -5,12 +5,14 @@ Enters: a storage. Leaves: checkpoints of which every byte is known, and what a 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Set
 from contextlib import asynccontextmanager
 
 import pytest
 
 from .._names import data_file, manifest_file
+from ..errors import StorageError
 from ..storage import Reader, Storage, Transaction
 
 NAME, OTHER = "step-00000001", "step-00000002"
@@ -93,6 +95,18 @@ async def check_whole(storage: Storage, name: str, uid: str, content: bytes = CO
         assert await reader.metadata() == metadata_of(uid)
         assert manifest_of(uid) in list(await reader.manifest())
         assert await read(reader, file_of(uid)) == content
+
+
+async def check_opened(reader: Reader, keeps_opened_files: bool) -> None:
+    """What a reader opened, and somebody has removed since, is as it was, or gone where nothing is held
+    open."""
+    try:
+        content = await read(reader, file_of(FIRST))
+    except StorageError as error:
+        if keeps_opened_files or error.errno != errno.ENOENT:
+            raise
+    else:
+        assert content == CONTENT
 
 
 async def check_absent(storage: Storage, name: str) -> None:

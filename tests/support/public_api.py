@@ -22,7 +22,16 @@ import dcp_async.storage
 import dcp_async.sync
 import dcp_async.testing
 
-STORAGE = ("LocalStorage", "MemoryStorage", "Reader", "Storage", "StoredCheckpoint", "Transaction")
+STORAGE = (
+    "LocalStorage",
+    "MemoryStorage",
+    "ObjectStorage",
+    "Reader",
+    "Retries",
+    "Storage",
+    "StoredCheckpoint",
+    "Transaction",
+)
 """What of the storage is for third parties; the rest of its face is the package's own."""
 FACES: dict[ModuleType, Iterable[str]] = {
     dcp_async: dcp_async.__all__,
@@ -39,10 +48,11 @@ PUBLIC = {
     "CheckpointHandle": {"add_done_callback", "done", "exception", "result", "wait"},
     "LocalStorage": OF_A_STORAGE,
     "MemoryStorage": {"clear", *OF_A_STORAGE},
+    "ObjectStorage": OF_A_STORAGE,
     "PerRank": {"key"},
     "Stager": {"close", "open", "options"},
     # its tests may grow in number: a storage that fails a new one has broken a promise before
-    "StorageContract": {"leave_behind", "storage_at"},
+    "StorageContract": {"keeps_opened_files", "leave_behind", "storage_at"},
     "StorageError": {"errno", "path", "verb"},
 }
 """Members of classes whose other ones are between them and the package, as docs/reference/api.md has it."""

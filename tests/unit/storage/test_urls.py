@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,27 @@ def test_a_memory_url_names_memory(name: str) -> None:
     assert repr(storage) == repr(MemoryStorage(name))
 
 
-@pytest.mark.parametrize("scheme", ["s3", "gs", "az", "hdfs", "https", "a+b.c-d"])
+@pytest.mark.parametrize("url", ["s3://bucket/run1", "S3://bucket", "az://container/a/b/"])
+def test_a_url_of_a_bucket_names_it(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    assert repr(_at(url)) == f"ObjectStorage({url.rstrip('/')!r})"
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///run1", "gs://bucket?generation=1", "az://container#x"])
+def test_a_url_without_a_bucket_or_with_more_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"names no bucket; write s3://bucket/run1"):
+        _at(url)
+
+
+def test_a_bucket_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'dcp-async\[object-stores\]'"):
+        _at("s3://bucket/run1")
+
+
+@pytest.mark.parametrize("scheme", ["hdfs", "https", "a+b.c-d", "s3a"])
 def test_a_scheme_that_nobody_serves_is_refused_with_those_that_are(scheme: str) -> None:
-    with pytest.raises(ValueError, match=r"no storage serves .*://.*file:///absolute/path and memory://name"):
+    with pytest.raises(ValueError, match=r"no storage serves .*://.*s3://bucket/run1.* and memory://name"):
         _at(f"{scheme}://bucket/run1")
 
 

@@ -1,0 +1,12 @@
+"""A bucket of S3, Google Cloud or Azure as a storage, by way of obstore."""
+
+from __future__ import annotations
+
+from .options import SCHEMES, Retries
+from .storage import ObjectStorage
+
+__all__ = [
+    "SCHEMES",
+    "ObjectStorage",
+    "Retries",
+]
