@@ -9,8 +9,6 @@ from .opened import Opened
 from .opening import last_number
 from .path_opener import PathOpener
 from .reference import is_path, reference
-from .safetensors_source import is_model_file
-from .reference import reference
 from .retention import (
     CheckpointRecord,
     KeepBest,
@@ -20,7 +18,7 @@ from .retention import (
     RetentionPlan,
     plan_retention,
 )
-from .safetensors_source import Model, SafetensorsOpener, model_at
+from .safetensors_source import is_model_file
 
 __all__ = [
     "Catalog",
@@ -29,17 +27,14 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLatest",
-    "Model",
     "Opened",
     "PathOpener",
     "Retention",
     "RetentionPlan",
-    "SafetensorsOpener",
     "UnfitMetadataError",
     "is_model_file",
     "is_path",
     "last_number",
-    "model_at",
     "plan_retention",
     "reference",
 ]

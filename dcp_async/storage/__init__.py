@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .base import (
+    InUseError,
     LinkError,
     Listing,
     NamesUids,
     ReadableStorage,
-    InUseError,
     Reader,
     Storage,
     StoredCheckpoint,

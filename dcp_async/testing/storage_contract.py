@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 
 from .._names import data_file
 from ..errors import StorageError
 from ..storage import InUseError, Storage
+from .promise import promise
 from .saves import (
     ALIGN,
     CONTENT,
@@ -46,30 +45,6 @@ from .saves import (
 
 class BadBlockError(Exception):
     """What a verifier may raise while it is read."""
-
-
-def _promise(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """The coroutine ``test``, given a connected storage, as a test that pytest runs as it is."""
-    parameters = inspect.signature(test).parameters
-
-    def run(self: StorageContract, tmp_path: Path, **arguments: Any) -> None:
-        async def connected() -> None:
-            if "tmp_path" in parameters:
-                arguments["tmp_path"] = tmp_path
-            async with self._connected(tmp_path) as storage:
-                await test(self, storage, **arguments)
-
-        asyncio.run(connected())
-
-    functools.update_wrapper(run, test)
-    # pytest asks the signature for fixtures, and would follow the wrapped one to the storage
-    del run.__wrapped__  # type: ignore[attr-defined]  # set a line above
-    fixtures = dict.fromkeys(("self", "tmp_path", *(name for name in parameters if name != "storage")))
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # functions have it where it is set
-        [inspect.Parameter(name, kind) for name in fixtures]
-    )
-    return run
 
 
 class StorageContract:
@@ -102,7 +77,8 @@ class StorageContract:
         await write(storage, name, uid, replace=True)
 
     @asynccontextmanager
-    async def _connected(self, root: Path) -> AsyncIterator[Storage]:
+    async def connected(self, root: Path) -> AsyncIterator[Storage]:
+        """The one that a test is given."""
         storage = self.storage_at(root)
         try:
             await storage.connect()
@@ -112,20 +88,20 @@ class StorageContract:
 
     # -- saving
 
-    @_promise
+    @promise
     async def test_a_commit_makes_a_checkpoint_of_what_was_written(self, storage: Storage) -> None:
         assert list(await storage.list()) == []
         await save(storage, NAME, FIRST)
         assert await committed(storage) == {NAME}
         await check_whole(storage, NAME, FIRST)
 
-    @_promise
+    @promise
     async def test_nothing_is_a_checkpoint_before_the_commit(self, storage: Storage) -> None:
         transaction = await write(storage, NAME, FIRST)
         await check_absent(storage, NAME)
         await transaction.abort()
 
-    @_promise
+    @promise
     async def test_parts_may_come_in_any_order_and_several_at_once(self, storage: Storage) -> None:
         file = file_of(FIRST)
         transaction = await storage.begin(NAME, {file: len(CONTENT)}, uid=FIRST, replace=False)
@@ -138,7 +114,7 @@ class StorageContract:
         await commit(transaction, FIRST)
         await check_whole(storage, NAME, FIRST)
 
-    @_promise
+    @promise
     async def test_a_buffer_is_free_again_once_put_returns(self, storage: Storage) -> None:
         file = file_of(FIRST)
         transaction = await storage.begin(NAME, {file: 2 * ALIGN}, uid=FIRST, replace=False)
@@ -151,7 +127,7 @@ class StorageContract:
         await commit(transaction, FIRST)
         await check_whole(storage, NAME, FIRST, b"a" * ALIGN + b"b" * ALIGN)
 
-    @_promise
+    @promise
     async def test_a_read_only_buffer_is_written_too(self, storage: Storage) -> None:
         file = file_of(FIRST)
         transaction = await storage.begin(NAME, {file: len(CONTENT)}, uid=FIRST, replace=False)
@@ -160,14 +136,14 @@ class StorageContract:
         await commit(transaction, FIRST)
         await check_whole(storage, NAME, FIRST)
 
-    @_promise
+    @promise
     async def test_a_file_of_no_announced_length_is_as_long_as_what_was_put(self, storage: Storage) -> None:
         transaction = await storage.begin(NAME, {file_of(FIRST): None}, uid=FIRST, replace=False)
         await put(transaction, FIRST)
         await commit(transaction, FIRST)
         await check_whole(storage, NAME, FIRST)
 
-    @_promise
+    @promise
     async def test_a_save_without_a_file_is_a_checkpoint(self, storage: Storage) -> None:
         transaction = await storage.begin(NAME, {}, uid=FIRST, replace=False)
         await transaction.verify({})
@@ -176,7 +152,7 @@ class StorageContract:
             assert await reader.metadata() == metadata_of(FIRST)
 
     @pytest.mark.parametrize("nbytes", [len(CONTENT) - 1, len(CONTENT) + 1], ids=["longer", "shorter"])
-    @_promise
+    @promise
     async def test_a_file_of_another_length_than_announced_is_not_sealed(
         self, storage: Storage, nbytes: int
     ) -> None:
@@ -186,7 +162,7 @@ class StorageContract:
         await transaction.abort()
         await check_absent(storage, NAME)
 
-    @_promise
+    @promise
     async def test_verify_refuses_what_is_missing_or_of_another_length(self, storage: Storage) -> None:
         transaction = await write(storage, NAME, FIRST)
         for files in ({file_of(FIRST): 1}, {file_of(FIRST): len(CONTENT), data_file(1, 0, FIRST): 1}):
@@ -194,7 +170,7 @@ class StorageContract:
                 await transaction.verify(files)
         await transaction.abort()
 
-    @_promise
+    @promise
     async def test_an_abort_leaves_nothing_of_a_fresh_name(self, storage: Storage) -> None:
         transaction = await write(storage, NAME, FIRST)
         await transaction.abort()
@@ -202,7 +178,7 @@ class StorageContract:
         await save(storage, NAME, SECOND)
         await check_whole(storage, NAME, SECOND)
 
-    @_promise
+    @promise
     async def test_an_abort_in_the_middle_of_a_replace_leaves_what_was_there(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         transaction = await write(storage, NAME, SECOND, content=b"x" * ALIGN, replace=True)
@@ -211,14 +187,14 @@ class StorageContract:
 
     # -- names that are taken
 
-    @_promise
+    @promise
     async def test_a_name_that_is_taken_is_refused_and_stays_as_it_was(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         with pytest.raises(FileExistsError):
             await storage.begin(NAME, {file_of(SECOND): 1}, uid=SECOND, replace=False)
         await check_whole(storage, NAME, FIRST)
 
-    @_promise
+    @promise
     async def test_of_two_writers_of_a_fresh_name_one_wins(self, storage: Storage) -> None:
         contents = {FIRST: CONTENT, SECOND: b"x" * ALIGN}
         writers = {uid: await write(storage, NAME, uid, content=contents[uid]) for uid in contents}
@@ -237,7 +213,7 @@ class StorageContract:
         (winner,) = winners
         await check_whole(storage, NAME, winner, contents[winner])
 
-    @_promise
+    @promise
     async def test_a_replace_gives_the_new_one_in_place_of_the_old(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         transaction = await write(storage, NAME, SECOND, content=b"x" * ALIGN, replace=True)
@@ -248,7 +224,7 @@ class StorageContract:
 
     # -- reading
 
-    @_promise
+    @promise
     async def test_pieces_are_read_from_their_offsets(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         wanted = [(ALIGN - 3, 7), (0, 1), (5, 0), (len(CONTENT) - 2, 2)]
@@ -264,7 +240,7 @@ class StorageContract:
         assert counts == sorted(counts)
         assert all(0 < count <= sum(map(len, targets)) for count in counts)
 
-    @_promise
+    @promise
     async def test_what_is_raised_at_an_arrival_ends_the_reading(self, storage: Storage) -> None:
         content = bytes(16 << 20)  # enough that a storage which tells of arrivals does
         await save(storage, NAME, FIRST, content=content)
@@ -283,7 +259,7 @@ class StorageContract:
                 assert told == []
 
     @pytest.mark.parametrize("name", [data_file(0, 1, FIRST), "../outside", "/outside", f"../{NAME}/x"])
-    @_promise
+    @promise
     async def test_a_file_that_is_not_the_checkpoints_is_refused(self, storage: Storage, name: str) -> None:
         await save(storage, NAME, FIRST)
         async with opened(storage, NAME) as reader:
@@ -292,20 +268,20 @@ class StorageContract:
             with pytest.raises(StorageError):
                 await reader.read_into(name, [(0, memoryview(bytearray(1)))])
 
-    @_promise
+    @promise
     async def test_reading_past_the_end_is_refused(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         async with opened(storage, NAME) as reader:
             with pytest.raises(StorageError):
                 await read(reader, file_of(FIRST), len(CONTENT) - 1, 2)
 
-    @_promise
+    @promise
     async def test_a_name_that_was_never_saved_is_no_checkpoint(self, storage: Storage) -> None:
         await check_absent(storage, NAME)
         await save(storage, OTHER, FIRST)
         await check_absent(storage, NAME)
 
-    @_promise
+    @promise
     async def test_a_file_that_was_opened_stays_readable_when_it_is_replaced(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         async with opened(storage, NAME) as reader:
@@ -313,7 +289,7 @@ class StorageContract:
             await save(storage, NAME, SECOND, content=b"x" * ALIGN, replace=True)
             await check_opened(reader, self.keeps_opened_files)
 
-    @_promise
+    @promise
     async def test_a_reader_of_what_is_replaced_shows_one_of_both_or_an_error(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         async with opened(storage, NAME) as reader:
@@ -327,7 +303,7 @@ class StorageContract:
 
     # -- removing
 
-    @_promise
+    @promise
     async def test_a_checkpoint_that_is_removed_is_gone_and_its_name_is_free(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         await save(storage, OTHER, SECOND)
@@ -337,7 +313,7 @@ class StorageContract:
         await save(storage, NAME, SECOND)
         await check_whole(storage, NAME, SECOND)
 
-    @_promise
+    @promise
     async def test_a_file_that_was_opened_stays_readable_when_it_is_removed(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         async with opened(storage, NAME) as reader:
@@ -345,7 +321,7 @@ class StorageContract:
             await storage.remove(NAME)
             await check_opened(reader, self.keeps_opened_files)
 
-    @_promise
+    @promise
     async def test_a_removal_that_spares_readers_takes_nothing_from_them(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         async with opened(storage, NAME) as reader:
@@ -361,13 +337,13 @@ class StorageContract:
 
     # -- sweeping
 
-    @_promise
+    @promise
     async def test_a_sweep_takes_what_a_dead_save_left(self, storage: Storage) -> None:
         await self.leave_behind(storage, NAME, FIRST)
         await storage.sweep(named=uids_named_in)
         assert list(await storage.list()) == []
 
-    @_promise
+    @promise
     async def test_a_sweep_leaves_checkpoints_and_live_saves_alone(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         await self.leave_behind(storage, NAME, SECOND)
@@ -378,7 +354,7 @@ class StorageContract:
         await storage.sweep(named=uids_named_in)
         await check_whole(storage, OTHER, SECOND)
 
-    @_promise
+    @promise
     async def test_a_metadata_that_nobody_can_read_protects_its_checkpoint(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         await self.leave_behind(storage, NAME, SECOND)
@@ -387,9 +363,9 @@ class StorageContract:
 
     # -- several users
 
-    @_promise
+    @promise
     async def test_two_storages_at_one_root_show_the_same(self, storage: Storage, tmp_path: Path) -> None:
-        async with self._connected(tmp_path) as other:
+        async with self.connected(tmp_path) as other:
             await save(storage, NAME, FIRST)
             await check_whole(other, NAME, FIRST)
             with pytest.raises(FileExistsError):
@@ -399,23 +375,23 @@ class StorageContract:
             await commit(live, SECOND)
             await check_whole(other, OTHER, SECOND)
 
-    @_promise
+    @promise
     async def test_a_checkpoint_outlasts_the_storage_that_wrote_it(
         self, storage: Storage, tmp_path: Path
     ) -> None:
         await save(storage, NAME, FIRST)
         await storage.close()
         del storage
-        async with self._connected(tmp_path) as again:
+        async with self.connected(tmp_path) as again:
             await check_whole(again, NAME, FIRST)
 
-    @_promise
+    @promise
     async def test_connecting_again_does_no_harm(self, storage: Storage) -> None:
         await save(storage, NAME, FIRST)
         await storage.connect()
         await check_whole(storage, NAME, FIRST)
 
-    @_promise
+    @promise
     async def test_a_storage_serves_loops_in_several_threads(self, storage: Storage) -> None:
         async def save_and_check(name: str, uid: str) -> None:
             await save(storage, name, uid)

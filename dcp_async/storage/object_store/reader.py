@@ -56,16 +56,31 @@ def requests_for(pieces: Sequence[tuple[int, memoryview]]) -> Iterator[_Request]
 class ObjectReader:
     """Reads one checkpoint. Holds nothing open: what is removed meanwhile is an ENOENT."""
 
-    def __init__(self, bucket: Bucket, name: str, metadata: bytes | None, *, concurrency: int) -> None:
-        """``metadata``: as it was just now; None if there is only that of stock's ranks."""
+    def __init__(
+        self,
+        bucket: Bucket,
+        name: str,
+        metadata: bytes | None,
+        *,
+        concurrency: int,
+        closed: Callable[[ObjectReader], None],
+    ) -> None:
+        """``metadata``: as it was just now; None if there is only that of stock's ranks. ``closed`` is called
+        when it is."""
         self._bucket = bucket
         self._name = name
+        self._closed = closed
         self._metadata = metadata
         self._concurrency = concurrency
         self._sizes: dict[str, int] = {}
 
     def __repr__(self) -> str:
         return f"<ObjectReader {self._bucket.path_of(self._name)}>"
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's."""
+        return self._name
 
     def _key(self, file: str) -> str:
         key = f"{self._name}/{file}"
@@ -132,5 +147,6 @@ class ObjectReader:
         """Nothing: no cache of this machine's was filled."""
 
     async def close(self) -> None:
+        self._closed(self)
         self._sizes.clear()
         self._metadata = None

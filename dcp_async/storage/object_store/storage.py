@@ -17,7 +17,7 @@ import anyio
 
 from ..._names import FIRST_RANK_METADATA, METADATA, owned_file, rank_of_metadata
 from ...errors import StorageError
-from ..base import NamesUids, StoredCheckpoint
+from ..base import InUseError, NamesUids, StoredCheckpoint
 from .bucket import Bucket, all_of
 from .lease import Lease, dead_uids, is_committed, sweep_name, wait_for_lease
 from .options import Credentials, Retries, resolve
@@ -58,8 +58,8 @@ class ObjectStorage:
     ) -> None:
         """
         Args:
-            url_or_store: `s3://bucket/run1`, `gs://` or `az://`, with credentials from where the cloud's own
-            tools have them; or a store of obstore's, which brings what the next three would say.
+            url_or_store: `s3://bucket/run1`, `gs://` or `az://`, with credentials from where the cloud's tools
+            have them; or a store of obstore's, which brings what the next three would say.
             endpoint: the server's URL, where it is not the cloud itself.
             credentials: gives them anew whenever they expire.
             config: settings of the store, by obstore's names: `{"region": "eu-west-1"}`.
@@ -68,7 +68,6 @@ class ObjectStorage:
             part_bytes: the least length of an upload's parts, doubled until a file has 10,000 at most. Those
             that divide `StagingOptions.part_bytes` are sent without a copy.
             lease_max_age: seconds after which a lease that nobody renewed is taken for dead.
-
         Raises: ModuleNotFoundError, without obstore; ValueError; TypeError.
         """
         _check_least("concurrency", concurrency, 1)
@@ -86,13 +85,14 @@ class ObjectStorage:
         self._concurrency = concurrency
         self._part_bytes = part_bytes
         self._lease_max_age = lease_max_age
+        # whether the server refuses to create what is there; None until a save has asked it
         self._is_exclusive: bool | None = None
-        """Whether the server refuses to create what is there; None until a save has asked it."""
+        # names with a save that was neither dead nor ours at the last sweep
         self._unsettled: set[str] = set()
-        """Names with a save that was neither dead nor ours at the last sweep."""
         self._swept: float | None = None
+        # of saves that this process leads
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
-        """Those of saves that this process leads."""
+        self._open_readers: weakref.WeakSet[ObjectReader] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return f"ObjectStorage({self._bucket.url!r})"
@@ -170,8 +170,12 @@ class ObjectStorage:
         stored = await all_of(look_at, await self._bucket.names())
         return [checkpoint for checkpoint in stored if checkpoint is not None]
 
-    async def remove(self, name: str) -> None:
+    async def remove(self, name: str, *, unless_read: bool = False) -> None:
         bucket = self._bucket
+        # a bucket holds nothing open; of what other processes read, it can tell nothing
+        if unless_read and any(reader.name == name for reader in self._open_readers):
+            path = bucket.path_of(name)
+            raise InUseError(f"{path} is being read", verb="remove", path=path, errno=errno.EBUSY)
         entries = await bucket.entries(name)
         # rank 0's comes first: without a `.metadata` it is what makes the checkpoint, with one it is dead
         # weight that must not come to life when `.metadata` goes
@@ -217,4 +221,8 @@ class ObjectStorage:
                 raise FileNotFoundError(
                     errno.ENOENT, "there is no checkpoint of this name", self._bucket.path_of(name)
                 ) from error
-        return ObjectReader(self._bucket, name, metadata, concurrency=self._concurrency)
+        reader = ObjectReader(
+            self._bucket, name, metadata, concurrency=self._concurrency, closed=self._open_readers.discard
+        )
+        self._open_readers.add(reader)
+        return reader
