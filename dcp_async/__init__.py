@@ -39,7 +39,7 @@ from .planning import PlanningOptions
 from .response import AsyncSaveResponse, CheckpointHandle
 from .schedule import Adaptive, Every, OnSignal, Preemption, SaveCost, SavePolicy
 from .staging import Stager, StagingOptions
-from .state import AppState, PerRank, RNGState
+from .state import AppState, FromRank, PerRank, RNGState
 from .trust import Trust
 
 __version__ = "0.1.0.dev0"
@@ -64,6 +64,7 @@ __all__ = [
     "EngineStateError",
     "Event",
     "Every",
+    "FromRank",
     "IncompatibleStateError",
     "KeepBest",
     "KeepEvery",

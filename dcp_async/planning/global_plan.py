@@ -8,7 +8,7 @@ described once; what is left to do per rank and tensor is to note a location and
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
@@ -55,6 +55,16 @@ class Publication:
     manifest_json: str
     ends: Mapping[int, int]
     """How long the file of each rank that writes must be at least."""
+
+
+def _refuse_unsaved(names: Collection[str], groups: Sequence[Group]) -> None:
+    """Raises ConflictError for a name in the tree that no rank has an item of."""
+    unsaved = set(names).difference(*(group.names for group in groups))
+    if unsaved:
+        raise ConflictError(
+            f"{min(unsaved)}: each rank's FromRank says that another one has it, so none saves it; give "
+            "the same rank on all of them, and have it in the state of that one"
+        )
 
 
 class GlobalPlan:
@@ -125,7 +135,10 @@ class GlobalPlan:
             self._alike(all_plans) if self._metadata is None else self._planned(all_plans, self._metadata)
         )
         strides, exotic = _strides(all_plans), _exotic(all_plans)
-        template = format.index(groups, dcp_paths(tree), planner_data=self._planner_data)
+        paths = dcp_paths(tree)
+        if self._metadata is None:
+            _refuse_unsaved(paths, groups)
+        template = format.index(groups, paths, planner_data=self._planner_data)
         constant = structure_json(tree, strides, exotic)
         # from what ranks told, not from ``groups``: a proof of these would not see what went wrong in making
         # them

@@ -16,7 +16,7 @@ from .resolved import ResolvedItem, captured_items
 from .restore import ReadBack, Restorer
 from .schema import Asked, Schema, wishes_of
 from .sharding import is_known_to_autograd, is_sharded
-from .stateful import PerRank, RNGState
+from .stateful import FromRank, PerRank, RNGState
 from .targets import OptimizerState, Region, Targets, Whole, capture_targets
 from .wrapped import is_wrapper, joined, pairs, part_of
 
@@ -29,6 +29,7 @@ __all__ = [
     "Captured",
     "Extent",
     "FlatState",
+    "FromRank",
     "KnownStructure",
     "LeafRules",
     "OptimizerState",

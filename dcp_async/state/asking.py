@@ -66,15 +66,21 @@ def asynchronous_error(name: str, stateful: object) -> CaptureError:
 
 
 def ask_in_order(
-    state: Mapping[str, Any], rank: int, given: Given, ask: Callable[[str, Any], Any] = snapshot
+    state: Mapping[str, Any],
+    rank: int,
+    given: Given,
+    ask: Callable[[str, Any], Any] = snapshot,
+    *,
+    is_load: bool = False,
 ) -> None:
     """Ask each Stateful in ``state`` that is not in ``given`` for its state: level by level by the text of
-    its key, what it gave before what comes next. ``ask`` does it, or gives UNASKED.
+    its key, what it gave before what comes next. ``ask`` does it, or gives UNASKED; what is FromRank it is
+    asked for on that rank alone, unless all of them load it (``is_load``).
 
     Raises: CaptureError of a ``state_dict()`` that fails.
     """
     if isinstance(state, Mapping):  # else flatten() says so
-        asking = _Asking(rank, given, ask)
+        asking = _Asking(rank, given, ask, is_load)
         try:
             asking.visit_all(state.items(), "", 0, is_own=False)
         except (CaptureError, *ENDINGS):
@@ -89,7 +95,9 @@ def ask_in_order(
 class _Asking:
     """Goes over a state and asks whom it meets."""
 
-    def __init__(self, rank: int, given: Given, ask: Callable[[str, Any], Any]) -> None:
+    def __init__(self, rank: int, given: Given, ask: Callable[[str, Any], Any], is_load: bool) -> None:
+        self._rank = rank
+        self._is_load = is_load
         self._own = PerRank.key(rank)
         self._given = given
         self._ask = ask
@@ -119,6 +127,8 @@ class _Asking:
                 self.visit_all(value.items(), name, depth + 1, is_own=is_own)
             case Kind.PER_RANK:
                 self._visit(f"{name}.{self._own}", value.value, depth + 1, is_own=True)
+            case Kind.FROM_RANK if self._is_load or value.rank == self._rank:
+                self._visit(name, value.value, depth + 1, is_own=True)
             case Kind.LIST:
                 for index, entry in enumerate(value):
                     self._visit(f"{name}.{index}", entry, depth + 1, is_own=is_own)

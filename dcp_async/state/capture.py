@@ -207,6 +207,9 @@ def capture(
         check_key=rules.check_key if rules else None,
         wants_tree=previous is None,
     )
+    for name, value in flat.from_rank.items():
+        if value.rank >= world_size:
+            raise CaptureError(f"{name}: FromRank(..., {value.rank}), and there are {world_size} ranks")
     return _captured(state, flat, previous, LeafPickler(rules, fetch))
 
 

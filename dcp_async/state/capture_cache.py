@@ -228,7 +228,7 @@ class CaptureCache:
         # first of all: whatever returns below must leave no recording of an earlier state
         self._recording = self.devices = None
         self.is_pinned_known = False
-        if not HAS_GUARDS or flat.per_rank:
+        if not HAS_GUARDS or flat.per_rank or flat.from_rank:
             return
         recorder = Recorder(flat.statefuls, flat.asked)
         try:

@@ -14,7 +14,7 @@ import torch
 
 from ..formats import PLAIN_DTYPES
 from .checkpointable import is_checkpointable
-from .stateful import PerRank, RNGState, is_stateful
+from .stateful import FromRank, PerRank, RNGState, is_stateful
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SCALARS = frozenset({int, float, str, bool, bytes, complex, type(None)})
@@ -35,13 +35,14 @@ class Kind(Enum):
     STATEFUL = auto()
     MAPPING = auto()
     PER_RANK = auto()
+    FROM_RANK = auto()
     LIST = auto()
     """One that is gone into; others are pickled whole."""
     LEAF = auto()
 
 
 def kind_of_value(value: object, *, is_own: bool) -> Kind:
-    """The Kind of ``value``; ``is_own`` says whether it lies inside of what is PerRank."""
+    """The Kind of ``value``; ``is_own`` says whether it lies inside of what is PerRank or FromRank."""
     if isinstance(value, torch.Tensor):
         return Kind.TENSOR
     # before Mapping: a dict of the trainer's that has a state_dict() is asked for that
@@ -51,6 +52,8 @@ def kind_of_value(value: object, *, is_own: bool) -> Kind:
         return Kind.MAPPING
     if isinstance(value, PerRank):
         return Kind.PER_RANK
+    if isinstance(value, FromRank):
+        return Kind.FROM_RANK
     return Kind.LIST if isinstance(value, list) and not is_terminal(value) else Kind.LEAF
 
 
@@ -65,7 +68,7 @@ def _is_terminal(values: list[Any], known: dict[int, list[Any]]) -> bool:
     """``known``: lists that are terminal; a list may refer to another any number of times."""
     for entry in values:
         # beyond DCP's rule: in a list that is pickled whole, objects would never be asked for their state
-        if isinstance(entry, (torch.Tensor, Mapping, PerRank)) or is_stateful(entry):
+        if isinstance(entry, (torch.Tensor, Mapping, PerRank, FromRank)) or is_stateful(entry):
             return False
         if isinstance(entry, list) and id(entry) not in known:
             if not (_SCALARS.issuperset(map(type, entry)) or _is_terminal(entry, known)):

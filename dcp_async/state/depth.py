@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..formats import text_of
-from .stateful import PerRank
+from .stateful import FromRank, PerRank
 
 MAX_DEPTH = 200
 """How deep containers may lie in one another. All that goes over a state does so recursively, and must not
@@ -67,6 +67,6 @@ def _children(value: Any, inner: Mapping[int, Any]) -> Iterable[tuple[object, An
         return [(None, inner[id(value)])]
     if isinstance(value, Mapping):
         return value.items()
-    if isinstance(value, PerRank):
+    if isinstance(value, (PerRank, FromRank)):
         return [(None, value.value)]
     return enumerate(value) if isinstance(value, (list, tuple)) else None

@@ -17,7 +17,7 @@ from .._geometry import Offsets
 from ..formats import Tree
 from .containers import CaptureError
 from .sharding import Piece, Shard
-from .stateful import PerRank, RNGState
+from .stateful import FromRank, PerRank, RNGState
 from .tensor_memory import is_in_bounds, lack_of_memory
 
 
@@ -66,6 +66,7 @@ class FlatState:
     rank: int = 0
     """This process's, for what is PerRank."""
     per_rank: dict[str, PerRank] = field(default_factory=dict)
+    from_rank: dict[str, FromRank] = field(default_factory=dict)
     own: dict[str, RNGState] = field(default_factory=dict)
     """Name -> what is each rank's own by itself."""
     extents: dict[str, Extent] = field(default_factory=dict)

@@ -30,7 +30,7 @@ from .depth import MAX_DEPTH, why_too_deep
 from .flat_state import Extent, FlatState
 from .optimizers import stepped_by
 from .sharding import LayoutCache, Piece, Shard, is_sharded, sharded
-from .stateful import PerRank, is_stateful
+from .stateful import FromRank, PerRank, is_stateful
 from .wrapped import is_wrapper
 
 
@@ -59,8 +59,10 @@ class _Flattener:
         check_key: Callable[[str, object, bytes], None] | None,
         ask: Callable[[str, Any], Any],
         wants_tree: bool,
+        is_load: bool,
     ) -> None:
         self._wants_tree = wants_tree
+        self._is_load = is_load
         self.flat = FlatState(rank=rank, asked=[name for name, _ in given])
         self.where = ""
         """The name that it has come to."""
@@ -72,7 +74,9 @@ class _Flattener:
         self._depth = 0
         self._num_objects = 0
         self._is_own = False
-        """Whether it is inside of what is PerRank."""
+        """Whether it is inside of what is PerRank or FromRank."""
+        self._is_from_rank = False
+        """Whether it is inside of what is FromRank."""
 
     def visit_root(self, state: Mapping[str, Any]) -> None:
         kind = mapping_kind(state)
@@ -110,7 +114,14 @@ class _Flattener:
                 return self._visit_stateful(name, value)
             case Kind.MAPPING:
                 return self._visit_mapping(name, value, mapping_kind(value))
+            case Kind.FROM_RANK:
+                return self._visit_from_rank(name, value)
             case Kind.PER_RANK:
+                if self._is_from_rank:
+                    raise CaptureError(
+                        f"{name}: PerRank is every rank's, and lies in FromRank, which is one's; put it "
+                        "beside that"
+                    )
                 self.flat.per_rank[name] = value
                 self._enter(name, "dict", 1)
                 around, self._is_own = self._is_own, True
@@ -130,6 +141,20 @@ class _Flattener:
             case Kind.LEAF:
                 self._visit_leaf(name, value)
                 return None
+
+    def _visit_from_rank(self, name: str, value: FromRank) -> Tree:
+        if self._is_own:
+            raise CaptureError(
+                f"{name}: FromRank lies inside of PerRank or another FromRank, which says already whose it "
+                "is; put it beside that"
+            )
+        self.flat.from_rank[name] = value
+        if not self._is_load and value.rank != self.flat.rank:
+            return None  # whatever is there is in the tree of the rank that has it
+        self._is_own = self._is_from_rank = True
+        node = self._visit(name, value.value)
+        self._is_own = self._is_from_rank = False
+        return node
 
     def _visit_leaf(self, name: str, value: Any) -> None:
         if isinstance(value, tuple) and any(map(is_stateful, value)):
@@ -155,6 +180,11 @@ class _Flattener:
             flat.leaves.append(tensor)
 
     def _visit_sharded(self, name: str, tensor: torch.Tensor) -> None:
+        if self._is_from_rank:
+            raise CaptureError(
+                f"{name}: ranks hold a {type(tensor).__name__} together, and FromRank would save one rank's "
+                "part of it; put it beside that"
+            )
         try:
             distributed = sharded(name, tensor, self._layouts)
         except (ValueError, RuntimeError) as error:
@@ -284,6 +314,7 @@ def flatten(
     check_key: Callable[[str, object, bytes], None] | None = None,
     ask: Callable[[str, Any], Any] = snapshot,
     wants_tree: bool = True,
+    is_load: bool = False,
 ) -> FlatState:
     """Every leaf of ``state``; each Stateful is asked once, in the mapping's order, but for those that have
     ``given`` theirs already.
@@ -292,11 +323,12 @@ def flatten(
         check_key: raises CaptureError for a key, of that name and pickle, that a load would refuse.
         ask: asks a Stateful at a name, or gives UNASKED.
         wants_tree: whether ``FlatState.tree`` is needed; only a save writes it down.
+        is_load: whether what is FromRank is gone into on every rank, since all load it.
     Raises: CaptureError.
     """
     if not isinstance(state, Mapping):
         raise CaptureError(f"the state must be a mapping of names to values, not a {type(state).__name__}")
-    flattener = _Flattener(rank, given or {}, check_key, ask, wants_tree)
+    flattener = _Flattener(rank, given or {}, check_key, ask, wants_tree, is_load)
     try:
         flattener.visit_root(state)
     except (_TooDeepError, RecursionError) as error:

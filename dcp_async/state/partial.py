@@ -62,7 +62,7 @@ def _part_of(name: str, value: Any, part: Part, depth: int) -> Any:
             return value if part.selects(name) else _NOTHING
         case Kind.STATEFUL if isinstance(value, (torch.nn.Module, AppState)):
             return value if part.touches(name) else _NOTHING
-        case Kind.STATEFUL | Kind.OWN | Kind.PER_RANK:
+        case Kind.STATEFUL | Kind.OWN | Kind.PER_RANK | Kind.FROM_RANK:
             return value if part.takes(name) else _NOTHING
         case Kind.MAPPING:
             return _part_of_mapping(name, value, part, depth)

@@ -31,8 +31,8 @@ class PlannedState:
         """Raises CaptureError."""
         given: Given = {}
         if world_size > 1:
-            ask_in_order(state, rank, given, snapshot_to_fill)
-        flat = flatten(state, rank, given, ask=snapshot_to_fill)
+            ask_in_order(state, rank, given, snapshot_to_fill, is_load=True)
+        flat = flatten(state, rank, given, ask=snapshot_to_fill, is_load=True)
         values = dict(zip(flat.tensor_names, flat.tensors, strict=True)) | flat.distributed
         values |= {
             name: leaf
@@ -74,6 +74,10 @@ class PlannedState:
             case Kind.PER_RANK:
                 holder = [value.value]
                 self._hand_back(holder, 0, new[self._rank_key], name, is_own=True)
+                (value.value,) = holder
+            case Kind.FROM_RANK:
+                holder = [value.value]
+                self._hand_back(holder, 0, new, name, is_own=True)
                 (value.value,) = holder
             case Kind.MAPPING | Kind.LIST:
                 self._hand_back_entries(value, new, name)

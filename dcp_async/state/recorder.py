@@ -188,7 +188,7 @@ class Recorder:
                     name, stateful, inner = next(self._statefuls)
                     assert stateful is value
                     branch.statefuls.append((depth, mark[2], name, self.branch(inner)))
-                case Kind.MAPPING | Kind.PER_RANK | Kind.LIST:
+                case Kind.MAPPING | Kind.PER_RANK | Kind.FROM_RANK | Kind.LIST:
                     if type(value) not in _VALUES:
                         raise UncacheableError
                     level.inner[-1] = 1

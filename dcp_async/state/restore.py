@@ -20,7 +20,7 @@ from ..formats import text_of
 from .asking import UNASKED
 from .materialise import below, materialise
 from .optimizers import load_optimizer, restore_app
-from .stateful import AppState, PerRank, RNGState
+from .stateful import AppState, FromRank, PerRank, RNGState
 from .targets import Targets
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,11 @@ class Restorer:
     def _hand_back(self, container: Any, key: Any, name: str) -> None:
         self.at = name
         value = container[key]
-        if name in self._targets.statefuls:
+        if isinstance(value, FromRank):  # first: it stays, whatever was read under its name
+            holder = [value.value]
+            self._hand_back(holder, 0, name)
+            (value.value,) = holder
+        elif name in self._targets.statefuls:
             self._give(name)
         elif name in self._values:
             container[key] = self._values[name]
@@ -171,6 +175,8 @@ class Restorer:
     def _merged(self, name: str, value: Any) -> Any:
         """``value`` with what was read; containers that change are copied, the trainer's own stay as they
         are."""
+        if isinstance(value, FromRank):
+            return self._merged(name, value.value)
         # an object that lies inside of the state has its own by now, and goes back as it is
         if name in self._done and value is self._targets.statefuls[name][0]:
             return value

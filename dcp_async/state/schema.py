@@ -135,5 +135,9 @@ def wishes_of(state: Mapping[str, Any], schema: Schema, asked: Asked, *, rank: i
     """Ask whom all ranks agreed to ask, and give the names of others that this rank needs to: a
     ``state_dict()`` may run collectives, so all must ask the same. Raises CaptureError."""
     wishes: set[str] = set()
-    ask_in_order(state, rank, {}, lambda name, stateful: asked.ask(schema, name, stateful, wishes))
+
+    def ask(name: str, stateful: Any) -> Any:
+        return asked.ask(schema, name, stateful, wishes)
+
+    ask_in_order(state, rank, {}, ask, is_load=True)
     return sorted(wishes)

@@ -20,7 +20,7 @@ from .optimizers import AppState, snapshot_of_app
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["AppState", "PerRank", "RNGState", "is_stateful", "snapshot_of_ours"]
+__all__ = ["AppState", "FromRank", "PerRank", "RNGState", "is_stateful", "snapshot_of_ours"]
 
 
 def is_stateful(value: object) -> bool:
@@ -50,6 +50,33 @@ class PerRank:
     def key(rank: int | str) -> str:
         """The name that a rank's own lies under."""
         return f"rank_{rank}"
+
+
+class FromRank:
+    """Marks what one rank has for all: that rank's value is saved, and every rank loads it. A counter that
+    one rank keeps, the statistics that it gathered, the state of a scheduler that it alone steps.
+
+    It has the name that ``value`` would have by itself. The other ranks' values are neither asked for their
+    state nor compared, so what runs collectives in its ``state_dict()`` can't stand in it, nor can DTensors,
+    which all ranks hold together, or PerRank.
+
+    Args:
+        value: on each rank a Stateful, a tensor, a container or a picklable value; what is loaded takes its
+            place or fills it, as it would without this.
+        rank: the rank whose value is saved, alike on all. A load does not mind it: a checkpoint may be loaded
+            by any number of ranks.
+    """
+
+    def __init__(self, value: Any, rank: int = 0) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise TypeError(f"rank={rank!r} must be an integer, not {type(rank).__name__}")
+        if rank < 0:
+            raise ValueError(f"rank={rank} must not be negative")
+        self.value = value
+        self.rank = rank
+
+    def __repr__(self) -> str:
+        return f"FromRank({self.value!r}, {self.rank})"
 
 
 class RNGState:

@@ -28,7 +28,7 @@ from .holdings import memory_of_modules, resizable_owners
 from .optimizers import is_custom, parameter_sizes
 from .schema import Asked, Schema
 from .sharding import Shard, is_sharded, sharded
-from .stateful import AppState, PerRank, is_stateful
+from .stateful import AppState, FromRank, PerRank, is_stateful
 
 _EXTRA_STATE = "_extra_state"
 """What torch.nn.Module calls that of ``get_extra_state()``."""
@@ -155,8 +155,8 @@ def capture_targets(
         return asked.ask(schema, name, stateful, wishes)
 
     if world_size > 1:
-        ask_in_order(state, rank, given, ask)
-    flat = flatten(state, rank, given, ask=ask, wants_tree=False)
+        ask_in_order(state, rank, given, ask, is_load=True)
+    flat = flatten(state, rank, given, ask=ask, wants_tree=False, is_load=True)
     flat.check_memory(flat.shapes())  # which sorts nested tensors out
     # before a dict: that would keep one of two tensors of a name, and leave the other as it is
     check_unique(flat, flat.tensor_names)
@@ -360,7 +360,7 @@ def _check_assignable(name: str, container: Any) -> None:
             continue
         if isinstance(value, (Mapping, list)):
             _check_assignable(f"{name}.{key}" if name else str(key), value)
-        elif fixed and not isinstance(value, PerRank):
+        elif fixed and not isinstance(value, (PerRank, FromRank)):
             where = name or "the state"
             raise CaptureError(
                 f"{where} is a {type(container).__name__}, which can't be assigned to, and holds {key!r}, "
