@@ -26,6 +26,7 @@ from ..storage import LinkError, Storage, StoredCheckpoint
 from .contents import Contents
 from .decoding import UnfitMetadataError
 from .opening import Opener, last_number, refused_link
+from .order import ascending
 from .path_opener import PathOpener
 from .reference import is_path, reference
 
@@ -90,20 +91,14 @@ class Catalog:
 
     async def steps(self) -> list[int]:
         """The steps of all checkpoints, committed or not."""
-        return [
-            step
-            for stored in await self._storage.list()
-            if (step := (await self._key(stored))[1]) is not None
-        ]
+        steps = [await self._step_of(stored) for stored in await self._storage.list()]
+        return [step for step in steps if step is not None]
 
-    async def _key(self, stored: StoredCheckpoint) -> tuple[bool, int | None, float]:
-        """(has a step, step, time): what "latest" orders by."""
-        step = None
+    async def _step_of(self, stored: StoredCheckpoint) -> int | None:
         if stored.committed:
-            step = await self._step(stored.name)
-        elif is_step_directory(stored.name):  # digits in the name of a foreign directory are no step
-            step = last_number(stored.name)
-        return step is not None, step, stored.modified
+            return await self._step(stored.name)
+        # digits in the name of a foreign directory are no step
+        return last_number(stored.name) if is_step_directory(stored.name) else None
 
     async def _step(self, name: str) -> int | None:
         """The step of ``name``; what its name tells if it can't be read, which is no reason to know nothing
@@ -122,15 +117,14 @@ class Catalog:
         return last_number(name)
 
     async def _ordered(self) -> dict[str, int | None]:
-        """Name -> step of committed checkpoints, ascending: by step, those without one first, by time."""
-        keyed = [
-            (await self._key(stored), stored.name)
-            for stored in await self._storage.list()
-            if stored.committed
-        ]
-        # False sorts first, so whatever has a step counts as newer than what has none
-        keyed.sort(key=lambda entry: (entry[0][0], entry[0][1] or 0, entry[0][2]))
-        return {name: key[1] for key, name in keyed}
+        """Name -> step of committed checkpoints, ascending."""
+        return ascending(
+            [
+                (stored.name, await self._step(stored.name), stored.modified)
+                for stored in await self._storage.list()
+                if stored.committed
+            ]
+        )
 
     async def names(self) -> list[str]:
         """Committed checkpoints, ascending, for ``info`` to say what they are.

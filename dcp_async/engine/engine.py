@@ -208,8 +208,8 @@ class CheckpointEngine(EngineVerbs):
         return Checkpoint(self._life, source, owns_life=False)
 
     async def latest(self) -> CheckpointInfo | None:
-        """The newest whole checkpoint: by step, else by digits in the name, else by time. None if there is
-        none.
+        """The newest whole checkpoint: by step; where none was given, by the digits at the ends of names that
+        are alike but for these, else by time. None if there is none.
 
         Raises: UntrustedCheckpointError if the newest is behind a link that is not followed; StorageError if
             it leads to nothing; LoadError if a newer release wrote it.

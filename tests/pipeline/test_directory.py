@@ -315,3 +315,22 @@ async def test_a_rank_that_is_led_waits_on_when_the_leading_one_fails_right_then
     for transaction in (mine, lead, failed):
         await transaction.abort()
     await storage.close()
+
+
+async def test_names_without_a_step_are_in_the_order_of_their_digits(root: Path) -> None:
+    """Whatever copied them has changed their times."""
+    names = ["checkpoint-7", "checkpoint-10", "checkpoint-100"]
+    async with CheckpointEngine(root) as engine:
+        for number in (2, 0, 1):
+            await (await engine.save({"number": number}, checkpoint_id=names[number])).upload_completion
+        for age, name in enumerate(reversed(names)):
+            os.utime(root / name / ".metadata", (1000 + age, 1000 + age))
+        (root / "last").symlink_to("checkpoint-7")
+        assert [info.checkpoint_id async for info in engine.checkpoints()] == names
+        latest = await engine.latest()
+        assert latest is not None
+        assert (latest.checkpoint_id, latest.step) == ("checkpoint-100", None)
+        assert await engine.read() == {"number": 2}
+        assert await engine.read("last") == {"number": 0}
+        await (await engine.save({"number": 3}, checkpoint_id="final")).upload_completion
+        assert await engine.read() == {"number": 3}
