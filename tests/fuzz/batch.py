@@ -99,6 +99,10 @@ def _verbs() -> dict[str, tuple[Callable[[Any], object], tuple[type[BaseExceptio
         pickled_keys(tree)
         build(tree, str, lambda key: key.plain if key.raw is None else load_pickle(key.raw, trust))
 
+    def attached(engine: sync.CheckpointEngine) -> None:
+        with engine.checkpoint() as opened:
+            repr([opened.file(name) for name in opened.files])
+
     def checkpoint(files: dict[str, bytes]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             place = Path(scratch, "step-00000001")
@@ -112,6 +116,8 @@ def _verbs() -> dict[str, tuple[Callable[[Any], object], tuple[type[BaseExceptio
                     lambda: [repr(info) for info in engine.checkpoints()],
                     lambda: engine.load({"model": {"w": torch.zeros(8, 8), "b": torch.zeros(8)}, "n": 1}, 1),
                     lambda: use(engine.read()),
+                    lambda: attached(engine),
+                    engine.verify,
                 ):
                     try:
                         verb()

@@ -141,7 +141,8 @@ def _checkpoint() -> dict[str, bytes]:
                 "k": {5: "v"},
             }
             state["keys"] = {(1, "a"): torch.ones(2), 2.5: 1}
-            engine.save(state, step=1).upload_completion.result(60)
+            files = {"config.json": b"{}", "LICENSE": b"free"}
+            engine.save(state, step=1, files=files).upload_completion.result(60)
         return {path.name: path.read_bytes() for path in Path(scratch, "step-00000001").iterdir()}
 
 

@@ -10,6 +10,7 @@ import pytest
 import xxhash
 
 from dcp_async.formats.manifest import (
+    AttachedEntry,
     FileEntry,
     ManifestError,
     decode_manifest,
@@ -114,6 +115,31 @@ RIGHT: dict[str, tuple[Any, ...]] = {
     "exotic": ([],),
     "notes": ({}, {"a": 1}),
 }
+
+
+def test_attached_files_are_read_and_may_be_missing() -> None:
+    assert decode_manifest(signed(json.dumps(_sound()))).attached == ()
+    entry = {"name": "config.json", "nbytes": 2, "digest": _HEX}
+    read = decode_manifest(signed(json.dumps({**_sound(), "attached": [entry]})))
+    expected = AttachedEntry(name="config.json", nbytes=2, digest=_HEX)
+    assert read.attached == (expected,)
+    assert read.attached_files == {f".attached-{_HEX}-config.json": expected}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(value for value in WRONG if value != []),
+        *([{"name": name, "nbytes": 2, "digest": _HEX}] for name in ("..", "/a", "a/b", "", "a\0", 1, None)),
+        *([{"name": "a", "nbytes": nbytes, "digest": _HEX}] for nbytes in (-1, True, 1.0, "1", 1 << 63)),
+        *([{"name": "a", "nbytes": 1, "digest": digest}] for digest in ("", _HEX.upper(), None)),
+        [{"name": "a", "nbytes": 1}],
+        [{"name": "a", "nbytes": 1, "digest": _HEX}] * 2,
+    ],
+)
+def test_attached_files_that_can_not_be_are_damage(wrong: Any) -> None:
+    with pytest.raises(ManifestError, match=r"\w"):
+        decode_manifest(signed(json.dumps({**_sound(), "attached": wrong})))
 
 
 @pytest.mark.parametrize("field", RIGHT)
