@@ -298,10 +298,10 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)
 def faults(session: nox.Session) -> None:
-    """Kill a running example at 50 random moments, and the other fault tests, at full length."""
+    """Kill a running example at 50 random moments, preempt 200 runs, and the other fault tests, at length."""
     # Fifty runs of one example may be one test: an hour, where the test's own mark does not say otherwise.
     limits = ("--timeout=3600", "-o", "faulthandler_timeout=3700")
-    arguments = ("tests/faults", "--kills=50", *limits, *session.posargs)
+    arguments = ("tests/faults", "--kills=50", "--preemptions=100", *limits, *session.posargs)
     session.run(DEV_PYTHON, "-m", "pytest", *arguments, external=True)
 
 

@@ -26,7 +26,7 @@ import torch
 import uvloop
 from torch import Tensor, nn
 
-from dcp_async import AsyncSaveResponse, CheckpointEngine, RNGState
+from dcp_async import AsyncSaveResponse, CheckpointEngine, Every, RNGState
 
 BLOCK_BYTES = 1024  # what a reader asks its file for at once; a megabyte, where shards are not toys
 
@@ -39,7 +39,8 @@ async def train(options: argparse.Namespace, root: Path, run: Run, *, stop_after
     state = {"model": trainer.model, "optim": trainer.optimizer, "data": data, "rng": RNGState()}
 
     # One group for everything that runs beside the training: a reader that fails, or an upload, ends the run.
-    async with CheckpointEngine(root) as engine, asyncio.TaskGroup() as group:
+    engine = CheckpointEngine(root, policy=Every(steps=options.save_every))
+    async with engine, asyncio.TaskGroup() as group:
         start = (await engine.load(state)).next_step if await engine.latest() else 1
         run.line(f"starts at step {start}")
         data.start(group)  # now that the pipeline knows its place
@@ -50,7 +51,7 @@ async def train(options: argparse.Namespace, root: Path, run: Run, *, stop_after
             loss = await asyncio.to_thread(trainer.step, batch.tokens())
             run.trained(step, batch, loss)
 
-            if step % options.save_every == 0:
+            if engine.should_save(step):
                 response = await engine.save(state, step=step)  # the upload goes on while the next steps run
                 group.create_task(run.follow(response))
             if step == stop_after:

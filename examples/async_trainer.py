@@ -5,7 +5,7 @@
 In: the text of CPython's own help topics. Out: checkpoints under --out, and one line that names the step the
 run resumed from and a digest of the final weights. Killed at any moment and run again, it ends with the
 weights of a run that nobody killed, bit for bit: model, optimizer, schedule, random numbers and place in the
-text all come back. `train` is the part to copy.
+text all come back. SIGTERM has it save once more and end. `train` is the part to copy.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import math
 import pydoc_data.topics
 import random
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from dcp_async import (
     CheckpointEngine,
+    Every,
     LoadReport,
     RNGState,
     SaveCommitted,
@@ -46,12 +48,16 @@ async def train(options: argparse.Namespace, report: Report) -> None:
     trainer = Trainer(options)
     staging = StagingOptions(overlap=options.overlap)
 
-    async with CheckpointEngine(options.out, staging=staging, observer=report) as engine:
+    policy = Every(steps=options.save_every)
+
+    async with CheckpointEngine(options.out, staging=staging, policy=policy, observer=report) as engine:
         loaded = await engine.load(trainer.state) if await engine.latest() else None
         start = loaded.next_step if loaded else 1
         report.started(loaded, trainer.num_parameters)
 
-        async with trainer.data.batches() as batches:
+        last = max(start - 1, options.steps)
+        # Schedulers send SIGTERM, and SIGKILL a while behind it: the first has one more checkpoint made here.
+        async with trainer.data.batches() as batches, engine.preemption(signal.SIGTERM):
             for step in range(start, options.steps + 1):
                 tokens = await anext(batches)
                 began = time.perf_counter()
@@ -59,13 +65,17 @@ async def train(options: argparse.Namespace, report: Report) -> None:
                 loss = await asyncio.to_thread(trainer.step, tokens)
                 report.stepped(step, loss, time.perf_counter() - began)
 
-                if step % options.save_every == 0 or step == options.steps:
+                if engine.should_save(step) or step == options.steps:
                     began = time.perf_counter()
                     await engine.save(trainer.state, step=step)  # the upload goes on while the next steps run
                     report.save_returned(step, time.perf_counter() - began)
+                if engine.preempted:
+                    last = step
+                    break
 
     # Leaving the engine's block waited for the last upload: what is reported as done is on the disk.
-    report.finished(max(start - 1, options.steps), loaded, weights_digest(trainer.model.state_dict()))
+    digest = weights_digest(trainer.model.state_dict())
+    report.finished(last, loaded, digest, preempted=engine.preempted)
 
 
 class Trainer:
@@ -280,11 +290,12 @@ class Report:
                     seconds=event.seconds,
                 )
 
-    def finished(self, step: int, loaded: LoadReport | None, digest: str) -> None:
+    def finished(self, step: int, loaded: LoadReport | None, digest: str, *, preempted: bool) -> None:
+        outcome = "stopped behind" if preempted else "done at"
         origin = f"resumed from step {loaded.step}" if loaded else "fresh start"
         self._line(
             "finished",
-            f"done at step {step} ({origin}), weights sha256 {digest}",
+            f"{outcome} step {step} ({origin}), weights sha256 {digest}",
             step=step,
             resumed_from=loaded.step if loaded else None,
             sha256=digest,

@@ -42,6 +42,7 @@ from torch.distributed.tensor.parallel import (
 from dcp_async import (
     AppState,
     CheckpointEngine,
+    Every,
     LoadReport,
     PerRank,
     RNGState,
@@ -59,24 +60,32 @@ async def train(options: argparse.Namespace, report: Report) -> None:
     trainer = Trainer(options)
     timeouts = Timeouts(coordination=options.patience)
 
-    async with CheckpointEngine(options.out, timeouts=timeouts, observer=report) as engine:
+    policy = Every(steps=options.save_every)
+
+    async with CheckpointEngine(options.out, policy=policy, timeouts=timeouts, observer=report) as engine:
         loaded = await engine.load(trainer.state) if await engine.latest() else None
         start = loaded.next_step if loaded else 1
         report.started(loaded, trainer)
         if options.dump and loaded:
             dump_full_state(trainer, options.dump)
 
-        for step in range(start, options.steps + 1):
-            if report.told_to_stop:
-                raise InterruptedError(f"told to stop before step {step}")
-            loss = trainer.step()  # blocks this loop; the engine has one of its own, uploads go on
-            report.stepped(step, loss)
+        last = max(start - 1, options.steps)
+        # torchrun sends each rank a SIGTERM when it is told to end or one of them failed, and SIGKILL 30 s
+        # behind it. All save at one step then; where one is lost, each of the others finds out and says so.
+        async with engine.preemption(signal.SIGTERM, grace=25):
+            for step in range(start, options.steps + 1):
+                loss = trainer.step()  # blocks this loop; the engine has one of its own, uploads go on
+                report.stepped(step, loss)
 
-            if step % options.save_every == 0:
-                await engine.save(trainer.state, step=step)
+                if engine.should_save(step):
+                    await engine.save(trainer.state, step=step)
+                if engine.preempted:
+                    last = step
+                    break
 
     # Leaving the engine's block waited for the last upload: what was saved is on the disk.
-    report.line("finished", f"done at step {max(start - 1, options.steps)}" if report.rank == 0 else None)
+    outcome = "stopped, as it was told to, behind" if engine.preempted else "done at"
+    report.line("finished", f"{outcome} step {last}" if report.rank == 0 else None)
 
 
 class Trainer:
@@ -296,15 +305,7 @@ class Report:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.rank = int(os.environ["RANK"])
-        self.told_to_stop = False
         self._json, self._log_every = options.json, options.log_every
-
-    def on_signal(self, *_: object) -> None:
-        """Note a SIGTERM; torchrun sends one to all ranks once any has failed, and SIGKILL 30 s behind it.
-
-        In between each finds out by itself what is lost, says so, and ends.
-        """
-        self.told_to_stop = True
 
     def started(self, loaded: LoadReport | None, trainer: Trainer) -> None:
         name = "layers.0.attention.wq.weight"
@@ -353,7 +354,6 @@ class Report:
 def run_rank(options: argparse.Namespace) -> int:
     """One process of a job that torchrun started."""
     report = Report(options)
-    signal.signal(signal.SIGTERM, report.on_signal)
     torch.set_num_threads(1)
     # Tensor-parallel logits are a view, which must not be changed in place; nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)

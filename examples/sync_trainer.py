@@ -3,20 +3,22 @@
     python sync_trainer.py --root checkpoints/sync
 
 In: nothing; a small network learns a sine. Out: checkpoints below --root, and a digest of the last weights.
-Interrupted or killed, and run again with the same command, it ends with the same digest.
+Interrupted or killed, and run again with the same command, it ends with the same digest. SIGTERM has it save
+once more and end.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import signal
 import sys
 import time
 
 import torch
 from torch import nn
 
-from dcp_async import AsyncSaveResponse, RNGState, StagingOptions
+from dcp_async import AsyncSaveResponse, Every, RNGState, StagingOptions
 from dcp_async.sync import CheckpointEngine
 
 
@@ -27,31 +29,38 @@ def train(root: str, *, steps: int, save_every: int) -> None:
     state = {"model": model, "optim": optimizer, "rng": RNGState()}  # the batches are drawn at random
 
     # With overlap save() returns before the copy is made; the next optimizer.step() waits for that by itself.
-    with CheckpointEngine(root, staging=StagingOptions(overlap=True)) as engine:
+    staging, policy = StagingOptions(overlap=True), Every(steps=save_every)
+    with CheckpointEngine(root, staging=staging, policy=policy) as engine:
         start = engine.load(state).next_step if engine.latest() else 1
         print(f"resumed behind step {start - 1}" if start > 1 else "fresh start", flush=True)
 
         uploading: AsyncSaveResponse | None = None
-        for step in range(start, steps + 1):
-            x = torch.rand(64, 1) * 6
-            loss = nn.functional.mse_loss(model(x), torch.sin(x))
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch ships no annotation for it
-            optimizer.step()
+        last = max(start - 1, steps)
+        with engine.preemption(signal.SIGTERM):  # a scheduler's: save at once, and leave
+            for step in range(start, steps + 1):
+                x = torch.rand(64, 1) * 6
+                loss = nn.functional.mse_loss(model(x), torch.sin(x))
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch ships no annotation for it
+                optimizer.step()
 
-            if step % save_every == 0:
-                began = time.perf_counter()
-                response = engine.save(state, step=step)
-                held = time.perf_counter() - began
-                print(f"step {step:>5}  loss {loss.item():.4f}  save() took {held * 1e3:.1f} ms", flush=True)
-                if uploading is not None:  # the one before; it went on while the last steps ran
-                    tell(uploading)
-                uploading = response
+                if engine.should_save(step):
+                    began = time.perf_counter()
+                    response = engine.save(state, step=step)
+                    held = (time.perf_counter() - began) * 1e3
+                    print(f"step {step:>5}  loss {loss.item():.4f}  save() took {held:.1f} ms", flush=True)
+                    if uploading is not None:  # the one before; it went on while the last steps ran
+                        tell(uploading)
+                    uploading = response
+                if engine.preempted:
+                    last = step
+                    break
         if uploading is not None:
             tell(uploading)
     # Leaving the block waits for whatever is still under way: all that was saved is on the disk now.
     weights = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
-    print(f"done at step {max(start - 1, steps)}, weights sha256 {hashlib.sha256(weights).hexdigest()}")
+    outcome = "stopped behind" if engine.preempted else "done at"
+    print(f"{outcome} step {last}, weights sha256 {hashlib.sha256(weights).hexdigest()}")
 
 
 def tell(response: AsyncSaveResponse) -> None:

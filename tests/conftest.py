@@ -36,6 +36,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kills", type=int, default=5, metavar="N", help="how often tests/faults kills the running example"
     )
     parser.addoption(
+        "--preemptions",
+        type=int,
+        default=5,
+        metavar="N",
+        help="how many runs tests/faults tells to stop, on one rank and on four",
+    )
+    parser.addoption(
         "--matrix",
         choices=("full", "sample"),
         default="sample",

@@ -28,7 +28,7 @@ class SyncPoints:
 
     def requested(self, request: SyncRequested) -> SyncCalled | None:
         """What to call now, if anything."""
-        if self._is_stopping:
+        if self._is_stopping:  # what else is asked for comes too late: they save and leave
             return None
         self._is_stopping = request.stop
         if self._open is None:

@@ -40,6 +40,8 @@ def normal_step(step: object) -> int:
     Raises: TypeError for bools, floats and whatever else is no integer; ValueError for one below 0 or above
     2**63 - 1.
     """
+    if type(step) is int and 0 <= step < _STEPS:  # nearly always, and should_save() asks at each step
+        return step
     is_bool = isinstance(step, bool) or (isinstance(step, torch.Tensor) and step.dtype == torch.bool)
     try:
         if is_bool:

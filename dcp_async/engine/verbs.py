@@ -127,7 +127,7 @@ class EngineVerbs:
         Ranks: all get the same answer for the same step.
         """
         self._life.check_open()
-        return self._schedule.should_save(step if type(step) is int and step >= 0 else normal_step(step))
+        return self._schedule.should_save(normal_step(step))
 
     @property
     def preempted(self) -> bool:
@@ -152,7 +152,8 @@ class EngineVerbs:
 
         Leaving it waits until that checkpoint is durable; in a coroutine ``async with`` waits without holding
         the loop. A second signal changes nothing, but for a second Ctrl-C. Handlers that were there before
-        are called as well, and are there again afterwards.
+        are called as well. They are there again behind the block; if it was asked to stop or has failed, when
+        the engine has closed, so that nothing cuts the last uploads off.
 
         Args:
             grace: seconds from the signal until the process will be killed.

@@ -131,11 +131,13 @@ class Adaptive(SavePolicy):
     def interval(self, costs: Sequence[SaveCost]) -> float | None:
         if not costs:
             return 0.0
+        # the last, not all: with several saves in flight the older ones end first
         latest = costs[-1].ended
         if latest is None:
             return math.inf  # a save now would only wait for the one in flight
         # the first save plans and makes memory, and a slow disk may hit any of them: one is not the rule
         cost = median_low(cost.stall for cost in costs)
+        # a bound and an optimum: whoever names both does not want to exceed the first for the second
         by_overhead = cost / self.overhead if self.overhead is not None else 0.0
         by_mtbf = math.sqrt(2 * cost * self.mtbf) if self.mtbf is not None else 0.0
         return max(by_overhead, by_mtbf, latest)
@@ -154,6 +156,8 @@ class OnSignal(SavePolicy):
     def __init__(self, *signals: int) -> None:
         # normalised: ranks compare the repr, and 15 is SIGTERM
         chosen = tuple(signal.Signals(signum) for signum in signals or (signal.SIGTERM,))
+        if {signal.SIGKILL, signal.SIGSTOP} & set(chosen):
+            raise ValueError("OnSignal(...) takes no SIGKILL or SIGSTOP: no process hears of them")
         object.__setattr__(self, "_signals", chosen)
 
     def __repr__(self) -> str:

@@ -2,7 +2,8 @@
 
 Enters: a signal on any rank. Leaves: a durable checkpoint of the step that all were told, or PreemptionError.
 Invariant: handlers do no more than ask; the trainer learns of it from ``should_save`` alone, at the same step
-on every rank. The handlers stay until the checkpoint is durable, so that a second signal harms nothing.
+on every rank. Once they have asked, or the block has failed, the handlers stay until the engine has ended, so
+that no further signal cuts its last uploads off.
 """
 
 from __future__ import annotations
@@ -73,14 +74,19 @@ class Preemption:
                 raise failure
             elif schedule.stop_step is not None:
                 yield from self._durable(schedule.stop_step, schedule.last_save)
-            elif schedule.stopping_since is not None:
+            elif schedule.stopping_since is not None:  # only this rank's engine may know of it
                 # no error: it would keep the trainer from the save that it makes behind its loop
                 logger.warning("asked to stop, and the loop ended before a step could be saved for that")
         finally:
-            self._watch.restore()
+            if exc_type is None and schedule.stopping_since is None:
+                self._watch.restore()
+            else:
+                # the process is about to end, and uploads may be in flight: no signal may cut them off
+                schedule.restore_at_end(self._watch)
 
     def _durable(self, step: int, response: AsyncSaveResponse | None) -> Verb[None]:
         """Wait, until the deadline, for the save of ``step``. Raises PreemptionError."""
+        # told on all ranks, so all of them raise this, and none waits for the others
         if response is None:
             raise PreemptionError(
                 f"should_save({step}) told all ranks to save and stop, and the block was left without a save"

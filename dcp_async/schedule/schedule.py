@@ -78,6 +78,7 @@ class SaveSchedule:
         self._coordinator: Coordinator
         self._loop: LoopThread
         self._watch = SignalWatch(self._policy.signals, self._ask_by_signal)
+        self._kept: list[SignalWatch] = []
 
     def __repr__(self) -> str:
         return f"<SaveSchedule {self._policy!r} {self._gate!r}>"
@@ -93,13 +94,20 @@ class SaveSchedule:
         """The engine is open: hear the other ranks and the policy's signals."""
         self._coordinator, self._loop = coordinator, loop
         if coordinator.world_size > 1:
+            # no job of the engine's, which would wait for its end: this one ends with the coordination
             loop.submit(self._listen())
         if self._policy.signals:
             self._watch.install()
 
+    def restore_at_end(self, watch: SignalWatch) -> None:
+        """Keep the handlers of ``watch`` until the engine has ended."""
+        self._kept.append(watch)
+
     def end(self) -> None:
         """The engine has ended. Callable from every thread."""
-        self._watch.restore()
+        # the last to be set is the first to go, so that each finds its own handler there
+        for watch in [*reversed(self._kept), self._watch]:
+            watch.restore()
 
     # In the trainer's thread.
 
@@ -107,6 +115,7 @@ class SaveSchedule:
         """See ``EngineVerbs.should_save``."""
         if self._answer is not None and self._answer[0] == step:
             return self._answer[1]  # asked again: it is the same question
+        # both before the step arrives: what they need is where the trainer was
         previous = self._gate.previous(step)
         if self._coordinator.is_coordinator:
             self._look_at_clock()
@@ -134,6 +143,7 @@ class SaveSchedule:
         def ended(_: object) -> None:
             cost.ended = self.clock() - began
 
+        # before its callback, which the loop may call at once
         self._costs.append(cost)
         response.upload_completion.add_done_callback(ended)
         self._restart_interval()
@@ -216,6 +226,7 @@ class SaveSchedule:
                 self.stopping_since = self.clock()
         coordinator, position = self._coordinator, self._gate.hold()
         try:
+            # a rank that is silent fails it after Timeouts.coordination, which is longer than most graces
             with anyio.fail_after(called.seconds + _SLACK_SECONDS):
                 after = await coordinator.exchange(called.uid, _PHASE, position, _latest)
             rewinds, step = after

@@ -34,14 +34,15 @@ class SignalWatch:
     def __init__(self, signals: Sequence[int], notify: Callable[[int], object]) -> None:
         """``notify`` is called inside of the handler: it may take no lock that a thread of ours holds while
         it runs Python."""
-        self._signals, self._notify = tuple(signals), notify
+        # raises ValueError for a number that is no signal
+        self._signals, self._notify = tuple(map(signal.Signals, signals)), notify
         self._previous: dict[int, _Previous] = {}
         self._seen: set[int] = set()
         self._is_over = False
         self._pid = os.getpid()
 
     def __repr__(self) -> str:
-        return f"<SignalWatch {', '.join(signal.Signals(signum).name for signum in self._signals)}>"
+        return f"<SignalWatch {', '.join(signum.name for signum in self._signals)}>"
 
     def install(self) -> None:
         """Set the handlers. Raises EngineStateError outside of the main thread; ValueError for a signal that
@@ -55,7 +56,7 @@ class SignalWatch:
         except (OSError, ValueError) as error:
             del self._previous[signum]
             self.restore()
-            raise ValueError(f"{signal.Signals(signum).name} can't be handled: {error}") from error
+            raise ValueError(f"{signum.name} can't be handled: {error}") from error
 
     def restore(self) -> None:
         """Set the handlers that were there before. Callable from every thread: in another one than the main

@@ -23,7 +23,8 @@ NOW: Position = (-1, -1)
 """Before every step, the next one included."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# eq=False: a deque that looks for one compares by identity, in one step that no handler comes into
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AgreedStep:
     """All ranks save at their first step behind ``after``."""
 

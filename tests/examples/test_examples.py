@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from dcp_async import sync
+
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 90.0  # seconds; far above what an example needs, so that a hang ends as a failure
 
@@ -82,3 +84,20 @@ def test_sync_trainer_killed_behind_its_first_save_ends_with_the_same_weights(tm
     assert steps(resumed, "on the disk")[0] == place + 20
     assert re.fullmatch(r"done at step 800, weights sha256 [0-9a-f]{64}", resumed[-1])
     assert resumed[-1] == expected[-1]
+
+
+def test_a_trainer_told_to_stop_saves_the_step_that_it_is_at(tmp_path: Path) -> None:
+    size = ("--steps=10000", "--save-every=1000", "--width=28", "--depth=1", "--log-every=1")
+    with started("async_trainer.py", "--out", tmp_path, *size) as process:
+        assert process.stdout is not None
+        # within the block, and far from the first save that its policy asks for
+        next(line for line in process.stdout if "loss" in line)
+        process.send_signal(signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, stdout
+    stopped = re.search(r"stopped behind step (\d+)", stdout)
+    assert stopped is not None, stdout
+    with sync.CheckpointEngine(tmp_path) as engine:
+        latest = engine.latest()
+        assert latest is not None
+        assert latest.step == int(stopped[1])

@@ -54,6 +54,7 @@ from tests.faults.calls import (
     is_data_write,
     tear,
 )
+from tests.faults.preemption_job import preempt
 from tests.faults.states import PART_BYTES, Trainer, files_of, flat, numbers, stock_target
 from tests.support.clock import skip_time
 
@@ -975,6 +976,7 @@ JOBS: dict[str, Callable[..., None]] = {
         fail_calls,
         save_late,
         save_in_child,
+        preempt,
     )
 }
 ENDING = frozenset(
