@@ -1,4 +1,4 @@
-"""What an engine relies on in a storage, put to buckets of three kinds."""
+"""What an engine relies on in a storage, put to a bucket in memory and to one of a real server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TestMemoryStore(StorageContract):
         self.stores.clear()
 
 
-class _TestServer(StorageContract):
+class ServerContract(StorageContract):
     keeps_opened_files = False
     server: Server
 
@@ -50,13 +50,7 @@ class _TestServer(StorageContract):
             obstore.put(self.server.store(), key, LEFT_BEHIND)
 
 
-class TestSeaweed(_TestServer):
+class TestSeaweed(ServerContract):
     @pytest.fixture(autouse=True)
     def _served(self, seaweed: Server) -> None:
         self.server = seaweed
-
-
-class TestMoto(_TestServer):
-    @pytest.fixture(autouse=True)
-    def _served(self, moto: Server) -> None:
-        self.server = moto

@@ -200,7 +200,16 @@ class Proxy:
     strip: bytes = b""
     """A header that does not get through, in lower case."""
     seen: list[str] = field(default_factory=list)
+    sent_bytes: int = 0
+    """Of bodies, to the client."""
     server: Server = field(init=False)
+    _came: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def until(self, text: str) -> None:
+        """Until a request with ``text`` in its first line has come."""
+        while not any(text in line for line in self.seen):
+            self._came.clear()
+            await self._came.wait()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
@@ -209,6 +218,7 @@ class Proxy:
                 line = head.split(b"\r\n")[0].decode()
                 body = await _body(reader, head)
                 self.seen.append(line)
+                self._came.set()
                 fault = self.fault(line)
                 if fault is not None and fault.kind == "hold":
                     assert fault.until is not None
@@ -234,6 +244,7 @@ class Proxy:
                     writer.write(answer + content[: len(content) // 2])
                     await writer.drain()
                     return
+                self.sent_bytes += len(content)
                 writer.write(answer + content)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):

@@ -24,6 +24,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "pytest",  # of which the modules that define the functions have need
+        "tests.buckets.agent",
         "tests.distributed.agent",
         "tests.distributed.engine_agent",
         "tests.distributed.matrix_worker",

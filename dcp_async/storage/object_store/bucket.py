@@ -20,7 +20,8 @@ import anyio
 
 from ..._concurrency import first_failure
 from ...errors import StorageError
-from .options import Retries
+from .open_uploads import abort_open_uploads
+from .options import Credentials, Retries
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -30,6 +31,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _QUERY = re.compile(r"\?\S*")
+_FORBIDDEN = re.compile(r"status code: 40[13]\b")
 _AT_ONCE = 32
 """Small requests in flight: each waits for a round trip, and they cost the server little."""
 _LISTED_AT_ONCE = 1000
@@ -55,8 +57,11 @@ class Entry:
 class Bucket:
     """The objects under one root. Owns nothing that needs an end: obstore keeps connections by itself."""
 
-    def __init__(self, store: ObjectStore, url: str, retries: Retries) -> None:
+    def __init__(
+        self, store: ObjectStore, url: str, retries: Retries, credentials: Credentials | None = None
+    ) -> None:
         self.store = store
+        self._credentials = credentials
         self.url = url
         self.keeps_buffers = type(store).__name__ == "MemoryStore"
         """Whether what was put is what is stored, not a copy of it."""
@@ -87,7 +92,9 @@ class Bucket:
         except (raised.PermissionDeniedError, raised.UnauthenticatedError) as error:
             raise self.refusal(verb, key, errno.EACCES, _reason(error)) from error
         except (raised.BaseError, ValueError) as error:
-            raise self.refusal(verb, key, errno.EIO, _reason(error)) from error
+            # some requests, lists among them, have no kind of their own for it
+            code = errno.EACCES if _FORBIDDEN.search(str(error)) else errno.EIO
+            raise self.refusal(verb, key, code, _reason(error)) from error
 
     def refusal(self, verb: str, key: str, code: int, why: str) -> StorageError:
         return StorageError.of(verb, self.path_of(key), OSError(code, why))
@@ -204,6 +211,10 @@ class Bucket:
             await put_async(
                 self.store, key, parts, use_multipart=True, chunk_size=part_bytes, max_concurrency=at_once
             )
+
+    async def abort_uploads(self, name: str, uid: str) -> None:
+        """End the uploads that the save ``uid`` of ``name`` left open, as far as that can be done here."""
+        await abort_open_uploads(self.store, name, uid, self._credentials)
 
     async def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; those that are gone are no failure."""

@@ -164,6 +164,8 @@ async def sweep_name(
         return False
     for uid in dead:
         leftovers = [entry.key for entry in by_uid[uid] if uid not in published or _is_lease(entry)]
+        if uid not in published:
+            await bucket.abort_uploads(name, uid)
         # the lease goes last: until then the leftovers stay recognisable as dead
         await bucket.delete(key for key in leftovers if not key.endswith(lease_file(uid)))
         await bucket.delete(key for key in leftovers if key.endswith(lease_file(uid)))

@@ -81,7 +81,7 @@ class ObjectStorage:
             retries=retries,
             request_timeout=request_timeout,
         )
-        self._bucket = Bucket(store, url, retries)
+        self._bucket = Bucket(store, url, retries, credentials)
         self._concurrency = concurrency
         self._part_bytes = part_bytes
         self._lease_max_age = lease_max_age

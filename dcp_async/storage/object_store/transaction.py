@@ -173,9 +173,11 @@ class ObjectTransaction:
     # -- undoing
 
     async def abort(self) -> None:
-        await all_of(Upload.stop, list(self._uploads.values()))
+        ended = await all_of(Upload.stop, list(self._uploads.values()))
         if self._published:
             return
+        if not all(ended):
+            await self._bucket.abort_uploads(self._name, self._uid)
         if self._is_unsure:
             if self._lease is not None:
                 self._lease.stop()

@@ -114,8 +114,9 @@ class Upload:
 
     def _is_sendable(self, number: int, piece: memoryview) -> bool:
         """Whether ``piece`` is a part as it is, and the next one."""
-        is_next = self._is_multipart and number == self._in_turn and not self._bucket.keeps_buffers
-        return is_next and len(piece) == self._nbytes_of(number)
+        # a short last one is not: obstore holds it until it hears that nothing follows, which is at the end
+        is_part = self._is_multipart and len(piece) == self._part_bytes
+        return is_part and number == self._in_turn and not self._bucket.keeps_buffers
 
     def _nbytes_of(self, number: int) -> int:
         rest = self._part_bytes if self._nbytes is None else self._nbytes - number * self._part_bytes
@@ -226,22 +227,19 @@ class Upload:
             self._raise_failure()
         return expected
 
-    async def stop(self) -> None:
-        """Leave no object and no open upload, and no buffer that is read."""
+    async def stop(self) -> bool:
+        """Leave no open upload and no buffer that is read; False if an upload may be open all the same."""
         self._stopped = True
         self._collected.clear()
         self._changed.set()
         task = self._task
         if task is None:
-            return
+            return True
         await asyncio.wait({task}, timeout=_STOP_SECONDS)
         if not task.done():  # obstore waits for a server that does not answer
             task.cancel()
             await asyncio.wait({task})
-            logger.warning(
-                "%s: the server did not answer in time, so an upload of it may be left open; a lifecycle "
-                "rule for incomplete uploads removes it",
-                self._bucket.path_of(self.key),
-            )
-        elif not task.cancelled() and (failure := task.exception()) is not None:
-            logger.debug("stopped the upload of %s: %s", self.key, failure)
+        failure = asyncio.CancelledError() if task.cancelled() else task.exception()
+        logger.debug("stopped the upload of %s: %r", self.key, failure)
+        # one that failed was aborted by a request that may have failed like it
+        return failure is None or isinstance(failure, _StoppedError)
