@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from dcp_async.sync import CheckpointEngine
 from tests.support.buckets import Server
 
-ROWS, COLUMNS = 8, 1 << 18
+ROWS, COLUMNS = 8, 3 << 17
+BEGUN = "begun-"
+"""What a process lists before it saves, so that a proxy knows where it is."""
 
 
 def rows_of(step: int) -> torch.Tensor:
@@ -44,3 +47,15 @@ def save_and_load(store: Path, rank: int, world: int, endpoint: str, prefix: str
             return [float(row[0]) for row in rows.to_local()]
     finally:
         dist.destroy_process_group()
+
+
+def save_until_killed(store: Path, rank: int, world: int, endpoint: str, prefix: str) -> None:
+    """Saves step 1, then step 2; asks for an object that is not there before each."""
+    if world > 1:
+        join(store, rank, world)
+    server = Server(endpoint)
+    with CheckpointEngine(server.storage(prefix)) as engine:
+        for step in (1, 2):
+            asyncio.run(server.storage(f"{BEGUN}{step}").connect())
+            state = state_of(step) if world > 1 else {"rows": rows_of(step), "step": step}
+            engine.save(state, step=step).upload_completion.result()

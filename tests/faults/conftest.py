@@ -12,6 +12,16 @@ import pytest
 
 from tests.faults.harness import Nursery
 
+USUAL_KILLS = 5
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is long, and is another case of what is short, is left to the session `faults`."""
+    if config.getoption("--kills") <= USUAL_KILLS:
+        left = [item for item in items if item.get_closest_marker("faults_session") is not None]
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
+
 
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
