@@ -41,6 +41,63 @@ from .schedule import Adaptive, Every, OnSignal, Preemption, SaveCost, SavePolic
 from .staging import Stager, StagingOptions
 from .state import AppState, FromRank, PerRank, RNGState
 from .trust import Trust
+from typing import TYPE_CHECKING
+
+from ._lazy import lazily
+
+if TYPE_CHECKING:
+    from .catalog import KeepBest, KeepEvery, KeepLatest, Retention, RetentionPlan, plan_retention
+    from .coordination import Coordination
+    from .engine import Checkpoint, CheckpointEngine, open_checkpoint, verify
+    from .errors import (
+        CheckpointError,
+        CheckpointExistsError,
+        CheckpointNotFoundError,
+        CorruptCheckpointError,
+        EngineStateError,
+        IncompatibleStateError,
+        LoadError,
+        PreemptionError,
+        SaveCancelled,
+        SaveError,
+        StateMutatedError,
+        StorageError,
+        UntrustedCheckpointError,
+    )
+    from .events import Event, Observer, SaveCommitted, SaveFailed, SaveProgress, SaveStaged, SaveStarted
+    from .info import JSON, CheckpointInfo, CheckpointRef, DamagedRange, LoadReport, VerifyReport
+    from .options import Dtypes, Limits, Timeouts
+    from .planning import PlanningOptions
+    from .response import AsyncSaveResponse, CheckpointHandle
+    from .schedule import Adaptive, Every, OnSignal, Preemption, SaveCost, SavePolicy
+    from .staging import Stager, StagingOptions
+    from .state import AppState, PerRank, RNGState
+    from .trust import Trust
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "catalog": "KeepBest KeepEvery KeepLatest Retention RetentionPlan plan_retention",
+            "coordination": "Coordination",
+            "engine": "Checkpoint CheckpointEngine open_checkpoint verify",
+            "errors": (
+                "CheckpointError CheckpointExistsError CheckpointNotFoundError CorruptCheckpointError "
+                "EngineStateError IncompatibleStateError LoadError PreemptionError SaveCancelled "
+                "SaveError StateMutatedError StorageError UntrustedCheckpointError"
+            ),
+            "events": "Event Observer SaveCommitted SaveFailed SaveProgress SaveStaged SaveStarted",
+            "info": "JSON CheckpointInfo CheckpointRef DamagedRange LoadReport VerifyReport",
+            "options": "Dtypes Limits Timeouts",
+            "planning": "PlanningOptions",
+            "response": "AsyncSaveResponse CheckpointHandle",
+            "schedule": "Adaptive Every OnSignal Preemption SaveCost SavePolicy",
+            "staging": "Stager StagingOptions",
+            "state": "AppState PerRank RNGState",
+            "trust": "Trust",
+            "formats": "",
+            "storage": "",
+        },
+    )
 
 __version__ = "0.1.0.dev0"
 

@@ -59,6 +59,12 @@ def is_step_directory(name: str) -> bool:
     return _STEP_DIRECTORY.fullmatch(name) is not None
 
 
+def last_number(name: str) -> int | None:
+    """The step that a name tells: its last digits."""
+    numbers = re.findall(r"\d+", name)
+    return int(numbers[-1]) if numbers else None
+
+
 def data_file(rank: int, number: int, uid: str) -> str:
     """One of a rank's files of items."""
     return f"__{rank}_{number}-{uid}.distcp"

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, SupportsIndex, TypeAlias
-
-from torch.distributed.checkpoint.metadata import Metadata
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
 from .errors import LoadError
+
+if TYPE_CHECKING:  # a list of checkpoints is told without torch
+    from torch.distributed.checkpoint.metadata import Metadata
 
 Producer: TypeAlias = Literal["dcp_async", "stock", "safetensors"]
 """Who wrote a checkpoint; of safetensors files nobody says who."""

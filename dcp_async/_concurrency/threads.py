@@ -13,12 +13,12 @@ import contextlib
 import functools
 import logging
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import anyio
-import torch
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +123,13 @@ class BlockingThreads(concurrent.futures.Executor):
 
     def _work(self) -> None:
         me = threading.current_thread()
-        with torch.no_grad():
+        with contextlib.ExitStack() as modes:
+            records = True
             while (call := self._calls.get()) is not None:
+                # not imported here: what lists checkpoints needs threads and no torch
+                if records and (no_grad := getattr(sys.modules.get("torch"), "no_grad", None)) is not None:
+                    modes.enter_context(no_grad())
+                    records = False
                 future, fn = call
                 if future.set_running_or_notify_cancel():
                     try:

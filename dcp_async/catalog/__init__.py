@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from .catalog import Catalog
-from .contents import Contents
-from .decoding import UnfitMetadataError
-from .opened import Opened
-from .opening import last_number
-from .path_opener import PathOpener
+from typing import TYPE_CHECKING
+
+from .._lazy import lazily
 from .reference import is_path, reference
-from .retention import (
-    CheckpointRecord,
-    KeepBest,
-    KeepEvery,
-    KeepLatest,
-    Retention,
-    RetentionPlan,
-    plan_retention,
-)
-from .safetensors_source import is_model_file
+
+if TYPE_CHECKING:
+    from .catalog import Catalog
+    from .contents import Contents
+    from .decoding import UnfitMetadataError
+    from .listing import Listed, survey
+    from .opened import Opened
+    from .path_opener import PathOpener
+    from .retention import (
+        CheckpointRecord,
+        KeepBest,
+        KeepEvery,
+        KeepLatest,
+        Retention,
+        RetentionPlan,
+        plan_retention,
+    )
+    from .safetensors_source import is_model_file
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "catalog": "Catalog",
+            "contents": "Contents",
+            "decoding": "UnfitMetadataError",
+            "opened": "Opened",
+            "listing": "Listed survey",
+            "path_opener": "PathOpener",
+            "safetensors_source": "is_model_file",
+            "retention": (
+                "CheckpointRecord KeepBest KeepEvery KeepLatest Retention RetentionPlan plan_retention"
+            ),
+        },
+    )
 
 __all__ = [
     "Catalog",
@@ -27,6 +48,7 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLatest",
+    "Listed",
     "Opened",
     "PathOpener",
     "Retention",
@@ -34,7 +56,7 @@ __all__ = [
     "UnfitMetadataError",
     "is_model_file",
     "is_path",
-    "last_number",
     "plan_retention",
     "reference",
+    "survey",
 ]

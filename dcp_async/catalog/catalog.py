@@ -13,7 +13,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import BlockingThreads
-from .._names import is_step_directory
+from .._names import is_step_directory, last_number
 from ..errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -25,10 +25,11 @@ from ..info import CheckpointInfo, CheckpointRef, VerifyReport
 from ..storage import LinkError, Storage, StoredCheckpoint
 from .contents import Contents
 from .decoding import UnfitMetadataError
-from .opening import Opener, last_number, refused_link
+from .opening import Opener, refused_link
 from .order import ascending
 from .path_opener import PathOpener
 from .reference import is_path, reference
+from .verification import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,12 @@ class Catalog:
         """DCP's Metadata of ``name``. Raises: as ``open``."""
         return await self._opener_of(name).metadata(name)
 
-    async def verify(self, name: str, *, io_concurrency: int) -> VerifyReport:
-        """Read all of ``name`` and tell what is damaged. Raises: as ``Opener.verify``."""
-        return await self._opener_of(name).verify(name, io_concurrency=io_concurrency)
+    async def verify(
+        self, name: str, *, io_concurrency: int, progress: Progress | None = None
+    ) -> VerifyReport:
+        """Read all of ``name`` and tell what is damaged; ``progress`` as for ``Verification``. Raises: as
+        ``Opener.verify``."""
+        return await self._opener_of(name).verify(name, io_concurrency=io_concurrency, progress=progress)
 
     async def is_current(self, contents: Contents) -> bool:
         """Whether what was opened has not been replaced or removed since."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ import anyio
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import BlockingThreads, collection_paused
+from .._names import last_number
 from ..errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -30,17 +30,11 @@ from ..storage import LinkError, ReadableStorage, Reader, UnreadableError
 from .contents import Contents
 from .decoding import RawMetadata, decoded, digest_of, manifest_of, read_raw
 from .file_checks import check_files, open_files
-from .verification import Verification
+from .verification import Progress, Verification
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-def last_number(name: str) -> int | None:
-    """The step that a name tells: its last digits."""
-    numbers = re.findall(r"\d+", name)
-    return int(numbers[-1]) if numbers else None
 
 
 def refused_link(name: str, error: LinkError) -> CheckpointError:
@@ -126,7 +120,9 @@ class Opener:
         """
         return await self._look(name, self._describe)
 
-    async def verify(self, name: str, *, io_concurrency: int) -> VerifyReport:
+    async def verify(
+        self, name: str, *, io_concurrency: int, progress: Progress | None = None
+    ) -> VerifyReport:
         """Read all of ``name`` and tell what is damaged, of one state of it.
 
         Raises: CheckpointNotFoundError; CorruptCheckpointError if `.metadata` can't be read at all;
@@ -135,7 +131,12 @@ class Opener:
 
         async def look(name: str, reader: Reader, raw: RawMetadata) -> VerifyReport:
             verification = Verification(
-                name, reader, self._threads, io_concurrency=io_concurrency, timeout=self._timeout
+                name,
+                reader,
+                self._threads,
+                io_concurrency=io_concurrency,
+                timeout=self._timeout,
+                progress=progress,
             )
             report = await verification.run(raw)
             # files that a replace has taken away look damaged: as an error, it makes _look begin again

@@ -22,6 +22,7 @@ from ..storage import BlockingCalls, LocalPlace
 from .contents import Contents
 from .opening import Opener
 from .safetensors_source import SafetensorsOpener, is_model_file
+from .verification import Progress
 
 _MARKS = (METADATA, FIRST_RANK_METADATA)
 _SHOWN = 3
@@ -150,9 +151,12 @@ class PathOpener:
         """What ``name`` is. Raises: as ``open``."""
         return await (await self._opener(name)).describe(name)
 
-    async def verify(self, name: str, *, io_concurrency: int) -> VerifyReport:
+    async def verify(
+        self, name: str, *, io_concurrency: int, progress: Progress | None = None
+    ) -> VerifyReport:
         """Read all of ``name``. Raises: as ``Opener.verify``."""
-        return await (await self._opener(name)).verify(name, io_concurrency=io_concurrency)
+        opener = await self._opener(name)
+        return await opener.verify(name, io_concurrency=io_concurrency, progress=progress)
 
     async def is_current(self, contents: Contents) -> bool:
         """Whether ``contents`` are of what is there now."""

@@ -27,7 +27,7 @@ from ..formats import (
 from ..info import CheckpointInfo, VerifyReport
 from ..storage import LocalPlace, LocalReader
 from .contents import Contents
-from .verification import Verification
+from .verification import Progress, Verification
 
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -184,7 +184,9 @@ class SafetensorsOpener:
         """None: a model tells no step."""
         return None
 
-    async def verify(self, name: str, *, io_concurrency: int) -> VerifyReport:
+    async def verify(
+        self, name: str, *, io_concurrency: int, progress: Progress | None = None
+    ) -> VerifyReport:
         """Read all of it; no checksum says whether it is whole. Raises: as ``open``."""
         contents = await self.open(name)
         try:
@@ -194,6 +196,7 @@ class SafetensorsOpener:
                 self._threads,
                 io_concurrency=io_concurrency,
                 timeout=self._timeout,
+                progress=progress,
             )
             return await verification.run_bare(contents)
         finally:

@@ -15,8 +15,9 @@ import time
 import zlib
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import anyio
 from torch.distributed.checkpoint.metadata import Metadata
@@ -57,6 +58,10 @@ _DAMAGE = (errno.EIO, errno.ENOENT, errno.ENODATA, errno.EBADMSG, errno.ESTALE, 
 """What a medium says of bytes that are gone; anything else says that it can't be asked now."""
 
 
+Progress: TypeAlias = Callable[[int, int], None]
+"""Told how much has been done, and of how much."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Item:
     """Bytes [start, stop) of a file belong to ``name``."""
@@ -87,9 +92,20 @@ class Verification:
     """One reading of all of one checkpoint. Owns nothing; ``run`` is called once."""
 
     def __init__(
-        self, name: str, reader: Reader, threads: BlockingThreads, *, io_concurrency: int, timeout: float
+        self,
+        name: str,
+        reader: Reader,
+        threads: BlockingThreads,
+        *,
+        io_concurrency: int,
+        timeout: float,
+        progress: Progress | None = None,
     ) -> None:
-        """``timeout``: seconds, for each call in a thread."""
+        """
+        Args:
+            timeout: seconds, for each call in a thread.
+            progress: told how many bytes were read, and of how many.
+        """
         self._name = name
         self._reader = reader
         self._threads = threads
@@ -102,6 +118,8 @@ class Verification:
         self._damage: list[DamagedRange] = []
         self._unrecorded: dict[str, None] = {}
         self._nbytes = 0
+        self._total_bytes = 0
+        self._progress = progress
 
     async def run(self, raw: RawMetadata) -> VerifyReport:
         """Read what ``raw``, its `.metadata`, tells of, and all that belongs to it.
@@ -124,7 +142,8 @@ class Verification:
         medium can't be asked."""
         begun = time.monotonic()
         self._list(contents.locations, packed=contents.locations.keys())
-        self._chunks = [self._chunks_of_items(file, items) for file, items in self._items.items()]
+        for file, items in self._items.items():
+            self._add_items(file, items)
         return await self._report(contents.info.producer, len(self._items), begun)
 
     async def _report(
@@ -213,7 +232,7 @@ class Verification:
         if entries is None or file not in entries:  # stock's, or of another directory
             if entries is not None and "/" not in file:
                 self._add(file, 0, end, ".metadata names it, the manifest does not")
-            self._chunks.append(self._chunks_of_items(file, items))
+            self._add_items(file, items)
             return
         try:
             footer = await footer_of(self._name, self._reader, file, nbytes, entry.digest if entry else None)
@@ -222,6 +241,11 @@ class Verification:
             self._add(file, 0, nbytes, str(error))
             return
         self._chunks.append(self._chunks_of_blocks(file, footer.image_bytes, footer.digests))
+        self._total_bytes += footer.image_bytes
+
+    def _add_items(self, file: str, items: Sequence[_Item]) -> None:
+        self._chunks.append(self._chunks_of_items(file, items))
+        self._total_bytes += sum(item.stop - item.start for item in items)
 
     async def _check_attached(self, file: str, entry: AttachedEntry) -> None:
         try:
@@ -290,6 +314,9 @@ class Verification:
             first = await self._read(file, start, memory[:half])
             return await self._read(file, start + half, memory[half:]) and first
         self._nbytes += len(memory)
+        if self._progress is not None:
+            # gaps between items are read through, so there may be a little more than was announced
+            self._progress(self._nbytes, max(self._total_bytes, self._nbytes))
         return True
 
     async def _check_blocks(self, chunk: _Chunk, memory: memoryview) -> None:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
-from urllib.parse import unquote
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
@@ -29,6 +28,7 @@ from ..load import Index
 from ..options import Dtypes, Limits, Timeouts
 from ..planning import PlanningOptions
 from ..staging import StagingOptions
+from ..storage import root_and_name
 from ..trust import Trust
 from .lifetime import Lifetime
 from .load_context import LoadContext
@@ -48,12 +48,7 @@ def reader_at(
     """Threads of its own to read what lies beside ``path``, a checkpoint's directory, and its name there."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"a checkpoint is opened by the path of its directory, not by {path!r}")
-    if isinstance(path, str) and "://" in path:
-        root, _, name = path.rstrip("/").rpartition("/")
-        name = unquote(name) if path.lower().startswith("file:") else name
-    else:
-        # links are followed where it is opened: this very directory was asked for, wherever it lies
-        root, name = os.path.split(os.path.abspath(os.path.expanduser(os.fsdecode(path))))
+    root, name = root_and_name(path)
     setup = make_setup(
         root,
         StagingOptions(),

@@ -2,87 +2,129 @@
 
 from __future__ import annotations
 
-from .base import FileLayout, Format
-from .distcp import (
-    BLOCK_BYTES,
-    DISTCP,
-    SECTOR_BYTES,
-    Footer,
-    FooterError,
-    block_digests,
-    footer_span,
-    read_trailer,
-)
-from .keys import PickledKey, pickled_key, plain_key, text_of
-from .manifest import (
-    AttachedEntry,
-    FileEntry,
-    Manifest,
-    ManifestError,
-    ManifestHead,
-    NewerVersionError,
-    attached_digest,
-    decode_manifest,
-    decode_step,
-    encode_manifest,
-    structure_json,
-)
-from .metadata_reader import decode_metadata, uids_named_in
-from .metadata_writer import Group, MetadataTemplate, Place
+from typing import TYPE_CHECKING
+
+from .._lazy import lazily
 from .renamed_tree import renamed_paths, renamed_tree
-from .safetensors_header import (
-    LENGTH_BYTES,
-    AmbiguousNameError,
-    HeaderError,
-    StoredTensor,
-    decode_header,
-    files_of_index,
-    header_bytes,
-    join_files,
-)
-from .stock_compat import (
-    InnerValue,
-    ItemKey,
-    folded,
-    locations_of,
-    merge_ranks,
-    take_apart,
-    transforms_of,
-    usable_paths,
-)
-from .stored_item import (
-    RECORD_HEAD_BYTES,
-    StoredItem,
-    UnsupportedError,
-    check_item,
-    check_names,
-    inflated_bound,
-)
-from .torch_save import Archive, StandIn
-from .tree import (
-    Tree,
-    build,
-    children_of,
-    cut,
-    grafted,
-    heads_of,
-    is_of_stateful,
-    kind_of,
-    kind_of_stateful,
-    leaf_names,
-    like,
-    list_node,
-    locate,
-    mapping_kind,
-    mapping_node,
-    pickled_keys,
-    pruned,
-    subtree,
-    tree_from_paths,
-)
-from .tree_json import dcp_paths, merged_trees, tree_from_json, tree_to_json
-from .zip_item import PLAIN_DTYPES, object_item, tensor_frame
-from .zip_records import Record, find_records
+
+if TYPE_CHECKING:
+    from .base import FileLayout, Format
+    from .distcp import (
+        BLOCK_BYTES,
+        DISTCP,
+        SECTOR_BYTES,
+        Footer,
+        FooterError,
+        block_digests,
+        footer_span,
+        read_trailer,
+    )
+    from .keys import PickledKey, pickled_key, plain_key, text_of
+    from .manifest import (
+        AttachedEntry,
+        FileEntry,
+        Manifest,
+        ManifestError,
+        ManifestHead,
+        NewerVersionError,
+        attached_digest,
+        decode_head,
+        decode_manifest,
+        decode_step,
+        encode_manifest,
+        structure_json,
+    )
+    from .metadata_reader import decode_metadata, uids_named_in
+    from .metadata_writer import Group, MetadataTemplate, Place
+    from .safetensors_header import (
+        LENGTH_BYTES,
+        AmbiguousNameError,
+        HeaderError,
+        StoredTensor,
+        decode_header,
+        files_of_index,
+        header_bytes,
+        join_files,
+    )
+    from .stock_compat import (
+        InnerValue,
+        ItemKey,
+        folded,
+        locations_of,
+        merge_ranks,
+        take_apart,
+        transforms_of,
+        usable_paths,
+    )
+    from .stored_item import (
+        RECORD_HEAD_BYTES,
+        StoredItem,
+        UnsupportedError,
+        check_item,
+        check_names,
+        inflated_bound,
+    )
+    from .torch_save import Archive, StandIn
+    from .tree import (
+        Tree,
+        build,
+        children_of,
+        cut,
+        grafted,
+        heads_of,
+        is_of_stateful,
+        kind_of,
+        kind_of_stateful,
+        leaf_names,
+        like,
+        list_node,
+        locate,
+        mapping_kind,
+        mapping_node,
+        pickled_keys,
+        pruned,
+        subtree,
+        tree_from_paths,
+    )
+    from .tree_json import dcp_paths, merged_trees, tree_from_json, tree_to_json
+    from .zip_item import PLAIN_DTYPES, object_item, tensor_frame
+    from .zip_records import Record, find_records
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "base": "FileLayout Format",
+            "distcp": (
+                "BLOCK_BYTES DISTCP SECTOR_BYTES Footer FooterError block_digests footer_span read_trailer"
+            ),
+            "keys": "PickledKey pickled_key plain_key text_of",
+            "manifest": (
+                "AttachedEntry FileEntry Manifest ManifestError ManifestHead NewerVersionError "
+                "attached_digest decode_head decode_manifest decode_step encode_manifest structure_json"
+            ),
+            "metadata_reader": "decode_metadata uids_named_in",
+            "metadata_writer": "Group MetadataTemplate Place",
+            "safetensors_header": (
+                "LENGTH_BYTES AmbiguousNameError HeaderError StoredTensor decode_header files_of_index "
+                "header_bytes join_files"
+            ),
+            "stock_compat": (
+                "InnerValue ItemKey folded locations_of merge_ranks take_apart transforms_of usable_paths"
+            ),
+            "stored_item": (
+                "RECORD_HEAD_BYTES StoredItem UnsupportedError check_item check_names inflated_bound"
+            ),
+            "torch_save": "Archive StandIn",
+            "tree": (
+                "Tree build children_of cut grafted heads_of is_of_stateful kind_of kind_of_stateful "
+                "leaf_names like list_node locate mapping_kind mapping_node pickled_keys pruned subtree "
+                "tree_from_paths"
+            ),
+            "tree_json": "dcp_paths merged_trees tree_from_json tree_to_json",
+            "zip_item": "PLAIN_DTYPES object_item tensor_frame",
+            "zip_records": "Record find_records",
+        },
+    )
 
 __all__ = [
     "BLOCK_BYTES",
@@ -124,6 +166,7 @@ __all__ = [
     "children_of",
     "cut",
     "dcp_paths",
+    "decode_head",
     "decode_header",
     "decode_manifest",
     "decode_metadata",

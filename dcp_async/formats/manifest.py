@@ -143,21 +143,32 @@ def decode_manifest(raw: bytes) -> Manifest:
         fields = _Fields(_parsed(raw))
         # before the other fields, which a newer version may lack or name otherwise
         _check_version(fields)
-        return Manifest(
-            checkpoint_id=fields.text("checkpoint_id"),
-            uid=fields.text("uid", _HEX),
-            step=fields.step(),
-            time=fields.seconds("time"),
-            world_size=fields.integer("world_size", 1),
-            torch_version=fields.text("torch_version"),
-            metadata_digest=fields.text("metadata_digest", _HEX),
-            files=_files(fields.found["files"]),
+        return _manifest(
+            fields,
             structure=fields.found["structure"],
             strides=_strides(fields.found["strides"]),
             exotic=_texts(fields.found["exotic"], "exotic"),
-            notes=_Fields(fields.found["notes"]).found,
-            attached=_attached(fields.found.get("attached", [])),
         )
+
+
+def _manifest(
+    fields: _Fields, *, structure: JSON, strides: Mapping[str, tuple[int, ...]], exotic: tuple[str, ...]
+) -> Manifest:
+    return Manifest(
+        checkpoint_id=fields.text("checkpoint_id"),
+        uid=fields.text("uid", _HEX),
+        step=fields.step(),
+        time=fields.seconds("time"),
+        world_size=fields.integer("world_size", 1),
+        torch_version=fields.text("torch_version"),
+        metadata_digest=fields.text("metadata_digest", _HEX),
+        files=_files(fields.found["files"]),
+        structure=structure,
+        strides=strides,
+        exotic=exotic,
+        notes=_Fields(fields.found["notes"]).found,
+        attached=_attached(fields.found.get("attached", [])),
+    )
 
 
 def decode_step(raw: bytes) -> int | None:
@@ -171,6 +182,33 @@ def decode_step(raw: bytes) -> int | None:
         fields = _Fields(_leading_fields(raw.decode(), frozenset({"format", "version", "step"})))
         _check_version(fields)
         return fields.step()
+
+
+_TREE = b',"structure":'
+
+
+def decode_head(raw: bytes) -> Manifest:
+    """What stands in front of the tree, of the first bytes of a manifest: for lists of thousands. The tree,
+    strides and exotic tensors are left out, and no checksum vouches for the rest.
+
+    Raises: ManifestError, NewerVersionError.
+    """
+    with _manifest_errors():
+        fields = _Fields(_head(raw))
+        _check_version(fields)
+        return _manifest(fields, structure=None, strides={}, exotic=())
+
+
+def _head(raw: bytes) -> object:
+    """Raises ValueError if there is no tree in ``raw``."""
+    end = raw.index(_TREE)
+    while True:
+        try:
+            return json.loads(raw[:end] + b"}", object_pairs_hook=_unique)
+        except ManifestError:
+            raise
+        except ValueError:  # notes may have a field of this name: cut there, it is no JSON
+            end = raw.index(_TREE, end + 1)
 
 
 def _check_digest(raw: bytes) -> None:

@@ -22,8 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from .._concurrency import collection_paused, first_failure
-from .._names import data_file, owned_file
-from ..catalog import last_number
+from .._names import data_file, last_number, owned_file
 from ..errors import CheckpointError, Phase, SaveError
 from ..formats import ItemKey
 from ..planning import WrittenItem, stock_publication

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .base import (
+    Glimpse,
+    Glimpses,
     InUseError,
     LinkError,
     Listing,
@@ -19,10 +21,12 @@ from .deadline import LimitedStorage
 from .local import LocalPlace, LocalReader, LocalStorage
 from .memory import MemoryStorage
 from .object_store import ObjectStorage, Retries
-from .urls import storage_at
+from .urls import root_and_name, storage_at
 
 __all__ = [
     "BlockingCalls",
+    "Glimpse",
+    "Glimpses",
     "InUseError",
     "LimitedStorage",
     "LinkError",
@@ -40,5 +44,6 @@ __all__ = [
     "StoredCheckpoint",
     "Transaction",
     "UnreadableError",
+    "root_and_name",
     "storage_at",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from ..errors import StorageError
 
@@ -210,3 +210,21 @@ class ReadableStorage(Protocol):
 
     async def open(self, name: str) -> Reader:
         """As ``Storage.open``."""
+
+
+class Glimpse(NamedTuple):
+    """A name under the root, with as much of what lies there as a list of thousands can afford to look at."""
+
+    stored: StoredCheckpoint
+    manifest: bytes | None
+    """How its only manifest begins; None if there is none or several, or if nobody has looked."""
+    files: Mapping[str, int] | None
+    """Name -> length of each file there, where there is no manifest; None if nobody has looked."""
+
+
+@runtime_checkable
+class Glimpses(Protocol):
+    """A storage that looks at all its checkpoints at once, quicker than by opening each of them."""
+
+    async def glimpse(self, head_bytes: int) -> Sequence[Glimpse]:
+        """All that ``list`` gives, in no order, and the first ``head_bytes`` of each manifest."""

@@ -69,3 +69,13 @@ def _path_of(url: str) -> str:
     if not path.startswith("/"):
         raise ValueError(f"root={url!r} has no path; write file:///absolute/path")
     return path
+
+
+def root_and_name(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The root that the checkpoint ``path`` lies under, a directory or its URL, and its name there."""
+    text = os.fspath(path)
+    if isinstance(text, str) and _SCHEME.match(text):
+        root, _, name = text.rstrip("/").rpartition("/")
+        return root, unquote(name) if text.lower().startswith("file:") else name
+    # links are followed where it is opened: this very directory was asked for, wherever it lies
+    return os.path.split(os.path.abspath(os.path.expanduser(os.fsdecode(text))))

@@ -15,7 +15,7 @@ import dcp_async
 
 PACKAGE = Path(dcp_async.__file__).parent
 
-GROUND = {"errors", "options", "info", "_foreign", "_geometry", "_names"}
+GROUND = {"errors", "options", "info", "_foreign", "_geometry", "_lazy", "_names"}
 """What any folder may import, but for these themselves and ``trust``."""
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trust": set(),
     "_foreign": {"errors"},
     "_geometry": set(),
+    "_lazy": set(),
     "_names": set(),
     "info": {"errors"},
     "_concurrency": {"errors"},
@@ -208,3 +209,30 @@ def test_environment_variables_are_no_api(path: Path) -> None:
     # WORLD_SIZE is the launcher's, read to refuse what would overwrite other ranks' files; AWS_ENDPOINT_URL
     # is obstore's, which does not tell whether what it names is asked without TLS
     assert not reads or _name(path) in {"coordination.coordinator", "storage.object_store.options"}
+
+
+def _imported_for_types(face: Path) -> dict[str, set[str]]:
+    """Module -> names, of the relative imports under ``TYPE_CHECKING``."""
+    blocks = [node for node in ast.parse(face.read_text()).body if isinstance(node, ast.If)]
+    return {
+        node.module or "": {alias.name for alias in node.names}
+        for block in blocks
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+    }
+
+
+LAZY = {path: _imported_for_types(path) for path in MODULES if path.name == "__init__.py"}
+
+
+@pytest.mark.parametrize("path", [path for path, names in LAZY.items() if names], ids=_name)
+def test_a_lazy_face_gives_what_its_imports_say(path: Path) -> None:
+    (listed,) = (
+        ast.literal_eval(node.args[1])
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "lazily"
+    )
+    names = {module: set(text.split()) for module, text in listed.items() if text}
+    assert names == LAZY[path]
+    # imported, such a module would take the place of the name
+    assert not {module.stem for module in path.parent.glob("*.py")} & set().union(*names.values())

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..base import StoredCheckpoint
+from ..._names import FIRST_RANK_METADATA, METADATA, is_manifest
+from ..base import Glimpse, StoredCheckpoint
 from .files import commit_mark
-from .safe_open import is_beneath
+from .safe_open import is_beneath, open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +30,12 @@ def list_checkpoints(root: Path) -> list[StoredCheckpoint]:
             listed = [entry for entry in entries if not entry.name.startswith(".")]
     except FileNotFoundError:
         return []
+    return _look_at_all(listed, root)
+
+
+def _look_at_all(entries: Sequence[os.DirEntry[str]], root: Path) -> list[StoredCheckpoint]:
     checkpoints: list[StoredCheckpoint] = []
-    for entry in listed:
+    for entry in entries:
         try:
             stored = _look_at(entry, root)
         except FileNotFoundError:  # removed meanwhile
@@ -84,3 +90,50 @@ def _linked(entry: os.DirEntry[str], root: str) -> StoredCheckpoint | None:
     if mark is None:
         return None
     return StoredCheckpoint(name=entry.name, committed=True, modified=mark.st_mtime)
+
+
+def glimpse_checkpoints(root: Path, head_bytes: int) -> list[Glimpse]:
+    """See ``Glimpses``; as ``list_checkpoints`` in all else. Blocks. Raises OSError for the root itself."""
+    glimpses = []
+    # links and what can't be looked at are few, and told by the rules above
+    others = []
+    try:
+        with os.scandir(root) as entries:
+            listed = [entry for entry in entries if not entry.name.startswith(".")]
+    except FileNotFoundError:
+        return []
+    for entry in listed:
+        try:
+            glimpse = _glimpse(entry.path, entry.name, head_bytes) if _is_plain(entry) else None
+        except OSError as error:
+            logger.debug("%r can't be looked at: %s", entry.path, error)
+            glimpse = None
+        if glimpse is None:
+            others.append(entry)
+        else:
+            glimpses.append(glimpse)
+    return glimpses + [Glimpse(stored, None, None) for stored in _look_at_all(others, root)]
+
+
+def _is_plain(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) and entry.name not in _NO_CHECKPOINTS
+
+
+def _glimpse(path: str, name: str, head_bytes: int) -> Glimpse | None:
+    """What the directory ``path`` shows; None if it is no whole checkpoint at first sight."""
+    # by name alone where that will do: this is done 10,000 times for one list
+    names = os.listdir(path)
+    mark = METADATA if METADATA in names else FIRST_RANK_METADATA
+    if mark not in names:
+        return None
+    manifests = [name for name in names if is_manifest(name)]
+    stored = StoredCheckpoint(name=name, committed=True, modified=os.lstat(f"{path}/{mark}").st_mtime)
+    if not manifests:
+        return Glimpse(stored, None, {name: os.lstat(f"{path}/{name}").st_size for name in names})
+    if len(manifests) > 1:
+        return Glimpse(stored, None, None)
+    fd = open_regular(f"{path}/{manifests[0]}")
+    try:
+        return Glimpse(stored, os.read(fd, head_bytes), None)
+    finally:
+        os.close(fd)

@@ -19,9 +19,9 @@ from typing import ParamSpec, TypeVar
 import anyio
 
 from ...errors import StorageError
-from ..base import NamesUids, StoredCheckpoint
+from ..base import Glimpse, NamesUids, StoredCheckpoint
 from .lease import Beat, sees_lease
-from .listing import list_checkpoints
+from .listing import glimpse_checkpoints, list_checkpoints
 from .reader import LocalReader
 from .removal import remove_checkpoint, sweep_checkpoint
 from .transaction import LeasingCalls, LocalTransaction
@@ -134,6 +134,9 @@ class LocalStorage(LeasingCalls):
 
     async def list(self) -> Sequence[StoredCheckpoint]:
         return await self.run("list", self.root, list_checkpoints, self.root)
+
+    async def glimpse(self, head_bytes: int) -> Sequence[Glimpse]:
+        return await self.run("list", self.root, glimpse_checkpoints, self.root, head_bytes)
 
     async def remove(self, name: str, *, unless_read: bool = False) -> None:
         directory, max_age = self.root / name, self.lease_max_age
