@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import anyio
 import xxhash
 
+from .._concurrency import collection_paused
 from .._names import FIRST_RANK_METADATA, last_number, names_file_of_ours, owned_file, rank_of_metadata
 from ..errors import StorageError
 from ..formats import Manifest, ManifestError, decode_head
@@ -53,7 +54,8 @@ async def survey(storage: Storage, metadata_of: Callable[[str], Awaitable[Metada
     else:
         glimpses = [Glimpse(stored, None, None) for stored in await storage.list()]
     looks = _Survey(storage, metadata_of)
-    rows = [looks.at_once(glimpse) for glimpse in glimpses]
+    with collection_paused():  # of thousands, it is as many objects
+        rows = [looks.at_once(glimpse) for glimpse in glimpses]
     await looks.open_others([index for index, row in enumerate(rows) if row is None], glimpses, rows)
     return sorted((row for row in rows if row is not None), key=_order)
 

@@ -199,12 +199,12 @@ def decode_head(raw: bytes) -> Manifest:
         return _manifest(fields, structure=None, strides={}, exotic=())
 
 
-def _head(raw: bytes) -> object:
+def _head(raw: bytes) -> Any:
     """Raises ValueError if there is no tree in ``raw``."""
     end = raw.index(_TREE)
     while True:
         try:
-            return json.loads(raw[:end] + b"}", object_pairs_hook=_unique)
+            return _DECODER.decode(raw[:end].decode() + "}")
         except ManifestError:
             raise
         except ValueError:  # notes may have a field of this name: cut there, it is no JSON
@@ -255,10 +255,13 @@ def _unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
     return fields
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 def _leading_fields(text: str, wanted: Set[str]) -> dict[str, JSON]:
     """The fields of an object, up to the last of those that are wanted. Raises ValueError."""
     # one value at a time: json.loads() would decode the tree as well
-    scan = json.JSONDecoder(object_pairs_hook=_unique).raw_decode
+    scan = _DECODER.raw_decode
     fields: list[tuple[str, JSON]] = []
     position = _behind(("{",), text, 0)
     missing = set(wanted)

@@ -1,0 +1,53 @@
+"""One checkpoint by its path, through the catalog: for commands that read of it, and need torch.
+
+Enters: a path or a URL. Leaves: a Catalog and the checkpoint's name in it. Invariant: whatever happens, the
+threads that reading took have ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from .._concurrency import BlockingThreads
+from ..catalog import Catalog, PathOpener
+from ..errors import CheckpointNotFoundError
+from ..options import Timeouts
+from ..storage import LocalStorage, root_and_name
+from .places import IO_CONCURRENCY, not_a_checkpoint, storage_of
+
+
+@contextlib.asynccontextmanager
+async def catalog_of(path: str, *, follow_links: bool = False) -> AsyncIterator[tuple[Catalog, str]]:
+    """What opens the checkpoint ``path``, or the safetensors files there, and its name. Raises
+    CheckpointNotFoundError, which says what to give instead."""
+    root, name = root_and_name(path)
+
+    async def metadata_of(name: str) -> Metadata:
+        return await catalog.metadata(name)
+
+    timeout, opener = Timeouts().storage, None
+    async with contextlib.AsyncExitStack() as stack:
+        threads = BlockingThreads("dcp_async-cli", IO_CONCURRENCY + 1)
+        stack.callback(threads.shutdown)
+        storage = await stack.enter_async_context(storage_of(root, follow_links=follow_links))
+        if isinstance(storage, LocalStorage):
+            opener = PathOpener(
+                os.fspath(storage.root),
+                storage,
+                threads,
+                metadata_of,
+                timeout=timeout,
+                follow_links=follow_links,
+            )
+            await opener.check(os.path.join(storage.root, name))
+        catalog = Catalog(storage, threads, metadata_of, timeout=timeout, opener=opener)
+        try:
+            yield catalog, name
+        except CheckpointNotFoundError as error:
+            if error.checkpoint_id != name:
+                raise
+            raise not_a_checkpoint(path, name) from error
