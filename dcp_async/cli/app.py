@@ -17,16 +17,17 @@ import click
 import dcp_async
 
 from ..errors import (
-    CheckpointExistsError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     StorageError,
     UntrustedCheckpointError,
 )
+from ..storage import InUseError
 from .completion import completion
 from .cp import cp
 from .diff import diff
 from .ls import ls
+from .prune import prune
 from .rm import rm
 from .show import show
 from .terminal import Exit, ReaderGone, Refused, Settings, printable
@@ -54,7 +55,7 @@ def command() -> None:
     """
 
 
-for _each_command in (ls, show, verify, diff, cp, rm, completion):
+for _each_command in (ls, show, verify, diff, cp, rm, prune, completion):
     command.add_command(_each_command)
 
 
@@ -108,7 +109,7 @@ def _status(error: Exception) -> Exit:
         return Exit.NOT_FOUND
     if isinstance(error, CorruptCheckpointError):
         return Exit.DIFFERENT
-    if isinstance(error, (Refused, UntrustedCheckpointError, CheckpointExistsError, FileExistsError)):
+    if isinstance(error, (Refused, UntrustedCheckpointError, InUseError, FileExistsError)):
         return Exit.REFUSED
     if isinstance(error, StorageError):
         return Exit.NOT_FOUND if error.errno == errno.ENOENT else Exit.FAILED

@@ -21,10 +21,15 @@ from .places import IO_CONCURRENCY, not_a_checkpoint, storage_of
 
 
 @contextlib.asynccontextmanager
-async def catalog_of(path: str, *, follow_links: bool = False) -> AsyncIterator[tuple[Catalog, str]]:
+async def catalog_of(
+    path: str, *, follow_links: bool = False, is_root: bool = False
+) -> AsyncIterator[tuple[Catalog, str]]:
     """What opens the checkpoint ``path``, or the safetensors files there, and its name. Raises
-    CheckpointNotFoundError, which says what to give instead."""
-    root, name = root_and_name(path)
+    CheckpointNotFoundError, which says what to give instead.
+
+    ``is_root``: ``path`` is what checkpoints lie under; then there is no name.
+    """
+    root, name = (path, "") if is_root else root_and_name(path)
 
     async def metadata_of(name: str) -> Metadata:
         return await catalog.metadata(name)
@@ -34,7 +39,7 @@ async def catalog_of(path: str, *, follow_links: bool = False) -> AsyncIterator[
         threads = BlockingThreads("dcp_async-cli", IO_CONCURRENCY + 1)
         stack.callback(threads.shutdown)
         storage = await stack.enter_async_context(storage_of(root, follow_links=follow_links))
-        if isinstance(storage, LocalStorage):
+        if isinstance(storage, LocalStorage) and not is_root:
             opener = PathOpener(
                 os.fspath(storage.root),
                 storage,
@@ -51,3 +56,10 @@ async def catalog_of(path: str, *, follow_links: bool = False) -> AsyncIterator[
             if error.checkpoint_id != name:
                 raise
             raise not_a_checkpoint(path, name) from error
+
+
+async def newest_whole(root: str) -> str | None:
+    """The name of the newest checkpoint under ``root`` whose files are all there and of their lengths."""
+    async with catalog_of(root, is_root=True) as (catalog, _):
+        info, _ = await catalog.latest()
+        return None if info is None else info.checkpoint_id

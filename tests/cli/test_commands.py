@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from dcp_async.sync import CheckpointEngine, verify
+from dcp_async.sync import CheckpointEngine, open_checkpoint, verify
 from tests.cli.conftest import Run, make_state, names, step
 from tests.support.doubles import data_files, flip, manifest_file
 
@@ -272,3 +272,63 @@ def test_rm_that_nobody_confirms_is_refused(run: Run, runs: Path) -> None:
     assert ran.status == 4
     assert "--yes" in ran.err
     assert (runs / step(1)).exists()
+
+
+def test_rm_of_one_that_is_being_read_is_refused(run: Run, runs: Path) -> None:
+    with open_checkpoint(runs / step(1)):
+        ran = run("rm", "--yes", runs / step(1))
+    assert ran.status == 4
+    assert run("rm", "--yes", runs / step(1)).status == 0
+
+
+def test_rm_of_a_link_is_not_found(run: Run, runs: Path) -> None:
+    (runs / "newest").symlink_to(step(3))
+    assert run("rm", "--yes", runs / "newest").status == 3
+    assert run("verify", runs / step(3)).status == 0
+
+
+def test_prune_keeps_what_one_of_its_options_keeps(run: Run, tmp_path: Path) -> None:
+    with CheckpointEngine(tmp_path) as engine:
+        for number, loss in enumerate([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]):
+            notes = {"loss": loss}
+            engine.save({"w": torch.ones(2)}, step=number, notes=notes).upload_completion.result()
+        engine.save({"w": torch.ones(2)}, checkpoint_id="best").upload_completion.result()
+    arguments = ("prune", tmp_path, "--keep-latest", "1", "--keep-every-steps", "4", "--keep-best", "loss:2")
+    dry = run(*arguments, "--dry-run")
+    assert dry.status == 0
+    assert dry.out.count("would remove") == 1
+    assert run(*arguments).status == 4, "nobody has confirmed it"
+    document = run(*arguments, "--yes", "--json").document
+    assert [entry["path"] for entry in document["removed"]] == [str(tmp_path / step(3))]
+    assert list(document["kept"]) == ["best", *(step(number) for number in (0, 1, 2, 4, 5))]
+    assert document["kept"][step(1)] == ["KeepBest('loss', 2, mode='min')"]
+    assert names(run("ls", tmp_path, "--json").document["checkpoints"]) == list(document["kept"])
+    worst = run("prune", tmp_path, "--keep-best", "loss:1:max", "--dry-run", "--json").document
+    assert list(worst["kept"]) == ["best", step(5)]
+
+
+def test_prune_keeps_the_newest_that_is_whole_and_those_that_are_not(run: Run, runs: Path) -> None:
+    shutil.rmtree(runs / "stock-7")
+    (file,) = data_files(runs / step(3))
+    file.unlink()
+    manifest_file(runs / step(1)).unlink()
+    ran = run("prune", runs, "--keep-latest", "1", "--yes", "--json")
+    assert ran.status == 0
+    assert ran.document["removed"] == []
+    assert ran.document["kept"][step(2)] == ["the newest that is whole"]
+    assert ran.document["kept"][step(1)] == ["can't be read"]
+
+
+def test_prune_spares_what_is_being_read(run: Run, runs: Path) -> None:
+    with open_checkpoint(runs / step(1)):
+        (first, _) = run("prune", runs, "--keep-latest", "2", "--yes", "--json").document["removed"]
+    assert first["kept"]
+    assert (runs / step(1)).exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--keep-best", "loss"], ["--keep-best", "loss:0"]])
+def test_prune_that_is_told_nothing_sensible_removes_nothing(
+    run: Run, runs: Path, arguments: list[str]
+) -> None:
+    assert run("prune", runs, "--yes", *arguments).status == 2
+    assert len(run("ls", runs, "--json").document["checkpoints"]) == 4
