@@ -16,6 +16,7 @@ import pytest
 from dcp_async.cli import Exit, command
 from dcp_async.cli.terminal import Column, printable, size_text, table_lines
 from tests.cli.conftest import Run, step
+from tests.support.command_help import helps
 from tests.support.doubles import data_files
 
 COLUMNS = (
@@ -106,6 +107,12 @@ def test_every_command_has_help_and_the_common_options(run: Run) -> None:
         ran = run(name, "--help")
         assert ran.status == 0
         assert name == "completion" or "--json" in ran.out
+
+
+def test_the_documentation_has_what_help_says() -> None:
+    assert (Path(__file__).parents[2] / "docs/reference/cli.inc").read_text() == helps(), (
+        "python -m tests.support.command_help > docs/reference/cli.inc"
+    )
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -222,9 +222,9 @@ def test_a_drawing_is_what_its_source_draws(name: str) -> None:
 
 def test_the_folders_of_the_drawing_are_those_of_the_package() -> None:
     drawn = set(re.findall(r'class="folder">(\w+)/<', drawings.path_of_a_tensor().svg()))
-    # no tensor goes through tests or the choice of a step, and the twins have no way of their own
+    # no tensor goes through tests, commands or the choice of a step, and the twins have no way of their own
     folders = {path.parent.name for path in module_table.PACKAGE.glob("*/__init__.py")}
-    assert drawn == folders - {"testing", "schedule", "sync"}
+    assert drawn == folders - {"cli", "testing", "schedule", "sync"}
 
 
 WHERE_TO_READ = sorted(
