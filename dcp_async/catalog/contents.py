@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -19,14 +20,19 @@ from torch.distributed.checkpoint.metadata import (
 from .._concurrency import collection_paused
 from ..errors import CorruptCheckpointError, LoadError
 from ..formats import (
+    HeaderError,
     InnerValue,
     ItemKey,
     Manifest,
+    Quantised,
     Tree,
+    UnsupportedError,
     attached_digest,
     leaf_names,
+    quantised_among,
     renamed_paths,
     renamed_tree,
+    stored_chunks,
     tree_from_json,
     tree_from_paths,
     usable_paths,
@@ -62,6 +68,12 @@ class Contents:
     """Files whose items are the bytes of tensors and nothing else."""
     open_ended: frozenset[str] = frozenset()
     """Tensors in parts of which nobody recorded how many there are."""
+    config: bytes | None = None
+    """A model's config.json, where its tensors may be quantised."""
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)
+    """Tensors whose values are made of what ``stored`` tells, by their names here."""
+    stored: Contents | None = None
+    """What lies in the files, under its own names, where some of it is quantised."""
     unfolded: Mapping[str, Mapping[str, InnerValue]] = field(default_factory=dict)
     """Leaf -> name -> what lay inside of it, for a state that has a container there."""
     # no argument, so that replace() makes contents whose tree is looked for anew
@@ -127,6 +139,46 @@ class Contents:
         inside = {name: leaf.path for leaves in self.unfolded.values() for name, leaf in leaves.items()}
         return tree_from_paths({**usable_paths(self.metadata), **inside}, list(self.names))
 
+    def dequantized(self, dtype: torch.dtype | None) -> Contents:
+        """It with all that is quantised in blocks as plain tensors of ``dtype``, their scales left out; the
+        reader is the same one. None: as it is stored.
+
+        Raises: CorruptCheckpointError; LoadError for what is quantised in another way, and for checkpoints.
+        """
+        if dtype is None:
+            return self
+        name = self.info.checkpoint_id
+        if not self.bare or self.manifest is not None:
+            raise LoadError(
+                f"checkpoint {name!r}: dequantize= is for safetensors files that others wrote, and this is a "
+                "checkpoint of DCP's; leave it out; nothing was loaded",
+                checkpoint_id=name,
+            )
+        try:
+            quantised = quantised_among(self.tensors, self.config, dtype)
+        except UnsupportedError as error:
+            raise LoadError(
+                f"checkpoint {name!r}: {error}; nothing was loaded", checkpoint_id=name
+            ) from error
+        except HeaderError as error:
+            raise CorruptCheckpointError(
+                f"checkpoint {name!r}: {error}; nothing was loaded", checkpoint_id=name
+            ) from error
+        # a plain model has no place for them: left in, each would be unexpected
+        scales = {plain.scales for plain in quantised.values()}
+        known = {
+            key: quantised[key].meta if key in quantised else meta
+            for key, meta in self.metadata.state_dict_metadata.items()
+            if key not in scales
+        }
+        # where numbers lie stands for where values do: whoever orders names by it reads files in order
+        locations = {key: place for key, place in self.locations.items() if key[0] not in scales}
+        for plain_name, plain in quantised.items():
+            for offsets, stored in stored_chunks(plain, self.tensors[plain.weight]):
+                locations[plain_name, offsets] = self.locations[plain.weight, stored]
+        metadata = replace(self.metadata, state_dict_metadata=known)
+        return replace(self, metadata=metadata, locations=locations, quantised=quantised, stored=self)
+
     def renamed(self, names: Mapping[str, str], rename: Callable[[str], str | None]) -> Contents:
         """The part of it that ``names`` (old -> new) tells, under the new names; the reader is the same one.
 
@@ -153,6 +205,7 @@ class Contents:
                 if name in names
             },
             exotic=frozenset(names[name] for name in self.exotic if name in names),
+            quantised={names[name]: plain for name, plain in self.quantised.items() if name in names},
             open_ended=frozenset(names[name] for name in self.open_ended if name in names),
             strides={names[name]: strides for name, strides in self.strides.items() if name in names},
         )

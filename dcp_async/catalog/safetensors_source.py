@@ -23,6 +23,7 @@ from ..formats import (
     files_of_index,
     header_bytes,
     join_files,
+    may_be_quantised,
 )
 from ..info import CheckpointInfo, VerifyReport
 from ..storage import LocalPlace, LocalReader
@@ -32,6 +33,7 @@ from .verification import Progress, Verification
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _INDEX_BYTES = 64 << 20
+_CONFIG = "config.json"
 
 
 def is_model_file(name: str) -> bool:
@@ -91,6 +93,8 @@ class SafetensorsOpener:
             ) from error
         except HeaderError as error:
             raise _damaged(name, "its files" if weights is None else "its index", error) from error
+        # raw: whoever asks for plain values is told what is wrong with it, and nobody else
+        config = await self._config(reader) if may_be_quantised(metadata.state_dict_metadata) else None
         return Contents(
             info=CheckpointInfo(
                 checkpoint_id=name,
@@ -114,6 +118,7 @@ class SafetensorsOpener:
             digests={},
             image_bytes={},
             bare=frozenset(files),
+            config=config,
             open_ended=frozenset(
                 tensor.name for tensors in listed.values() for tensor in tensors if tensor.offsets is not None
             ),
@@ -161,6 +166,13 @@ class SafetensorsOpener:
         except HeaderError as error:
             raise _damaged(name, file, error) from error
         return files, weights
+
+    async def _config(self, reader: LocalReader) -> bytes | None:
+        """The model's config.json, which tells how its tensors are quantised; None if it has none that could
+        be one."""
+        if _CONFIG not in await reader.names() or (nbytes := await reader.size(_CONFIG)) > _INDEX_BYTES:
+            return None
+        return await _read(reader, _CONFIG, 0, nbytes)
 
     async def metadata(self, name: str) -> Metadata:
         """What ``name`` holds. Raises: as ``open``."""

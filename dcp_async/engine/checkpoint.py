@@ -22,7 +22,7 @@ from .._concurrency import Verb, Wait, drive
 from ..catalog import Opened
 from ..coordination import Coordination
 from ..errors import CheckpointNotFoundError, EngineStateError
-from ..formats import leaf_names
+from ..formats import leaf_names, plain_dtype
 from ..info import CheckpointInfo, CheckpointRef, LoadReport
 from ..load import Index
 from ..options import Dtypes, Limits, Timeouts
@@ -72,7 +72,15 @@ async def let_go(life: Lifetime, opened: Opened) -> None:
 class CheckpointVerbs:
     """Base of both twins. Owns what it opened, and its Lifetime if it was made with one of its own."""
 
-    def __init__(self, life: Lifetime, source: CheckpointRef, *, owns_life: bool) -> None:
+    def __init__(
+        self,
+        life: Lifetime,
+        source: CheckpointRef,
+        *,
+        owns_life: bool,
+        dequantize: torch.dtype | None = None,
+    ) -> None:
+        self._dequantize = plain_dtype(dequantize)
         self._life = life
         self._source = source
         self._owns_life = owns_life
@@ -110,7 +118,7 @@ class CheckpointVerbs:
 
         try:
             loads = Loads(LoadContext(self._life))
-            yield from loads.opening(self._source, keep, is_name=self._owns_life)
+            yield from loads.opening(self._source, keep, is_name=self._owns_life, dequantize=self._dequantize)
         except CheckpointNotFoundError as error:
             yield from self._closing(type(error))
             if not self._owns_life:
@@ -299,6 +307,7 @@ class Checkpoint(CheckpointVerbs):
 def open_checkpoint(
     path: str | os.PathLike[str],
     *,
+    dequantize: torch.dtype | None = None,
     trust: Trust = Trust(),
     limits: Limits = Limits(),
     timeouts: Timeouts = Timeouts(),
@@ -313,9 +322,11 @@ def open_checkpoint(
     Args:
         path: the checkpoint's own directory, or its URL (``memory://name/step-00000100``), or a
             ``.safetensors`` file; of its siblings none is looked at.
+        dequantize: the dtype to make plain values in of what a model's files hold quantised in blocks; see
+            ``CheckpointEngine.load``.
         trust: which pickled leaves are accepted.
         limits: how many reads go on at once.
         timeouts: how long one of them may take.
     """
     life, name = reader_at(path, trust=trust, limits=limits, timeouts=timeouts)
-    return Checkpoint(life, name, owns_life=True)
+    return Checkpoint(life, name, owns_life=True, dequantize=dequantize)

@@ -133,6 +133,7 @@ class CheckpointEngine(EngineVerbs):
         strict: bool = True,
         atomic: bool = False,
         dtypes: Dtypes = "exact",
+        dequantize: torch.dtype | None = None,
     ) -> LoadReport:
         """Fill ``state`` from a checkpoint, verified; a failure before the first byte leaves it as it was.
 
@@ -140,9 +141,8 @@ class CheckpointEngine(EngineVerbs):
             state: what ``save`` was given. Tensors are filled in place, Statefuls get ``load_state_dict``,
                 other leaves are replaced.
             source: "latest" (which passes over corrupt checkpoints), a name, a step (any kind of integer), a
-                CheckpointInfo; or the path, absolute or with a slash in it, of a checkpoint wherever it lies,
-                of a directory of safetensors files, as Hugging Face's models are, or of one such file. A
-                relative path is one of the coordinator's.
+                CheckpointInfo; or a path, absolute or with a slash in it: a checkpoint's wherever it lies, or
+                that of safetensors files, as Hugging Face's models are; a relative one is the coordinator's.
             keys: names of the state, or patterns of them (``"model.layers.*"``): all at and below what they
                 match is loaded, nothing else is touched, and strictness is about them alone. A ``*`` reaches
                 over dots. Modules are loaded in part; any other object with a ``load_state_dict()`` takes its
@@ -155,12 +155,22 @@ class CheckpointEngine(EngineVerbs):
                 once more.
             dtypes: "exact" refuses a tensor that was saved with another dtype; "convert" converts it as
                 ``Tensor.copy_`` does, where torch can (not from complex to real, nor from float to int).
+            dequantize: the dtype to make plain values in of what a model's files hold quantised in blocks,
+                FP8 (with ``_scale_inv``) or MXFP4 (``_blocks`` with ``_scales``). Scales are no names then.
+                None: all as it is stored.
         Raises: CheckpointNotFoundError, CorruptCheckpointError, IncompatibleStateError,
         UntrustedCheckpointError, EngineStateError.
         Cancellation: waits for the reads in progress; targets may be partly filled.
         """
         verb = self._loads.loading(
-            state, source, keys=keys, rename=rename, strict=strict, atomic=atomic, dtypes=dtypes
+            state,
+            source,
+            keys=keys,
+            rename=rename,
+            strict=strict,
+            atomic=atomic,
+            dtypes=dtypes,
+            dequantize=dequantize,
         )
         return await self._run("load", verb)
 
@@ -170,6 +180,7 @@ class CheckpointEngine(EngineVerbs):
         *,
         keys: str | Sequence[str] | None = None,
         device: torch.device | str = "cpu",
+        dequantize: torch.dtype | None = None,
     ) -> dict[str, Any]:
         """A checkpoint as fresh tensors and leaves, in exactly the structure that was saved; needs no model.
 
@@ -180,10 +191,11 @@ class CheckpointEngine(EngineVerbs):
             keys: names (``"model"``, ``"optim.state"``) or patterns of names (``"model.*.weight"``) to read;
                 everything at and below them.
             device: where the tensors go.
+            dequantize: as for ``load``.
         Raises: CheckpointNotFoundError, CorruptCheckpointError, UntrustedCheckpointError; LoadError for a key
         that it does not hold.
         """
-        return await self._run("read", self._reads.reading(source, keys, device))
+        return await self._run("read", self._reads.reading(source, keys, device, dequantize))
 
     async def verify(self, source: CheckpointRef = "latest") -> VerifyReport:
         """Read all of a checkpoint, ours or stock's, and tell what of it is damaged: which bytes of which
@@ -197,15 +209,18 @@ class CheckpointEngine(EngineVerbs):
         """
         return await self._run("verify", self._reads.verifying(source))
 
-    def checkpoint(self, source: CheckpointRef = "latest") -> Checkpoint:
+    def checkpoint(
+        self, source: CheckpointRef = "latest", *, dequantize: torch.dtype | None = None
+    ) -> Checkpoint:
         """One checkpoint to read and load from any number of times, on one opening and one choice:
         ``async with engine.checkpoint() as checkpoint``.
 
         Args:
             source: as for ``load``; chosen when it is opened.
+            dequantize: as for ``load``.
         Ranks: all must open it; see ``Checkpoint``.
         """
-        return Checkpoint(self._life, source, owns_life=False)
+        return Checkpoint(self._life, source, owns_life=False, dequantize=dequantize)
 
     async def latest(self) -> CheckpointInfo | None:
         """The newest whole checkpoint: by step; where none was given, by the digits at the ends of names that

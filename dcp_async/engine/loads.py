@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
+import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlanner
 
 from .._concurrency import Verb, Wait, cancellation_point, run_blocking
 from .._foreign import ENDINGS, is_foreign, words
-from ..catalog import Opened, reference
+from ..catalog import Contents, Opened, reference
 from ..coordination import Coordinator
 from ..errors import CheckpointError, IncompatibleStateError, LoadError
 from ..info import CheckpointInfo, CheckpointRef, LoadReport
@@ -62,6 +63,7 @@ class Loads:
         strict: bool,
         atomic: bool,
         dtypes: Dtypes,
+        dequantize: torch.dtype | None = None,
         is_partial: bool = False,
     ) -> Verb[LoadReport]:
         """``CheckpointEngine.load``. Ranks: all must call it.
@@ -77,7 +79,7 @@ class Loads:
                 "atomic=True, keys= and rename= can't be had with PlanningOptions(load=...): a planner "
                 "decides on what is read, and writes by itself"
             )
-        ref, selection = reference(source), Selection(keys, rename)
+        ref, selection = reference(source), Selection(keys, rename, dequantize)
         for writer in self._life.book.pending():  # what is being staged must not change under the copy
             yield Wait(writer.staging.future)  # its failure is told by its own handles
         yield from self._context.after_saves_of(ref)
@@ -145,7 +147,12 @@ class Loads:
         return info, loaded, skipped
 
     def opening(
-        self, source: CheckpointRef, keep: Callable[[Opened], object], *, is_name: bool
+        self,
+        source: CheckpointRef,
+        keep: Callable[[Opened], object],
+        *,
+        is_name: bool,
+        dequantize: torch.dtype | None = None,
     ) -> Verb[None]:
         """``Checkpoint.open``. Ranks: all must call it; all have the same state of the checkpoint open.
 
@@ -158,7 +165,9 @@ class Loads:
         yield from self._context.after_saves_of(ref)
         agreement, ordinal = self._context.agreement(), self._life.book.next_ordinal()
         yield from self._in_common(
-            agreement, ordinal, self._opening(agreement, ordinal, ref, keep, is_name=is_name)
+            agreement,
+            ordinal,
+            self._opening(agreement, ordinal, ref, keep, is_name=is_name, dequantize=dequantize),
         )
 
     def _opening(
@@ -169,19 +178,22 @@ class Loads:
         keep: Callable[[Opened], object],
         *,
         is_name: bool,
+        dequantize: torch.dtype | None,
     ) -> Verb[None]:
         numbers = itertools.count()
         names = [str(ref)] if is_name else (yield from self._context.ask(agreement.resolve(ordinal, ref)))
-        attempt, _ = yield from first_whole(
+        (attempt, contents), _ = yield from first_whole(
             names,
-            lambda name, _: self._open_one(agreement.attempt(ordinal, next(numbers), name)),
+            lambda name, _: self._open_one(agreement.attempt(ordinal, next(numbers), name), dequantize),
             falls_back=ref == "latest" and not is_name,
         )
 
         async def hand_over() -> None:
             if self._life.resources.coordinator.world_size > 1:
                 await agreement.restored(ordinal, attempt.name)
-            opened = Opened(attempt.hand_over())
+            # what was made plain of them has the same reader
+            attempt.hand_over()
+            opened = Opened(contents)
             self._life.opened.add(opened)
             keep(opened)
 
@@ -191,13 +203,15 @@ class Loads:
             self._life.resources.loop.call_soon(attempt.leave, error)
             raise
 
-    def _open_one(self, attempt: Attempt) -> Verb[Attempt]:
+    def _open_one(self, attempt: Attempt, dequantize: torch.dtype | None) -> Verb[tuple[Attempt, Contents]]:
         try:
-            yield from self._context.ask(attempt.open())
+            contents = yield from self._context.ask(attempt.open())
+            # while it is the attempt's still: what is refused here is refused on all ranks
+            contents = yield from self._look(attempt, lambda: contents.dequantized(dequantize))
         except BaseException as error:
             self._life.resources.loop.call_soon(attempt.leave, error)
             raise
-        return attempt
+        return attempt, contents
 
     def _told(self, error: CheckpointError | MemoryError) -> CheckpointError | MemoryError:
         """What the other ranks are told of ``error``."""
@@ -286,6 +300,7 @@ class Loads:
     ) -> Verb[tuple[CheckpointInfo, Restorer | PlannedState, Loaded]]:
         """One attempt by a planner of the user's."""
         contents = yield from self._context.ask(attempt.open())
+        contents = yield from self._look(attempt, lambda: how.selection.plain(contents))
         coordinator, services = self._life.resources.coordinator, self._context.services()
 
         def look() -> tuple[LoadPlanner, PlannedState, list[Event]]:

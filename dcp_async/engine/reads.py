@@ -15,6 +15,7 @@ import torch
 
 from .._concurrency import Job, SignalSafeFuture, Verb, Wait
 from ..catalog import Contents, reference
+from ..formats import plain_dtype
 from ..info import CheckpointRef, VerifyReport
 from ..load import (
     DeviceWrites,
@@ -54,10 +55,14 @@ class Reads:
         self._context = context
 
     def reading(
-        self, source: CheckpointRef, keys: str | Sequence[str] | None, device: torch.device | str
+        self,
+        source: CheckpointRef,
+        keys: str | Sequence[str] | None,
+        device: torch.device | str,
+        dequantize: torch.dtype | None = None,
     ) -> Verb[dict[str, Any]]:
         """``CheckpointEngine.read``."""
-        context = self._context
+        context, dtype = self._context, plain_dtype(dequantize)
         context.life.check_open()
         wanted, ref = listed(keys), reference(source)
         yield from context.after_saves_of(ref)
@@ -67,7 +72,8 @@ class Reads:
         async def read(
             contents: Contents, services: LoadServices, device: torch.device, writes: DeviceWrites | None
         ) -> dict[str, Any]:
-            return await read_fresh(contents, services, keys=wanted, device=device, writes=writes)
+            plain = contents.dequantized(dtype)
+            return await read_fresh(plain, services, keys=wanted, device=device, writes=writes)
 
         value, _ = yield from first_whole(
             names, lambda name, _: self._reading_one(name, read, place), falls_back=ref == "latest"

@@ -5,6 +5,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .._lazy import lazily
+from .base import FileLayout, Format
+from .distcp import (
+    BLOCK_BYTES,
+    DISTCP,
+    SECTOR_BYTES,
+    Footer,
+    FooterError,
+    block_digests,
+    footer_span,
+    read_trailer,
+)
+from .keys import PickledKey, pickled_key, plain_key, text_of
+from .manifest import (
+    AttachedEntry,
+    FileEntry,
+    Manifest,
+    ManifestError,
+    ManifestHead,
+    NewerVersionError,
+    attached_digest,
+    decode_manifest,
+    decode_step,
+    encode_manifest,
+    structure_json,
+)
+from .metadata_reader import decode_metadata, uids_named_in
+from .metadata_writer import Group, MetadataTemplate, Place
+from .quantised import Quantised, may_be_quantised, plain_dtype, quantised_among, stored_chunks
 from .renamed_tree import renamed_paths, renamed_tree
 
 if TYPE_CHECKING:
@@ -152,6 +180,7 @@ __all__ = [
     "NewerVersionError",
     "PickledKey",
     "Place",
+    "Quantised",
     "Record",
     "StandIn",
     "StoredItem",
@@ -191,16 +220,20 @@ __all__ = [
     "locations_of",
     "mapping_kind",
     "mapping_node",
+    "may_be_quantised",
     "merge_ranks",
     "merged_trees",
     "object_item",
     "pickled_key",
     "pickled_keys",
+    "plain_dtype",
     "plain_key",
     "pruned",
+    "quantised_among",
     "read_trailer",
     "renamed_paths",
     "renamed_tree",
+    "stored_chunks",
     "structure_json",
     "subtree",
     "take_apart",

@@ -88,7 +88,7 @@ def header_bytes(first: bytes, file_bytes: int) -> int:
 def decode_header(raw: bytes, file_bytes: int) -> list[StoredTensor]:
     """The tensors that the header ``raw`` of a file of ``file_bytes`` lists, by offset. Raises
     HeaderError."""
-    entries = _parsed(raw, "its header")
+    entries = parse_mapping(raw, "its header")
     extra = entries.pop("__metadata__", {})
     sharding = _sharding(extra)
     begin = LENGTH_BYTES + len(raw)
@@ -107,7 +107,9 @@ def decode_header(raw: bytes, file_bytes: int) -> list[StoredTensor]:
     return tensors
 
 
-def _parsed(raw: bytes, what: str) -> dict[str, Any]:
+def parse_mapping(raw: bytes, what: str) -> dict[str, Any]:
+    """The JSON mapping ``raw``, called ``what`` in errors. Raises HeaderError."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
@@ -131,7 +133,7 @@ def _sharding(extra: Any) -> dict[str, tuple[int, ...]]:
         return {}
     if not isinstance(extra[_SHARDING], str):
         raise HeaderError("its sharding information is no text")
-    places = _parsed(extra[_SHARDING].encode(errors="replace"), "its sharding information")
+    places = parse_mapping(extra[_SHARDING].encode(errors="replace"), "its sharding information")
     offsets_of = {}
     for name, entry in places.items():
         offsets = entry.get("saved_offsets") if isinstance(entry, dict) else None
@@ -172,7 +174,7 @@ def _tensor(name: str, entry: Any, begin: int, offsets: tuple[int, ...] | None) 
 
 def files_of_index(raw: bytes) -> dict[str, str]:
     """Tensor -> file, of a ``*.safetensors.index.json``. Raises HeaderError."""
-    weights = _parsed(raw, "it").get("weight_map")
+    weights = parse_mapping(raw, "it").get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
         raise HeaderError("it has no weight_map of names to files")
     for file in weights.values():

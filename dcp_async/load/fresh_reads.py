@@ -222,6 +222,7 @@ def memory_for(contents: Contents, name: str) -> int:
     # only of our files, which have checksums, and of safetensors are payloads at known places
     is_direct = (
         bool(contents.digests or contents.bare)
+        and name not in contents.quantised
         and is_raw(meta, name, contents)
         and nbytes >= _DIRECT_BYTES * len(meta.chunks)
         and all(chunk.sizes[1:] == meta.size[1:] for chunk in meta.chunks)

@@ -202,6 +202,9 @@ class LoadPipeline:
         return plan.nbytes
 
     async def _flow(self, plan: ReadPlan) -> None:
+        # a flow of its own: in one, a batch of numbers might come to be placed before its scales are there
+        if plan.before is not None:
+            await self._flow(plan.before)
         if not plan.pieces:
             return
         readers = self._services.io_concurrency

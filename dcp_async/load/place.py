@@ -7,15 +7,17 @@ pass here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from .._foreign import ENDINGS, FillError, words
-from .._geometry import Box, CoverageError, contiguous_strides, extents
-from ..formats import StoredItem, UnsupportedError
-from ..state import PLAIN_TENSORS
+from .._geometry import Box, CoverageError, box_at, common, contiguous_strides, extents, relative, slices
+from ..formats import Quantised, StoredItem, UnsupportedError
+from ..state import PLAIN_TENSORS, Region
 from ..trust import UntrustedGlobal
 from .failures import DamagedError
 from .fetch import FetchBuffers
@@ -99,6 +101,43 @@ def rows_finisher(
     def finish(buffer: bytearray) -> None:
         read = torch.frombuffer(buffer, dtype=dtype)
         put(name, target, read.as_strided(extents(box), contiguous_strides(shape)))
+
+    return finish
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A part of a quantised tensor as it is stored, and the scales that it needs."""
+
+    quantised: Quantised
+    box: Box
+    """Which part of the chunk."""
+    chunk: ChunkStorageMetadata
+    dtype: torch.dtype
+    scales: torch.Tensor
+    scale_box: Box
+    """Which part of all scales these are."""
+
+    def values(self, buffer: bytearray) -> Iterator[tuple[Box, torch.Tensor]]:
+        """What the bytes in ``buffer`` mean, and where it lies in the whole tensor."""
+        read = torch.frombuffer(buffer, dtype=self.dtype)
+        numbers = read.as_strided(extents(self.box), contiguous_strides(self.chunk.sizes))
+        # from the chunk's own corner to the tensor's
+        stored = relative(self.box, [-offset for offset in self.chunk.offsets])
+        scales_at = [low for low, _ in self.scale_box]
+        return self.quantised.values(numbers, stored, self.scales, scales_at)
+
+
+def numbers_finisher(put: Put, name: str, region: Region, numbers: Numbers) -> Callable[[bytearray], None]:
+    """Puts what is made of quantised ``numbers`` where it lies in ``region``."""
+    wanted = box_at(region.offsets, region.tensor.shape)
+
+    def finish(buffer: bytearray) -> None:
+        for box, values in numbers.values(buffer):
+            # whole groups are read, of which the region may want a part
+            if (inside := common(box, wanted)) is not None:
+                target = region.tensor.detach()[slices(relative(inside, region.offsets))]
+                put(name, target, values[slices(relative(inside, [low for low, _ in box]))])
 
     return finish
 

@@ -30,6 +30,7 @@ from .._geometry import (
 from ..formats import (
     BLOCK_BYTES,
     ItemKey,
+    Quantised,
     StoredItem,
     UnsupportedError,
     inflated_bound,
@@ -38,7 +39,16 @@ from ..formats import (
 from ..state import PLAIN_TENSORS, Region, joined, pairs, part_of
 from .device_writes import DeviceWrites
 from .failures import DamagedError
-from .place import Put, Receive, copy_exotic, is_plain, item_finisher, rows_finisher
+from .place import (
+    Numbers,
+    Put,
+    Receive,
+    copy_exotic,
+    is_plain,
+    item_finisher,
+    numbers_finisher,
+    rows_finisher,
+)
 from .source import Source
 from .spans import DeviceTarget, Fill, Piece, host_memory
 
@@ -55,6 +65,8 @@ class ReadPlan:
         self._writes = writes
         self._put: Put = copy_exotic if writes is None else writes.put
         self.pieces: dict[str, list[Piece]] = {}
+        self.before: ReadPlan | None = None
+        """What must have arrived before any of these pieces: the scales of what is quantised."""
         self.nbytes = 0
         self.items: list[StoredItem] = []
         """What ``torch.load`` will decode, among it."""
@@ -193,6 +205,9 @@ class ReadPlan:
 
         Raises: CoverageError, DamagedError, UnsupportedError.
         """
+        if (quantised := self._source.quantised.get(name)) is not None:
+            self._want_quantised(name, quantised, regions)
+            return
         meta = self._source.tensors[name]
         boxes: list[Box] = []
         for region in regions:
@@ -313,6 +328,42 @@ class ReadPlan:
                 yield Piece(payload + first, nbytes, memory, run[0] * step, name)
             else:
                 yield Piece(payload + first, nbytes, rest(destination, cut, nbytes), 0, name)
+
+    def _want_quantised(self, name: str, quantised: Quantised, regions: Iterable[Region]) -> None:
+        """Make values of what is stored, a bounded part at a time, and copy them to ``regions``."""
+        stored = self._source.stored
+        assert stored is not None
+        # all scales first, for they may lie in another file: they are a small part of what they scale, and
+        # numbers that wait for theirs would have no bound
+        before = self.before = self.before or ReadPlan(stored)
+        meta, boxes = stored.tensors[quantised.weight], stored.chunk_boxes(quantised.weight)
+        dtype = meta.properties.dtype
+        for region in regions:
+            if not region.tensor.numel():
+                continue
+            needed = quantised.stored_box(box_at(region.offsets, region.tensor.shape))
+            scale_box = quantised.scale_box(needed)
+            scale_dtype = stored.tensors[quantised.scales].properties.dtype
+            scales = torch.empty(extents(scale_box), dtype=scale_dtype, device="cpu")
+            before.want_tensor(quantised.scales, [Region(scales, tuple(low for low, _ in scale_box))])
+            met = []
+            # chunk by chunk, none of them joined: a number needs nothing of its neighbours
+            for chunk, chunk_box in zip(meta.chunks, boxes, strict=True):
+                if (box := common(chunk_box, needed)) is None:
+                    continue
+                met.append(relative(box, [low for low, _ in needed]))
+                file, offset, _ = stored.location((quantised.weight, chunk.offsets))
+                for cut, first, nbytes in cut_box(
+                    relative(box, chunk.offsets),
+                    chunk.sizes,
+                    dtype.itemsize,
+                    gap_bytes=BLOCK_BYTES,
+                    limit_bytes=quantised.cut_bytes,
+                ):
+                    numbers = Numbers(quantised, cut, chunk, dtype, scales, scale_box)
+                    whole = Fill(nbytes, numbers_finisher(self._put, name, region, numbers))
+                    self._add(file, Piece(offset + first, nbytes, whole, 0, name))
+            check_coverage(extents(needed), met)
 
     def _tensor_receiver(
         self, name: str, target: torch.Tensor, shape: tuple[int, ...], in_chunk: Box

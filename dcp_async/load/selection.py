@@ -11,9 +11,12 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
+
 from .._foreign import ENDINGS, words
 from ..catalog import Contents
 from ..errors import IncompatibleStateError
+from ..formats import plain_dtype
 from ..state import Targets, narrow, part_of_state
 from .globs import Glob, Substitution
 
@@ -24,8 +27,15 @@ Rename: TypeAlias = "Mapping[str, str] | Callable[[str], str]"
 class Selection:
     """What a load was asked for: all of a checkpoint, or a part of it, under its own names or new ones."""
 
-    def __init__(self, keys: Sequence[str] | str | None = None, rename: Rename | None = None) -> None:
-        """Raises TypeError or ValueError for what can't be keys or a rename."""
+    def __init__(
+        self,
+        keys: Sequence[str] | str | None = None,
+        rename: Rename | None = None,
+        dequantize: torch.dtype | None = None,
+    ) -> None:
+        """Raises TypeError or ValueError for what can't be keys, a rename, or a dtype to make values plain
+        in."""
+        self._dtype = plain_dtype(dequantize)
         # a text is a sequence of its characters, and none of them would be a key
         texts = [keys] if isinstance(keys, str) else keys
         if texts is not None and not texts:
@@ -39,11 +49,16 @@ class Selection:
         else:
             raise TypeError(f"rename is a mapping of names or a function, not {type(rename).__name__}")
 
+    def plain(self, contents: Contents) -> Contents:
+        """All of ``contents``, made plain if that was asked for. Raises LoadError."""
+        return contents.dequantized(self._dtype)
+
     def of(self, contents: Contents) -> Chosen:
         """What it means for ``contents``. Calls the function that the caller gave, once for each name.
 
-        Raises: IncompatibleStateError.
+        Raises: IncompatibleStateError; LoadError as ``plain``.
         """
+        contents = self.plain(contents)
         if self._keys is None and self._rename is None:
             return Chosen(contents)
         checkpoint_id = contents.info.checkpoint_id

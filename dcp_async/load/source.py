@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 
 from .._geometry import Box, CoverageError, box_at, check_coverage, common, relative
 from ..catalog import Contents
-from ..formats import PLAIN_DTYPES, ItemKey
+from ..formats import PLAIN_DTYPES, ItemKey, Quantised
 from ..state import Region
 from ..trust import Trust
 from .failures import DamagedError
@@ -35,6 +35,10 @@ class Source:
     exotic: frozenset[str]
     transforms: Mapping[ItemKey, tuple[str, ...]]
     """Item -> descriptors of torch's stream extensions, of the items that they wrote."""
+    quantised: Mapping[str, Quantised]
+    """Tensors whose values are made of what ``stored`` tells."""
+    stored: Source | None
+    """What lies in the files, under its own names, where some of it is quantised."""
     trust: Trust
 
     @classmethod
@@ -48,6 +52,8 @@ class Source:
             bare_files=contents.bare,
             exotic=contents.exotic,
             transforms=contents.transforms,
+            quantised=contents.quantised,
+            stored=None if contents.stored is None else cls.of(contents.stored, trust),
             trust=trust,
         )
 

@@ -179,7 +179,7 @@ class TensorMatcher:
         if saved != tensor.dtype and self._is_scaled(name):
             return (
                 f"is {saved} in blocks with scales of their own ({name}_scale_inv), without which its "
-                "values are wrong; load it through torch's QuantizedHuggingFaceStorageReader"
+                f"values are wrong; dequantize={tensor.dtype} makes them plain"
             )
         if meta.size != size or (saved != tensor.dtype and self._dtypes == "exact"):
             return f"is {_shown(tensor)} in the state, {tuple(meta.size)} {saved} in the checkpoint"

@@ -79,10 +79,18 @@ class CheckpointEngine(EngineVerbs):
         strict: bool = True,
         atomic: bool = False,
         dtypes: Dtypes = "exact",
+        dequantize: torch.dtype | None = None,
     ) -> LoadReport:
         """Fill ``state`` from a checkpoint, verified."""
         verb = self._loads.loading(
-            state, source, keys=keys, rename=rename, strict=strict, atomic=atomic, dtypes=dtypes
+            state,
+            source,
+            keys=keys,
+            rename=rename,
+            strict=strict,
+            atomic=atomic,
+            dtypes=dtypes,
+            dequantize=dequantize,
         )
         return self._run("load", verb)
 
@@ -92,17 +100,20 @@ class CheckpointEngine(EngineVerbs):
         *,
         keys: str | Sequence[str] | None = None,
         device: torch.device | str = "cpu",
+        dequantize: torch.dtype | None = None,
     ) -> dict[str, Any]:
         """A checkpoint as fresh tensors and leaves, in exactly the structure that was saved."""
-        return self._run("read", self._reads.reading(source, keys, device))
+        return self._run("read", self._reads.reading(source, keys, device, dequantize))
 
     def verify(self, source: CheckpointRef = "latest") -> VerifyReport:
         """Read all of a checkpoint and tell what of it is damaged."""
         return self._run("verify", self._reads.verifying(source))
 
-    def checkpoint(self, source: CheckpointRef = "latest") -> Checkpoint:
+    def checkpoint(
+        self, source: CheckpointRef = "latest", *, dequantize: torch.dtype | None = None
+    ) -> Checkpoint:
         """One checkpoint to read and load from any number of times, on one opening and one choice."""
-        return Checkpoint(self._life, source, owns_life=False)
+        return Checkpoint(self._life, source, owns_life=False, dequantize=dequantize)
 
     def latest(self) -> CheckpointInfo | None:
         """The newest whole checkpoint, None if there is none."""
@@ -203,13 +214,14 @@ class Checkpoint(CheckpointVerbs):
 def open_checkpoint(
     path: str | os.PathLike[str],
     *,
+    dequantize: torch.dtype | None = None,
     trust: Trust = Trust(),
     limits: Limits = Limits(),
     timeouts: Timeouts = Timeouts(),
 ) -> Checkpoint:
     """The checkpoint in the directory ``path``, without an engine, a model or a process group."""
     life, name = reader_at(path, trust=trust, limits=limits, timeouts=timeouts)
-    return Checkpoint(life, name, owns_life=True)
+    return Checkpoint(life, name, owns_life=True, dequantize=dequantize)
 
 
 def verify(

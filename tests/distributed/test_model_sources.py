@@ -42,6 +42,16 @@ def write_model(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
+def write_quantised(directory: Path) -> None:
+    """The same model with its matrices in FP8, in blocks of 128x128."""
+    directory.mkdir()
+    made = {name: value.bfloat16() for name, value in weights().items()}
+    for name in ("0.weight", "1.weight"):
+        scales = torch.rand(*(extent // 128 for extent in made[name].shape)) + 0.5
+        made |= {name: made[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+    save_file(made, directory / "model.safetensors")
+
+
 def read_bytes() -> int:
     """What this process has read by now, of files, caches and pipes, as the system counts it."""
     counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
@@ -93,6 +103,7 @@ async def _run_rank(rank: int, root: str) -> dict[str, Any]:
             again.to_empty(device="cpu")
             await checkpoint.load({"model": again}, rename={"*": "model.*"})
             seen["opened"] = holds_its_shards(again)
+        seen |= await _load_quantised(engine, mesh, f"{root}/fp8")
         seen["read alone"] = torch.equal((await engine.read(f"{root}/hf"))["2.bias"], weights()["2.bias"])
         for name, source in (("lacks a shard", "lacking"), ("is not there", "absent"), ("no fit", "hf")):
             target = {"2.bias": torch.zeros(512), "2.weight": torch.zeros(512 + (rank and name == "no fit"))}
@@ -103,10 +114,26 @@ async def _run_rank(rank: int, root: str) -> dict[str, Any]:
     return seen
 
 
+async def _load_quantised(engine: CheckpointEngine, mesh: Any, path: str) -> dict[str, Any]:
+    """What a rank saw of FP8 that was made plain for its shards."""
+    model = sharded(mesh).bfloat16()
+    model.to_empty(device="cpu")
+    local = {name: value.to_local() for name, value in model.state_dict().items()}
+    # of what is stored, two matrices have half as many bytes
+    needed = sum(value.nbytes // (1 + (name in ("0.weight", "1.weight"))) for name, value in local.items())
+    before = read_bytes()
+    await engine.load({"model": model}, path, rename={"*": "model.*"}, dequantize=torch.bfloat16)
+    more = read_bytes() - before - needed
+    expected = await engine.read(path, dequantize=torch.bfloat16)
+    same = [torch.equal(value.full_tensor(), expected[name]) for name, value in model.state_dict().items()]
+    return {"fp8 more than needed": more, "fp8": all(same)}
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     root = tmp_path_factory.mktemp("models")
     write_model(root / "hf")
+    write_quantised(root / "fp8")
     write_model(root / "lacking")
     (root / "lacking" / "model-00002-of-00002.safetensors").unlink()
     return run_in_processes([(run_rank, (rank, str(root))) for rank in range(SIZE)])
@@ -121,6 +148,12 @@ def test_a_model_cut_by_fsdp2_is_filled_and_each_rank_reads_its_shards_alone(
         assert one["needed"]
         assert 0 <= one["more than needed"] < SLACK_BYTES, one["more than needed"]
         assert one["read alone"]
+
+
+def test_a_quantised_model_is_made_plain_shard_by_shard(seen: list[dict[str, Any]]) -> None:
+    for one in seen:
+        assert one["fp8"]
+        assert 0 <= one["fp8 more than needed"] < SLACK_BYTES, one["fp8 more than needed"]
 
 
 def test_what_fails_on_a_rank_fails_on_all_and_nothing_is_loaded(seen: list[dict[str, Any]]) -> None:
