@@ -277,7 +277,8 @@ class Loads:
             chosen.narrow(targets)
             memory, stager = targets.memory(), services.stager
             # after the state's own code, which may queue work on a device
-            writes = writes_to(services, stager.backend.devices(memory), targets.device)
+            away = [self._context.device(kind) for kind in targets.mesh_devices()]
+            writes = writes_to(services, (*stager.backend.devices(memory), *away), targets.device)
             return targets, writes, stager.queued_for(memory)
 
         targets, writes, queued = yield from self._look(attempt, look)

@@ -10,7 +10,11 @@ from collections.abc import Iterable
 from typing import TypeGuard
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.tensor import DTensor
 
 from .._geometry import is_dense
@@ -92,12 +96,15 @@ class TensorMatcher:
             return
         assert isinstance(meta, TensorStorageMetadata)
         # a list, no generator: this runs once for every tensor
-        if not [region for region in regions if region.tensor.is_meta]:
+        if not [region for region in regions if region.tensor.is_meta] and not tensor.is_meta:
             match.tensors[name] = regions
         elif name in self._targets.local:
-            match.mismatch(
-                name, "is distributed and on the meta device; materialise it first, with to_empty()"
-            )
+            if type(tensor) is DTensor and is_raw(meta, name, self._contents):
+                match.fresh[name] = self._fresh_shard(tensor)
+            else:
+                match.mismatch(
+                    name, "is distributed and on the meta device; materialise it first, with to_empty()"
+                )
         elif is_raw(meta, name, self._contents):
             check_room(name, meta, self._contents)
             # of the state's dtype, since whatever differs was refused above or is to be converted
@@ -151,14 +158,16 @@ class TensorMatcher:
         made = self._writes.empty(local.shape, dtype, strides, device)
         if not isinstance(parameter, DTensor):
             return empty_like(parameter, dtype, made)
-        return DTensor.from_local(
-            made,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,  # a check is a collective, and a load must run none
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+        return _cut_like(parameter, made)
+
+    def _fresh_shard(self, tensor: DTensor) -> torch.Tensor:
+        """An empty one in place of ``tensor``, which is on the meta device: cut alike, and where its mesh
+        is."""
+        kind, local = tensor.device_mesh.device_type, tensor.to_local()
+        devices = self._writes.devices if self._writes is not None else ()
+        device = next((device for device in devices if device.type == kind), torch.device("cpu"))
+        meta = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), local.shape, [])
+        return _cut_like(tensor, fresh_tensor(meta, None, device, writes=self._writes))
 
     def _device_for(self, name: str) -> torch.device:
         """Where to make what somebody takes as it was saved, and brings to where it shall be: there at once
@@ -206,6 +215,18 @@ class TensorMatcher:
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """What lies here of a tensor, if it is a distributed one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _cut_like(tensor: DTensor, local: torch.Tensor) -> DTensor:
+    """``local`` as this rank's part of a tensor that is cut as ``tensor`` is."""
+    return DTensor.from_local(
+        local,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,  # a check is a collective, and a load must run none
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def _shown(tensor: torch.Tensor) -> str:

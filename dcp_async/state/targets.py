@@ -127,6 +127,14 @@ class Targets:
         """Name of an optimizer's entry -> its parameter, of optimizers that torch alone loads."""
         return _parameters(self.flat, self.tensors, is_theirs=lambda optimizer: not is_custom(optimizer))
 
+    def mesh_devices(self) -> set[str]:
+        """Kinds of devices that shards are made on in place of those on the meta device."""
+        return {
+            tensor.device_mesh.device_type
+            for name in self.local
+            if type(tensor := self.tensors[name]) is DTensor and tensor.is_meta
+        }
+
     def memory(self) -> list[torch.Tensor]:
         """Every tensor that may be written to, or lies where one is made."""
         tensors = [tensor for name, tensor in self.tensors.items() if name not in self.local]

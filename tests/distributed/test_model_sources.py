@@ -25,7 +25,8 @@ SLACK_BYTES = 256 << 10
 
 
 def net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(1024, 2048), nn.Linear(2048, 512), nn.LayerNorm(512))
+    # the last one has nothing for the second rank
+    return nn.Sequential(nn.Linear(1024, 2048), nn.Linear(2048, 512), nn.LayerNorm(512), nn.Linear(512, 1))
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -99,10 +100,20 @@ async def _run_rank(rank: int, root: str) -> dict[str, Any]:
         seen["needed"] = needed == report.nbytes
         seen["shards"] = holds_its_shards(model)
         async with engine.checkpoint(f"{root}/hf") as checkpoint:
-            again = sharded(mesh)
-            again.to_empty(device="cpu")
+            again = sharded(mesh)  # no to_empty(): its shards are made by the load
+            before = read_bytes()
             await checkpoint.load({"model": again}, rename={"*": "model.*"})
+            seen["more than needed by meta"] = read_bytes() - before - needed
             seen["opened"] = holds_its_shards(again)
+            seen["kinds"] = {(type(value), value.requires_grad) for value in again.parameters()} == {
+                (type(value), value.requires_grad) for value in model.parameters()
+            }
+            batch = torch.randn(3, 1024)
+            seen["forward"] = torch.equal(again(batch), model(batch))
+            again(batch).sum().backward()
+            optimizer = torch.optim.SGD(again.parameters(), lr=0.1)
+            optimizer.step()
+            seen["trains"] = not torch.equal(again(batch), model(batch))
         seen |= await _load_quantised(engine, mesh, f"{root}/fp8")
         seen["read alone"] = torch.equal((await engine.read(f"{root}/hf"))["2.bias"], weights()["2.bias"])
         for name, source in (("lacks a shard", "lacking"), ("is not there", "absent"), ("no fit", "hf")):
@@ -144,10 +155,18 @@ def test_a_model_cut_by_fsdp2_is_filled_and_each_rank_reads_its_shards_alone(
 ) -> None:
     for one in seen:
         assert one["shards"]
-        assert one["opened"]
         assert one["needed"]
         assert 0 <= one["more than needed"] < SLACK_BYTES, one["more than needed"]
         assert one["read alone"]
+
+
+def test_shards_on_the_meta_device_are_made_by_the_load(seen: list[dict[str, Any]]) -> None:
+    for one in seen:
+        assert one["opened"]
+        assert one["kinds"]
+        assert 0 <= one["more than needed by meta"] < SLACK_BYTES
+        assert one["forward"]
+        assert one["trains"]
 
 
 def test_a_quantised_model_is_made_plain_shard_by_shard(seen: list[dict[str, Any]]) -> None:
