@@ -81,7 +81,7 @@ async def read_names(
 ) -> dict[str, Any]:
     """The values of ``names``; those that share their bytes come back as one tensor."""
     tensors: dict[str, torch.Tensor] = {}
-    stored: dict[tuple[str, int, int], str] = {}
+    stored: dict[object, str] = {}
     tied: dict[str, str] = {}
     leaves: list[str] = []
     metas = contents.names
@@ -95,8 +95,10 @@ async def read_names(
         # of several chunks no one location tells
         is_one = len(meta.chunks) == 1
         location = contents.locations.get((name, meta.chunks[0].offsets)) if is_one else None
-        if location is not None and stored.setdefault(location, name) != name:
-            tied[name] = stored[location]
+        # no bytes, and views of the same ones, are at one place whatever their shapes
+        tie = (location, meta.size, meta.properties.dtype)
+        if location is not None and stored.setdefault(tie, name) != name:
+            tied[name] = stored[tie]
         else:
             # before memory is asked for: a damaged `.metadata` may promise any size
             check_room(name, meta, contents)
@@ -219,9 +221,10 @@ def memory_for(contents: Contents, name: str) -> int:
     """Bytes of memory that reading the tensor ``name`` may take."""
     meta = tensor_meta(contents, name)
     nbytes = meta.size.numel() * meta.properties.dtype.itemsize
-    # only of our files, which have checksums, and of safetensors are payloads at known places
+    files = {contents.locations.get((name, chunk.offsets), ("",))[0] for chunk in meta.chunks}
+    # only of our files, which have checksums, and of bare ones are payloads at known places
     is_direct = (
-        bool(contents.digests or contents.bare)
+        files <= {*contents.digests, *contents.bare}
         and name not in contents.quantised
         and is_raw(meta, name, contents)
         and nbytes >= _DIRECT_BYTES * len(meta.chunks)

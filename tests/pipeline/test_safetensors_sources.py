@@ -329,3 +329,10 @@ async def test_a_stream_holds_such_tensors_once(tmp_path: Path) -> None:
     async with open_checkpoint(tmp_path) as checkpoint:
         (first, taken), *_ = list(batches(checkpoint._known().contents, checkpoint.names, 2 * nbytes))
     assert (len(first), taken) == (2, 2 * nbytes)  # read straight into their tensors
+
+
+async def test_empty_tensors_at_one_place_keep_their_shapes(tmp_path: Path) -> None:
+    state = {"a": torch.empty(0, 3), "b": torch.empty(0, 5), "c": torch.empty(0, dtype=torch.int32)}
+    save_file(state, tmp_path / "empty.safetensors")
+    async with open_checkpoint(tmp_path / "empty.safetensors") as checkpoint:
+        assert_same(await checkpoint.read(), state)
