@@ -14,6 +14,9 @@ Files are DCP's: stock ``torch.distributed.checkpoint.load`` reads them, and thi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from ._lazy import lazily
 from .catalog import KeepBest, KeepEvery, KeepLatest, Retention, RetentionPlan, plan_retention
 from .coordination import Coordination
 from .engine import Checkpoint, CheckpointEngine, open_checkpoint, verify
@@ -41,9 +44,6 @@ from .schedule import Adaptive, Every, OnSignal, Preemption, SaveCost, SavePolic
 from .staging import Stager, StagingOptions
 from .state import AppState, FromRank, PerRank, RNGState
 from .trust import Trust
-from typing import TYPE_CHECKING
-
-from ._lazy import lazily
 
 if TYPE_CHECKING:
     from .catalog import KeepBest, KeepEvery, KeepLatest, Retention, RetentionPlan, plan_retention

@@ -15,7 +15,7 @@ from .errors import LoadError
 if TYPE_CHECKING:  # a list of checkpoints is told without torch
     from torch.distributed.checkpoint.metadata import Metadata
 
-Producer: TypeAlias = Literal["dcp_async", "stock", "safetensors"]
+Producer: TypeAlias = Literal["dcp_async", "stock", "safetensors", "torch.save"]
 """Who wrote a checkpoint; of safetensors files nobody says who."""
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"

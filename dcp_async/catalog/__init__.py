@@ -40,6 +40,17 @@ else:
             ),
         },
     )
+from .retention import (
+    CheckpointRecord,
+    KeepBest,
+    KeepEvery,
+    KeepLatest,
+    Retention,
+    RetentionPlan,
+    plan_retention,
+)
+from .safetensors_source import is_model_file
+from .torch_save_source import archive_errors
 
 __all__ = [
     "Catalog",
@@ -54,6 +65,7 @@ __all__ = [
     "Retention",
     "RetentionPlan",
     "UnfitMetadataError",
+    "archive_errors",
     "is_model_file",
     "is_path",
     "plan_retention",

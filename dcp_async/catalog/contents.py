@@ -74,6 +74,8 @@ class Contents:
     """Tensors whose values are made of what ``stored`` tells, by their names here."""
     stored: Contents | None = None
     """What lies in the files, under its own names, where some of it is quantised."""
+    tree: Tree = None
+    """What was saved, where no manifest tells it and yet somebody knows."""
     unfolded: Mapping[str, Mapping[str, InnerValue]] = field(default_factory=dict)
     """Leaf -> name -> what lay inside of it, for a state that has a container there."""
     # no argument, so that replace() makes contents whose tree is looked for anew
@@ -121,6 +123,8 @@ class Contents:
         them)."""
         if self._tree is not None:  # asked for at least twice by each load of Statefuls
             return self._tree
+        if self.tree is not None and not self.unfolded:
+            return self.tree
         if self.manifest is not None:
             try:
                 with collection_paused():  # that of many tensors is as many objects
@@ -189,6 +193,7 @@ class Contents:
         known = self.metadata.state_dict_metadata
         made = replace(
             self,
+            tree=None,
             metadata=replace(
                 self.metadata,
                 state_dict_metadata={new: known[name] for name, new in names.items()},
@@ -210,7 +215,7 @@ class Contents:
             strides={names[name]: strides for name, strides in self.strides.items() if name in names},
         )
         # of stock's the paths above are all there is
-        if self.manifest is not None:
+        if self.manifest is not None or self.tree is not None:
             made._tree = renamed_tree(
                 self.structure, lambda name: names.get(name) if name in known else rename(name)
             )

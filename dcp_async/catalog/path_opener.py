@@ -1,4 +1,4 @@
-"""Opens whatever a path leads to: a checkpoint, or the safetensors files of a model, wherever they lie.
+"""Opens whatever a path leads to: a checkpoint, safetensors files of a model, or a file of ``torch.save``.
 
 Enters: names, which are paths below a root that may be the file system's own. Leaves: what an Opener gives.
 Invariant: nothing but the named directory is read, and only in the storage's threads.
@@ -19,9 +19,11 @@ from .._names import FIRST_RANK_METADATA, METADATA
 from ..errors import CheckpointNotFoundError
 from ..info import CheckpointInfo, VerifyReport
 from ..storage import BlockingCalls, LocalPlace
+from ..trust import Trust
 from .contents import Contents
 from .opening import Opener
 from .safetensors_source import SafetensorsOpener, is_model_file
+from .torch_save_source import TorchSaveOpener
 from .verification import Progress
 
 _MARKS = (METADATA, FIRST_RANK_METADATA)
@@ -38,7 +40,8 @@ class _Location:
     is_model: bool
     """Whether safetensors files are meant, and no checkpoint."""
     only: str | None = None
-    """The one file of the directory that is meant, or the index that says which."""
+    """The one file of the directory that is meant, or the index that says which; of no model, it is one of
+    ``torch.save``."""
 
 
 def _located(path: str) -> _Location:
@@ -47,6 +50,8 @@ def _located(path: str) -> _Location:
     if is_model_file(path) and not os.path.isdir(path):
         return _Location(os.path.realpath(os.path.dirname(path)), True, os.path.basename(path))
     real = os.path.realpath(path)
+    if os.path.isfile(real):
+        return _Location(os.path.dirname(real), False, os.path.basename(real))
     return _Location(real, not _is_committed(real) and _holds_models(real))
 
 
@@ -70,7 +75,8 @@ def _why_nothing(path: str) -> str | None:
     if location.is_model or _is_committed(location.directory):
         return None
     if not os.path.isdir(location.directory):
-        return "it is a file" if os.path.lexists(location.directory) else "there is no such directory"
+        is_there = os.path.lexists(location.directory)
+        return "it is no directory" if is_there else "there is no such file or directory"
     try:
         inside = sorted(os.listdir(location.directory))
     except OSError as error:
@@ -94,24 +100,24 @@ class PathOpener:
         metadata_of: Callable[[str], Awaitable[Metadata]],
         *,
         timeout: float,
-        follow_links: bool,
+        trust: Trust,
     ) -> None:
         """
         Args:
             root: what names are relative to; an absolute one is itself.
             calls: run what looks at the file system.
             timeout: as for Opener.
-            follow_links: whether files of a checkpoint may be links out of what it lies in. Those of a model
-                may, since nothing of them is unpickled.
+            trust: what the pickle of a file may name, and whether files of a checkpoint may be links out of
+                what it lies in. Those of a model may, since nothing of them is unpickled.
         """
         self._root = root
         self._calls = calls
         self._threads = threads
         self._metadata_of = metadata_of
         self._timeout = timeout
-        self._follow_links = follow_links
+        self._trust = trust
 
-    async def _opener(self, name: str) -> Opener | SafetensorsOpener:
+    async def _opener(self, name: str) -> Opener | SafetensorsOpener | TorchSaveOpener:
         path = os.path.join(self._root, name)
         # at each look anew: what lies there may have been replaced by something of another kind
         location = await self._calls.run("open", path, _located, path)
@@ -120,27 +126,36 @@ class PathOpener:
             Path(location.directory),
             name,
             # Hugging Face's cache is made of links
-            follow_links=location.is_model or self._follow_links,
-            only_committed=not location.is_model,
+            follow_links=location.is_model or self._trust.follow_links,
+            only_committed=not location.is_model and location.only is None,
         )
         if location.is_model:
             return SafetensorsOpener(
                 place, self._threads, self._metadata_of, timeout=self._timeout, only=location.only
             )
+        if location.only is not None:
+            return TorchSaveOpener(
+                place,
+                self._threads,
+                self._metadata_of,
+                timeout=self._timeout,
+                file=location.only,
+                trust=self._trust,
+            )
         return Opener(place, self._threads, self._metadata_of, timeout=self._timeout)
 
     async def check(self, path: str) -> None:
-        """Raises CheckpointNotFoundError for what is neither a checkpoint nor a model, in words that help."""
+        """Raises CheckpointNotFoundError for what is nothing of the kind, in words that help."""
         why = await self._calls.run("open", path, _why_nothing, path)
         if why is not None:
             raise CheckpointNotFoundError(
                 f"there is no checkpoint at {path!r}: {why}; a path leads to one checkpoint's directory, to "
-                "a directory of safetensors files, or to one such file or its index",
+                "a directory of safetensors files, to one such file or its index, or to a file of torch.save",
                 checkpoint_id=path,
             )
 
     async def open(self, name: str) -> Contents:
-        """As ``Opener.open``, or ``SafetensorsOpener.open``."""
+        """As the ``open`` of the opener that fits."""
         return await (await self._opener(name)).open(name)
 
     async def metadata(self, name: str) -> Metadata:

@@ -140,8 +140,21 @@ class Verification:
     async def run_bare(self, contents: Contents) -> VerifyReport:
         """Read all that ``contents`` locate, of which nobody recorded a checksum. Raises StorageError if the
         medium can't be asked."""
+        return await self._run_items(contents, contents.locations, packed=contents.locations.keys())
+
+    async def run_zip(self, contents: Contents, file: str, nbytes: int) -> VerifyReport:
+        """Read all of ``file``, one zip of ``torch.save``'s, by its own CRC-32s. Raises as ``run_bare``."""
+        return await self._run_items(contents, {(file, None): (file, 0, nbytes)}, packed=frozenset())
+
+    async def _run_items(
+        self,
+        contents: Contents,
+        locations: Mapping[ItemKey, tuple[str, int, int]],
+        *,
+        packed: Set[ItemKey],
+    ) -> VerifyReport:
         begun = time.monotonic()
-        self._list(contents.locations, packed=contents.locations.keys())
+        self._list(locations, packed=packed)
         for file, items in self._items.items():
             self._add_items(file, items)
         return await self._report(contents.info.producer, len(self._items), begun)

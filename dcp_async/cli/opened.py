@@ -17,6 +17,7 @@ from ..catalog import Catalog, PathOpener
 from ..errors import CheckpointNotFoundError
 from ..options import Timeouts
 from ..storage import LocalStorage, root_and_name
+from ..trust import Trust
 from .places import IO_CONCURRENCY, not_a_checkpoint, storage_of
 
 
@@ -46,7 +47,7 @@ async def catalog_of(
                 threads,
                 metadata_of,
                 timeout=timeout,
-                follow_links=follow_links,
+                trust=Trust(follow_links=follow_links),
             )
             await opener.check(os.path.join(storage.root, name))
         catalog = Catalog(storage, threads, metadata_of, timeout=timeout, opener=opener)

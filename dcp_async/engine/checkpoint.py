@@ -319,9 +319,13 @@ def open_checkpoint(
     HuggingFaceStorageWriter wrote) and one such file are opened as well. Nothing of them is unpickled, no
     checksum vouches for them, and their names are flat: ``load(state, rename={"*": "model.*"})``.
 
+    Any other file is taken for one of ``torch.save`` that holds a dict of names. Its pickle is read under
+    ``trust`` and its tensors where they lie in it; those that are more than bytes (sparse, quantized) are
+    read when it is opened. Its CRC-32s are compared by ``verify`` alone.
+
     Args:
         path: the checkpoint's own directory, or its URL (``memory://name/step-00000100``), or a
-            ``.safetensors`` file; of its siblings none is looked at.
+            ``.safetensors`` or ``.pt`` file; of its siblings none is looked at.
         dequantize: the dtype to make plain values in of what a model's files hold quantised in blocks; see
             ``CheckpointEngine.load``.
         trust: which pickled leaves are accepted.

@@ -144,9 +144,7 @@ def make_catalog(
     storage, timeout = setup.storage, setup.timeouts.storage
 
     def paths(root: str) -> PathOpener:
-        return PathOpener(
-            root, calls, threads, metadata_of, timeout=timeout, follow_links=setup.trust.follow_links
-        )
+        return PathOpener(root, calls, threads, metadata_of, timeout=timeout, trust=setup.trust)
 
     opener = None
     if setup.is_reader and isinstance(storage, LocalStorage):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .._lazy import lazily
+from .archive_records import ArchiveRecords, ContentError, check_archive_head
+from .archived_items import ArchivedItems, MadeFile
 from .base import FileLayout, Format
 from .distcp import (
     BLOCK_BYTES,
@@ -153,6 +155,59 @@ else:
             "zip_records": "Record find_records",
         },
     )
+from .safetensors_header import (
+    LENGTH_BYTES,
+    AmbiguousNameError,
+    HeaderError,
+    StoredTensor,
+    decode_header,
+    files_of_index,
+    header_bytes,
+    join_files,
+)
+from .stock_compat import (
+    InnerValue,
+    ItemKey,
+    folded,
+    locations_of,
+    merge_ranks,
+    take_apart,
+    transforms_of,
+    usable_paths,
+)
+from .stored_item import (
+    RECORD_HEAD_BYTES,
+    StoredItem,
+    UnsupportedError,
+    check_item,
+    check_names,
+    inflated_bound,
+)
+from .torch_save import Archive, StandIn
+from .tree import (
+    Tree,
+    build,
+    children_of,
+    cut,
+    grafted,
+    heads_of,
+    is_of_stateful,
+    kind_of,
+    kind_of_stateful,
+    leaf_names,
+    like,
+    list_node,
+    locate,
+    mapping_kind,
+    mapping_node,
+    pickled_keys,
+    pruned,
+    subtree,
+    tree_from_paths,
+)
+from .tree_json import dcp_paths, merged_trees, tree_from_json, tree_to_json
+from .zip_item import PLAIN_DTYPES, object_item, tensor_frame
+from .zip_records import Record, find_records, records_in
 
 __all__ = [
     "BLOCK_BYTES",
@@ -163,7 +218,10 @@ __all__ = [
     "SECTOR_BYTES",
     "AmbiguousNameError",
     "Archive",
+    "ArchiveRecords",
+    "ArchivedItems",
     "AttachedEntry",
+    "ContentError",
     "FileEntry",
     "FileLayout",
     "Footer",
@@ -173,6 +231,7 @@ __all__ = [
     "HeaderError",
     "InnerValue",
     "ItemKey",
+    "MadeFile",
     "Manifest",
     "ManifestError",
     "ManifestHead",
@@ -190,6 +249,7 @@ __all__ = [
     "attached_digest",
     "block_digests",
     "build",
+    "check_archive_head",
     "check_item",
     "check_names",
     "children_of",
@@ -231,6 +291,7 @@ __all__ = [
     "pruned",
     "quantised_among",
     "read_trailer",
+    "records_in",
     "renamed_paths",
     "renamed_tree",
     "stored_chunks",

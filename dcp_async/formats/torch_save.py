@@ -13,6 +13,7 @@ import pickle
 import struct
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ import torch
 
 from .zip_item import STORAGE_CLASS, central_entry, local_header, zip_directory
 
+_PREFIX = b"archive/"
 _ALIGN = 64
 """What torch aligns records to, for those who map the file into memory."""
 
@@ -35,7 +37,11 @@ class StandIn:
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        """Up to its last element: its storage may have gaps, or elements that it shows several times."""
+        if 0 in self.shape:
+            return 0
+        last = sum((extent - 1) * step for extent, step in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * self.dtype.itemsize
 
 
 class _Storage:
@@ -46,13 +52,16 @@ class _Storage:
 class _Pickler(pickle.Pickler):
     """Refers to storages as torch does; keeps those of tensors that are there."""
 
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, file: io.BytesIO, stand_in: Callable[[torch.Tensor], StandIn | None]) -> None:
         super().__init__(file, protocol=2)
+        self._stand_in = stand_in
         self.records: dict[str, int] = {}
         self.held: dict[str, torch.UntypedStorage] = {}
         self._names: dict[object, str] = {}
 
     def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            value = self._stand_in(value)
         if type(value) is not StandIn:
             return NotImplemented
         utils: Any = torch._utils  # untyped
@@ -93,12 +102,18 @@ class _Pickler(pickle.Pickler):
 class Archive:
     """One file: put the bytes of each storage at its ``payload``, its header by ``head``, then ``tail``."""
 
-    def __init__(self, value: Any, *, name: str = "archive") -> None:
-        """Raises what pickling ``value`` raises."""
+    def __init__(
+        self, value: Any, *, stand_in: Callable[[torch.Tensor], StandIn | None] = lambda tensor: None
+    ) -> None:
+        """
+        Args:
+            value: what the file holds.
+            stand_in: what is written in place of a tensor in it; None for the tensor itself.
+        Raises: what pickling ``value`` raises.
+        """
         pickled = io.BytesIO()
-        self._pickler = _Pickler(pickled)
+        self._pickler = _Pickler(pickled, stand_in)
         self._pickler.dump(value)
-        self._prefix = f"{name}/".encode()
         self._offsets: dict[str, int] = {}
         self._payloads: dict[str, int] = {}
         self._crcs: dict[str, int] = {}
@@ -122,7 +137,7 @@ class Archive:
             self._crcs[record] = zlib.crc32(content)
 
     def _header(self, record: str) -> bytes:
-        name, nbytes = self._prefix + record.encode(), self._sizes[record]
+        name, nbytes = _PREFIX + record.encode(), self._sizes[record]
         bare = self._offsets[record] + len(local_header(name, nbytes)) + 4
         filler = -bare % _ALIGN
         # a field of its own, as torch has it
@@ -150,9 +165,7 @@ class Archive:
     def tail(self) -> tuple[int, bytes]:
         """(offset, bytes) of what ends the file, once ``head`` was asked for each record."""
         entries = [
-            central_entry(
-                self._prefix + record.encode(), nbytes, self._offsets[record], crc=self._crcs[record]
-            )
+            central_entry(_PREFIX + record.encode(), nbytes, self._offsets[record], crc=self._crcs[record])
             for record, nbytes in self._sizes.items()
         ]
         return self._end, zip_directory(entries, self._end)

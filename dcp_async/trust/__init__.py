@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .archived import Archived, Memory, load_archived
 from .key_hashes import MAX_ALIKE, check_hashes
+from .legacy_item import is_legacy
 from .pickle_grammar import run
 from .pickle_walk import Made, Walk, get_operands
 from .plain_data import dumps, loads
@@ -12,8 +14,10 @@ from .unpickler import Inert, check_globals, is_zip, load_item, load_pickle, unt
 
 __all__ = [
     "MAX_ALIKE",
+    "Archived",
     "Inert",
     "Made",
+    "Memory",
     "Trust",
     "UntrustedGlobal",
     "Walk",
@@ -21,7 +25,9 @@ __all__ = [
     "check_hashes",
     "dumps",
     "get_operands",
+    "is_legacy",
     "is_zip",
+    "load_archived",
     "load_item",
     "load_pickle",
     "loads",

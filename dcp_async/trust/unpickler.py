@@ -164,7 +164,7 @@ class LeafUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed knows i
     }
 
 
-def _rules(trust: Trust) -> Rules:
+def rules_of(trust: Trust) -> Rules:
     """What ``trust`` admits, with what the user has told torch by now."""
     return _made_rules(trust, tuple(torch.serialization.get_safe_globals()))
 
@@ -196,7 +196,7 @@ def check_globals(head: bytes, pickle_at: int | None, trust: Trust) -> None:
         return
     try:
         named = outlines(head) if pickle_at is None else [check_pickle(head, pickle_at)]
-        _check_outlines(named, _rules(trust))
+        _check_outlines(named, rules_of(trust))
     except UntrustedGlobal:
         raise
     except Exception as error:  # a module that is imported for a name may raise anything
@@ -212,7 +212,7 @@ def _check_outlines(outlines: Iterable[Outline], rules: Rules) -> None:
 
 def untrusted_names(names: Iterable[tuple[str, str]], trust: Trust) -> list[str]:
     """Those of the globals (module, name) that ``trust`` does not admit, by their full names."""
-    rules = _rules(trust)
+    rules = rules_of(trust)
     refused = []
     for module, name in names:
         try:
@@ -246,7 +246,7 @@ def _refuse_torchscript(item: IO[bytes]) -> None:
 
 def load_pickle(raw: bytes, trust: Trust) -> Any:
     """The object of a plain pickle. Raises: UntrustedGlobal; ValueError if it is damaged."""
-    module: Any = pickle if trust.unsafe else _pickle_module(_rules(trust))
+    module: Any = pickle if trust.unsafe else _pickle_module(rules_of(trust))
     try:
         return module.load(io.BytesIO(raw))
     except (UntrustedGlobal, MemoryError, NameError):  # no damage of the pickle's
@@ -267,10 +267,10 @@ def load_item(item: IO[bytes], trust: Trust) -> Any:
             head = item.read(4)  # as torch.load does, to tell its two formats apart
             item.seek(start)
             if not is_zip(head):
-                unpickler = _pickle_module(_rules(trust)).Unpickler
+                unpickler = _pickle_module(rules_of(trust)).Unpickler
                 return load_legacy(item.read(), type("LegacyUnpickler", (_LegacyNames, unpickler), {}))
             _refuse_torchscript(item)
-        module = pickle if trust.unsafe else _pickle_module(_rules(trust))
+        module = pickle if trust.unsafe else _pickle_module(rules_of(trust))
         options: dict[str, Any] = {"weights_only": False, "pickle_module": module, "mmap": False}
         return torch.load(item, map_location="cpu", **options)
     except (UntrustedGlobal, MemoryError, NameError):  # no damage of the item's

@@ -136,12 +136,12 @@ async def test_a_path_into_the_root_waits_for_the_save_of_it(tmp_path: Path) -> 
 async def test_what_is_not_there_is_told_with_what_was_looked_for(tmp_path: Path, model: Path) -> None:
     await saved(tmp_path / "run", 1, 2)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe")
     async with CheckpointEngine(tmp_path / "own") as engine:
         for path, words in (
-            (tmp_path / "absent", "no checkpoint at '.*/absent': there is no such directory"),
+            (tmp_path / "absent", "no checkpoint at '.*/absent': there is no such file or directory"),
             (tmp_path / "empty", "neither a .metadata nor safetensors files"),
-            (tmp_path / "file", "it is a file"),
+            (tmp_path / "pipe", "it is no directory"),
             (tmp_path / "run", "a directory of checkpoints, of which step-00000001, step-00000002"),
             (model / "absent.safetensors", "there is no such file"),
         ):

@@ -58,7 +58,7 @@ class ObjectStorage:
     ) -> None:
         """
         Args:
-            url_or_store: `s3://bucket/run1`, `gs://` or `az://`, with credentials from where the cloud's tools
+            url_or_store: `s3://bucket/run1`, `gs://`, `az://`, with credentials from where the cloud's tools
             have them; or a store of obstore's, which brings what the next three would say.
             endpoint: the server's URL, where it is not the cloud itself.
             credentials: gives them anew whenever they expire.
