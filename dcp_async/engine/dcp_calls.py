@@ -24,6 +24,7 @@ from .._concurrency import Inside, SignalSafeFuture, Verb, Wait, drive_blocking
 from ..catalog import Opened, is_model_file
 from ..coordination import Coordination
 from ..errors import CheckpointError, CheckpointNotFoundError, EngineStateError
+from ..events import Observer
 from ..options import Limits, Timeouts
 from ..planning import PlanningOptions
 from ..response import AsyncSaveResponse
@@ -99,6 +100,8 @@ class CallOptions:
     trust: Trust
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
+    staging: StagingOptions = field(default_factory=StagingOptions)
+    observer: Observer | None = None
 
     def planning(self) -> PlanningOptions:
         return PlanningOptions(
@@ -111,13 +114,13 @@ class CallOptions:
         try:
             setup = make_setup(
                 root,
-                StagingOptions(),
+                self.staging,
                 planning=self.planning(),
                 coordination=self.coordination,
                 limits=self.limits,
                 timeouts=self.timeouts,
                 trust=self.trust,
-                observer=None,
+                observer=self.observer,
                 # names are given, so nobody counts steps: what lies beside the directory is not looked at
                 is_reader=True,
             )

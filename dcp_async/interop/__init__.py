@@ -14,6 +14,7 @@ from .arguments import (
     save_target,
     trust_of,
 )
+from .from_torch_save import torch_save_to_dcp
 from .reader import FileSystemReader
 from .stagers import plain, stage, unstaged
 from .stock_load import load_through
@@ -38,6 +39,7 @@ __all__ = [
     "save_target",
     "save_through",
     "stage",
+    "torch_save_to_dcp",
     "trust_of",
     "unstaged",
 ]

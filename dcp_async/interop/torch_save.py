@@ -139,6 +139,7 @@ class _Tensors:
 
     async def write(self, stored: Mapping[str, StandIn]) -> None:
         """Write ``stored``, which is in the order of the checkpoint's files."""
+        # by neighbours, so that the checkpoint is read from front to end
         for names, nbytes in batches(self._contents, stored, self._limit):
             # a chunk of stock's is decoded whole, however little of it is wanted
             if nbytes > self._limit and self._contents.digests:
@@ -147,6 +148,7 @@ class _Tensors:
             values = await read_names(self._contents, self._services, names, device=_CPU, writes=None)
             for name in names:
                 like = stored[name]
+                # one at a time: what is written is let go before the next is copied
                 tensor = values.pop(name).permute(_order(like)).contiguous()
                 _put(self._file, self._archive, self._archive.record_of(like.key), host_memory(tensor))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as _stock
 
-from .conversions import dcp_to_torch_save
+from .conversions import dcp_to_torch_save, torch_save_to_dcp
 from .engine import Checkpoint, CheckpointEngine, open_checkpoint, verify
 from .functional import Checkpointer, async_save, load, load_state_dict, save, save_state_dict
 
@@ -21,6 +21,7 @@ __all__ = [
     "open_checkpoint",
     "save",
     "save_state_dict",
+    "torch_save_to_dcp",
     "verify",
 ]
 

@@ -27,3 +27,20 @@ def dcp_to_torch_save(
         trust=trust,
         budget_bytes=budget_bytes,
     )
+
+
+def torch_save_to_dcp(
+    torch_save_path: str | os.PathLike[str],
+    dcp_checkpoint_dir: str | os.PathLike[str],
+    *,
+    trust: Trust = Trust(),
+    budget_bytes: int = 64 << 20,
+) -> None:
+    """Write a file of ``torch.save`` as a checkpoint. See ``dcp_async.interop.torch_save_to_dcp``."""
+    run_coroutine(
+        interop.torch_save_to_dcp,
+        torch_save_path,
+        dcp_checkpoint_dir,
+        trust=trust,
+        budget_bytes=budget_bytes,
+    )

@@ -1,4 +1,4 @@
-"""Checkpoints as files of torch.save: torch.load reads them, in the structure that was saved."""
+"""Checkpoints as files of torch.save, and such files as checkpoints, in the structure that was saved."""
 
 from __future__ import annotations
 
@@ -12,8 +12,18 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dcp_async import CheckpointEngine, CheckpointNotFoundError, CorruptCheckpointError, sync
-from dcp_async.interop import dcp_to_torch_save
+from dcp_async import (
+    CheckpointEngine,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    LoadError,
+    SaveError,
+    UntrustedCheckpointError,
+    open_checkpoint,
+    sync,
+    verify,
+)
+from dcp_async.interop import dcp_to_torch_save, torch_save_to_dcp
 from tests.support.doubles import assert_same, data_files, flip
 from tests.support.processes import run_in_process
 
@@ -149,3 +159,84 @@ async def test_paths_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         await dcp_to_torch_save(source, tmp_path / "no" / "x.pt")
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+# --- the other way round
+
+
+@pytest.mark.parametrize("budget_bytes", [1 << 20, 64 << 20])
+async def test_a_file_becomes_a_checkpoint_of_ours(tmp_path: Path, budget_bytes: int) -> None:
+    state, path = state_of_all_kinds(), tmp_path / "all.pt"
+    state["large"] = torch.randn(1 << 19)
+    torch.save(state, path)
+    await torch_save_to_dcp(path, tmp_path / "step-7", budget_bytes=budget_bytes)
+    async with open_checkpoint(tmp_path / "step-7") as checkpoint:
+        loaded = await checkpoint.read()
+        assert checkpoint.info.producer == "dcp_async"
+    assert_same(loaded, state)
+    assert loaded["model"]["a"] is loaded["model"]["tied"]
+    assert loaded["model"]["turned"].stride() == (1, 400)
+    assert (await verify(tmp_path / "step-7")).damage == ()
+    target: dict[str, Any] = {"model": {"a": torch.zeros(300, 700)}, "large": torch.zeros(1 << 19)}
+    dcp.load(target, checkpoint_id=tmp_path / "step-7", no_dist=True)
+    assert torch.equal(target["model"]["a"], state["model"]["a"])
+    assert torch.equal(target["large"], state["large"])
+
+
+async def test_there_and_back_is_the_same_object(tmp_path: Path) -> None:
+    state = state_of_all_kinds()
+    torch.save(state, tmp_path / "one.pt")
+    await torch_save_to_dcp(tmp_path / "one.pt", tmp_path / "step-7")
+    await dcp_to_torch_save(tmp_path / "step-7", tmp_path / "two.pt")
+    assert_same(torch.load(tmp_path / "two.pt", weights_only=True), state)
+
+
+async def test_the_blocking_twin_replaces_a_checkpoint(tmp_path: Path) -> None:
+    path, directory = tmp_path / "w.pt", tmp_path / "run" / "step-00000001"
+    await saved(tmp_path / "run", {"w": torch.zeros(3), "old": 1})
+    torch.save({"w": torch.ones(3)}, path)
+    sync.torch_save_to_dcp(path, directory)
+    with sync.open_checkpoint(directory) as checkpoint:
+        assert_same(checkpoint.read(), {"w": torch.ones(3)})
+
+
+class MakesDirectory:
+    """Pickled as a call that leaves a trace."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+async def test_a_payload_does_not_run_and_leaves_the_checkpoint_that_was_there(tmp_path: Path) -> None:
+    source = await saved(tmp_path / "run", {"w": torch.zeros(3)})
+    torch.save({"w": torch.ones(3), "x": MakesDirectory(tmp_path / "ran")}, tmp_path / "bad.pt")
+    with pytest.raises(UntrustedCheckpointError, match="nothing of it was run"):
+        await torch_save_to_dcp(tmp_path / "bad.pt", source)
+    assert not (tmp_path / "ran").exists()
+    async with open_checkpoint(source) as checkpoint:
+        assert_same(await checkpoint.read(), {"w": torch.zeros(3)})
+
+
+async def test_files_that_hold_no_state_are_refused(tmp_path: Path) -> None:
+    path, directory = tmp_path / "x.pt", tmp_path / "step-1"
+    with pytest.raises(FileNotFoundError):
+        await torch_save_to_dcp(path, directory)
+    for content in (b"", b"text"):
+        path.write_bytes(content)
+        with pytest.raises(CorruptCheckpointError, match=r"no file of torch\.save's"):
+            await torch_save_to_dcp(path, directory)
+    torch.save({"w": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(LoadError, match=r"before 1\.6"):
+        await torch_save_to_dcp(path, directory)
+    torch.save([torch.ones(3)], path)
+    with pytest.raises(LoadError, match="holds a list, not a dict"):
+        await torch_save_to_dcp(path, directory)
+    torch.save({1: torch.ones(3)}, path)
+    with pytest.raises((SaveError, ValueError), match="keys must be str"):
+        await torch_save_to_dcp(path, directory)
+    with pytest.raises(ValueError, match=r"budget_bytes=.*at least 1 MiB"):
+        await torch_save_to_dcp(path, directory, budget_bytes=1)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.pt"]
