@@ -30,7 +30,7 @@ needed besides)."""
 _SCRATCH_BYTES = 256 << 20
 """How much of a device one scratch takes at most; the smallest tensors come first."""
 _ALIGN = 64
-"""Payloads lie at multiples of it, in the image as in the scratch."""
+"""What lies at a multiple of it in the image does so in the scratch."""
 _KEPT_PLANS = 4
 """For how many plans packs are kept: several engines may share a stager."""
 
@@ -197,7 +197,8 @@ def _stretches(plan: CompiledPlan, members: Sequence[int]) -> tuple[list[Stretch
             stretches[-1] = Stretch(last.start, stop, last.offset)
         else:
             end = stretches[-1].offset + stretches[-1].stop - stretches[-1].start if stretches else 0
-            stretches.append(Stretch(start, stop, -(-end // _ALIGN) * _ALIGN))
+            # as far behind a multiple as in the image: then each of its members is aligned as it is there
+            stretches.append(Stretch(start, stop, -(-end // _ALIGN) * _ALIGN + start % _ALIGN))
         offsets.append(stretches[-1].offset + start - stretches[-1].start)
         before = index
     return stretches, offsets

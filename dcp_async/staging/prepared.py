@@ -43,7 +43,7 @@ class Prepared:
     """Where the tensors of a share stand in the structure; None if they are all of it."""
 
     def share(self, tensors: Sequence[int], leaves: Sequence[int]) -> Prepared:
-        """What this rank writes, both ascending: other ranks write the rest."""
+        """What this rank writes, in the order in which it does: other ranks write the rest."""
         captured = self.captured.share(tensors, leaves)
         # a single rank writes all of it: no list is made anew in each of its saves
         if captured is self.captured:

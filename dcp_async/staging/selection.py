@@ -21,18 +21,20 @@ def picker(indices: Sequence[int]) -> Callable[[Sequence[T]], tuple[T, ...]]:
 
 
 class Selection:
-    """Distinct tensors of one structure."""
+    """Distinct tensors of one structure, in the order in which they were named."""
 
     def __init__(self, indices: Iterable[int]) -> None:
-        self.indices = sorted(set(indices))
+        self.indices = list(dict.fromkeys(indices))
+        self._is_prefix = self.indices == list(range(len(self.indices)))
         self._pick: Callable[[Sequence[object]], tuple[object, ...]] = picker(self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def pick(self, values: Sequence[T]) -> Sequence[T]:
-        """Those of ``values``, one per tensor of the state; the same list if that is all of them."""
-        if len(self.indices) == len(values):
+        """Those of ``values``, one per tensor of the state; the same list if that is all of them in its
+        order."""
+        if self._is_prefix and len(self.indices) == len(values):
             return values
         pick: Callable[[Sequence[T]], Sequence[T]] = self._pick  # type: ignore[assignment]  # generic per call
         return pick(values)

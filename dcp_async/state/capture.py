@@ -132,8 +132,11 @@ class Captured:
         return build(self.tree, values.__getitem__, _as_it_is)
 
     def share(self, tensors: Sequence[int], leaves: Sequence[int]) -> Captured:
-        """What one rank writes, both ascending; itself if that is everything."""
-        if len(tensors) == len(self.tensors) and len(leaves) == len(self.leaf_items):
+        """What one rank writes, in the order in which it does; itself if that is everything in its own
+        order."""
+        is_all = len(tensors) == len(self.tensors) and len(leaves) == len(self.leaf_items)
+        # compared in C, since it is so in each save of a single rank
+        if is_all and tensors == list(range(len(tensors))):
             return self
         pointers = self.pointers
         return replace(
