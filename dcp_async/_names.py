@@ -25,7 +25,7 @@ _KINDS: tuple[Kind, ...] = ("data", "manifest", "attached", "temporary", "copy",
 
 _UID = f"[0-9a-f]{{{UID_DIGITS}}}"
 # [0-9], not \d, which takes the digits of every script: no file that somebody else named may look like ours
-_DATA_FILE = rf"__[0-9]+_[0-9]+-(?P<data>{_UID})\.distcp"
+_DATA_FILE = rf"__[0-9]+_[0-9]+-(?P<data>{_UID})\.(distcp|blob|digests|pieces)"
 _MANIFEST = rf"manifest-(?P<manifest>{_UID})\.json"
 _OWNED = re.compile(
     rf"{_DATA_FILE}|{_MANIFEST}|\.attached-(?P<attached>{_UID})-(?P<name>.+)|\.copy-(?P<copy>{_UID})-.+"
@@ -68,6 +68,35 @@ def last_number(name: str) -> int | None:
 def data_file(rank: int, number: int, uid: str) -> str:
     """One of a rank's files of items."""
     return f"__{rank}_{number}-{uid}.distcp"
+
+
+def blob_file(number: int, uid: str) -> str:
+    """One of the files that have a public name besides, which nobody looks for by its ending."""
+    return f"__0_{number}-{uid}.blob"
+
+
+def digests_file(uid: str) -> str:
+    """The checksums of the blobs."""
+    return f"__0_0-{uid}.digests"
+
+
+def pieces_file(rank: int, uid: str) -> str:
+    """A rank's loose bytes of blobs, until the commit."""
+    return f"__{rank}_0-{uid}.pieces"
+
+
+FileKey: TypeAlias = int | tuple[Literal["blob"], int]
+"""A file of items: the number of a blob, or a rank, of its one file of DCP's items."""
+
+
+def file_of(key: FileKey, uid: str) -> str:
+    """The name of the file that ``key`` stands for."""
+    return data_file(key, 0, uid) if isinstance(key, int) else blob_file(key[1], uid)
+
+
+def is_blob(name: str) -> bool:
+    """Whether ``blob_file`` may have made ``name``."""
+    return name.endswith(".blob") and owned_file(name) is not None
 
 
 def names_file_of_ours(metadata: bytes) -> bool:

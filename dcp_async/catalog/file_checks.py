@@ -10,7 +10,16 @@ from array import array
 from collections.abc import Iterable, Mapping
 
 from ..errors import CorruptCheckpointError
-from ..formats import SECTOR_BYTES, Footer, FooterError, Manifest, footer_span, read_trailer
+from ..formats import (
+    SECTOR_BYTES,
+    FileEntry,
+    Footer,
+    FooterError,
+    Manifest,
+    footer_bytes,
+    footer_span,
+    read_trailer,
+)
 from ..storage import Reader
 
 _LONG_FOOTER_BYTES = 1 << 20
@@ -66,7 +75,7 @@ async def check_files(
         image_bytes[file] = nbytes
         entry = entries.get(file)
         if entry is not None:
-            footer = await footer_of(name, reader, file, nbytes, entry.digest)
+            footer = await footer_of(name, reader, file, nbytes, entry)
             digests[file] = footer.digests
             image_bytes[file] = footer.image_bytes
         elif manifest is not None and "/" not in file:
@@ -78,12 +87,15 @@ async def check_files(
     return digests, image_bytes
 
 
-async def footer_of(name: str, reader: Reader, file: str, nbytes: int, digest: str | None) -> Footer:
-    """The footer of ``file``; ``digest`` is None if no manifest tells it. Raises CorruptCheckpointError."""
+async def footer_of(name: str, reader: Reader, file: str, nbytes: int, entry: FileEntry | None) -> Footer:
+    """The footer of ``file``; ``entry`` is None if no manifest tells of it. Raises CorruptCheckpointError."""
     try:
-        footer = await _read_footer(reader, file, nbytes)
+        if entry is not None and entry.public_name:
+            footer = await _read_apart(reader, nbytes, entry)
+        else:
+            footer = await _read_footer(reader, file, nbytes)
         # a footer vouches for its own table; that it is this save's, the manifest alone says
-        if digest is not None and footer.digest != digest:
+        if entry is not None and footer.digest != entry.digest:
             raise FooterError("the footer's table is not the one that the manifest names")
     except FooterError as error:
         raise CorruptCheckpointError(
@@ -105,3 +117,13 @@ async def _read_footer(reader: Reader, file: str, nbytes: int) -> Footer:
         raise FooterError(f"its footer would take {span} bytes") from error
     await reader.read_into(file, [(nbytes - len(raw), memoryview(raw))])
     return Footer.decode(bytes(raw), nbytes)
+
+
+async def _read_apart(reader: Reader, nbytes: int, entry: FileEntry) -> Footer:
+    """The footer of a file of ``nbytes`` that lies in another one. Raises FooterError."""
+    length = footer_bytes(nbytes)
+    if entry.footer_offset + length > await reader.size(entry.footer_file):
+        raise FooterError(f"{entry.footer_file} ends before its checksums do")
+    raw = bytearray(length)
+    await reader.read_into(entry.footer_file, [(entry.footer_offset, memoryview(raw))])
+    return Footer.decode(bytes(raw), nbytes + length)

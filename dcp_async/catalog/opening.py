@@ -262,6 +262,7 @@ class Opener:
             info = self._info(name, manifest)
         else:
             info = await self._stock_info(name, reader, raw, locations)
+        listed = manifest.files if manifest is not None else ()
         digests, image_bytes = await check_files(name, reader, manifest, locations.values(), sizes)
         return Contents(
             info=info,
@@ -275,6 +276,7 @@ class Opener:
             strides=manifest.strides if manifest else {},
             digests=digests,
             image_bytes=image_bytes,
+            bare=frozenset(file.name for file in listed if file.public_name),
         )
 
     def _info(self, name: str, manifest: Manifest) -> CheckpointInfo:

@@ -248,7 +248,7 @@ class Verification:
             self._add_items(file, items)
             return
         try:
-            footer = await footer_of(self._name, self._reader, file, nbytes, entry.digest if entry else None)
+            footer = await footer_of(self._name, self._reader, file, nbytes, entry)
         except CorruptCheckpointError as error:
             # nothing else tells whether its blocks are whole
             self._add(file, 0, nbytes, str(error))

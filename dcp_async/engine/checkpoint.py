@@ -22,7 +22,7 @@ from .._concurrency import Verb, Wait, drive
 from ..catalog import Opened
 from ..coordination import Coordination
 from ..errors import CheckpointNotFoundError, EngineStateError
-from ..formats import leaf_names, plain_dtype
+from ..formats import DISTCP, leaf_names, plain_dtype
 from ..info import CheckpointInfo, CheckpointRef, LoadReport
 from ..load import Index
 from ..options import Dtypes, Limits, Timeouts
@@ -53,6 +53,7 @@ def reader_at(
         root,
         StagingOptions(),
         planning=PlanningOptions(),
+        format=DISTCP,
         coordination=Coordination(mode="local"),
         limits=limits,
         timeouts=timeouts,

@@ -25,6 +25,7 @@ from ..catalog import Opened, is_model_file
 from ..coordination import Coordination
 from ..errors import CheckpointError, CheckpointNotFoundError, EngineStateError
 from ..events import Observer
+from ..formats import DISTCP
 from ..options import Limits, Timeouts
 from ..planning import PlanningOptions
 from ..response import AsyncSaveResponse
@@ -116,6 +117,7 @@ class CallOptions:
                 root,
                 self.staging,
                 planning=self.planning(),
+                format=DISTCP,
                 coordination=self.coordination,
                 limits=self.limits,
                 timeouts=self.timeouts,

@@ -19,11 +19,21 @@ from .._concurrency import BlockingThreads, LoopThread
 from ..catalog import Catalog, PathOpener
 from ..coordination import Coordination, Coordinator
 from ..events import Event, Observer
+from ..formats import Format
 from ..options import Limits, Timeouts
 from ..planning import PlanningOptions
 from ..schedule import SavePolicy
 from ..staging import Stager, StagingOptions
-from ..storage import BlockingCalls, LimitedStorage, LocalStorage, MemoryStorage, Storage, storage_at
+from ..storage import (
+    BlockingCalls,
+    LimitedStorage,
+    LocalStorage,
+    MemoryStorage,
+    Storage,
+    gives_public_names,
+    is_sharing,
+    storage_at,
+)
 from ..trust import Trust
 
 logger = logging.getLogger(__name__)
@@ -40,6 +50,7 @@ class Setup:
     stager: Stager
     owns_stager: bool
     planning: PlanningOptions
+    format: Format
     coordination: Coordination
     limits: Limits
     timeouts: Timeouts
@@ -64,7 +75,21 @@ class Setup:
         )
 
     def check_ranks(self, world_size: int) -> None:
-        """Raises: StorageError where several ranks would write to what only one of them sees."""
+        """Raises: StorageError where several ranks would write to what only one of them sees; ValueError for
+        a format of files that all ranks write where the storage has none."""
+        if self.format.shares_files and not gives_public_names(self.storage):
+            raise ValueError(
+                f"format={self.format!r} gives files names that others look for, which {self.storage!r} does "
+                "not: save to a directory, and copy what is published from there"
+            )
+        if self.format.shares_files and world_size > 1 and not is_sharing(self.storage):
+            raise ValueError(
+                f"format={self.format!r} has all {world_size} ranks write into the same files, which "
+                f"{self.storage!r} does not allow: save to a directory that all ranks see, or gather the "
+                "weights (get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
+                "cpu_offload=True))) and save them on rank 0 alone, by an engine with "
+                "Coordination(mode='local')"
+            )
         if self.memory is not None and world_size > 1:
             self.memory.refuse_ranks()
 
@@ -74,6 +99,7 @@ def make_setup(
     staging: Stager | StagingOptions,
     *,
     planning: PlanningOptions,
+    format: Format,
     coordination: Coordination,
     limits: Limits,
     timeouts: Timeouts,
@@ -83,10 +109,12 @@ def make_setup(
     is_reader: bool = False,
 ) -> Setup:
     """A storage and a stager are made where paths, URLs and options were given. Raises TypeError for a root
-    that is neither a path nor a storage, or a policy that is none; ValueError for a URL that no storage
-    serves."""
+    that is neither a path nor a storage, a policy that is none, or a format that is none; ValueError for a
+    URL that no storage serves."""
     if policy is not None and not isinstance(policy, SavePolicy):
         raise TypeError(f"policy={policy!r} must be a SavePolicy: Every, Adaptive, OnSignal, joined with |")
+    if not hasattr(format, "layout"):
+        raise TypeError(f"format={format!r} must be a Format, as SafetensorsFormat() is")
     owns_storage = isinstance(root, (str, os.PathLike))
     storage = _storage_of(root, limits, timeouts, trust)
     memory = storage if isinstance(storage, MemoryStorage) else root
@@ -97,6 +125,7 @@ def make_setup(
         stager=staging if isinstance(staging, Stager) else Stager(staging),
         owns_stager=not isinstance(staging, Stager),
         planning=planning,
+        format=format,
         coordination=coordination,
         limits=limits,
         timeouts=timeouts,
@@ -177,6 +206,10 @@ class Resources:
     @property
     def planning(self) -> PlanningOptions:
         return self.setup.planning
+
+    @property
+    def format(self) -> Format:
+        return self.setup.format
 
     @property
     def io_concurrency(self) -> int:

@@ -11,6 +11,7 @@ import os
 from .._concurrency import Verb
 from ..coordination import Coordination
 from ..events import Observer
+from ..formats import DISTCP, Format
 from ..options import Limits, Timeouts
 from ..planning import PlanningOptions
 from ..response import AsyncSaveResponse
@@ -37,6 +38,7 @@ class EngineVerbs:
         *,
         staging: Stager | StagingOptions = StagingOptions(),
         planning: PlanningOptions = PlanningOptions(),
+        format: Format = DISTCP,
         coordination: Coordination = Coordination(),
         limits: Limits = Limits(),
         timeouts: Timeouts = Timeouts(),
@@ -51,6 +53,7 @@ class EngineVerbs:
                 the caller's to close.
             staging: how the state is copied, or a Stager to share, which stays the caller's to close.
             planning: DCP's planners, and whether plans are reused.
+            format: how data files are written. A load reads what it finds, whatever this is.
             coordination: which processes save together.
             limits: how much goes on at once.
             timeouts: how long to wait.
@@ -60,19 +63,19 @@ class EngineVerbs:
             policy: when ``should_save`` says that a save is due: ``Every``, ``Adaptive``, ``OnSignal``,
                 joined with ``|``.
         """
-        self._life = Lifetime(
-            make_setup(
-                root,
-                staging,
-                planning=planning,
-                coordination=coordination,
-                limits=limits,
-                timeouts=timeouts,
-                trust=trust,
-                observer=observer,
-                policy=policy,
-            )
+        setup = make_setup(
+            root,
+            staging,
+            planning=planning,
+            format=format,
+            coordination=coordination,
+            limits=limits,
+            timeouts=timeouts,
+            trust=trust,
+            observer=observer,
+            policy=policy,
         )
+        self._life = Lifetime(setup)
         hooks = self._life.hooks
         self._schedule = SaveSchedule(policy, timeout=timeouts.coordination, waited=lambda: hooks.waited)
         self._saves = Saves(self._life, self._schedule.saved)

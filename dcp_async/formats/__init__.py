@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 from .._lazy import lazily
 from .archive_records import ArchiveRecords, ContentError, check_archive_head
 from .archived_items import ArchivedItems, MadeFile
-from .base import FileLayout, Format
+from .base import LOOSE, FileLayout, Format, PublicFiles, PublicTensor, Runs
 from .distcp import (
     BLOCK_BYTES,
     DISTCP,
     SECTOR_BYTES,
+    DistcpFormat,
     Footer,
     FooterError,
     block_digests,
+    footer_bytes,
     footer_span,
+    num_blocks,
     read_trailer,
 )
 from .keys import PickledKey, pickled_key, plain_key, text_of
@@ -155,6 +158,7 @@ else:
             "zip_records": "Record find_records",
         },
     )
+from .safetensors import SafetensorsFormat
 from .safetensors_header import (
     LENGTH_BYTES,
     AmbiguousNameError,
@@ -213,6 +217,7 @@ __all__ = [
     "BLOCK_BYTES",
     "DISTCP",
     "LENGTH_BYTES",
+    "LOOSE",
     "PLAIN_DTYPES",
     "RECORD_HEAD_BYTES",
     "SECTOR_BYTES",
@@ -222,6 +227,7 @@ __all__ = [
     "ArchivedItems",
     "AttachedEntry",
     "ContentError",
+    "DistcpFormat",
     "FileEntry",
     "FileLayout",
     "Footer",
@@ -239,8 +245,12 @@ __all__ = [
     "NewerVersionError",
     "PickledKey",
     "Place",
+    "PublicFiles",
+    "PublicTensor",
     "Quantised",
     "Record",
+    "Runs",
+    "SafetensorsFormat",
     "StandIn",
     "StoredItem",
     "StoredTensor",
@@ -264,6 +274,7 @@ __all__ = [
     "files_of_index",
     "find_records",
     "folded",
+    "footer_bytes",
     "footer_span",
     "grafted",
     "header_bytes",
@@ -283,6 +294,7 @@ __all__ = [
     "may_be_quantised",
     "merge_ranks",
     "merged_trees",
+    "num_blocks",
     "object_item",
     "pickled_key",
     "pickled_keys",

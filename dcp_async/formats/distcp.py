@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from .base import FileLayout, Format
+from .base import FileLayout, Format, PublicFiles, PublicTensor
 from .metadata_writer import Group, MetadataTemplate, metadata_template
 from .zip_item import pad_item, padded_bytes, tensor_frame
 
@@ -49,6 +49,8 @@ def _round_up(value: int, multiple: int) -> int:
 class DistcpFormat:
     """DCP's own format, written by hand: each tensor and each leaf is an item that ``torch.load`` reads."""
 
+    shares_files = False
+
     def __repr__(self) -> str:
         return "<DistcpFormat>"
 
@@ -68,7 +70,9 @@ class DistcpFormat:
         return metadata_template(groups, paths, planner_data=planner_data)
 
     def layout(
-        self, tensors: Sequence[tuple[torch.dtype, tuple[int, ...]]], rooms: Sequence[int]
+        self,
+        tensors: Sequence[tuple[torch.dtype, tuple[int, ...]]],
+        rooms: Sequence[int],
     ) -> FileLayout:
         """Payloads start on 64 bytes, from 1 MiB on 4 KiB, by a gap before the item."""
         item_offsets: list[int] = []
@@ -106,8 +110,10 @@ class DistcpFormat:
             payload_bytes=payload_lengths,
             frames=frames,
             image_bytes=image_bytes,
-            file_bytes=image_bytes + footer_bytes(image_bytes),
         )
+
+    def public_files(self, tensors: Sequence[PublicTensor]) -> PublicFiles | None:
+        return None
 
 
 DISTCP: Format = DistcpFormat()

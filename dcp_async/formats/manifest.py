@@ -19,7 +19,8 @@ import xxhash
 from .._names import attached_file, why_not_attachable
 from ..info import JSON
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+"""What this release reads up to. It writes 1 unless there are public names, as releases before did."""
 
 
 class ManifestError(ValueError):
@@ -40,6 +41,21 @@ class FileEntry:
     """Its length."""
     digest: str
     """Checksum of its footer's table."""
+    public_name: str = ""
+    """What others know it by: then it is as such a file has to be, and its footer lies elsewhere."""
+    footer_file: str = ""
+    footer_offset: int = 0
+    """Where that is."""
+
+    def to_json(self) -> dict[str, JSON]:
+        fields: dict[str, JSON] = {"name": self.name, "nbytes": self.nbytes, "digest": self.digest}
+        if self.public_name:
+            fields |= {
+                "public_name": self.public_name,
+                "footer_file": self.footer_file,
+                "footer_offset": self.footer_offset,
+            }
+        return fields
 
 
 def attached_digest(content: bytes | bytearray) -> str:
@@ -111,10 +127,11 @@ class ManifestHead(TypedDict):
 
 def encode_manifest(*, metadata: bytes, constant: str, **head: Unpack[ManifestHead]) -> bytes:
     """The manifest's bytes; ``constant`` comes from ``structure_json``."""
-    files = [{"name": file.name, "nbytes": file.nbytes, "digest": file.digest} for file in head["files"]]
+    files = [file.to_json() for file in head["files"]]
     fields = {
         "format": "dcp_async",
-        "version": MANIFEST_VERSION,
+        # releases that know no public names look for each footer behind its file, and would call it damaged
+        "version": 2 if any(file.public_name for file in head["files"]) else 1,
         **head,
         "metadata_digest": xxhash.xxh3_64_hexdigest(metadata),
         "files": files,
@@ -356,12 +373,19 @@ def _files(value: object) -> tuple[FileEntry, ...]:
     files = []
     for raw in value:
         entry = _Fields(raw)
-        name = entry.text("name")
-        # it is joined to the checkpoint's directory, and must not lead out of it
-        if not name or "/" in name or name in (".", ".."):
-            raise ManifestError(f"a file of it is called {_shown(name)}")
+        nbytes, digest = entry.integer("nbytes", 0), entry.text("digest", _HEX)
+        if "public_name" not in entry.found:
+            files.append(FileEntry(name=_file_name(entry, "name"), nbytes=nbytes, digest=digest))
+            continue
         files.append(
-            FileEntry(name=name, nbytes=entry.integer("nbytes", 0), digest=entry.text("digest", _HEX))
+            FileEntry(
+                name=_file_name(entry, "name"),
+                nbytes=nbytes,
+                digest=digest,
+                public_name=_file_name(entry, "public_name"),
+                footer_file=_file_name(entry, "footer_file"),
+                footer_offset=entry.integer("footer_offset", 0),
+            )
         )
     # two lengths and digests of one file: whichever is taken, the other is wrong
     if len({entry.name for entry in files}) < len(files):
@@ -383,6 +407,14 @@ def _attached(value: object) -> tuple[AttachedEntry, ...]:
     if len({entry.name for entry in entries}) < len(entries):
         raise ManifestError("it lists an attached file twice")
     return tuple(entries)
+
+
+def _file_name(entry: _Fields, field: str) -> str:
+    name = entry.text(field)
+    # it is joined to the checkpoint's directory, and must not lead out of it
+    if not name or "/" in name or name in (".", ".."):
+        raise ManifestError(f"a file of it is called {_shown(name)}")
+    return name
 
 
 def _strides(value: object) -> dict[str, tuple[int, ...]]:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from .._names import UID_DIGITS, data_file, manifest_file
+from .._names import UID_DIGITS, FileKey, file_of, manifest_file
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class MetadataTemplate:
         return uid.encode().join(self.pieces)
 
 
-Place = tuple[int, int, int]
-"""(rank, offset in that rank's file, length)."""
+Place = tuple[FileKey, int, int]
+"""(file, offset in it, length)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,6 @@ def metadata_template(
     paths: Mapping[str, Sequence[str | int]],
     *,
     planner_data: object = None,
-    file_number: int = 0,
 ) -> MetadataTemplate:
     """Encode what ``groups`` hold, with ``paths`` for planner_data, or ``planner_data`` itself.
 
@@ -82,7 +81,7 @@ def metadata_template(
     """
     constants = _Constants()
     entries = [_entry(constants, group.entry) for group in groups]
-    items = _Items(constants, [_chunk_heads(constants, group.entry) for group in groups], file_number)
+    items = _Items(constants, [_chunk_heads(constants, group.entry) for group in groups])
     known = ("state_dict_metadata", "planner_data", "storage_data")
     keys = {key: constants(key) for key in known}
     # whatever fields this torch's Metadata has, so that its own readers find them
@@ -251,24 +250,23 @@ def _chunk_heads(constants: _Constants, entry: STORAGE_TYPES) -> list[bytes]:
 class _Items:
     """storage_data: MetadataIndex -> _StorageInfo."""
 
-    def __init__(self, constants: _Constants, heads: Sequence[Sequence[bytes]], file_number: int) -> None:
+    def __init__(self, constants: _Constants, heads: Sequence[Sequence[bytes]]) -> None:
         """``heads``: per group, of its chunks."""
         self._start = constants(MetadataIndex) + _NEW + constants("fqn")
         self._offset, self._length = constants("offset"), constants("length")
         self._heads = heads
-        self._file_number = file_number
 
     def encoded(self, strings: _Strings, groups: Sequence[Group]) -> Iterator[bytes]:
         # asked for once per chunk, and there are as many as ranks
-        file_name = cache(lambda rank: data_file(rank, self._file_number, _PLACEHOLDER))
+        file_name = cache(lambda key: file_of(key, _PLACEHOLDER))
         start, numbers, offset_key, length_key = self._start, strings.numbers, self._offset, self._length
         for group, heads in zip(groups, self._heads, strict=True):
             for name, places in zip(group.names, group.places, strict=True):
                 pushed = start + strings[name]
-                for head, (rank, offset, length) in zip(heads, places, strict=True):
+                for head, (file, offset, length) in zip(heads, places, strict=True):
                     # fmt: off
                     yield b"".join((
-                        pushed, head, strings[file_name(rank)],
+                        pushed, head, strings[file_name(file)],
                         offset_key, numbers[offset], length_key, numbers[length], _BUILT,
                     ))
                     # fmt: on

@@ -49,6 +49,10 @@ _DTYPES = {
     "I64": "int64",
     "U64": "uint64",
 }
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    getattr(torch, name): kind for kind, name in _DTYPES.items() if hasattr(torch, name)
+}
+"""What a header calls the dtypes of this torch."""
 _SHARDING = "DCP_SHARDING_INFO"
 """Where torch's HuggingFaceStorageWriter says which part of a tensor a file holds."""
 

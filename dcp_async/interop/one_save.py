@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from .._concurrency import collection_paused, first_failure
-from .._names import data_file, last_number, owned_file
+from .._names import last_number, owned_file
 from ..errors import CheckpointError, Phase, SaveError
 from ..formats import ItemKey
 from ..planning import WrittenItem, stock_publication
-from ..save import File, ResolvedItems, make_release, save_error, write_items
+from ..save import File, FileNames, ResolvedItems, make_release, save_error, write_items
 from ..staging import BufferPool, StagingOptions, num_parts
 from ..storage import Transaction
 from .call_resources import CallResources
@@ -136,13 +136,14 @@ class OneSave:
         with self._told("write"):
             with collection_paused():
                 resolved = ResolvedItems(items, planner)
-            uid, file = self._resources.run(self._write(share, resolved))
+            uid, files = self._resources.run(self._write(share, resolved))
+            file = files[0] if files else None
         if not self.is_coordinator:  # the file is the coordinator's now
             self.close()
         with collection_paused():
             return [(item, Told(uid, file, written)) for item, written in resolved.written(self.rank)]
 
-    async def _write(self, share: object, items: ResolvedItems) -> tuple[str, File | None]:
+    async def _write(self, share: object, items: ResolvedItems) -> tuple[str, list[File]]:
         resources, layout = self._resources, items.layout
         uid = self.uid
         if not self.is_coordinator:
@@ -151,10 +152,10 @@ class OneSave:
                 uid = share.uid
             else:
                 uid = await self._leading_uid()
-        name = data_file(self.rank, 0, uid)
+        names = FileNames(self.rank, uid)
         transaction = await resources.storage.begin(
             self.checkpoint_id,
-            {name: layout.file_bytes} if layout.image_bytes else {},
+            names.lengths(layout),
             uid=uid,
             replace=True,  # the coordinator has the say
             led_from=socket.gethostname(),
@@ -164,9 +165,9 @@ class OneSave:
         pool = BufferPool(slot_bytes=_PART_BYTES, budget_bytes=_SLOTS * _PART_BYTES)
         pool.reserve(self, min(_SLOTS, num_parts(layout.image_bytes, _PART_BYTES)))
         try:
-            file = await write_items(
+            files = await write_items(
                 items,
-                name,
+                names,
                 transaction,
                 pool=pool,
                 threads=resources.threads,
@@ -175,9 +176,9 @@ class OneSave:
             )
         finally:
             pool.close()
-        await transaction.verify({file[0]: file[1]} if file else {})
+        await transaction.verify(names.lengths(layout))
         transaction.hand_over()
-        return uid, file
+        return uid, files
 
     async def _leading_uid(self) -> str:
         """The uid of the save that leads in the directory: a planner's cached plan tells that of an earlier
@@ -204,10 +205,11 @@ class OneSave:
             publication = stock_publication(metadata, {key: item.item for key, item in told.items()})
             release = make_release(
                 publication,
-                files,
+                [file for file in files if file is not None],
                 {},
                 checkpoint_id=self.checkpoint_id,
                 uid=self.uid,
+                world_size=len(files),
                 # as a checkpoint that stock wrote has one
                 step=last_number(self.checkpoint_id),
                 notes={},

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from .._names import data_file
+from .._names import file_of
 from ..formats import ItemKey
 from .call_resources import local_path
 from .one_save import OneSave, Share, Told
@@ -241,5 +241,5 @@ def _key_of(result: WriteResult) -> ItemKey:
 
 
 def _storage_info(told: Told) -> _StorageInfo:
-    rank, offset, length = told.item.place
-    return _StorageInfo(data_file(rank, 0, told.uid), offset, length)
+    file, offset, length = told.item.place
+    return _StorageInfo(file_of(file, told.uid), offset, length)

@@ -15,6 +15,7 @@ from .leaf_equality import (
     value_digests,
 )
 from .local_plan import Mesh, group_hashes, make_local_plan
+from .merging import Merge, reads
 from .planner import (
     CompiledPlan,
     DefaultDraft,
@@ -40,6 +41,7 @@ __all__ = [
     "Draft",
     "GlobalPlan",
     "ItemLocations",
+    "Merge",
     "Mesh",
     "PlanningOptions",
     "Publication",
@@ -61,6 +63,7 @@ __all__ = [
     "pieces_of",
     "prove_head",
     "prove_item",
+    "reads",
     "shared_hashes",
     "stock_publication",
     "two_meshes",

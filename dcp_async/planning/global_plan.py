@@ -8,8 +8,8 @@ described once; what is left to do per rank and tensor is to note a location and
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import repeat
 from typing import TypedDict, cast
@@ -25,11 +25,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from .._geometry import Offsets
+from .._names import FileKey
 from ..formats import DISTCP, Format, Group, MetadataTemplate, Place, dcp_paths, structure_json
 from ..info import JSON
 from .all_plans import AllPlans, Signature, dtype_of
 from .conflicts import ConflictError
 from .local_plan import Kind
+from .merging import Merge
+from .public_plan import PublicPlan, PublicShare, WrittenRuns
 from .self_proof import Promise, Promised, prove
 
 
@@ -45,6 +48,10 @@ class ItemLocations(TypedDict):
     """array("Q"), of the items one by one."""
     lengths: bytes
     """array("Q")."""
+    own_start: int
+    """Where in the rank's image, which offsets are of, its own file begins."""
+    runs: WrittenRuns
+    """Which of the image lies in files that all ranks write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +60,8 @@ class Publication:
 
     metadata: MetadataTemplate
     manifest_json: str
-    ends: Mapping[int, int]
-    """How long the file of each rank that writes must be at least."""
+    ends: Mapping[FileKey, int]
+    """How long each file must be at least."""
 
 
 def _refuse_unsaved(names: Collection[str], groups: Sequence[Group]) -> None:
@@ -97,7 +104,33 @@ class GlobalPlan:
         self._written: list[dict[int, list[Place]]] = [{} for _ in all_plans.tensor_cohorts]
         """Per cohort: index of a piece -> where it lies, one of each rank that writes it."""
         self._leaves: dict[str, Place] = {}
+        self._public: PublicPlan | None = None
+        """The files that all ranks write; None if there are none."""
+        self._own_starts: dict[int, int] = {}
+        self._runs: dict[int, WrittenRuns] = {}
         self._publication: Publication | None = None
+
+    def public_shares(self, format: Format) -> Sequence[PublicShare | None]:
+        """What each rank is told of the files that all write. Before any of them tells where its items lie.
+
+        Raises: ValueError if the format can't write what the ranks hold.
+        """
+        assert self._all_plans is not None
+        if not format.shares_files:  # of most engines: no object is made per tensor
+            return [None] * self._all_plans.num_ranks
+        public = PublicPlan(self._all_plans, format)
+        if public.files is not None:
+            self._public = public
+        return public.shares()
+
+    def merges(self) -> Sequence[Merge | None]:
+        """What each rank puts together of the files that all write, once all were located."""
+        assert self._all_plans is not None
+        ranks = range(self._all_plans.num_ranks)
+        if self._public is None:
+            return [None] * len(ranks)
+        merges = self._public.merges([self._runs[rank] for rank in ranks], self._written)
+        return merges if merges is not None else [None] * len(ranks)
 
     def locate(self, rank: int, locations: ItemLocations) -> None:
         """Rank ``rank`` writes its items at ``locations``."""
@@ -105,6 +138,8 @@ class GlobalPlan:
         offsets, lengths = array("Q", locations["offsets"]), array("Q", locations["lengths"])
         places = list(zip(repeat(rank), offsets, lengths))
         written = self._written[self._tensor_cohort_of[rank]]
+        if self._public is not None:
+            self._own_starts[rank], self._runs[rank] = locations["own_start"], locations["runs"]
         # not strict: the places of the leaves come behind
         for index, place in zip(tensors, places, strict=False):
             written.setdefault(index, []).append(place)
@@ -123,7 +158,8 @@ class GlobalPlan:
             self._publication = self._publish(format)
             # what all ranks hold may be larger than what is published of it
             self._all_plans, self._metadata, self._written, self._leaves = None, None, [], {}
-            self._tensor_cohort_of, self._leaf_cohort_of = {}, {}
+            self._tensor_cohort_of, self._leaf_cohort_of, self._public = {}, {}, None
+            self._own_starts, self._runs = {}, {}
         return self._publication
 
     def _publish(self, format: Format) -> Publication:
@@ -134,16 +170,27 @@ class GlobalPlan:
         groups = (
             self._alike(all_plans) if self._metadata is None else self._planned(all_plans, self._metadata)
         )
-        strides, exotic = _strides(all_plans), _exotic(all_plans)
-        paths = dcp_paths(tree)
+        paths, public = dcp_paths(tree), self._public
         if self._metadata is None:
             _refuse_unsaved(paths, groups)
+        if public is not None:
+            groups = [replace(group, places=self._in_files(group.places)) for group in groups]
+            groups = list(public.groups(groups))
+        strides, exotic = _strides(all_plans), _exotic(all_plans)
         template = format.index(groups, paths, planner_data=self._planner_data)
         constant = structure_json(tree, strides, exotic)
         # from what ranks told, not from ``groups``: a proof of these would not see what went wrong in making
         # them
-        promised = Promised(self._promised(all_plans), tree, strides, exotic)
+        promises = self._promised(all_plans)
+        if public is not None:
+            in_files = (replace(promise, rows=self._in_files(promise.rows)) for promise in promises)
+            promises = public.promises(in_files)
+        promised = Promised(promises, tree, strides, exotic)
         return Publication(template, constant, prove(template, constant, promised))
+
+    def _in_files(self, rows: Iterable[Sequence[Place | None]]) -> list[list[Place]]:
+        """What lies at places of images, at places of ranks' own files."""
+        return [[_in_own_file(place, self._own_starts) for place in row] for row in rows]
 
     def _alike(self, all_plans: AllPlans) -> list[Group]:
         """What the default planner would say. Objects that are equal are shared, so each is stored once."""
@@ -211,7 +258,7 @@ class GlobalPlan:
     ) -> Iterator[list[Place | None]]:
         """Where each piece of each of ``names``, all of ``signature``, lies."""
         pieces = all_plans.pieces(signature)
-        numbers: list[dict[int, int]] = [{} for _ in signature]
+        numbers: list[dict[FileKey, int]] = [{} for _ in signature]
         for number, holders in enumerate(pieces.values()):
             for rank, entry in holders:
                 numbers[entry][rank] = number
@@ -257,6 +304,13 @@ class GlobalPlan:
         if name not in self._leaves:
             raise ConflictError(f"{name}: the planner made no rank write it")
         return self._leaves[name]
+
+
+def _in_own_file(place: Place | None, starts: Mapping[int, int]) -> Place:
+    assert place is not None  # or it would have been missed before
+    rank, offset, length = place
+    assert isinstance(rank, int)
+    return rank, offset - starts[rank], length
 
 
 def _whole(name: str, offsets: Sequence[Offsets], places: list[Place | None]) -> list[Place]:

@@ -28,9 +28,12 @@ from .all_plans import AllPlans
 from .assignment import Assignment, ReplicaGroup, assign, shared_leaves
 from .conflicts import ConflictError
 from .global_plan import GlobalPlan, ItemLocations
+from .image import lay_out, told
 from .leaf_equality import Canonical
 from .local_plan import LocalPlan, make_local_plan
+from .merging import Merge
 from .protocol import is_custom
+from .public_plan import PublicShare
 from .replica_groups import shared_tensors
 from .replica_turns import Rotation
 
@@ -100,9 +103,9 @@ class CompiledPlan:
     """How many bytes of a file each leaf of the structure gets. They only grow: a counter that
     shrinks by a digit must not move every offset behind it."""
     layout: FileLayout
-    """How this rank's file is laid out; item i is ``tensors[i]``, then come ``leaves``."""
+    """How this rank's files are laid out; item i is ``tensors[i]``, then come ``leaves``."""
     tensors: list[int]
-    """What this rank writes, by index in the structure."""
+    """What this rank writes, by index in the structure and in the order of the layout."""
     leaves: list[int]
     groups: list[tuple[int, list[int]]]
     """(group, leaves) that this rank has in common with the other ranks of the group."""
@@ -110,6 +113,8 @@ class CompiledPlan:
     """The pieces of tensors that it has in common with others."""
     shared: GlobalPlan | None
     """What is published; the coordinator's alone."""
+    merge: Merge | None = None
+    """What this rank puts together of public files; on all ranks None if nothing has to be."""
     is_exact: bool = False
     """Whether the items of leaves end where their bytes do, not where their rooms end: a planner's bytes need
     not be an item that can be padded. Such a plan is for one save."""
@@ -275,17 +280,17 @@ def compile_plan(
     previous: CompiledPlan | None = None,
     is_exact: bool = False,
     format: Format = DISTCP,
+    public: PublicShare | None = None,
 ) -> tuple[CompiledPlan, ItemLocations]:
-    """Lay out the file of what is assigned to this rank. ``previous`` is the plan of the structure, if that
+    """Lay out the image of what is assigned to this rank. ``previous`` is the plan of the structure, if that
     is not new: no leaf gets less room than it had. ``is_exact`` as in CompiledPlan."""
     structure, tensors, leaves = captured.structure, mine["tensors"], mine["leaves"]
     rooms = list(map(format.room, map(len, captured.leaf_items)))
     if previous is not None:  # a leaf that shrank stays where it is, so that others do
         rooms = list(map(max, rooms, previous.rooms))
-    layout = format.layout(
-        [(structure.dtypes[index], tuple(structure.shapes[index])) for index in tensors],
-        [rooms[index] for index in leaves],
-    )
+    layout = lay_out(format, structure, tensors, [rooms[index] for index in leaves], public)
+    if layout.order is not None:
+        tensors = [tensors[number] for number in layout.order]
     plan = CompiledPlan(
         structure=structure,
         local_plan=local_plan,
@@ -308,5 +313,7 @@ def compile_plan(
         leaves=array("I", leaves).tobytes(),
         offsets=array("Q", layout.item_offsets).tobytes(),
         lengths=array("Q", lengths).tobytes(),
+        own_start=layout.own_start,
+        runs=told(layout),
     )
     return plan, locations

@@ -18,11 +18,10 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from .._geometry import Offsets
-from .._names import UID_DIGITS, data_file
+from .._names import UID_DIGITS, FileKey, file_of
 from ..errors import LoadError
 from ..formats import (
     PLAIN_DTYPES,
-    FileEntry,
     Manifest,
     ManifestError,
     ManifestHead,
@@ -79,8 +78,8 @@ class Promised:
     exotic: Sequence[str]
 
 
-def prove(template: MetadataTemplate, manifest_json: str, promised: Promised) -> dict[int, int]:
-    """Check `.metadata` and the manifest's constant part. Gives, per rank, how long its file must be.
+def prove(template: MetadataTemplate, manifest_json: str, promised: Promised) -> dict[FileKey, int]:
+    """Check `.metadata` and the manifest's constant part. Gives, per file, how long it must be.
 
     Raises: ProofError.
     """
@@ -108,7 +107,7 @@ def prove(template: MetadataTemplate, manifest_json: str, promised: Promised) ->
     return ends
 
 
-def _prove_metadata(template: MetadataTemplate, promised: Promised) -> tuple[set[str], dict[int, int]]:
+def _prove_metadata(template: MetadataTemplate, promised: Promised) -> tuple[set[str], dict[FileKey, int]]:
     try:
         metadata = decode_metadata(template.render(_UID))
         locations: Mapping[tuple[str, Any], tuple[str, int, int]] = locations_of(_NAME, metadata)
@@ -123,8 +122,8 @@ def _prove_metadata(template: MetadataTemplate, promised: Promised) -> tuple[set
     entries = metadata.state_dict_metadata
     seen: set[str] = set()
     num_places = 0
-    ends: dict[int, int] = {}
-    file_of = cache(lambda rank: data_file(rank, 0, _UID))
+    ends: dict[FileKey, int] = {}
+    name_of = cache(lambda key: file_of(key, _UID))
     for promise in promised.names:
         is_alike = _comparison(promise)
         if promise.dtype in PLAIN_DTYPES and promise.size is not None:
@@ -136,11 +135,11 @@ def _prove_metadata(template: MetadataTemplate, promised: Promised) -> tuple[set
                 raise ProofError(f"{name} is {_described(entries.get(name))}, not {_promised(promise)}")
             for (offsets, _), place in zip(promise.boxes, row, strict=True):
                 assert place is not None  # or nothing would have been encoded
-                rank, offset, length = place
-                if (location := locations.get((name, offsets))) != (file_of(rank), offset, length):
+                file, offset, length = place
+                if (location := locations.get((name, offsets))) != (name_of(file), offset, length):
                     raise ProofError(f"{name} at {offsets} lies in {location}, not in {place}")
-                if ends.get(rank, 0) < offset + length:
-                    ends[rank] = offset + length
+                if ends.get(file, 0) < offset + length:
+                    ends[file] = offset + length
     if seen != entries.keys():
         raise ProofError(f".metadata has other names: {_told(sorted(seen ^ entries.keys()))}")
     # each promised place was found: what is left over is more than was planned
@@ -223,9 +222,9 @@ def _decoded(raw: bytes) -> Manifest:
         raise ProofError(f"the manifest can't be read: {error}") from error
 
 
-def prove_head(head: ManifestHead, ends: Mapping[int, int], ranks: Sequence[FileEntry | None]) -> None:
-    """Check what differs between the saves of one plan: the manifest's head, and that each rank's file is
-    there and as long as its items need.
+def prove_head(head: ManifestHead, ends: Mapping[FileKey, int]) -> None:
+    """Check what differs between the saves of one plan: the manifest's head, and that each file is there
+    and as long as its items need.
 
     Raises: ProofError.
     """
@@ -236,7 +235,8 @@ def prove_head(head: ManifestHead, ends: Mapping[int, int], ranks: Sequence[File
     for field, meant in head.items():
         if getattr(read, field) != meant:
             raise ProofError(f"the manifest's {field} reads as {getattr(read, field)!r:.200}")
-    for rank, end in ends.items():
-        entry = ranks[rank] if rank < len(ranks) else None
+    entries = {entry.name: entry for entry in head["files"]}
+    for file, end in ends.items():
+        entry = entries.get(file_of(file, head["uid"]))
         if entry is None or entry.nbytes < end:
-            raise ProofError(f"the items of rank {rank} end at {end}, its file is {entry}")
+            raise ProofError(f"the items of {file_of(file, head['uid'])} end at {end}, the file is {entry}")

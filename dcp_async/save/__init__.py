@@ -5,10 +5,11 @@ from __future__ import annotations
 from .attachments import Attachment, read_attachments
 from .commit import CommitOutcome
 from .failures import Preparing, Subject, cancelled_error, forget_locals, save_error, tell_others
-from .file_writer import File
+from .file_writer import FileNames
 from .items_pipeline import write_items
 from .pipeline import SavePipeline
 from .preparation import Preparation
+from .public_files import File
 from .publishing import make_release
 from .replica_check import Mode, ReplicaCheck
 from .request import Cancellation, SaveRequest
@@ -21,6 +22,7 @@ __all__ = [
     "Carryover",
     "CommitOutcome",
     "File",
+    "FileNames",
     "Mode",
     "Preparation",
     "Preparing",

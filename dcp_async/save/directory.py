@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 
-from .._names import data_file
 from ..formats import FileLayout, uids_named_in
-from ..storage import Transaction
+from ..storage import Transaction, is_sharing
 from .attachments import Attachments
+from .file_writer import FileNames
 from .request import SaveRequest
 from .services import Carryover, SaveServices
 
@@ -37,8 +37,6 @@ class SaveDirectory:
         self._uid = uid
         self._attachments = attachments
         self._transaction: Transaction | None = None
-        self.file = data_file(services.coordinator.rank, 0, uid)
-        """The name of this rank's file."""
 
     @property
     def transaction(self) -> Transaction:
@@ -46,18 +44,32 @@ class SaveDirectory:
         assert self._transaction is not None
         return self._transaction
 
+    @property
+    def names(self) -> FileNames:
+        """What this rank's files are called."""
+        return FileNames(self._services.coordinator.rank, self._uid)
+
     async def open(self, layout: FileLayout) -> None:
         """Lease the directory; a second call does nothing. The coordinator does before the others are told
         to write, and again when it comes to write itself."""
         coordinator = self._services.coordinator
-        if self._transaction is None:
-            data = {self.file: layout.file_bytes} if layout.image_bytes else {}
+        if self._transaction is not None:
+            return
+        name, replace = self._request.response.checkpoint_id, self._request.replace
+        led_from = None if coordinator.is_coordinator else coordinator.coordinator_host
+        files, shared = self.names.lengths(layout), self.names.public_lengths(layout)
+        files |= self._attachments.lengths
+        if coordinator.is_coordinator:
+            files |= self.names.digests_lengths(layout)
+        if coordinator.world_size == 1 or not shared:
             self._transaction = await self._services.storage.begin(
-                self._request.response.checkpoint_id,
-                data | self._attachments.lengths,
-                uid=self._uid,
-                replace=self._request.replace,
-                led_from=None if coordinator.is_coordinator else coordinator.coordinator_host,
+                name, files | shared, uid=self._uid, replace=replace, led_from=led_from
+            )
+        else:
+            storage = self._services.storage
+            assert is_sharing(storage)  # the engine would not have opened
+            self._transaction = await storage.begin_shared(
+                name, files, shared, uid=self._uid, replace=replace, led_from=led_from
             )
 
     async def sweep(self) -> None:

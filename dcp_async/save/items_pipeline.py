@@ -14,26 +14,28 @@ from .._concurrency import BlockingThreads, Pipe, StuckThreadError, run_blocking
 from ..staging import BufferPool, Lease, num_parts, parts_between
 from ..storage import Transaction
 from .failures import in_phase
-from .file_writer import File, FileWriter, StagedPart
+from .file_writer import FileNames, FileWriter, StagedPart
+from .public_files import File
 from .resolved_items import ResolvedItems
 
 
 async def write_items(
     items: ResolvedItems,
-    name: str,
+    names: FileNames,
     transaction: Transaction,
     *,
     pool: BufferPool,
     threads: BlockingThreads,
     io_concurrency: int,
     patience: float,
-) -> File | None:
-    """Write ``items`` as the file ``name``; None if there are none. ``patience`` in seconds, for each call.
+) -> list[File]:
+    """Write ``items`` as files of these names; none if there are no items. ``patience`` in seconds, for each
+    call.
 
     Raises: PhaseFailure. Cancellation: calls in progress are joined; the caller aborts the transaction.
     """
     layout = items.layout
-    writer = FileWriter(name, layout, pool=pool, threads=threads, timeout=patience, progress=lambda _: None)
+    writer = FileWriter(names, layout, pool=pool, threads=threads, timeout=patience, progress=lambda _: None)
     staged: Pipe[StagedPart] = Pipe(pool.num_slots)
     written: Pipe[StagedPart] = Pipe(pool.num_slots, producers=io_concurrency)
     leases: list[Lease] = []

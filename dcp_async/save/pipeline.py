@@ -119,6 +119,7 @@ class SavePipeline:
             coordinator=services.coordinator,
             threads=services.threads,
             options=services.planning,
+            format=services.format,
             lead=self._lead,
             comparison=self._comparison,
             attachments=self._attachments,
@@ -228,7 +229,7 @@ class _Flow:
         self._calm = anyio.Event()
         """No caller waits for staging, so hashing may take CPU."""
         self._file = FileWriter(
-            directory.file,
+            directory.names,
             plan.layout,
             pool=services.stager.pool,
             threads=services.threads,

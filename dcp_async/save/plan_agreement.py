@@ -9,6 +9,7 @@ each.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypedDict
 
 from torch.distributed.checkpoint.metadata import StorageMeta
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from .._concurrency import BlockingThreads
 from .._foreign import PlannerError
 from ..coordination import Coordinator
+from ..formats import Format
 from ..planning import (
     CompiledPlan,
     Description,
@@ -24,6 +26,7 @@ from ..planning import (
     Draft,
     GlobalPlan,
     ItemLocations,
+    Merge,
     PlanningOptions,
     SaveProtocol,
     Turn,
@@ -85,6 +88,7 @@ class PlanAgreement:
         coordinator: Coordinator,
         threads: BlockingThreads,
         options: PlanningOptions,
+        format: Format,
         lead: Callable[[CompiledPlan], Awaitable[None]],
         comparison: ReplicaComparison,
         attachments: Attachments | None = None,
@@ -103,6 +107,7 @@ class PlanAgreement:
         self._coordinator = coordinator
         self._threads = threads
         self._options = options
+        self._format = format
         self._lead = lead
         self._comparison = comparison
         self._attachments = attachments
@@ -207,34 +212,27 @@ class PlanAgreement:
         runs in a thread."""
         coordinator, run = self._coordinator, self._threads.run
         shared: GlobalPlan | None = None
-        draft: Draft
-        planner = self._prepared.planner
-        if planner is not None:
-            draft = await self._resolved(planner)
-        else:
-            draft = await run(
-                draft_plan,
-                self.captured,
-                self._previous,
-                self._options,
-                is_coordinator=coordinator.is_coordinator,
-            )
+        draft = await self._draft()
 
         async def merge(messages: Sequence[Any]) -> list[Any]:
             nonlocal shared
             suspects: list[str] = []
             answers, shared = await run(draft.merge, messages, suspects)
+            assert shared is not None
+            public = await run(shared.public_shares, self._format)
             # all ranks are told, also those that hold none of them: comparing takes an exchange of all
-            return [(answer, suspects) for answer in answers]
+            return [(answer, suspects, share) for answer, share in zip(answers, public, strict=True)]
 
-        async def locate(by_rank: Sequence[ItemLocations]) -> list[Turn]:
+        async def locate(by_rank: Sequence[ItemLocations]) -> list[tuple[Turn, Merge | None]]:
             assert shared is not None
             for rank, theirs in enumerate(by_rank):  # a hop for each: a cancellation may come between two
                 await run(shared.locate, rank, theirs)
+            merges = await run(shared.merges)
             await self._go_ahead(plan)
-            return [self._comparison.deal(plan)] * len(by_rank)
+            turn = self._comparison.deal(plan)
+            return [(turn, mine) for mine in merges]
 
-        answer, suspects = await coordinator.exchange(self._uid, "plan", draft.message, merge)
+        answer, suspects, public = await coordinator.exchange(self._uid, "plan", draft.message, merge)
         if suspects:
             await self._compare_values(suspects)
         plan, locations = await run(
@@ -245,11 +243,26 @@ class PlanAgreement:
             self._uid,
             shared,
             previous=self._previous,
-            is_exact=planner is not None,
+            is_exact=self._prepared.planner is not None,
+            format=self._format,
+            public=public,
         )
         self._learn(plan, suspects)
-        self._comparison.begin(await coordinator.exchange(self._uid, "place", locations, locate))
-        return plan
+        turn, mine = await coordinator.exchange(self._uid, "place", locations, locate)
+        self._comparison.begin(turn)
+        return plan if mine is None else replace(plan, merge=mine)
+
+    async def _draft(self) -> Draft:
+        if self._prepared.planner is not None:
+            return await self._resolved(self._prepared.planner)
+        draft: Draft = await self._threads.run(
+            draft_plan,
+            self.captured,
+            self._previous,
+            self._options,
+            is_coordinator=self._coordinator.is_coordinator,
+        )
+        return draft
 
     async def _resolved(self, planner: SavePlanner) -> Draft:
         """What ``planner`` makes of the state, by DCP's protocol. Raises PlannerError on every rank."""

@@ -88,6 +88,7 @@ class Preparation:
                 coordinator=services.coordinator,
                 threads=services.threads,
                 options=services.planning,
+                format=services.format,
                 lead=_nowhere,
                 comparison=comparison,
             )

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
-from .._names import attached_file
-from ..formats import AttachedEntry, FileEntry, ManifestHead, encode_manifest
+from .._names import attached_file, digests_file
+from ..formats import AttachedEntry, FileEntry, ManifestHead, encode_manifest, footer_bytes
 from ..info import JSON
 from ..planning import Publication, prove_head
+from ..storage import NamingTransaction, Transaction
 from .attachments import Told
-from .file_writer import File
+from .public_files import File
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,8 @@ class Release:
     manifest: bytes
     sizes: Mapping[str, int]
     """File -> length, of all that was written."""
+    public_names: Mapping[str, str]
+    """What others know some of them by -> file."""
     time: float
     num_files: int
     """How many of them are data files."""
@@ -36,29 +40,37 @@ class Release:
     attached: dict[str, int]
     """Name -> length, of what is attached."""
 
+    async def publish(self, transaction: Transaction, *, replace: bool) -> None:
+        """Make it a checkpoint. Raises: as ``Transaction.commit``."""
+        if self.public_names:
+            # what can't give them was refused when the engine opened
+            naming = cast(NamingTransaction, transaction)
+            await naming.commit(self.metadata, self.manifest, replace=replace, public_names=self.public_names)
+        else:
+            await transaction.commit(self.metadata, self.manifest, replace=replace)
+
 
 def make_release(
     publication: Publication,
-    entries: Sequence[File | None],
+    written: Sequence[File],
     attached: Told,
     *,
     checkpoint_id: str,
     uid: str,
+    world_size: int,
     step: int | None,
     notes: Mapping[str, JSON],
 ) -> Release:
-    """``entries``: per rank, what it wrote, if anything; ``attached``: what all of them attached. Raises
-    ProofError."""
+    """``written``: the data files of all ranks; ``attached``: what they attached. Raises ProofError."""
     metadata = publication.metadata.render(uid)
     now = time.time()
-    ranks = [entry and FileEntry(name=entry[0], nbytes=entry[1], digest=entry[2]) for entry in entries]
-    files = tuple(entry for entry in ranks if entry is not None)
+    files = tuple(_entry(uid, file) for file in written)
     head = ManifestHead(
         checkpoint_id=checkpoint_id,
         uid=uid,
         step=step,
         time=now,
-        world_size=len(entries),
+        world_size=world_size,
         torch_version=torch.__version__,
         files=files,
         notes=notes,
@@ -67,16 +79,38 @@ def make_release(
             for name, (nbytes, digest) in attached.items()
         ),
     )
-    sizes = {file.name: file.nbytes for file in files}
+    sizes = _sizes(files)
     # what is read back wrongly fails the save now, not the resume in a week
-    prove_head(head, publication.ends, ranks)
+    prove_head(head, publication.ends)
     manifest = encode_manifest(**head, metadata=metadata, constant=publication.manifest_json)
     return Release(
         metadata=metadata,
         manifest=manifest,
         sizes=sizes | {attached_file(uid, name): nbytes for name, (nbytes, _) in attached.items()},
+        public_names={file.public_name: file.name for file in files if file.public_name},
         time=now,
-        num_files=len(sizes),
+        num_files=len(files),
         nbytes=sum(sizes.values()),
         attached={name: nbytes for name, (nbytes, _) in attached.items()},
     )
+
+
+def _entry(uid: str, file: File) -> FileEntry:
+    entry = FileEntry(name=file.name, nbytes=file.nbytes, digest=file.digest)
+    if not file.public_name:
+        return entry
+    return replace(
+        entry,
+        public_name=file.public_name,
+        footer_file=digests_file(uid),
+        footer_offset=file.footer_offset,
+    )
+
+
+def _sizes(files: Sequence[FileEntry]) -> dict[str, int]:
+    sizes = {file.name: file.nbytes for file in files}
+    for file in files:
+        if file.public_name:
+            end = file.footer_offset + footer_bytes(file.nbytes)
+            sizes[file.footer_file] = max(sizes.get(file.footer_file, 0), end)
+    return sizes

@@ -13,6 +13,7 @@ import anyio
 from .._concurrency import BlockingThreads
 from ..coordination import Coordinator
 from ..events import Event
+from ..formats import Format
 from ..planning import CompiledPlan, PlanningOptions
 from ..staging import Stager
 from ..state import KnownStructure
@@ -37,6 +38,9 @@ class SaveServices(Protocol):
 
     @property
     def planning(self) -> PlanningOptions: ...
+
+    @property
+    def format(self) -> Format: ...
 
     @property
     def io_concurrency(self) -> int: ...

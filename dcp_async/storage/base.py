@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from ..errors import StorageError
+
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
+"""What most formats ask for: no other reader knows their files."""
 
 
 class UnreadableError(StorageError):
@@ -79,11 +83,44 @@ class Transaction(Protocol):
         """Publish, all or nothing: after it returns the checkpoint exists and is durable. The coordinator
         alone calls it.
 
-        Raises: FileExistsError if the name is committed and ``replace`` is False; then nothing has changed.
+        Raises: FileExistsError if the name is committed and ``replace`` is False. Then nothing has changed.
         """
 
     async def abort(self) -> None:
         """Leave nothing behind of an uncommitted save, and release what the transaction holds."""
+
+
+class NamingTransaction(Transaction, Protocol):
+    """One whose files others may know by names of their own."""
+
+    async def commit(
+        self,
+        metadata: bytes,
+        manifest: bytes,
+        *,
+        replace: bool,
+        public_names: Mapping[str, str] = NO_NAMES,
+    ) -> None:
+        """As ``Transaction.commit``.
+
+        ``public_names``: name -> one of the save's files, under which it is to be found as well once the
+        checkpoint exists, in place of what an earlier save of this name had there.
+        Raises: StorageError if a public name is that of a file of somebody else's.
+        """
+
+
+class SharedTransaction(NamingTransaction, Protocol):
+    """One rank's part of a save whose ranks write some files in common, each its own stretches of them.
+
+    ``put`` to such a file writes whole sectors that no other rank writes, but for the end of the file.
+    """
+
+    async def fetch(self, file: str, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from ``file``, which a rank of this save, this one or another, has sealed."""
+
+    async def drop(self, files: Sequence[str]) -> None:
+        """Remove sealed files of any rank, which are no part of the checkpoint; the rank that leads does,
+        before it commits."""
 
 
 class Reader(Protocol):
@@ -228,3 +265,33 @@ class Glimpses(Protocol):
 
     async def glimpse(self, head_bytes: int) -> Sequence[Glimpse]:
         """All that ``list`` gives, in no order, and the first ``head_bytes`` of each manifest."""
+
+
+class SharingStorage(Storage, Protocol):
+    """A storage on which several ranks may write one file, as some formats want it."""
+
+    shares_files: bool
+    """Whether it is one: a wrapper is of this class, and says what it wraps."""
+
+    async def begin_shared(
+        self,
+        name: str,
+        files: Mapping[str, int | None],
+        shared: Mapping[str, int],
+        *,
+        uid: str,
+        replace: bool,
+        led_from: str | None = None,
+    ) -> SharedTransaction:
+        """As ``begin``; files of ``shared`` (name -> length) are made by the rank that leads, and all ranks
+        write into them. Each seals what it has written."""
+
+
+def is_sharing(storage: Storage) -> TypeGuard[SharingStorage]:
+    """Whether ranks may write files of ``storage`` in common."""
+    return getattr(storage, "shares_files", False)
+
+
+def gives_public_names(storage: Storage) -> bool:
+    """Whether transactions of ``storage`` are NamingTransactions; an attribute of this name says so."""
+    return getattr(storage, "gives_public_names", False)

@@ -10,12 +10,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import anyio
 
 from .._concurrency import settle
-from .base import NamesUids, Reader, Storage, StoredCheckpoint, Transaction
+from .base import (
+    NO_NAMES,
+    NamesUids,
+    Reader,
+    SharedTransaction,
+    SharingStorage,
+    Storage,
+    StoredCheckpoint,
+    Transaction,
+    gives_public_names,
+    is_sharing,
+)
 from .calls import StuckCallError
 
 logger = logging.getLogger(__name__)
@@ -142,6 +153,37 @@ class LimitedStorage:
         )
         return LimitedTransaction(begun, self._deadline, path)
 
+    @property
+    def gives_public_names(self) -> bool:
+        """Whether the storage within lets a file be found under another name."""
+        return gives_public_names(self._inner)
+
+    @property
+    def shares_files(self) -> bool:
+        """Whether the storage within lets ranks share files."""
+        return is_sharing(self._inner)
+
+    async def begin_shared(
+        self,
+        name: str,
+        files: Mapping[str, int | None],
+        shared: Mapping[str, int],
+        *,
+        uid: str,
+        replace: bool,
+        led_from: str | None = None,
+    ) -> SharedTransaction:
+        path, inner = f"{name!r} in {self._inner!r}", cast(SharingStorage, self._inner)
+        begun = await self._obtain(
+            path,
+            "create",
+            lambda: inner.begin_shared(name, files, shared, uid=uid, replace=replace, led_from=led_from),
+            "remove",
+            lambda transaction: transaction.abort(),
+            more=0.0 if led_from is None else _LEADER_SECONDS,
+        )
+        return LimitedTransaction(begun, self._deadline, path)
+
     async def list(self) -> Sequence[StoredCheckpoint]:
         return await self._deadline.call("list", repr(self._inner), self._inner.list())
 
@@ -244,8 +286,24 @@ class LimitedTransaction(_Limited):
     def hand_over(self) -> None:
         self._inner.hand_over()
 
-    async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
-        await self._call("publish", "", self._inner.commit(metadata, manifest, replace=replace))
+    async def fetch(self, file: str, offset: int, buffer: memoryview) -> None:
+        inner = cast(SharedTransaction, self._inner)
+        await self._call("read", file, inner.fetch(file, offset, buffer))
+
+    async def drop(self, files: Sequence[str]) -> None:
+        await self._call("remove", ", ".join(files), cast(SharedTransaction, self._inner).drop(files))
+
+    async def commit(
+        self,
+        metadata: bytes,
+        manifest: bytes,
+        *,
+        replace: bool,
+        public_names: Mapping[str, str] = NO_NAMES,
+    ) -> None:
+        # storages that were written before them know no public names
+        more = {"public_names": public_names} if public_names else {}
+        await self._call("publish", "", self._inner.commit(metadata, manifest, replace=replace, **more))
 
     async def abort(self) -> None:
         if self._late:  # a write that hangs may still write, and a commit publish

@@ -23,6 +23,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from dcp_async import CheckpointEngine, Coordination, Limits, PerRank, StagingOptions, Timeouts, Trust
 from dcp_async.errors import CheckpointError, LoadError, SaveError
+from dcp_async.formats import DistcpFormat, SafetensorsFormat
 from dcp_async.storage.local import lease
 from dcp_async.storage.local.storage import LocalStorage
 from tests.distributed.agent import Agent, LocalError
@@ -153,6 +154,7 @@ class EngineAgent(Agent):
         pending_saves: int = 1,
         overlap: bool = False,
         unsafe: bool = False,
+        weights: str | None = None,
     ) -> Outcome:
         """Open one whose storage can be told to stumble."""
         disk = FaultyStorage(LocalStorage(root))
@@ -167,6 +169,7 @@ class EngineAgent(Agent):
             limits=Limits(pending_saves=pending_saves),
             timeouts=Timeouts(coordination=coordination, exit_grace=exit_grace, storage=20.0),
             trust=Trust(unsafe=unsafe),
+            format=SafetensorsFormat(weights) if weights else DistcpFormat(),
         )
         try:
             await made.open()

@@ -278,12 +278,12 @@ class _Script:
 
 VERBS = frozenset(
     {
-        "connect", "begin", "list", "remove", "sweep", "open",
-        "put", "seal", "commit", "abort",
+        "connect", "begin", "begin_shared", "list", "remove", "sweep", "open",
+        "put", "seal", "fetch", "drop", "commit", "abort",
         "metadata", "manifest", "size", "read_into", "close",
     }
 )  # fmt: skip
-HANDS_OUT = frozenset({"begin", "open"})  # their results are wrapped too
+HANDS_OUT = frozenset({"begin", "begin_shared", "open"})  # their results are wrapped too
 
 
 class _Wrapped:

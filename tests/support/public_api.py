@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import dcp_async
+import dcp_async.formats
 import dcp_async.interop
 import dcp_async.storage
 import dcp_async.sync
@@ -33,10 +34,13 @@ STORAGE = (
     "Transaction",
 )
 """What of the storage is for third parties; the rest of its face is the package's own."""
+FORMATS = ("DistcpFormat", "SafetensorsFormat")
+"""Which may be chosen; what a format is made of may change."""
 FACES: dict[ModuleType, Iterable[str]] = {
     dcp_async: dcp_async.__all__,
     dcp_async.sync: dcp_async.sync.__all__,
     dcp_async.storage: STORAGE,
+    dcp_async.formats: FORMATS,
     dcp_async.testing: dcp_async.testing.__all__,
     dcp_async.interop: dcp_async.interop.__all__,
 }
@@ -46,10 +50,12 @@ OF_A_STORAGE = {name for name in vars(dcp_async.storage.Storage) if not name.sta
 PUBLIC = {
     "AppState": {"load_state_dict", "state_dict"},
     "CheckpointHandle": {"add_done_callback", "done", "exception", "result", "wait"},
+    "DistcpFormat": set(),
     "LocalStorage": OF_A_STORAGE,
     "MemoryStorage": {"clear", *OF_A_STORAGE},
     "ObjectStorage": OF_A_STORAGE,
     "PerRank": {"key"},
+    "SafetensorsFormat": set(),
     "Stager": {"close", "open", "options"},
     # its tests may grow in number: a storage that fails a new one has broken a promise before
     "StorageContract": {"keeps_opened_files", "leave_behind", "storage_at"},

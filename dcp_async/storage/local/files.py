@@ -118,12 +118,13 @@ def _address(buffer: memoryview) -> int:
 class DataFile:
     """A file being written: one descriptor for direct I/O, one for what is not aligned."""
 
-    def __init__(self, path: Path, nbytes: int | None) -> None:
+    def __init__(self, path: Path, nbytes: int | None, *, made_by_another: bool = False) -> None:
         self.path = path
         self.nbytes = nbytes
         self.closed = False
         # O_EXCL: a file of this name would be another save's with the same uid
-        self.fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        make = 0 if made_by_another else os.O_CREAT | os.O_EXCL
+        self.fd = os.open(path, make | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         self.direct_fd: int | None = None
         if hasattr(os, "O_DIRECT"):
             try:
@@ -161,6 +162,19 @@ class DataFile:
             self.closed = True
             os.close(self.fd)
             self.end_direct()
+
+
+def read_exactly(path: Path, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` from ``offset`` on. Raises OSError if the file ends before."""
+    fd = open_regular(path)
+    try:
+        while buffer:
+            done = os.preadv(fd, [buffer], offset)
+            if done == 0:
+                raise OSError(errno.EIO, f"it ends at byte {offset}; {len(buffer)} more were expected")
+            offset, buffer = offset + done, buffer[done:]
+    finally:
+        os.close(fd)
 
 
 class ReadFile:

@@ -24,6 +24,7 @@ from pathlib import Path
 from ..._names import METADATA, is_manifest, is_step_directory, lease_file, owned_file
 from ..base import NamesUids
 from .attached_names import give_names, take_names
+from .public_names import names_besides
 from .safe_open import open_regular, read_small
 
 logger = logging.getLogger(__name__)
@@ -293,6 +294,8 @@ def _sweep_free(directory: Path, by_uid: dict[str, list[str]], free: set[str], n
                 (directory / name).unlink(missing_ok=True)
     for uid in free - published:
         take_names(directory, uid)
+        for path in names_besides(directory, by_uid[uid]):
+            path.unlink(missing_ok=True)
         # the lease goes last: until then the leftovers stay recognisable as free
         for name in sorted(by_uid[uid], key=partial(operator.eq, lease_file(uid))):
             (directory / name).unlink(missing_ok=True)

@@ -51,6 +51,9 @@ def _absolute(root: object) -> Path:
 class LocalStorage(LeasingCalls):
     """A directory of checkpoints. Owns the threads that its blocking calls run in; ``close()`` ends them."""
 
+    gives_public_names = True
+    shares_files = True
+
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -109,6 +112,18 @@ class LocalStorage(LeasingCalls):
         replace: bool,
         led_from: str | None = None,
     ) -> LocalTransaction:
+        return await self.begin_shared(name, files, {}, uid=uid, replace=replace, led_from=led_from)
+
+    async def begin_shared(
+        self,
+        name: str,
+        files: Mapping[str, int | None],
+        shared: Mapping[str, int],
+        *,
+        uid: str,
+        replace: bool,
+        led_from: str | None = None,
+    ) -> LocalTransaction:
         directory = self.root / name
         since = time.monotonic()
         leads = led_from is None
@@ -125,7 +140,7 @@ class LocalStorage(LeasingCalls):
                 # a cancellation in between would lose the transaction, and with it files that nobody removes
                 with anyio.CancelScope(shield=True):
                     return await self.run(
-                        "create", directory, begin, self, directory, files, uid, replace, leads
+                        "create", directory, begin, self, directory, files, shared, uid, replace, leads
                     )
             except StorageError as error:
                 if leads or error.errno != errno.ENOENT:

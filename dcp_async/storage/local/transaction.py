@@ -9,16 +9,18 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ..._concurrency import StuckThreadError
 from ..._names import METADATA, manifest_file, temporary_metadata
+from ..base import NO_NAMES
 from ..calls import BlockingCalls
 from .attached_names import give_names
-from .files import DataFile, commit_mark, make_directory, refuse_link, sync, sync_directory
+from .files import DataFile, commit_mark, make_directory, read_exactly, refuse_link, sync, sync_directory
 from .lease import Beat, Lease, remove_if_empty, sweep_directory, take_lease
+from .public_names import PublicNames
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +64,13 @@ class LocalTransaction:
         storage: LeasingCalls,
         directory: Path,
         files: Mapping[str, int | None],
+        shared: Mapping[str, int],
         uid: str,
         replace: bool,
         lead: bool,
     ) -> LocalTransaction:
-        """Take the lease, if this rank leads, and make the files. Blocks."""
+        """Take the lease, if this rank leads, and make the files; those of ``shared`` are the leading rank's.
+        Blocks."""
         if lead:
             refuse_link(directory)
             make_directory(directory)
@@ -85,6 +89,11 @@ class LocalTransaction:
             for name, nbytes in files.items():
                 transaction._files[name] = DataFile(directory / name, nbytes)
                 transaction._paths.append(directory / name)
+            for name, nbytes in shared.items():
+                # of their whole length from the beginning: which rank writes the last byte is not told
+                transaction._files[name] = DataFile(directory / name, nbytes, made_by_another=not lead)
+                if lead:
+                    os.truncate(transaction._files[name].fd, nbytes)
         except BaseException:
             transaction._discard()
             raise
@@ -102,6 +111,20 @@ class LocalTransaction:
     async def put(self, file: str, offset: int, buffer: memoryview) -> None:
         data = self._files[file]
         await self._run("write", data.path, data.write, offset, buffer)
+
+    async def fetch(self, file: str, offset: int, buffer: memoryview) -> None:
+        path = self._directory / file
+
+        await self._run("read", path, read_exactly, path, offset, buffer)
+
+    async def drop(self, files: Sequence[str]) -> None:
+        def remove() -> None:
+            for name in files:
+                (self._directory / name).unlink()
+                if name in self._sealed:
+                    self._sealed.pop(name).close()
+
+        await self._run("remove", self._directory, remove)
 
     async def seal(self, file: str) -> None:
         data = self._files[file]
@@ -144,10 +167,18 @@ class LocalTransaction:
         if self._lease is None:
             self._paths.clear()
 
-    async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
+    async def commit(
+        self,
+        metadata: bytes,
+        manifest: bytes,
+        *,
+        replace: bool,
+        public_names: Mapping[str, str] = NO_NAMES,
+    ) -> None:
         lease = self._lease
         assert lease is not None, "only the rank that leads commits"
-        final, temporary = self._directory / METADATA, self._directory / temporary_metadata(self._uid)
+        final, names = self._directory / METADATA, PublicNames(self._directory, public_names)
+        temporary = self._directory / temporary_metadata(self._uid)
         await self._write_small(self._directory / manifest_file(self._uid), manifest)
         await self._write_small(temporary, metadata)
 
@@ -164,6 +195,7 @@ class LocalTransaction:
             if self._stuck:  # a save that was given up meanwhile must not appear
                 raise OSError(errno.ETIMEDOUT, "the save was given up before this call returned")
             self._check()
+            names.check()
             if replace:
                 os.rename(temporary, final)
             elif commit_mark(self._directory) is not None:  # stock's ranks may have been here meanwhile
@@ -173,16 +205,7 @@ class LocalTransaction:
             else:
                 os.link(temporary, final)  # of two writers of one fresh name, one gets FileExistsError
             self._published = True  # whatever fails from here on, these files are the checkpoint's
-            try:
-                sync_directory(self._directory)
-                sync_directory(self._directory.parent)
-            except OSError:
-                # a save that fails must not appear; what replace overwrote can't come back
-                if not replace and os.path.samefile(final, temporary):
-                    final.unlink()
-                    self._published = False
-                raise
-            give_names(self._directory, self._uid)  # before the lease goes, by which a sweep would finish it
+            self._show(final, temporary, names, replace=replace)
             temporary.unlink(missing_ok=True)
             self._release_lease()
             self._close_files()
@@ -194,6 +217,21 @@ class LocalTransaction:
         # before the call: should it hang, it may publish whenever it comes back
         self._publishing = True
         await self._run("publish", final, publish)
+
+    def _show(self, final: Path, temporary: Path, names: PublicNames, *, replace: bool) -> None:
+        """What was published is to be found under its public names, and after a power cut too."""
+        try:
+            names.replace()
+            sync_directory(self._directory)
+            sync_directory(self._directory.parent)
+        except OSError:
+            # a save that fails must not appear; what replace overwrote can't come back
+            if not replace and os.path.samefile(final, temporary):
+                final.unlink()
+                names.remove()
+                self._published = False
+            raise
+        give_names(self._directory, self._uid)  # before the lease goes, by which a sweep would finish it
 
     async def _write_small(self, path: Path, content: bytes) -> None:
         def write() -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from ..base import NamesUids, StoredCheckpoint
+from ..base import NO_NAMES, NamesUids, StoredCheckpoint
 from ..calls import BlockingCalls
 from .files import Content, MemoryFile, read_pieces
 from .root import LiveSave, MemoryCheckpoint, MemoryRoot, checked_name, refusal
@@ -54,9 +54,17 @@ class MemoryTransaction:
     def hand_over(self) -> None:
         """Nothing: there is no other rank."""
 
-    async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
+    async def commit(
+        self,
+        metadata: bytes,
+        manifest: bytes,
+        *,
+        replace: bool,
+        public_names: Mapping[str, str] = NO_NAMES,
+    ) -> None:
+        named = {name: self._sealed[file] for name, file in public_names.items()}
         checkpoint = MemoryCheckpoint(
-            files=self._sealed, metadata=metadata, manifest=manifest, modified=time.time()
+            files=self._sealed | named, metadata=metadata, manifest=manifest, modified=time.time()
         )
         self._root.publish(self.save, checkpoint, replace=replace)
         self._files, self._sealed = {}, {}
@@ -135,6 +143,8 @@ class MemoryStorage(BlockingCalls):
 
     Ranks: one process sees it, so an engine over several refuses it in ``open()``; so does a forked child.
     """
+
+    gives_public_names = True
 
     def __init__(self, name: str | None = None, *, io_concurrency: int = 2, timeout: float = 600.0) -> None:
         """

@@ -78,7 +78,7 @@ def test_layout_is_aligned_and_disjoint(
     assert all(offset % 64 == 0 for offset in layout.payload_offsets)
     assert layout.payload_offsets[-1] % 4096 == 0
     assert layout.image_bytes % 4096 == 0
-    assert layout.file_bytes % 4096 == 0
+    assert layout.own_bytes == layout.image_bytes
     assert layout.image_bytes >= end
 
 

@@ -68,7 +68,7 @@ def test_the_step_is_read_without_the_tree_behind_it() -> None:
         (lambda text: text.replace('"step": 1', '"step" 1'), "no :"),
         (lambda text: text.replace('"step": 1', '7: 8, "step": 1'), "no name"),
         (lambda text: text.replace(', "step": 1', '} "step": 1'), "no ,"),
-        (lambda text: text.replace('"version": 1', '"version": 2'), "version 2"),
+        (lambda text: text.replace('"version": 1', '"version": 3'), "version 3"),
         (lambda text: text.replace("dcp_async", "another"), "format"),
     ],
 )

@@ -18,13 +18,10 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from dcp_async._names import data_file
 from dcp_async.formats import tree_to_json
@@ -38,47 +35,9 @@ from dcp_async.planning.planner import CompiledPlan, compile_plan
 from dcp_async.state.capture import Captured, capture
 from dcp_async.state.stateful import PerRank
 from dcp_async.trust.plain_data import dumps, loads
+from tests.support.pieces import Box, Pieces
 
 UID = "0123456789abcdef"
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-class Pieces(torch.Tensor):
-    """A distributed tensor that has DCP's hooks and nothing else: what ``boxes`` say lies here."""
-
-    _boxes: Sequence[Box]
-    _whole: torch.Tensor
-
-    @staticmethod
-    def of(whole: torch.Tensor, boxes: Sequence[Box]) -> Pieces:
-        """The pieces of ``whole`` at ``boxes``, each (offsets, shape)."""
-        made = whole.as_subclass(Pieces)
-        made._boxes, made._whole = boxes, whole
-        return made
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(at), torch.Size(shape)) for at, shape in self._boxes]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        offsets = index.offset
-        assert offsets is not None
-        shape = next(shape for at, shape in self._boxes if at == tuple(offsets))
-        where = tuple(slice(low, low + extent) for low, extent in zip(offsets, shape, strict=True))
-        return self._whole[where].clone()
-
-    def __create_write_items__(self, fqn: str, whole: Any) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=chunk,
-                    properties=TensorProperties.create_from_tensor(self._whole),
-                    size=self._whole.size(),
-                ),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
 
 
 State = dict[str, Any]
@@ -412,6 +371,8 @@ def test_item_without_a_place_is_named() -> None:
         leaves=array("I", [0]).tobytes(),
         offsets=array("Q", [0]).tobytes(),
         lengths=array("Q", [512]).tobytes(),
+        own_start=0,
+        runs={"whole": b"", "heads": []},
     )
     shared.locate(0, placed)
     with pytest.raises(ConflictError, match=r"a: the planner made no rank write it at \(0,\)"):

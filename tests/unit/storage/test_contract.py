@@ -10,7 +10,7 @@ import pytest
 
 from dcp_async._names import data_file, manifest_file
 from dcp_async.storage import LocalStorage, MemoryStorage, Storage
-from dcp_async.storage.base import NamesUids
+from dcp_async.storage.base import NO_NAMES, NamesUids
 from dcp_async.storage.memory.storage import MemoryReader, MemoryTransaction
 from dcp_async.testing import StorageContract
 
@@ -66,7 +66,14 @@ class TransactionWithout(MemoryTransaction):
         if self.without != "a second look":
             await super().verify(files)
 
-    async def commit(self, metadata: bytes, manifest: bytes, *, replace: bool) -> None:
+    async def commit(
+        self,
+        metadata: bytes,
+        manifest: bytes,
+        *,
+        replace: bool,
+        public_names: Mapping[str, str] = NO_NAMES,
+    ) -> None:
         await super().commit(metadata, manifest, replace=replace or self.without == "exclusion")
 
     async def abort(self) -> None:
