@@ -14,9 +14,8 @@ import logging
 import time
 import zlib
 from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import anyio
@@ -41,10 +40,11 @@ from ..formats import (
     locations_of,
     transforms_of,
 )
-from ..info import DamagedRange, Producer, VerifyReport
+from ..info import Producer, VerifyReport
 from ..storage import LinkError, Reader, UnreadableError
 from .attached_files import foreign_names, what_is_wrong
 from .contents import Contents
+from .damage import Damage, Item
 from .decoding import RawMetadata, decoded, manifest_of
 from .file_checks import footer_of
 
@@ -63,17 +63,6 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Item:
-    """Bytes [start, stop) of a file belong to ``name``."""
-
-    start: int
-    stop: int
-    name: str
-    is_packed: bool
-    """Whether it is no zip of torch's as it lies there: its extensions wrote it, or it is bare bytes."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Chunk:
     """Bytes [start, stop) of a file that one call reads: blocks of ours, or whole items of stock's."""
 
@@ -81,7 +70,7 @@ class _Chunk:
     start: int
     stop: int
     digests: array[int] | None
-    items: Sequence[_Item]
+    items: Sequence[Item]
 
 
 def _is_damage(error: StorageError) -> bool:
@@ -111,11 +100,9 @@ class Verification:
         self._threads = threads
         self._io_concurrency = io_concurrency
         self._timeout = timeout
-        self._items: dict[str, list[_Item]] = {}
-        """By file, ascending."""
+        self._damage = Damage()
         self._attached: dict[str, AttachedEntry] = {}
         self._chunks: list[Iterator[_Chunk]] = []
-        self._damage: list[DamagedRange] = []
         self._unrecorded: dict[str, None] = {}
         self._nbytes = 0
         self._total_bytes = 0
@@ -128,7 +115,7 @@ class Verification:
         """
         begun = time.monotonic()
         entries = await self._survey(raw)
-        files = dict.fromkeys([*(entries or ()), *self._items])
+        files = dict.fromkeys([*(entries or ()), *self._damage.items])
         for file in files:
             await self._look_at(file, entries)
         for file, attached in self._attached.items():
@@ -155,9 +142,9 @@ class Verification:
     ) -> VerifyReport:
         begun = time.monotonic()
         self._list(locations, packed=packed)
-        for file, items in self._items.items():
+        for file, items in self._damage.items.items():
             self._add_items(file, items)
-        return await self._report(contents.info.producer, len(self._items), begun)
+        return await self._report(contents.info.producer, len(self._damage.items), begun)
 
     async def _report(
         self, producer: Producer, num_files: int, begun: float, foreign: tuple[str, ...] = ()
@@ -167,7 +154,7 @@ class Verification:
         return VerifyReport(
             checkpoint_id=self._name,
             producer=producer,
-            damage=tuple(self._merged()),
+            damage=tuple(self._damage.merged()),
             unrecorded=tuple(self._unrecorded),
             num_files=num_files,
             foreign=foreign,
@@ -185,7 +172,7 @@ class Verification:
         try:
             await self._locate(await decoded(self._name, raw, self._threads))
         except CorruptCheckpointError as error:  # stock's, or written wrong: it is what the manifest names
-            self._add(METADATA, 0, sum(map(len, raw.values())), str(error))
+            self._damage.add(METADATA, 0, sum(map(len, raw.values())), str(error))
         if manifest is None:
             return None
         self._attached = manifest.attached_files
@@ -203,15 +190,15 @@ class Verification:
             except ManifestError as problem:
                 logger.debug("a manifest of %r is damaged: %s", self._name, problem)
         if whole:  # each has a checksum of itself, so it is `.metadata` that has changed
-            self._add(METADATA, 0, len(raw[None]), str(error))
+            self._damage.add(METADATA, 0, len(raw[None]), str(error))
             for manifest in whole:
                 self._attached |= manifest.attached_files
             return {entry.name: entry for manifest in whole for entry in manifest.files}
         metadata = await decoded(self._name, raw, self._threads)
         await self._locate(metadata)
         file = getattr(metadata.storage_meta, "save_id", None) or "manifest-*.json"
-        self._add(file, 0, max(map(len, contents), default=0), str(error))
-        return dict.fromkeys(self._items)
+        self._damage.add(file, 0, max(map(len, contents), default=0), str(error))
+        return dict.fromkeys(self._damage.items)
 
     async def _locate(self, metadata: Metadata) -> None:
         with collection_paused():
@@ -220,14 +207,14 @@ class Verification:
 
     def _list(self, locations: Mapping[ItemKey, tuple[str, int, int]], *, packed: Set[ItemKey]) -> None:
         for key, (file, offset, length) in locations.items():
-            item = _Item(offset, offset + length, key[0], key in packed)
-            self._items.setdefault(file, []).append(item)
-        for items in self._items.values():
+            item = Item(offset, offset + length, key[0], key in packed)
+            self._damage.items.setdefault(file, []).append(item)
+        for items in self._damage.items.values():
             items.sort(key=lambda item: item.start)
 
     async def _look_at(self, file: str, entries: Mapping[str, FileEntry | None] | None) -> None:
         """Open ``file``, and list what of it is to be read."""
-        items = self._items.get(file, [])
+        items = self._damage.items.get(file, [])
         end = max((item.stop for item in items), default=0)
         entry = entries.get(file) if entries is not None else None
         try:
@@ -235,28 +222,28 @@ class Verification:
         except StorageError as error:
             if isinstance(error, LinkError) or not _is_damage(error):
                 raise
-            self._add(file, 0, entry.nbytes if entry else end, str(error))
+            self._damage.add(file, 0, entry.nbytes if entry else end, str(error))
             return
         promised = entry.nbytes if entry else None
         if nbytes < end or promised not in (None, nbytes):
             expected = f"at least {end}" if promised is None else str(promised)
-            self._add(file, 0, max(promised or 0, end), f"it has {nbytes} bytes instead of {expected}")
+            self._damage.add(file, 0, max(promised or 0, end), f"it has {nbytes} bytes instead of {expected}")
             return
         if entries is None or file not in entries:  # stock's, or of another directory
             if entries is not None and "/" not in file:
-                self._add(file, 0, end, ".metadata names it, the manifest does not")
+                self._damage.add(file, 0, end, ".metadata names it, the manifest does not")
             self._add_items(file, items)
             return
         try:
             footer = await footer_of(self._name, self._reader, file, nbytes, entry)
         except CorruptCheckpointError as error:
             # nothing else tells whether its blocks are whole
-            self._add(file, 0, nbytes, str(error))
+            self._damage.add(file, 0, nbytes, str(error))
             return
         self._chunks.append(self._chunks_of_blocks(file, footer.image_bytes, footer.digests))
         self._total_bytes += footer.image_bytes
 
-    def _add_items(self, file: str, items: Sequence[_Item]) -> None:
+    def _add_items(self, file: str, items: Sequence[Item]) -> None:
         self._chunks.append(self._chunks_of_items(file, items))
         self._total_bytes += sum(item.stop - item.start for item in items)
 
@@ -268,7 +255,7 @@ class Verification:
                 raise
             why = str(error)
         if why:
-            self._add(file, 0, entry.nbytes, f"{why}; it holds {entry.name!r}")
+            self._damage.add(file, 0, entry.nbytes, f"{why}; it holds {entry.name!r}")
         else:
             self._nbytes += entry.nbytes
 
@@ -277,7 +264,7 @@ class Verification:
             stop = min(start + _CHUNK_BYTES, nbytes)
             yield _Chunk(file, start, stop, digests[start // BLOCK_BYTES : -(-stop // BLOCK_BYTES)], ())
 
-    def _chunks_of_items(self, file: str, items: Sequence[_Item]) -> Iterator[_Chunk]:
+    def _chunks_of_items(self, file: str, items: Sequence[Item]) -> Iterator[_Chunk]:
         """Neighbours that fit into one call, and each larger one by itself."""
         first = 0
         while first < len(items):
@@ -320,7 +307,7 @@ class Verification:
             if not _is_damage(error):
                 raise
             if len(memory) <= BLOCK_BYTES or error.errno != errno.EIO:
-                self._add(file, start, start + len(memory), str(error))
+                self._damage.add(file, start, start + len(memory), str(error))
                 return False
             # by halves: one bad sector must not condemn all that was read with it
             half = -(-len(memory) // (2 * BLOCK_BYTES)) * BLOCK_BYTES
@@ -338,12 +325,12 @@ class Verification:
         # unread bytes do not match either, and are told once
         whole = await self._read(chunk.file, chunk.start, memory)
         bad = await run_blocking(self._threads, self._timeout, bad_blocks, memory, chunk.digests)
-        known = [damage for damage in self._damage if damage.file == chunk.file] if not whole else []
+        known = [] if whole else self._damage.of(chunk.file)
         for index in bad:
             start = chunk.start + index * BLOCK_BYTES
             stop = min(start + BLOCK_BYTES, chunk.stop)
             if not any(damage.start <= start and stop <= damage.stop for damage in known):
-                self._add(chunk.file, start, stop, "its bytes do not match their checksum")
+                self._damage.add(chunk.file, start, stop, "its bytes do not match their checksum")
 
     async def _check_items(self, chunk: _Chunk, memory: memoryview) -> None:
         if not await self._read(chunk.file, chunk.start, memory[: chunk.stop - chunk.start]):
@@ -355,16 +342,16 @@ class Verification:
             stored = memory[item.start - chunk.start : item.stop - chunk.start]
             await self._judge(chunk.file, item, stored)
 
-    async def _judge(self, file: str, item: _Item, stored: memoryview) -> None:
+    async def _judge(self, file: str, item: Item, stored: memoryview) -> None:
         try:
             recorded = await run_blocking(self._threads, self._timeout, check_item, stored)
         except ValueError as error:
-            self._add(file, item.start, item.stop, str(error))
+            self._damage.add(file, item.start, item.stop, str(error))
         else:
             if not recorded:
                 self._unrecorded[item.name] = None
 
-    async def _check_long(self, file: str, item: _Item, memory: memoryview) -> None:
+    async def _check_long(self, file: str, item: Item, memory: memoryview) -> None:
         """An item that memory does not hold: its directory first, then one record after another."""
         try:
             # packed, it is read all the same: whether the medium still has it shows then
@@ -381,12 +368,12 @@ class Verification:
                     crc = await run_blocking(self._threads, self._timeout, zlib.crc32, part, crc)
                 record.check(crc)
         except ValueError as error:
-            self._add(file, item.start, item.stop, str(error))
+            self._damage.add(file, item.start, item.stop, str(error))
         else:
             if not all(record.is_recorded for record in records):
                 self._unrecorded[item.name] = None
 
-    async def _records(self, file: str, item: _Item) -> list[Record] | None:
+    async def _records(self, file: str, item: Item) -> list[Record] | None:
         """The records of an item by its directory; None if the medium has lost it. Raises ValueError."""
         length = item.stop - item.start
         wants = find_records(length)
@@ -407,31 +394,6 @@ class Verification:
             return None
         check_names(records, bytes(head))
         return records
-
-    def _add(self, file: str, start: int, stop: int, reason: str) -> None:
-        """Bytes [start, stop) of ``file`` are damaged."""
-        items = self._items.get(file, [])
-        # those that begin before are ascending, and of plain files end before the next begins
-        until = bisect_left(items, stop, key=lambda item: item.start)
-        names = dict.fromkeys(item.name for item in items[:until] if item.stop > start)
-        self._damage.append(
-            DamagedRange(file=file, start=start, stop=stop, names=tuple(names), reason=reason)
-        )
-
-    def _merged(self) -> Iterator[DamagedRange]:
-        """What is damaged, ascending; neighbours for the same reason as one."""
-        last: DamagedRange | None = None
-        for damage in sorted(self._damage, key=lambda damage: (damage.file, damage.start, damage.stop)):
-            if last is None:
-                last = damage
-            elif (last.file, last.stop, last.reason) == (damage.file, damage.start, damage.reason):
-                names = tuple(dict.fromkeys((*last.names, *damage.names)))
-                last = replace(last, stop=damage.stop, names=names)
-            else:
-                yield last
-                last = damage
-        if last is not None:
-            yield last
 
 
 def bad_blocks(memory: memoryview, digests: array[int]) -> list[int]:
