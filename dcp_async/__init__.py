@@ -17,33 +17,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ._lazy import lazily
-from .catalog import KeepBest, KeepEvery, KeepLatest, Retention, RetentionPlan, plan_retention
-from .coordination import Coordination
-from .engine import Checkpoint, CheckpointEngine, open_checkpoint, verify
-from .errors import (
-    CheckpointError,
-    CheckpointExistsError,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    EngineStateError,
-    IncompatibleStateError,
-    LoadError,
-    PreemptionError,
-    SaveCancelled,
-    SaveError,
-    StateMutatedError,
-    StorageError,
-    UntrustedCheckpointError,
-)
-from .events import Event, Observer, SaveCommitted, SaveFailed, SaveProgress, SaveStaged, SaveStarted
-from .info import JSON, CheckpointInfo, CheckpointRef, DamagedRange, LoadReport, VerifyReport
-from .options import Dtypes, Limits, Timeouts
-from .planning import PlanningOptions
-from .response import AsyncSaveResponse, CheckpointHandle
-from .schedule import Adaptive, Every, OnSignal, Preemption, SaveCost, SavePolicy
-from .staging import Stager, StagingOptions
-from .state import AppState, FromRank, PerRank, RNGState
-from .trust import Trust
 
 if TYPE_CHECKING:
     from .catalog import KeepBest, KeepEvery, KeepLatest, Retention, RetentionPlan, plan_retention
@@ -71,7 +44,7 @@ if TYPE_CHECKING:
     from .response import AsyncSaveResponse, CheckpointHandle
     from .schedule import Adaptive, Every, OnSignal, Preemption, SaveCost, SavePolicy
     from .staging import Stager, StagingOptions
-    from .state import AppState, PerRank, RNGState
+    from .state import AppState, FromRank, PerRank, RNGState
     from .trust import Trust
 else:
     __getattr__, __dir__ = lazily(
@@ -92,7 +65,7 @@ else:
             "response": "AsyncSaveResponse CheckpointHandle",
             "schedule": "Adaptive Every OnSignal Preemption SaveCost SavePolicy",
             "staging": "Stager StagingOptions",
-            "state": "AppState PerRank RNGState",
+            "state": "AppState FromRank PerRank RNGState",
             "trust": "Trust",
             "formats": "",
             "storage": "",

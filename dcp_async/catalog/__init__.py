@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         plan_retention,
     )
     from .safetensors_source import is_model_file
+    from .torch_save_source import archive_errors
 else:
     __getattr__, __dir__ = lazily(
         __name__,
@@ -31,26 +32,16 @@ else:
             "catalog": "Catalog",
             "contents": "Contents",
             "decoding": "UnfitMetadataError",
-            "opened": "Opened",
             "listing": "Listed survey",
+            "opened": "Opened",
             "path_opener": "PathOpener",
-            "safetensors_source": "is_model_file",
             "retention": (
                 "CheckpointRecord KeepBest KeepEvery KeepLatest Retention RetentionPlan plan_retention"
             ),
+            "safetensors_source": "is_model_file",
+            "torch_save_source": "archive_errors",
         },
     )
-from .retention import (
-    CheckpointRecord,
-    KeepBest,
-    KeepEvery,
-    KeepLatest,
-    Retention,
-    RetentionPlan,
-    plan_retention,
-)
-from .safetensors_source import is_model_file
-from .torch_save_source import archive_errors
 
 __all__ = [
     "Catalog",

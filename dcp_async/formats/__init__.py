@@ -5,51 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .._lazy import lazily
-from .archive_records import ArchiveRecords, ContentError, check_archive_head
-from .archived_items import ArchivedItems, MadeFile
-from .base import LOOSE, FileLayout, Format, PublicFiles, PublicTensor, Runs
-from .distcp import (
-    BLOCK_BYTES,
-    DISTCP,
-    SECTOR_BYTES,
-    DistcpFormat,
-    Footer,
-    FooterError,
-    block_digests,
-    footer_bytes,
-    footer_span,
-    num_blocks,
-    read_trailer,
-)
-from .keys import PickledKey, pickled_key, plain_key, text_of
-from .manifest import (
-    AttachedEntry,
-    FileEntry,
-    Manifest,
-    ManifestError,
-    ManifestHead,
-    NewerVersionError,
-    attached_digest,
-    decode_manifest,
-    decode_step,
-    encode_manifest,
-    structure_json,
-)
-from .metadata_reader import decode_metadata, uids_named_in
-from .metadata_writer import Group, MetadataTemplate, Place
-from .quantised import Quantised, may_be_quantised, plain_dtype, quantised_among, stored_chunks
 from .renamed_tree import renamed_paths, renamed_tree
 
 if TYPE_CHECKING:
-    from .base import FileLayout, Format
+    from .archive_records import ArchiveRecords, ContentError, check_archive_head
+    from .archived_items import ArchivedItems, MadeFile
+    from .base import LOOSE, FileLayout, Format, PublicFiles, PublicTensor, Runs
     from .distcp import (
         BLOCK_BYTES,
         DISTCP,
         SECTOR_BYTES,
+        DistcpFormat,
         Footer,
         FooterError,
         block_digests,
+        footer_bytes,
         footer_span,
+        num_blocks,
         read_trailer,
     )
     from .keys import PickledKey, pickled_key, plain_key, text_of
@@ -69,6 +41,8 @@ if TYPE_CHECKING:
     )
     from .metadata_reader import decode_metadata, uids_named_in
     from .metadata_writer import Group, MetadataTemplate, Place
+    from .quantised import Quantised, may_be_quantised, plain_dtype, quantised_among, stored_chunks
+    from .safetensors import SafetensorsFormat
     from .safetensors_header import (
         LENGTH_BYTES,
         AmbiguousNameError,
@@ -121,14 +95,17 @@ if TYPE_CHECKING:
     )
     from .tree_json import dcp_paths, merged_trees, tree_from_json, tree_to_json
     from .zip_item import PLAIN_DTYPES, object_item, tensor_frame
-    from .zip_records import Record, find_records
+    from .zip_records import Record, find_records, records_in
 else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
-            "base": "FileLayout Format",
+            "archive_records": "ArchiveRecords ContentError check_archive_head",
+            "archived_items": "ArchivedItems MadeFile",
+            "base": "LOOSE FileLayout Format PublicFiles PublicTensor Runs",
             "distcp": (
-                "BLOCK_BYTES DISTCP SECTOR_BYTES Footer FooterError block_digests footer_span read_trailer"
+                "BLOCK_BYTES DISTCP SECTOR_BYTES DistcpFormat Footer FooterError block_digests "
+                "footer_bytes footer_span num_blocks read_trailer"
             ),
             "keys": "PickledKey pickled_key plain_key text_of",
             "manifest": (
@@ -137,6 +114,8 @@ else:
             ),
             "metadata_reader": "decode_metadata uids_named_in",
             "metadata_writer": "Group MetadataTemplate Place",
+            "quantised": "Quantised may_be_quantised plain_dtype quantised_among stored_chunks",
+            "safetensors": "SafetensorsFormat",
             "safetensors_header": (
                 "LENGTH_BYTES AmbiguousNameError HeaderError StoredTensor decode_header files_of_index "
                 "header_bytes join_files"
@@ -155,63 +134,9 @@ else:
             ),
             "tree_json": "dcp_paths merged_trees tree_from_json tree_to_json",
             "zip_item": "PLAIN_DTYPES object_item tensor_frame",
-            "zip_records": "Record find_records",
+            "zip_records": "Record find_records records_in",
         },
     )
-from .safetensors import SafetensorsFormat
-from .safetensors_header import (
-    LENGTH_BYTES,
-    AmbiguousNameError,
-    HeaderError,
-    StoredTensor,
-    decode_header,
-    files_of_index,
-    header_bytes,
-    join_files,
-)
-from .stock_compat import (
-    InnerValue,
-    ItemKey,
-    folded,
-    locations_of,
-    merge_ranks,
-    take_apart,
-    transforms_of,
-    usable_paths,
-)
-from .stored_item import (
-    RECORD_HEAD_BYTES,
-    StoredItem,
-    UnsupportedError,
-    check_item,
-    check_names,
-    inflated_bound,
-)
-from .torch_save import Archive, StandIn
-from .tree import (
-    Tree,
-    build,
-    children_of,
-    cut,
-    grafted,
-    heads_of,
-    is_of_stateful,
-    kind_of,
-    kind_of_stateful,
-    leaf_names,
-    like,
-    list_node,
-    locate,
-    mapping_kind,
-    mapping_node,
-    pickled_keys,
-    pruned,
-    subtree,
-    tree_from_paths,
-)
-from .tree_json import dcp_paths, merged_trees, tree_from_json, tree_to_json
-from .zip_item import PLAIN_DTYPES, object_item, tensor_frame
-from .zip_records import Record, find_records, records_in
 
 __all__ = [
     "BLOCK_BYTES",
