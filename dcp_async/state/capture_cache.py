@@ -228,9 +228,9 @@ class CaptureCache:
         # first of all: whatever returns below must leave no recording of an earlier state
         self._recording = self.devices = None
         self.is_pinned_known = False
-        if not HAS_GUARDS or flat.per_rank or flat.from_rank:
+        if not HAS_GUARDS or flat.per_rank:
             return
-        recorder = Recorder(flat.statefuls, flat.asked)
+        recorder = Recorder(flat.statefuls, flat.asked, flat.rank)
         try:
             root = recorder.branch(state)
         except UncacheableError:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, compress
-from operator import call
+from operator import attrgetter, call
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from .containers import PLAIN_TENSORS, Kind, is_plain, is_terminal, kind_of_value
 from .layouts import as_dtensor
+from .stateful import FromRank
 
 _KEYS = frozenset({str, int, bool, type(None)})
 """Types of keys that are equal only if what they are called and pickled as is."""
@@ -26,6 +27,10 @@ _KEYS = frozenset({str, int, bool, type(None)})
 
 def _none(_: object) -> tuple[()]:
     return ()
+
+
+def _its_value(marked: FromRank) -> Iterable[Any]:
+    return (marked.value,)
 
 
 _VALUES: dict[type, Callable[[Any], Iterable[Any]]] = {
@@ -46,7 +51,9 @@ class _Level:
 
     values: list[Callable[[Any], Iterable[Any]]] = field(default_factory=list)
     names: list[Callable[[Any], Iterable[Any]]] = field(default_factory=list)
+    sizers: list[Callable[[Any], int]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    """How many values each has; of what is FromRank, whose it is."""
     keys: list[Any] = field(default_factory=list)
     key_types: list[type] = field(default_factory=list)
     types: list[type] = field(default_factory=list)
@@ -86,7 +93,7 @@ class Branch:
         containers: list[Any] = [root]
         for level in self.levels:
             # lengths first: a key may have moved to the next container, and the keys in a row be the same
-            if [len(container) for container in containers] != level.sizes:
+            if list(map(call, level.sizers, containers)) != level.sizes:
                 return None
             keys = list(chain.from_iterable(map(call, level.names, containers)))
             # 1, 1.0 and True are equal as keys, but not called the same
@@ -104,7 +111,9 @@ class Branch:
 class Recorder:
     """Goes over a state in its own order and notes, level by level, what it is built of."""
 
-    def __init__(self, statefuls: list[tuple[str, Any, Any]], asked: list[str]) -> None:
+    def __init__(self, statefuls: list[tuple[str, Any, Any]], asked: list[str], rank: int) -> None:
+        """``rank``: this process's."""
+        self._rank = rank
         self.tensors: list[torch.Tensor] = []
         self.tensor_marks: list[tuple[int, int, int] | int] = []
         """(branch, depth, place in its level), or the number of the DTensor whose local part it is."""
@@ -162,17 +171,24 @@ class Recorder:
     def _visit(self, branch: Branch, number: int, depth: int, container: Any) -> None:
         level = branch.level(depth)
         kind = type(container)
-        level.values.append(_VALUES[kind])
-        level.names.append(_NAMES[kind])
-        level.sizes.append(len(container))
-        if kind is not list:
+        if kind is FromRank:
+            # of another rank's nothing is looked at
+            level.values.append(_its_value if container.rank == self._rank else _none)
+            level.names.append(_none)
+            level.sizers.append(attrgetter("rank"))
+        else:
+            level.values.append(_VALUES[kind])
+            level.names.append(_NAMES[kind])
+            level.sizers.append(len)
+        level.sizes.append(level.sizers[-1](container))
+        if kind in (dict, OrderedDict):
             keys = list(container)
             types = list(map(type, keys))
             if not _KEYS.issuperset(types):
                 raise UncacheableError
             level.keys += keys
             level.key_types += types
-        for value in _VALUES[kind](container):
+        for value in level.values[-1](container):
             mark = (number, depth, len(level.types))
             level.types.append(type(value))
             level.inner.append(0)
@@ -189,7 +205,7 @@ class Recorder:
                     assert stateful is value
                     branch.statefuls.append((depth, mark[2], name, self.branch(inner)))
                 case Kind.MAPPING | Kind.PER_RANK | Kind.FROM_RANK | Kind.LIST:
-                    if type(value) not in _VALUES:
+                    if type(value) not in _VALUES and type(value) is not FromRank:
                         raise UncacheableError
                     level.inner[-1] = 1
                     self._visit(branch, number, depth + 1, value)
