@@ -6,13 +6,13 @@ nobody's of ours. Invariant: a file is as long as it was promised before memory 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import xxhash
 
 from .._names import METADATA, owned_file, rank_of_metadata
 from ..errors import StorageError
-from ..formats import AttachedEntry
+from ..formats import AttachedEntry, FileEntry
 from ..storage import Listing, Reader
 
 _CHUNK_BYTES = 1 << 20
@@ -32,27 +32,37 @@ async def what_is_wrong(reader: Reader, file: str, entry: AttachedEntry) -> str:
 
 
 async def foreign_names(
-    reader: Reader, data_files: Collection[str], attached: Mapping[str, AttachedEntry]
+    reader: Reader,
+    data_files: Collection[str],
+    entries: Iterable[FileEntry],
+    attached: Mapping[str, AttachedEntry],
 ) -> tuple[str, ...]:
     """The names there that are none of the checkpoint's; none if the storage can't tell. Raises
-    StorageError."""
+    StorageError.
+
+    Args:
+        data_files: the names that `.metadata` and the manifest have for data files.
+        entries: those of the manifest, some of which others know by further names.
+        attached: by the names of the files that hold it.
+    """
     if not isinstance(reader, Listing):
         return ()
     # of files in other directories, what leads there
     ours = {METADATA, *(file.partition("/")[0] for file in data_files)}
     by_name = {entry.name: entry for entry in attached.values()}
+    public = {entry.public_name: entry.nbytes for entry in entries if entry.public_name}
     foreign = []
     for name in await reader.names():
         if name in ours or owned_file(name) is not None or rank_of_metadata(name) is not None:
             continue
-        if name not in by_name or await _differs(reader, name, by_name[name]):
+        try:
+            if name in by_name:
+                is_ours = await what_is_wrong(reader, name, by_name[name]) == ""
+            else:
+                # by its length alone: all of its bytes were read by its other name
+                is_ours = name in public and await reader.size(name) == public[name]
+        except StorageError:  # a directory, a link, closed to this process
+            is_ours = False
+        if not is_ours:
             foreign.append(name)
     return tuple(foreign)
-
-
-async def _differs(reader: Reader, name: str, entry: AttachedEntry) -> bool:
-    """Whether what lies under the name of an attached file is no copy of it, or can't be read."""
-    try:
-        return await what_is_wrong(reader, name, entry) != ""
-    except StorageError:
-        return True

@@ -120,7 +120,8 @@ class Verification:
             await self._look_at(file, entries)
         for file, attached in self._attached.items():
             await self._check_attached(file, attached)
-        foreign = await foreign_names(self._reader, files, self._attached)
+        known = [entry for entry in (entries or {}).values() if entry is not None]
+        foreign = await foreign_names(self._reader, files, known, self._attached)
         num_files = len(files) + len(self._attached)
         return await self._report("stock" if entries is None else "dcp_async", num_files, begun, foreign)
 

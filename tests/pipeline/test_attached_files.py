@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 import dcp_async
 import dcp_async.sync
 from dcp_async import CheckpointEngine, CorruptCheckpointError, LoadError, SaveError
+from dcp_async.formats import SafetensorsFormat
 from tests.support.doubles import assert_holds_only, faulty_storage, flip, manifest_of
 
 STATE = {"w": torch.arange(6.0), "epoch": 3}
@@ -152,6 +153,19 @@ async def test_foreign_files_of_a_stock_checkpoint_are_told(root: Path) -> None:
         async with engine.checkpoint("one") as checkpoint:
             with pytest.raises(LoadError, match=r"no file 'config\.json'; attached to it: none"):
                 await checkpoint.file("config.json")
+
+
+async def test_files_lie_beside_those_of_a_format_for_others(root: Path) -> None:
+    async with CheckpointEngine(root, format=SafetensorsFormat()) as engine:
+        for content in (b"old", b"new"):
+            path = await saved(engine, {"config.json": content}, replace=True)
+        assert beside(path).keys() == {"config.json", "model.safetensors"}
+        assert (path / "config.json").read_bytes() == b"new"
+        report = await engine.verify()
+        assert (report.ok, report.foreign) == (True, ())
+        (path / "model.safetensors").unlink()
+        (path / "model.safetensors").write_bytes(b"theirs")
+        assert (await engine.verify()).foreign == ("model.safetensors",)
 
 
 async def test_copied_checkpoints_know_their_files(root: Path) -> None:
