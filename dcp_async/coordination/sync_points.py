@@ -1,8 +1,8 @@
 """Sync points: the coordinator has all ranks tell, at one moment, which step they have reached.
 
 Enters: requests of any rank. Leaves: the call of a sync point to every rank. Invariant: one at a time, so
-that ranks hold their trainers for one agreement only; requests that the one under way answers make no other,
-and ranks are asked to stop once.
+that ranks hold their trainers for one agreement only; requests that the one under way answers make no other.
+A rank's request comes before its answer, so none of those that a sync point answers comes behind it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,16 @@ class SyncPoints:
         self._open: SyncCalled | None = None
         self._next: SyncRequested | None = None
         """What the open one does not answer."""
-        self._is_stopping = False
 
     def __repr__(self) -> str:
         return f"<SyncPoints open={self._open} next={self._next}>"
 
     def requested(self, request: SyncRequested) -> SyncCalled | None:
         """What to call now, if anything."""
-        if self._is_stopping:  # what else is asked for comes too late: they save and leave
-            return None
-        self._is_stopping = request.stop
         if self._open is None:
             return self._call(request)
         # a further save is made at the step that is being agreed on; to stop there takes another word
-        if request.stop:
+        if request.stop and not self._open.stop:
             self._next = request
         return None
 

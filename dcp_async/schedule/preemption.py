@@ -66,11 +66,13 @@ class Preemption:
 
     def _leaving(self, exc_type: type[BaseException] | None) -> Verb[None]:
         schedule = self._schedule
+        failure = schedule.take_failure()
+        is_quiet = exc_type is None and failure is None and schedule.stopping_since is None
         try:
             if exc_type is not None:
                 if schedule.stopping_since is not None:
                     logger.error("asked to stop, and the block ended by %s before that", exc_type.__name__)
-            elif (failure := schedule.take_failure()) is not None:
+            elif failure is not None:
                 raise failure
             elif schedule.stop_step is not None:
                 yield from self._durable(schedule.stop_step, schedule.last_save)
@@ -78,7 +80,7 @@ class Preemption:
                 # no error: it would keep the trainer from the save that it makes behind its loop
                 logger.warning("asked to stop, and the loop ended before a step could be saved for that")
         finally:
-            if exc_type is None and schedule.stopping_since is None:
+            if is_quiet and schedule.stopping_since is None:
                 self._watch.restore()
             else:
                 # the process is about to end, and uploads may be in flight: no signal may cut them off

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _PHASE = "sync"
 _NUM_COSTS = 5
 """Saves whose costs a policy sees: few, since states grow and disks are shared with others."""
+_NO_STEP = "and no step to save at could be agreed on"
 _SLACK_SECONDS = 2.0
 """How much longer a rank waits for the coordinator than that waits for the ranks: its word says who is
 missing."""
@@ -55,7 +56,7 @@ class SaveSchedule:
         for which optimizers have waited for saves so far."""
         self.clock = clock
         self.stopping_since: float | None = None
-        """When this rank heard of a signal that asks it to stop."""
+        """When this rank heard of a signal that asks it to stop; None again if the ranks could not agree."""
         self.stop_step: int | None = None
         """The step at which all ranks were told to save and stop; None before that."""
         self.last_save: AsyncSaveResponse | None = None
@@ -161,7 +162,8 @@ class SaveSchedule:
         now = self.clock()
         if self._since is None:
             self._since = now
-        if self._is_requested:
+        # ranks that are about to stop may have left by the time that they would have agreed
+        if self._is_requested or self.stopping_since is not None:
             return
         interval = self._policy.interval(self._costs)
         if interval is not None and now - self._since >= interval:
@@ -176,11 +178,12 @@ class SaveSchedule:
     # In a signal handler, or wherever a save is asked for.
 
     def _ask_by_signal(self, signum: int) -> None:
-        why = f"rank {self._coordinator.rank} received {signal.Signals(signum).name}"
-        self._request(why, stop=False, seconds=self._timeout)
+        if self.stopping_since is None:
+            why = f"rank {self._coordinator.rank} received {signal.Signals(signum).name}"
+            self._request(why, stop=False, seconds=self._timeout)
 
     def stop(self, why: str, seconds: float) -> None:
-        """Have all ranks save at one step and stop. What was asked for once is not asked for again."""
+        """Have all ranks save at one step and stop. Asked again it changes nothing, unless they could not."""
         if self.stopping_since is not None:
             return
         self.stopping_since = self.clock()
@@ -199,13 +202,12 @@ class SaveSchedule:
 
     def _expect_step(self, why: str, seconds: float) -> None:
         """A coordinator that is gone calls nobody."""
+        since = self.stopping_since
 
         def give_up() -> None:
-            if not self._is_stop_called:  # else that one ends in its own way
-                self._failure = PreemptionError(
-                    f"{why}, and no step to save at could be agreed on: the coordinating rank has not "
-                    f"answered for {seconds:g} s"
-                )
+            # a sync point that was called ends in its own way, and so may have the request itself
+            if self.stopping_since == since and not self._is_stop_called:
+                self._fail(f"{why}, {_NO_STEP}: the coordinating rank has not answered for {seconds:g} s")
 
         asyncio.get_running_loop().call_later(seconds + _SLACK_SECONDS, give_up)
 
@@ -240,9 +242,14 @@ class SaveSchedule:
             coordinator.forget(called.uid)
 
     def _miss(self, called: SyncCalled, error: Exception) -> None:
-        told = f"{called.why}, and no step to save at could be agreed on: {str(error) or 'no rank answers'}"
+        told = f"{called.why}, {_NO_STEP}: {str(error) or 'no rank answers'}"
         if called.stop:
-            self._failure = PreemptionError(told)
-            return
-        logger.warning("%s; training goes on", told)
-        self._restart_interval()
+            self._fail(told)
+        else:
+            logger.warning("%s; training goes on", told)
+            self._restart_interval()
+
+    def _fail(self, why: str) -> None:
+        self._failure = PreemptionError(why)
+        # whoever trains on all the same may be asked to stop once more
+        self.stopping_since, self._is_stop_called = None, False

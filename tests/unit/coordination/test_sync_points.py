@@ -53,12 +53,13 @@ def test_a_stop_during_a_sync_point_is_called_behind_it() -> None:
     assert following.uid != uid
 
 
-def test_a_stop_is_called_once_and_nothing_after_it() -> None:
+def test_a_stop_under_way_answers_whatever_is_asked_for() -> None:
     points = SyncPoints()
     uid = called(points, "SIGTERM", stop=True)
     assert points.requested(request("SIGTERM of another rank", stop=True)) is None
-    assert points.over(uid) is None
     assert points.requested(request("clock")) is None
+    assert points.over(uid) is None
+    assert called(points, "SIGTERM, since they could not agree", stop=True) != uid
 
 
 def test_what_is_over_is_told_from_other_ids() -> None:

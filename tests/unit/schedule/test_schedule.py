@@ -304,6 +304,32 @@ def test_ranks_that_can_not_agree_to_stop_are_told_why(make: Callable[..., Ranks
         assert not ranks.ask(rank, 1), "it is told once"
 
 
+def test_who_trains_on_after_that_may_be_asked_to_stop_again(make: Callable[..., Ranks]) -> None:
+    ranks = make(2)
+    ranks.failure = RemoteFailure({1: RemoteError(phase="sync", type_name="E", message="rank 1 is slow")})
+    ranks.schedules[0].stop("rank 0 received SIGTERM", 5.0)
+    ranks.turn()
+    for rank in range(2):
+        with pytest.raises(PreemptionError, match="rank 1 is slow"):
+            ranks.ask(rank, 0)
+    ranks.failure = None
+    ranks.schedules[1].stop("rank 1 received SIGTERM", 5.0)
+    ranks.turn()
+    assert [ranks.ask(rank, 1) for rank in range(2)] == [True, True]
+    assert [schedule.stop_step for schedule in ranks.schedules] == [1, 1]
+
+
+def test_the_clock_asks_for_nothing_once_ranks_are_to_stop(make: Callable[..., Ranks]) -> None:
+    ranks = make(2, Every(seconds=60))
+    ranks.ask(0, 0)
+    ranks.schedules[1].stop("rank 1 received SIGTERM", 5.0)
+    ranks.turn()
+    ranks.clock.now += 1000
+    assert ranks.ask(0, 1)
+    ranks.turn()
+    assert ranks.num_requests == 1
+
+
 def test_training_goes_on_when_a_save_by_the_clock_can_not_be_agreed_on(
     make: Callable[..., Ranks], caplog: pytest.LogCaptureFixture
 ) -> None:
