@@ -18,25 +18,23 @@ from torch.distributed.checkpoint.metadata import Metadata
 from .._concurrency import BlockingThreads, collection_paused
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError, LoadError, UntrustedCheckpointError
 from ..formats import (
-    RECORD_HEAD_BYTES,
     ArchivedItems,
     ArchiveRecords,
     ContentError,
     MadeFile,
     Record,
-    check_archive_head,
-    find_records,
+    find_archive,
 )
 from ..info import CheckpointInfo, VerifyReport
-from ..storage import LocalPlace, LocalReader
-from ..trust import Trust, UntrustedGlobal, load_archived
+from ..storage import LocalPlace, LocalReader, Reader
+from ..trust import Trust, UntrustedGlobal, is_zip, load_archived
 from .contents import Contents
 from .verification import Progress, Verification
 
-_DIRECTORY_BYTES = 64 << 20
-_WINDOW_BYTES = 256 << 10
+_MOST_BYTES = 256 << 20
+_WINDOW_BYTES = 64 << 10
 """So much is read at once where the headers of records lie close together."""
-_NEAR_BYTES = 32 << 10
+_NEAR_BYTES = 8 << 10
 
 
 @contextlib.contextmanager
@@ -175,27 +173,25 @@ class TorchSaveOpener:
             return {key: storages[key][1] for key in wanted} or items
 
     async def _records(self, reader: LocalReader, nbytes: int) -> ArchiveRecords:
-        head = await self._read(reader, 0, min(nbytes, RECORD_HEAD_BYTES))
-        check_archive_head(head)
-        window, window_at, last = head, 0, 0
-        wants = find_records(nbytes)
+        window, window_at, last = b"", 0, 0
+        wants = find_archive(nbytes)
         try:
             start, length = next(wants)
             while True:
                 stop = min(start + length, nbytes)
-                if stop - start > _DIRECTORY_BYTES:
-                    raise ValueError("its zip has a directory that no file of torch.save's would have")
+                if stop - start > _MOST_BYTES:
+                    raise ValueError("it has a directory that no file of torch.save's would have")
                 if not window_at <= start <= stop <= window_at + len(window):
                     # headers of small tensors are read together, those of large ones lie far apart
-                    ahead = _WINDOW_BYTES if 0 <= start - last < _NEAR_BYTES else 0
+                    ahead = _WINDOW_BYTES if 0 < start - last < _NEAR_BYTES else 0
                     window_at, window = start, await self._read(reader, start, min(stop + ahead, nbytes))
                 last = stop
                 start, length = wants.send(window[start - window_at : stop - window_at])
         except StopIteration as end:
-            records: list[Record] = end.value
-        return ArchiveRecords.of(records, head)
+            records: ArchiveRecords = end.value
+            return records
 
-    async def _read(self, reader: LocalReader, start: int, stop: int) -> bytes:
+    async def _read(self, reader: Reader, start: int, stop: int) -> bytes:
         content = bytearray(max(stop - start, 0))
         if content:
             await reader.read_into(self._file, [(start, memoryview(content))])
@@ -235,7 +231,11 @@ class TorchSaveOpener:
                 timeout=self._timeout,
                 progress=progress,
             )
-            return await verification.run_zip(contents, self._file, contents.info.nbytes)
+            # the older format has no checksums
+            head = await self._read(contents.reader, 0, min(contents.info.nbytes, 4))
+            return await verification.run_whole(
+                contents, self._file, contents.info.nbytes, is_zip=is_zip(head)
+            )
         finally:
             await contents.close()
 

@@ -130,9 +130,13 @@ class Verification:
         medium can't be asked."""
         return await self._run_items(contents, contents.locations, packed=contents.locations.keys())
 
-    async def run_zip(self, contents: Contents, file: str, nbytes: int) -> VerifyReport:
-        """Read all of ``file``, one zip of ``torch.save``'s, by its own CRC-32s. Raises as ``run_bare``."""
-        return await self._run_items(contents, {(file, None): (file, 0, nbytes)}, packed=frozenset())
+    async def run_whole(self, contents: Contents, file: str, nbytes: int, *, is_zip: bool) -> VerifyReport:
+        """Read all of ``file``, which is one of ``torch.save``'s: a zip by its own CRC-32s. Raises as
+        ``run_bare``."""
+        key: ItemKey = (file, None)
+        return await self._run_items(
+            contents, {key: (file, 0, nbytes)}, packed=frozenset() if is_zip else {key}
+        )
 
     async def _run_items(
         self,

@@ -8,7 +8,13 @@ from .._lazy import lazily
 from .renamed_tree import renamed_paths, renamed_tree
 
 if TYPE_CHECKING:
-    from .archive_records import ArchiveRecords, ContentError, check_archive_head
+    from .archive_records import (
+        ArchiveRecords,
+        ContentError,
+        check_archive_head,
+        find_archive,
+        records_of_archive,
+    )
     from .archived_items import ArchivedItems, MadeFile
     from .base import LOOSE, FileLayout, Format, PublicFiles, PublicTensor, Runs
     from .distcp import (
@@ -100,7 +106,9 @@ else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
-            "archive_records": "ArchiveRecords ContentError check_archive_head",
+            "archive_records": (
+                "ArchiveRecords ContentError check_archive_head find_archive records_of_archive"
+            ),
             "archived_items": "ArchivedItems MadeFile",
             "base": "LOOSE FileLayout Format PublicFiles PublicTensor Runs",
             "distcp": (
@@ -184,7 +192,6 @@ __all__ = [
     "attached_digest",
     "block_digests",
     "build",
-    "check_archive_head",
     "check_item",
     "check_names",
     "children_of",
@@ -197,6 +204,7 @@ __all__ = [
     "decode_step",
     "encode_manifest",
     "files_of_index",
+    "find_archive",
     "find_records",
     "folded",
     "footer_bytes",
@@ -228,7 +236,7 @@ __all__ = [
     "pruned",
     "quantised_among",
     "read_trailer",
-    "records_in",
+    "records_of_archive",
     "renamed_paths",
     "renamed_tree",
     "stored_chunks",

@@ -1,34 +1,26 @@
-"""What a zip must hold to be a file of ``torch.save``: which record is its pickle, which are its storages.
+"""Where pickle and storages of a ``torch.save`` file lie, a zip or in the format that torch had before 1.6.
 
-Enters: a zip's first bytes and its records. Leaves: ArchiveRecords, or an error that says what the file is
-instead. Pure.
+Enters: the file's length, then the bytes that are asked for. Leaves: ArchiveRecords, or an error that says
+what the file is instead. Pure. Invariant: nothing is unpickled but numbers and texts around the object.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..trust import UntrustedGlobal, is_legacy, is_zip
-from .stored_item import check_names
-from .zip_records import Record
+from ..trust import COUNT_BYTES, UntrustedGlobal, check_count, is_legacy, is_zip, legacy_outline
+from .stored_item import RECORD_HEAD_BYTES, check_names
+from .zip_records import Record, find_records
+
+_PICKLE_BYTES = 256 << 20
+"""No object's pickle is longer, whose storages lie behind it."""
+_GROWTH = 4
 
 
 class ContentError(ValueError):
     """A file that is whole, but can't be taken for a checkpoint; the message says what to do."""
-
-
-def check_archive_head(head: bytes) -> None:
-    """Whether a file that begins with ``head`` is a zip. Raises ValueError; ContentError for torch's older
-    format."""
-    if is_legacy(head):
-        raise ContentError(
-            "it has the format of torch before 1.6, whose tensors can't be found without reading all of it; "
-            "rewrite it with torch.save(torch.load(path), path)"
-        )
-    if not is_zip(head):
-        raise ValueError("it is no zip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +32,7 @@ class ArchiveRecords:
     _storages: Mapping[str, Record]
 
     @classmethod
-    def of(cls, records: Sequence[Record], head: bytes) -> ArchiveRecords:
+    def of_zip(cls, records: Sequence[Record], head: bytes) -> ArchiveRecords:
         """Those among ``records``, of a zip that begins with ``head``. Raises ValueError if they are no such
         file's; UntrustedGlobal for a program."""
         check_names(records, head)
@@ -69,3 +61,53 @@ class ArchiveRecords:
         """``said``: the bytes of ``byteorder``. Raises ContentError for those of another machine's kind."""
         if said != sys.byteorder.encode():
             raise ContentError("it was written on a machine of the other byte order; torch.load reads it")
+
+
+def find_archive(length: int) -> Generator[tuple[int, int], bytes, ArchiveRecords]:
+    """The records of a file of ``length`` bytes, which the caller reads as they are asked for, as for
+    ``find_records``. Raises: ValueError; UntrustedGlobal."""
+    head = yield 0, min(length, RECORD_HEAD_BYTES)
+    if is_zip(head):
+        return ArchiveRecords.of_zip((yield from find_records(length)), head)
+    if not is_legacy(head):
+        raise ValueError("it is neither a zip nor in torch's older format")
+    return (yield from _legacy_records(length, head))
+
+
+def _legacy_records(length: int, head: bytes) -> Generator[tuple[int, int], bytes, ArchiveRecords]:
+    # nothing says how long the pickles are that stand before the storages
+    most = min(length, _PICKLE_BYTES)
+    while True:
+        try:
+            outline = legacy_outline(head)
+            break
+        except ValueError:
+            if len(head) >= most:
+                raise
+        head = yield 0, min(len(head) * _GROWTH, most)
+    position = outline.data
+    storages: dict[str, Record] = {}
+    for storage in outline.storages:
+        start = position + COUNT_BYTES
+        check_count((yield position, COUNT_BYTES), storage)
+        storages[storage.key] = Record(storage.key, position, 0, start, start + storage.nbytes)
+        position = start + storage.nbytes
+    if position > length:
+        raise ValueError("it is shorter than its storages")
+    pickled = Record("pickle", outline.pickled.start, 0, outline.pickled.start, outline.pickled.stop)
+    return ArchiveRecords(pickled, None, storages)
+
+
+def records_of_archive(whole: memoryview) -> ArchiveRecords:
+    """The records of a file that is in memory. Raises: as ``find_archive``; ContentError for bytes in another
+    order than this machine's."""
+    wants = find_archive(len(whole))
+    try:
+        offset, nbytes = next(wants)
+        while True:
+            offset, nbytes = wants.send(bytes(whole[offset : offset + nbytes]))
+    except StopIteration as end:
+        records: ArchiveRecords = end.value
+    if (order := records.byteorder) is not None:
+        records.check_byteorder(bytes(whole[order.start : min(order.stop, order.start + 16)]))
+    return records

@@ -20,7 +20,7 @@ from ..catalog import archive_errors
 from ..coordination import Coordination
 from ..engine import CallOptions, DcpCalls, Directory
 from ..errors import LoadError
-from ..formats import RECORD_HEAD_BYTES, ArchiveRecords, check_archive_head, records_in
+from ..formats import records_of_archive
 from ..staging import StagingOptions
 from ..trust import Trust, load_archived
 from .call_resources import local_path
@@ -87,11 +87,7 @@ class _Mapped:
             if self._memory is None:
                 raise ValueError("it is empty")
             whole = memoryview(self._memory)
-            head = bytes(whole[:RECORD_HEAD_BYTES])
-            check_archive_head(head)
-            records = ArchiveRecords.of(records_in(whole), head)
-            if (order := records.byteorder) is not None:
-                records.check_byteorder(bytes(whole[order.start : min(order.stop, order.start + 16)]))
+            records = records_of_archive(whole)
             storages: dict[str, torch.UntypedStorage] = {}
 
             def memory(key: str, nbytes: int) -> torch.UntypedStorage:

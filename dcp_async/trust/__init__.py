@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .archived import Archived, Memory, load_archived
 from .key_hashes import MAX_ALIKE, check_hashes
-from .legacy_item import is_legacy
+from .legacy_item import COUNT_BYTES, check_count, is_legacy, legacy_outline
 from .pickle_grammar import run
 from .pickle_walk import Made, Walk, get_operands
 from .plain_data import dumps, loads
@@ -13,6 +13,7 @@ from .torch_rebuilders import UntrustedGlobal
 from .unpickler import Inert, check_globals, is_zip, load_item, load_pickle, untrusted_names
 
 __all__ = [
+    "COUNT_BYTES",
     "MAX_ALIKE",
     "Archived",
     "Inert",
@@ -21,12 +22,14 @@ __all__ = [
     "Trust",
     "UntrustedGlobal",
     "Walk",
+    "check_count",
     "check_globals",
     "check_hashes",
     "dumps",
     "get_operands",
     "is_legacy",
     "is_zip",
+    "legacy_outline",
     "load_archived",
     "load_item",
     "load_pickle",

@@ -74,9 +74,11 @@ def load_archived(pickled: bytes, trust: Trust, memory: Memory) -> Archived:
 
 def _storage_named(pid: object) -> tuple[str, torch.dtype, int]:
     """(key, dtype, number of bytes) of a storage that a pickle refers to. Raises ValueError."""
-    if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
+    if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
         raise ValueError("it refers to something that is no storage")
-    _, kind, key, _, numel = pid
+    _, kind, key, _, numel, *views = pid
+    if any(view is not None for view in views):  # only of the format before 1.6, and not for long
+        raise ValueError("it refers to a part of a storage")
     if kind is torch.UntypedStorage:
         dtype = torch.uint8
     elif isinstance(kind, torch.serialization.StorageType):

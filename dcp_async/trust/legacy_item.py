@@ -23,7 +23,7 @@ from .pickle_walk import Outline, Walk
 
 _MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)[2:]
 _HEADERS = 3
-_COUNT_BYTES = 8
+COUNT_BYTES = 8
 
 
 def is_legacy(head: bytes | bytearray) -> bool:
@@ -42,8 +42,21 @@ def outlines(raw: bytes) -> list[Outline]:
     return pickles
 
 
-def load_legacy(raw: bytes, unpickler: Callable[[Any], Any]) -> Any:
-    """The object of an item. Raises: ValueError if it is damaged; what ``unpickler`` raises."""
+@dataclass(frozen=True, slots=True)
+class LegacyOutline:
+    """Where everything lies in an item, as far as its pickles tell."""
+
+    pickled: slice
+    """The object's pickle."""
+    storages: list[StorageId]
+    """In the order in which they lie there, each behind the number of its elements in 8 bytes."""
+    data: int
+    """Where the first one's number lies."""
+
+
+def legacy_outline(raw: bytes) -> LegacyOutline:
+    """What an item's first bytes tell, which hold all of its pickles. Raises: ValueError if it is damaged, or
+    they do not."""
     if not is_legacy(raw):
         raise ValueError("it is neither a zip nor in torch's legacy format")
     *headers, outline, keys_outline = outlines(raw)
@@ -52,13 +65,20 @@ def load_legacy(raw: bytes, unpickler: Callable[[Any], Any]) -> Any:
     if _Plain(raw[headers[0].end : headers[1].end]).load() != torch.serialization.PROTOCOL_VERSION:
         raise ValueError("it is of an unknown version of torch's legacy format")
     keys = _Plain(raw[outline.end : keys_outline.end]).load()
-    pickled = raw[headers[2].end : outline.end]
+    pickled = slice(headers[2].end, outline.end)
     # a pass of its own: how long each storage is must be known before any object is made of one
-    wanted = _Storages(pickled)
-    storages = _filled(raw, keys_outline.end, keys, wanted.found)
+    wanted = _Storages(raw[pickled]).found
+    if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(wanted):
+        raise ValueError("it does not hold the storages that it refers to")
+    return LegacyOutline(pickled, [wanted[key] for key in keys], keys_outline.end)
 
-    reader = unpickler(io.BytesIO(pickled))
-    reader.persistent_load = lambda pid: storages[_StorageId.of(pid).key]
+
+def load_legacy(raw: bytes, unpickler: Callable[[Any], Any]) -> Any:
+    """The object of an item. Raises: ValueError if it is damaged; what ``unpickler`` raises."""
+    outline = legacy_outline(raw)
+    storages = _filled(raw, outline)
+    reader = unpickler(io.BytesIO(raw[outline.pickled]))
+    reader.persistent_load = lambda pid: storages[StorageId.of(pid).key]
     return reader.load()
 
 
@@ -74,23 +94,29 @@ class _Plain(pickle.Unpickler):
 
 
 @dataclass(frozen=True, slots=True)
-class _StorageId:
+class StorageId:
     """What an object's pickle says of a storage."""
 
     key: str
     dtype: torch.dtype
     numel: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
     @classmethod
-    def of(cls, pid: object) -> _StorageId:
+    def of(cls, pid: object) -> StorageId:
         if type(pid) is not tuple or len(pid) != 6 or pid[0] != "storage":
             raise ValueError("it refers to something that is no storage")
         _, kind, key, _, numel, view = pid
-        if not isinstance(kind, torch.serialization.StorageType) or type(key) is not str:
+        # of dtypes that are younger than typed storages, counted in bytes
+        is_untyped = kind is torch.UntypedStorage
+        if not (is_untyped or isinstance(kind, torch.serialization.StorageType)) or type(key) is not str:
             raise ValueError("it refers to a storage of no type")
         if type(numel) is not int or numel < 0 or view is not None:
             raise ValueError("it refers to a part of a storage")
-        return cls(key, kind.dtype, numel)
+        return cls(key, torch.uint8 if is_untyped else kind.dtype, numel)
 
 
 class _Anything:
@@ -110,15 +136,15 @@ class _Storages(pickle._Unpickler):
 
     def __init__(self, pickled: bytes) -> None:
         super().__init__(io.BytesIO(pickled), encoding="latin-1")
-        self.found: dict[str, _StorageId] = {}
+        self.found: dict[str, StorageId] = {}
         self.load()
 
     def find_class(self, module: str, name: str, /) -> Any:
         # no name is imported in this pass, whatever it is
-        return storage_type(name) or _Anything
+        return torch.UntypedStorage if name == "UntypedStorage" else storage_type(name) or _Anything
 
     def persistent_load(self, pid: Any, /) -> Any:
-        storage = _StorageId.of(pid)
+        storage = StorageId.of(pid)
         if self.found.setdefault(storage.key, storage) != storage:
             raise ValueError("it refers to one storage in two ways")
         return _Anything()
@@ -135,21 +161,25 @@ def storage_type(name: str) -> Any:
         return None
 
 
-def _filled(raw: bytes, position: int, keys: object, wanted: dict[str, _StorageId]) -> dict[str, Any]:
-    if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(wanted):
-        raise ValueError("it does not hold the storages that it refers to")
+def _filled(raw: bytes, outline: LegacyOutline) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    for key in keys:
-        facts = wanted[key]
-        numel = int.from_bytes(raw[position : position + _COUNT_BYTES], "little", signed=True)
-        position += _COUNT_BYTES
-        nbytes = numel * facts.dtype.itemsize
-        # the count is in the item twice: what the object says must be what lies here
-        if numel != facts.numel or position + nbytes > len(raw):
+    position = outline.data
+    for storage in outline.storages:
+        start = position + COUNT_BYTES
+        position = start + storage.nbytes
+        check_count(raw[start - COUNT_BYTES : start], storage)
+        if position > len(raw):
             raise ValueError("it is shorter than its storages")
-        made[key] = _typed(raw[position : position + nbytes], facts.dtype)
-        position += nbytes
+        made[storage.key] = _typed(raw[start:position], storage.dtype)
     return made
+
+
+def check_count(count: bytes, storage: StorageId) -> None:
+    """Whether what stands before a storage's bytes is what the object's pickle says of it. Raises
+    ValueError."""
+    # the count is in the item twice
+    if int.from_bytes(count, "little", signed=True) != storage.numel:
+        raise ValueError("it is shorter than its storages")
 
 
 def _typed(content: Sequence[int], dtype: torch.dtype) -> Any:

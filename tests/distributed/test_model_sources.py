@@ -1,4 +1,4 @@
-"""Ranks load their shards of a Hugging Face model together, and each reads no more than its own."""
+"""Ranks load their shards of a model in files of others together, and each reads no more than its own."""
 
 from __future__ import annotations
 
@@ -99,6 +99,12 @@ async def _run_rank(rank: int, root: str) -> dict[str, Any]:
         seen["more than needed"] = read_bytes() - before - needed
         seen["needed"] = needed == report.nbytes
         seen["shards"] = holds_its_shards(model)
+        before = read_bytes()
+        model = sharded(mesh)
+        model.to_empty(device="cpu")
+        await engine.load({"model": model}, f"{root}/model.pt", rename={"*": "model.*"})
+        seen["more than needed of a .pt file"] = read_bytes() - before - needed
+        seen["shards of a .pt file"] = holds_its_shards(model)
         async with engine.checkpoint(f"{root}/hf") as checkpoint:
             again = sharded(mesh)  # no to_empty(): its shards are made by the load
             before = read_bytes()
@@ -145,6 +151,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     root = tmp_path_factory.mktemp("models")
     write_model(root / "hf")
     write_quantised(root / "fp8")
+    torch.save(weights(), root / "model.pt")
     write_model(root / "lacking")
     (root / "lacking" / "model-00002-of-00002.safetensors").unlink()
     return run_in_processes([(run_rank, (rank, str(root))) for rank in range(SIZE)])
@@ -157,6 +164,8 @@ def test_a_model_cut_by_fsdp2_is_filled_and_each_rank_reads_its_shards_alone(
         assert one["shards"]
         assert one["needed"]
         assert 0 <= one["more than needed"] < SLACK_BYTES, one["more than needed"]
+        assert one["shards of a .pt file"]
+        assert 0 <= one["more than needed of a .pt file"] < SLACK_BYTES
         assert one["read alone"]
 
 
@@ -178,7 +187,7 @@ def test_a_quantised_model_is_made_plain_shard_by_shard(seen: list[dict[str, Any
 def test_what_fails_on_a_rank_fails_on_all_and_nothing_is_loaded(seen: list[dict[str, Any]]) -> None:
     for name, kind, words in (
         ("lacks a shard", "CorruptCheckpointError", "which is not there"),
-        ("is not there", "CheckpointNotFoundError", "there is no such directory"),
+        ("is not there", "CheckpointNotFoundError", "there is no such file or directory"),
         ("no fit", "IncompatibleStateError", "(513,)"),
     ):
         for one in seen:

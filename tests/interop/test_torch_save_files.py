@@ -164,11 +164,12 @@ async def test_paths_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
 # --- the other way round
 
 
+@pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize("budget_bytes", [1 << 20, 64 << 20])
-async def test_a_file_becomes_a_checkpoint_of_ours(tmp_path: Path, budget_bytes: int) -> None:
+async def test_a_file_becomes_a_checkpoint_of_ours(tmp_path: Path, budget_bytes: int, is_zip: bool) -> None:
     state, path = state_of_all_kinds(), tmp_path / "all.pt"
     state["large"] = torch.randn(1 << 19)
-    torch.save(state, path)
+    torch.save(state, path, _use_new_zipfile_serialization=is_zip)
     await torch_save_to_dcp(path, tmp_path / "step-7", budget_bytes=budget_bytes)
     async with open_checkpoint(tmp_path / "step-7") as checkpoint:
         loaded = await checkpoint.read()
@@ -228,9 +229,6 @@ async def test_files_that_hold_no_state_are_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(CorruptCheckpointError, match=r"no file of torch\.save's"):
             await torch_save_to_dcp(path, directory)
-    torch.save({"w": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(LoadError, match=r"before 1\.6"):
-        await torch_save_to_dcp(path, directory)
     torch.save([torch.ones(3)], path)
     with pytest.raises(LoadError, match="holds a list, not a dict"):
         await torch_save_to_dcp(path, directory)

@@ -71,9 +71,10 @@ def state_of_all_kinds() -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # as torch.load gives it
-async def test_what_was_saved_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_zip", [True, False])
+async def test_what_was_saved_is_read(tmp_path: Path, is_zip: bool) -> None:
     state, path = state_of_all_kinds(), tmp_path / "all.pt"
-    torch.save(state, path)
+    torch.save(state, path, _use_new_zipfile_serialization=is_zip)
     async with open_checkpoint(path) as checkpoint:
         loaded = await checkpoint.read()
         assert_same(loaded, state)
@@ -126,9 +127,11 @@ async def test_dcps_load_takes_a_file(tmp_path: Path) -> None:
     assert torch.equal(state["w"], torch.ones(3))
 
 
-async def test_no_more_is_read_than_was_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_zip", [True, False])
+async def test_no_more_is_read_than_was_asked_for(tmp_path: Path, is_zip: bool) -> None:
     path = tmp_path / "large.pt"
-    torch.save({str(index): torch.full((1 << 20,), index, dtype=torch.float32) for index in range(8)}, path)
+    state = {str(index): torch.full((1 << 20,), index, dtype=torch.float32) for index in range(8)}
+    torch.save(state, path, _use_new_zipfile_serialization=is_zip)
 
     def read_bytes() -> int:
         return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
@@ -157,6 +160,15 @@ async def test_verify_tells_a_flipped_bit_by_the_files_own_checksums(tmp_path: P
     report = await verify(path)
     assert report.producer == "torch.save"
     assert "does not match its CRC-32" in report.damage[0].reason
+
+
+async def test_verify_says_of_the_older_format_that_nothing_vouches_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"w": torch.zeros(100_000)}, path, _use_new_zipfile_serialization=False)
+    report = await verify(path)
+    assert report.damage == ()
+    assert report.unrecorded
+    assert report.nbytes == path.stat().st_size
 
 
 # --- what can't be read
@@ -205,6 +217,7 @@ def tensor_and(function: Callable[..., Any]) -> Any:
     return Calls(function, ran, 0o777, torch.ones(2))
 
 
+@pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize(
     "payload",
     [
@@ -218,11 +231,11 @@ def tensor_and(function: Callable[..., Any]) -> Any:
     ids=["call", "call with a tensor", "state", "eval", "getattr", "in a container"],
 )
 async def test_a_payload_is_refused_and_does_not_run(
-    tmp_path: Path, payload: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, payload: Callable[[], Any], is_zip: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"{__name__}.ran", str(tmp_path / "ran"))
     path = tmp_path / "bad.pt"
-    torch.save({"w": torch.ones(2), "payload": payload()}, path)
+    torch.save({"w": torch.ones(2), "payload": payload()}, path, _use_new_zipfile_serialization=is_zip)
     target = {"w": torch.zeros(2)}
     with pytest.raises(UntrustedCheckpointError, match="nothing of it was run"):
         await functional.load(target, checkpoint_id=path, no_dist=True)
@@ -325,8 +338,14 @@ async def test_files_of_other_formats_are_told(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "no checkpoint" in await error_of(CheckpointNotFoundError)
-    torch.save({"w": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
-    assert "before 1.6" in await error_of(LoadError)
+    old = io.BytesIO()
+    torch.save({"w": torch.ones(1000)}, old, _use_new_zipfile_serialization=False)
+    for nbytes in (3000, 40):
+        path.write_bytes(old.getvalue()[:nbytes])
+        assert "damaged" in await error_of(CorruptCheckpointError)
+    # the number of elements that stands before them
+    path.write_bytes(old.getvalue().replace((1000).to_bytes(8, "little"), (999).to_bytes(8, "little")))
+    assert "shorter than its storages" in await error_of(CorruptCheckpointError)
     for content in (b"", b"text", b"PK\3\4" + bytes(100)):
         path.write_bytes(content)
         assert "no file of torch.save's" in await error_of(CorruptCheckpointError)
