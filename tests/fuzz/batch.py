@@ -33,7 +33,7 @@ REFUSED, LOADED, ESCAPED = "refused", "loaded", "escaped"
 """By an error of the tree or of the decoder; without one; by any other. A child's death is told in words."""
 
 Case = tuple[str, Any]
-"""(verb, bytes; of a checkpoint, file name -> bytes)."""
+"""(verb, bytes; of a checkpoint or a model, file name -> bytes)."""
 
 
 def run_cases(cases: Sequence[Case], *, patience: float = 3600) -> list[str]:
@@ -127,6 +127,28 @@ def _verbs() -> dict[str, tuple[Callable[[Any], object], tuple[type[BaseExceptio
                 if errors:
                     raise errors[-1]
 
+    def model(files: dict[str, bytes]) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            place = Path(scratch, "model")
+            place.mkdir()
+            for name, content in files.items():
+                (place / name).write_bytes(content)
+            with sync.CheckpointEngine(Path(scratch, "own")) as engine:
+                errors = []
+                for verb in (
+                    lambda: use(engine.read(place)),
+                    lambda: use(engine.read(place, dequantize=torch.bfloat16)),
+                    lambda: engine.load({"w": torch.zeros(8, 8)}, place, dequantize=torch.float32),
+                    lambda: repr(engine.verify(place)),
+                ):
+                    try:
+                        verb()
+                    except CheckpointError as error:
+                        str(error).encode("utf-8", "backslashreplace")
+                        errors.append(error)
+                if errors:
+                    raise errors[-1]
+
     decoding = (UntrustedGlobal, ValueError)
     return {
         "leaf": (lambda raw: use(load_pickle(raw, trust)), decoding),
@@ -137,6 +159,7 @@ def _verbs() -> dict[str, tuple[Callable[[Any], object], tuple[type[BaseExceptio
         "manifest": (manifest, (ManifestError, *decoding)),
         "footer": (lambda raw: Footer.decode(raw, len(raw) + 4096 * 16), (FooterError,)),
         "checkpoint": (checkpoint, (CheckpointError,)),
+        "model": (model, (CheckpointError,)),
     }
 
 

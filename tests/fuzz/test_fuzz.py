@@ -15,6 +15,7 @@ import pytest
 
 from tests.fuzz.batch import LOADED, REFUSED, Case, run_cases
 from tests.fuzz.generate import generated, mutated
+from tests.fuzz.models import changed_model, honest_models
 
 SEEDS = Path(__file__).parent / "escapes.json"
 """Cases that escaped once: verb, base64 of the bytes, and what happened."""
@@ -50,7 +51,21 @@ def test_files_of_unknown_origin_are_read_or_refused(
     _check(list(make(Random(f"{make.__name__} {seed}"), count)), seed, capsys)
 
 
+@pytest.mark.timeout(3600)
+def test_safetensors_files_of_unknown_origin_are_read_or_refused(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed = request.config.getoption("--fuzz-seed", 0)
+    random = Random(f"models {seed}")
+    # every one is opened, by four verbs: half as many as of single files
+    count = request.config.getoption("--mutated", 100) // 2
+    assert set(run_cases([("model", files) for files in honest_models()])) == {LOADED}
+    _check([("model", changed_model(random)) for _ in range(count)], seed, capsys)
+
+
 def test_what_escaped_once_is_refused_now() -> None:
     found = [(entry["verb"], base64.b64decode(entry["bytes"])) for entry in json.loads(SEEDS.read_text())]
-    cases: list[Case] = [(verb, pickle.loads(raw) if verb == "checkpoint" else raw) for verb, raw in found]
+    cases: list[Case] = [
+        (verb, pickle.loads(raw) if verb in ("checkpoint", "model") else raw) for verb, raw in found
+    ]
     assert set(run_cases(cases)) <= {REFUSED, LOADED}
