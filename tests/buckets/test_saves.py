@@ -175,7 +175,7 @@ async def test_a_save_in_the_steady_state_lists_nothing(moto: Server, prefix: st
         assert [line for line in proxy.seen if "list-type=2" in line] == []
         # lease, file, manifest, .metadata; looks at the name, the file and the lease; the lease's removal
         assert len([line for line in proxy.seen if line.startswith("PUT ")]) == 4
-        assert len(proxy.seen) <= 12
+        assert len(proxy.seen) == 11
 
 
 async def test_a_rank_that_sees_no_lease_says_so(
