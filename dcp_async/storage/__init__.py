@@ -25,11 +25,12 @@ from .calls import BlockingCalls
 from .deadline import LimitedStorage
 from .local import LocalPlace, LocalReader, LocalStorage
 from .memory import MemoryStorage
-from .object_store import ObjectStorage, Retries
+from .object_store import Finding, ObjectStorage, Retries
 from .urls import root_and_name, storage_at
 
 __all__ = [
     "BlockingCalls",
+    "Finding",
     "Glimpse",
     "Glimpses",
     "InUseError",

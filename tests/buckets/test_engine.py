@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from obstore.fsspec import FsspecStore
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 import dcp_async
-from dcp_async import CheckpointEngine, CheckpointExistsError, StagingOptions
-from tests.support.buckets import BUCKET, KEYS, Server
+from dcp_async import CheckpointEngine, CheckpointExistsError, SaveCancelled, StagingOptions
+from tests.support.buckets import BUCKET, KEYS, Fault, Server, proxy_to
 
 MIB = 1 << 20
 
@@ -67,6 +68,22 @@ async def test_a_checkpoint_in_a_bucket_is_opened_by_its_url(url: str) -> None:
         await (await engine.save(state_of(3), checkpoint_id="best")).upload_completion
     async with dcp_async.open_checkpoint(f"{url}/best") as checkpoint:
         assert torch.equal(await checkpoint.tensor("model.b"), torch.arange(7) + 3)
+
+
+async def test_a_cancelled_save_leaves_nothing_in_the_bucket(moto: Server, prefix: str) -> None:
+    async with proxy_to(moto) as proxy:
+        gate = asyncio.Event()
+        proxy.fault = lambda line: Fault("hold", until=gate) if "partNumber=" in line else None
+        async with CheckpointEngine(
+            proxy.server.storage(prefix), staging=StagingOptions(part_bytes=8 * MIB)
+        ) as engine:
+            response = await engine.save(state_of(1), step=1)
+            await proxy.until("partNumber=")
+            response.cancel()
+            gate.set()
+            with pytest.raises(SaveCancelled):
+                await response.upload_completion
+    assert moto.open_uploads(prefix) == moto.keys(prefix) == []
 
 
 # -- stock

@@ -262,6 +262,47 @@ def test_options_that_make_no_storage_are_refused(make: object, error: type[Exce
         make()
 
 
+# -- what a doctor finds
+
+
+async def levels_of(storage: ObjectStorage) -> dict[str, str]:
+    return {finding.about: finding.level for finding in await storage.check()}
+
+
+async def test_a_good_bucket_lacks_a_rule_until_it_has_one(moto: Server, prefix: str) -> None:
+    good = dict.fromkeys(("list", "write", "conditions", "uploads", "read", "round trip", "remove"), "good")
+    assert await levels_of(moto.storage(prefix)) == {**good, "rule": "warning"}
+    rule = {
+        "ID": "open uploads",
+        "Status": "Enabled",
+        "Filter": {"Prefix": ""},
+        "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 3},
+    }
+    moto.client().put_bucket_lifecycle_configuration(Bucket=BUCKET, LifecycleConfiguration={"Rules": [rule]})
+    try:
+        assert await levels_of(moto.storage(prefix)) == {**good, "rule": "good"}
+    finally:
+        moto.client().delete_bucket_lifecycle(Bucket=BUCKET)
+    assert moto.keys(prefix) == []
+
+
+@pytest.mark.parametrize(("refused", "about"), [("PUT ", "write"), ("list-type", "list"), ("GET /", "read")])
+async def test_a_right_that_is_missing_is_said(moto: Server, prefix: str, refused: str, about: str) -> None:
+    async with proxy_to(moto) as proxy:
+        last_of_path = ".check-" if about == "read" else ""
+        proxy.fault = lambda line: Fault("status", 403) if refused in line and last_of_path in line else None
+        last = (await proxy.server.storage(prefix).check())[-1]
+        assert (last.about, last.level) == (about, "error")
+        assert "the rights of these credentials" in last.text
+    assert moto.keys(prefix) == []
+
+
+async def test_a_server_without_conditions_is_said(moto: Server, prefix: str) -> None:
+    async with proxy_to(moto) as proxy:
+        proxy.strip = b"if-none-match:"
+        assert (await levels_of(proxy.server.storage(prefix)))["conditions"] == "warning"
+
+
 def test_a_forked_child_gets_an_error_and_does_not_hang() -> None:
     storage = ObjectStorage(MemoryStore())
     asyncio.run(storage.connect())

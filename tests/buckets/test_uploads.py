@@ -12,7 +12,7 @@ import pytest
 
 from dcp_async._names import manifest_file
 from dcp_async.errors import StorageError
-from dcp_async.storage import Transaction
+from dcp_async.storage import Retries, Transaction
 from dcp_async.storage.object_store.upload import part_bytes_for
 from dcp_async.testing.saves import FIRST, NAME, check_whole, commit, file_of, uids_named_in
 from tests.support.buckets import BUCKET, Fault, Proxy, Server, proxy_to
@@ -188,6 +188,23 @@ async def test_a_request_that_fails_for_good_is_named_and_leaves_nothing(
             await put_and_seal(transaction)
         assert raised.value.errno == (errno.EACCES if status == 403 else errno.EIO)
         assert "uploadId" not in str(raised.value)
+        await transaction.abort()
+    assert moto.open_uploads(prefix) == moto.keys(prefix) == []
+
+
+async def test_a_server_that_does_not_answer_ends_the_save_in_time(
+    moto: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dcp_async.storage.object_store.upload._STOP_SECONDS", 0.1)
+    async with proxy_to(moto) as proxy:
+        transaction = await begin(
+            proxy.server, prefix, request_timeout=0.3, retries=Retries(attempts=1, seconds=1.0)
+        )
+        never = asyncio.Event()
+        proxy.fault = lambda line: Fault("hold", until=never) if "uploadId=" in line else None
+        with pytest.raises(StorageError, match=rf"cannot write s3://.*{FILE}"):
+            await put_and_seal(transaction)
+        proxy.fault = lambda line: None
         await transaction.abort()
     assert moto.open_uploads(prefix) == moto.keys(prefix) == []
 

@@ -24,6 +24,7 @@ import dcp_async.sync
 import dcp_async.testing
 
 STORAGE = (
+    "Finding",
     "LocalStorage",
     "MemoryStorage",
     "ObjectStorage",
@@ -53,7 +54,7 @@ PUBLIC = {
     "DistcpFormat": set(),
     "LocalStorage": OF_A_STORAGE,
     "MemoryStorage": {"clear", *OF_A_STORAGE},
-    "ObjectStorage": OF_A_STORAGE,
+    "ObjectStorage": {"check", *OF_A_STORAGE},
     "PerRank": {"key"},
     "SafetensorsFormat": set(),
     "Stager": {"close", "open", "options"},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from .check import Finding
 from .options import SCHEMES, Retries
 from .storage import ObjectStorage
 
 __all__ = [
     "SCHEMES",
+    "Finding",
     "ObjectStorage",
     "Retries",
 ]

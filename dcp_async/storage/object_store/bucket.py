@@ -20,7 +20,7 @@ import anyio
 
 from ..._concurrency import first_failure
 from ...errors import StorageError
-from .open_uploads import abort_open_uploads
+from .open_uploads import abort_open_uploads, ends_open_uploads
 from .options import Credentials, Retries
 
 if TYPE_CHECKING:
@@ -215,6 +215,12 @@ class Bucket:
     async def abort_uploads(self, name: str, uid: str) -> None:
         """End the uploads that the save ``uid`` of ``name`` left open, as far as that can be done here."""
         await abort_open_uploads(self.store, name, uid, self._credentials)
+
+    async def ends_open_uploads(self) -> bool:
+        """Whether the bucket itself ends uploads that were left open, some time later."""
+        if type(self.store).__name__ != "S3Store":
+            return True
+        return await ends_open_uploads(self.store, self._credentials)
 
     async def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; those that are gone are no failure."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from ..._concurrency import BlockingThreads, run_blocking
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _SECONDS = 120.0
 
@@ -28,12 +31,8 @@ async def abort_open_uploads(
     """End what the save ``uid`` of ``name`` left open. Failing at it loses nothing but the room it takes."""
     if type(store).__name__ != "S3Store":
         return
-    given = credentials() if credentials is not None else None
-    keys: Mapping[str, Any] = await given if inspect.isawaitable(given) else given or {}
-    # a thread for this one call, which waits for a server: only a save that died or was cut off asks for it
-    threads = BlockingThreads("dcp_async-uploads", 1)
     try:
-        count = await run_blocking(threads, _SECONDS, _abort, store, name, uid, keys)
+        count = await _ask(_abort, store, credentials, name, uid)
     except ModuleNotFoundError:
         logger.debug("botocore is not installed: uploads that %s left open are for a lifecycle rule", uid)
     except Exception as error:  # of botocore's many none is worth a save
@@ -41,19 +40,56 @@ async def abort_open_uploads(
     else:
         if count:
             logger.info("aborted %d uploads that the save %s of %s left open", count, uid, name)
+
+
+async def ends_open_uploads(store: ObjectStore, credentials: Callable[[], Any] | None) -> bool:
+    """Whether a lifecycle rule of the bucket ends uploads that were left open. Raises what botocore does, and
+    ModuleNotFoundError without it."""
+    return await _ask(_has_rule, store, credentials)
+
+
+async def _ask(
+    fn: Callable[Concatenate[Any, Mapping[str, Any], P], T],
+    store: ObjectStore,
+    credentials: Callable[[], Any] | None,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    """``fn`` of a client of botocore's and of the store's configuration, in a thread."""
+    given = credentials() if credentials is not None else None
+    keys: Mapping[str, Any] = await given if inspect.isawaitable(given) else given or {}
+    config = {**store.config, "prefix": store.prefix, **keys}  # type: ignore[union-attr]  # an S3Store has both
+
+    def ask() -> T:
+        return fn(_client(config), config, *args, **kwargs)
+
+    # a thread for this one call, which waits for a server: only a save that died or was cut off asks for it
+    threads = BlockingThreads("dcp_async-uploads", 1)
+    try:
+        return await run_blocking(threads, _SECONDS, ask)
     finally:
         threads.shutdown()
 
 
-def _abort(store: ObjectStore, name: str, uid: str, keys: Mapping[str, Any]) -> int:
-    config: Mapping[str, Any] = {**store.config, **keys}  # type: ignore[union-attr]  # an S3Store has one
-    client, bucket = _client(config), config["bucket"]
-    root = f"{store.prefix}/" if store.prefix else ""  # type: ignore[union-attr]  # and a prefix
+def _abort(client: Any, config: Mapping[str, Any], name: str, uid: str) -> int:
+    bucket, root = config["bucket"], f"{config['prefix']}/" if config["prefix"] else ""
     pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{root}{name}/")
     uploads = [upload for page in pages for upload in page.get("Uploads", []) if uid in upload["Key"]]
     for upload in uploads:
         client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
     return len(uploads)
+
+
+def _has_rule(client: Any, config: Mapping[str, Any]) -> bool:
+    import botocore.exceptions
+
+    try:
+        rules = client.get_bucket_lifecycle_configuration(Bucket=config["bucket"])["Rules"]
+    except botocore.exceptions.ClientError as error:
+        if error.response["Error"]["Code"] == "NoSuchLifecycleConfiguration":
+            return False
+        raise
+    return any(rule["Status"] == "Enabled" and "AbortIncompleteMultipartUpload" in rule for rule in rules)
 
 
 def _client(config: Mapping[str, Any]) -> Any:

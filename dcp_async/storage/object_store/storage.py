@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from ..._names import FIRST_RANK_METADATA, METADATA, owned_file, rank_of_metadat
 from ...errors import StorageError
 from ..base import InUseError, NamesUids, StoredCheckpoint
 from .bucket import Bucket, all_of
+from .check import Finding, check_bucket
 from .lease import Lease, dead_uids, is_committed, sweep_name, wait_for_lease
 from .options import Credentials, Retries, resolve
 from .reader import ObjectReader
@@ -191,10 +193,11 @@ class ObjectStorage:
         await bucket.delete(entry.key for entry in entries if uids.get(entry.key, "") in {"", *dead})
 
     async def sweep(self, *, named: NamesUids) -> None:
-        now = anyio.current_time()
-        if self._swept is None or now - self._swept > _SWEEP_SECONDS:
+        # of this process, not of a loop: engines on several may share the storage
+        now = time.monotonic()
+        is_whole = self._swept is None or now - self._swept > _SWEEP_SECONDS
+        if is_whole:
             names = await self._bucket.names()
-            self._swept = now
         else:
             # nobody but a save that lived then can have left something since, but for other engines
             names = sorted(self._unsettled)
@@ -208,6 +211,13 @@ class ObjectStorage:
                 self._unsettled.discard(name)
 
         await all_of(sweep, names, at_once=_SWEPT_AT_ONCE)
+        if is_whole:
+            self._swept = now
+
+    async def check(self) -> Sequence[Finding]:
+        """Whether the bucket is fit for checkpoints: what it does and lacks, found by trying. Raises nothing
+        that a server may answer."""
+        return await check_bucket(self._bucket)
 
     async def open(self, name: str) -> ObjectReader:
         key = f"{name}/{METADATA}"
