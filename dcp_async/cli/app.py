@@ -24,6 +24,7 @@ from ..errors import (
 )
 from ..storage import InUseError
 from .completion import completion
+from .convert import convert
 from .cp import cp
 from .diff import diff
 from .ls import ls
@@ -48,14 +49,14 @@ Exit status: 0 as wished; 1 damage or a difference was found; 2 wrong usage;
 )
 @click.version_option(dcp_async.__version__, prog_name=NAME, message="%(prog)s %(version)s")
 def command() -> None:
-    """Look at checkpoints, check, compare, copy and remove them: those of dcp_async, those that stock
-    torch.distributed.checkpoint wrote, and safetensors files.
+    """Look at checkpoints, check, compare, copy, convert and remove them: those of dcp_async, those that
+    stock torch.distributed.checkpoint wrote, and safetensors files.
 
     A checkpoint is named by its own directory, or by its URL.
     """
 
 
-for _each_command in (ls, show, verify, diff, cp, rm, prune, completion):
+for _each_command in (ls, show, verify, diff, cp, convert, rm, prune, completion):
     command.add_command(_each_command)
 
 

@@ -16,6 +16,7 @@ from .arguments import (
 )
 from .from_torch_save import torch_save_to_dcp
 from .reader import FileSystemReader
+from .rewriting import rewrite, write_torch_save
 from .stagers import plain, stage, unstaged
 from .stock_load import load_through
 from .stock_save import save_through
@@ -35,6 +36,7 @@ __all__ = [
     "load_through",
     "plain",
     "ranks",
+    "rewrite",
     "save_calls",
     "save_target",
     "save_through",
@@ -42,4 +44,5 @@ __all__ = [
     "torch_save_to_dcp",
     "trust_of",
     "unstaged",
+    "write_torch_save",
 ]

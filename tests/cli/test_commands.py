@@ -78,6 +78,8 @@ def test_attached_files_are_shown_copied_and_removed(run: Run, tmp_path: Path) -
     (path / "somebodys.txt").unlink()
     assert run("cp", path, tmp_path / "copy").status == 0
     assert (tmp_path / "copy" / "config.json").read_bytes() == b"{}"
+    assert run("convert", path, tmp_path / "anew", "--to", "dcp").status == 0
+    assert (tmp_path / "anew" / "config.json").read_bytes() == b"{}"
     assert run("rm", "--yes", path).status == 0
     assert not path.exists()
 
@@ -332,3 +334,71 @@ def test_prune_that_is_told_nothing_sensible_removes_nothing(
 ) -> None:
     assert run("prune", runs, "--yes", *arguments).status == 2
     assert len(run("ls", runs, "--json").document["checkpoints"]) == 4
+
+
+@pytest.mark.parametrize("name", [step(3), "stock-7"])
+def test_convert_to_dcp_keeps_all_that_was_saved(run: Run, runs: Path, tmp_path: Path, name: str) -> None:
+    target = tmp_path / "converted" / "one"
+    target.parent.mkdir()
+    ran = run("convert", runs / name, target, "--to", "dcp")
+    assert (ran.status, ran.err) == (0, "")
+    assert run("diff", runs / name, target).out == "8 tensors equal\n"
+    shown = [run("show", path, "--json").document["checkpoint"] for path in (runs / name, target)]
+    assert shown[0]["step"] == shown[1]["step"]
+    assert shown[0]["notes"] == shown[1]["notes"]
+    assert shown[1]["producer"] == "dcp_async"
+    assert [path.name for path in target.parent.iterdir()] == ["one"]
+
+
+def test_convert_of_a_model_to_dcp(run: Run, tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    save_file({"a.weight": torch.randn(2, 3), "b": torch.arange(4), "none": torch.empty(0)}, model)
+    assert run("convert", model, tmp_path / "dcp", "--to", "dcp").status == 0
+    assert run("diff", model, tmp_path / "dcp").out == "3 tensors equal\n"
+    loaded = {"a.weight": torch.empty(2, 3), "b": torch.empty(4, dtype=torch.int64)}
+    dcp.load(loaded, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert torch.equal(loaded["b"], torch.arange(4))
+
+
+@pytest.mark.parametrize("name", [step(3), "stock-7"])
+def test_convert_to_torch_gives_what_torch_loads(run: Run, runs: Path, tmp_path: Path, name: str) -> None:
+    assert run("convert", runs / name, tmp_path / "one.pt", "--to", "torch").status == 0
+    loaded = torch.load(tmp_path / "one.pt", weights_only=True)
+    expected = make_state(0.5 if name == step(3) else 0.0)
+    assert torch.equal(loaded["model"]["w"], expected["model"]["w"])
+    assert torch.equal(loaded["many"][4], expected["many"][4])
+    assert loaded["half"].dtype == torch.bfloat16
+    assert loaded["epoch"] == 3
+
+
+def test_convert_keeps_ties_strides_and_other_layouts(run: Run, tmp_path: Path) -> None:
+    shared = torch.randn(4, 5)
+    state = {
+        "a": shared,
+        "b": shared,
+        "t": torch.randn(6, 7).t(),
+        "s": torch.eye(3).to_sparse(),
+        "i": {2: []},
+    }
+    with CheckpointEngine(tmp_path) as engine:
+        engine.save(state, step=1).upload_completion.result()
+    assert run("convert", tmp_path / step(1), tmp_path / "two", "--to", "dcp").status == 0
+    with open_checkpoint(tmp_path / "two") as checkpoint:
+        read = checkpoint.read()
+    assert read["a"].data_ptr() == read["b"].data_ptr()
+    assert read["t"].stride() == state["t"].stride()  # type: ignore[attr-defined]
+    assert torch.equal(read["s"].to_dense(), torch.eye(3))
+    assert read["i"] == {2: []}
+
+
+def test_convert_of_a_damaged_one_leaves_nothing(run: Run, runs: Path, tmp_path: Path) -> None:
+    (file,) = data_files(runs / step(1))
+    flip(file, 70000)
+    (tmp_path / "out").mkdir()
+    assert run("convert", runs / step(1), tmp_path / "out" / "one", "--to", "dcp").status == 1
+    assert run("convert", runs / step(1), tmp_path / "out" / "one.pt", "--to", "torch").status == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_convert_over_something_is_refused(run: Run, runs: Path) -> None:
+    assert run("convert", runs / step(1), runs / step(2), "--to", "dcp").status == 4
