@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .distcp import (
         BLOCK_BYTES,
         DISTCP,
+    from .archive_records import ArchiveRecords, ContentError, check_archive_head
+    from .base import LOOSE, FileLayout, Format, PublicFiles, PublicTensor, Runs
+        SECTOR_BYTES,
         DistcpFormat,
         Footer,
         FooterError,
@@ -95,12 +98,13 @@ if TYPE_CHECKING:
     )
     from .tree_json import dcp_paths, merged_trees, tree_from_json, tree_to_json
     from .zip_item import PLAIN_DTYPES, object_item, tensor_frame
-    from .zip_records import Record, find_records
+    from .zip_records import Record, find_records, records_in
 else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
             "archive_records": "ArchiveRecords ContentError find_archive records_of_archive",
+            "archive_records": "ArchiveRecords ContentError check_archive_head",
             "archived_items": "ArchivedItems MadeFile",
             "base": "LOOSE FileLayout Format PublicFiles PublicTensor Runs",
             "distcp": (
@@ -134,7 +138,7 @@ else:
             ),
             "tree_json": "dcp_paths merged_trees tree_from_json tree_to_json",
             "zip_item": "PLAIN_DTYPES object_item tensor_frame",
-            "zip_records": "Record find_records",
+            "zip_records": "Record find_records records_in",
         },
     )
 

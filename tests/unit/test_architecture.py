@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import dcp_async
+from tests.support import lazy_faces
 
 PACKAGE = Path(dcp_async.__file__).parent
 
@@ -215,28 +216,11 @@ def test_environment_variables_are_no_api(path: Path) -> None:
     assert not reads or _name(path) in readers
 
 
-def _imported_for_types(face: Path) -> dict[str, set[str]]:
-    """Module -> names, of the relative imports under ``TYPE_CHECKING``."""
-    blocks = [node for node in ast.parse(face.read_text()).body if isinstance(node, ast.If)]
-    return {
-        node.module or "": {alias.name for alias in node.names}
-        for block in blocks
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-    }
-
-
-LAZY = {path: _imported_for_types(path) for path in MODULES if path.name == "__init__.py"}
-
-
-@pytest.mark.parametrize("path", [path for path, names in LAZY.items() if names], ids=_name)
-def test_a_lazy_face_gives_what_its_imports_say(path: Path) -> None:
-    (listed,) = (
-        ast.literal_eval(node.args[1])
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "lazily"
-    )
-    names = {module: set(text.split()) for module, text in listed.items() if text}
-    assert names == LAZY[path]
-    # imported, such a module would take the place of the name
-    assert not {module.stem for module in path.parent.glob("*.py")} & set().union(*names.values())
+@pytest.mark.parametrize("face", lazy_faces.faces(), ids=_name)
+def test_a_lazy_face_gives_what_its_imports_say(face: Path) -> None:
+    """Again: python -m tests.support.lazy_faces."""
+    given = {module: set(names.split()) for module, names in lazy_faces.mapping_of(face).items() if names}
+    at_once = lazy_faces.at_once(face)
+    assert given | at_once == lazy_faces.imports_of(face)
+    now = [node for node in ast.parse(face.read_text()).body if isinstance(node, ast.ImportFrom)]
+    assert {node.module for node in now if node.level} == {"_lazy", *at_once}
