@@ -10,17 +10,14 @@ from .renamed_tree import renamed_paths, renamed_tree
 if TYPE_CHECKING:
     from .archive_records import ArchiveRecords, ContentError, find_archive, records_of_archive
     from .archived_items import ArchivedItems, MadeFile
-    from .base import FileLayout, Format, LOOSE, PublicFiles, PublicTensor, Runs
+    from .base import LOOSE, FileLayout, Format, PublicFiles, PublicTensor, Runs
     from .distcp import (
         BLOCK_BYTES,
         DISTCP,
-    from .archive_records import ArchiveRecords, ContentError, check_archive_head
-    from .base import LOOSE, FileLayout, Format, PublicFiles, PublicTensor, Runs
         SECTOR_BYTES,
         DistcpFormat,
         Footer,
         FooterError,
-        SECTOR_BYTES,
         block_digests,
         footer_bytes,
         footer_span,
@@ -47,9 +44,9 @@ if TYPE_CHECKING:
     from .quantised import Quantised, may_be_quantised, plain_dtype, quantised_among, stored_chunks
     from .safetensors import SafetensorsFormat
     from .safetensors_header import (
+        LENGTH_BYTES,
         AmbiguousNameError,
         HeaderError,
-        LENGTH_BYTES,
         StoredTensor,
         decode_header,
         files_of_index,
@@ -98,13 +95,12 @@ if TYPE_CHECKING:
     )
     from .tree_json import dcp_paths, merged_trees, tree_from_json, tree_to_json
     from .zip_item import PLAIN_DTYPES, object_item, tensor_frame
-    from .zip_records import Record, find_records, records_in
+    from .zip_records import Record, find_records
 else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
             "archive_records": "ArchiveRecords ContentError find_archive records_of_archive",
-            "archive_records": "ArchiveRecords ContentError check_archive_head",
             "archived_items": "ArchivedItems MadeFile",
             "base": "LOOSE FileLayout Format PublicFiles PublicTensor Runs",
             "distcp": (
@@ -138,7 +134,7 @@ else:
             ),
             "tree_json": "dcp_paths merged_trees tree_from_json tree_to_json",
             "zip_item": "PLAIN_DTYPES object_item tensor_frame",
-            "zip_records": "Record find_records records_in",
+            "zip_records": "Record find_records",
         },
     )
 
