@@ -224,7 +224,7 @@ def memory_for(contents: Contents, name: str) -> int:
     files = {contents.locations.get((name, chunk.offsets), ("",))[0] for chunk in meta.chunks}
     # only of our files, which have checksums, and of bare ones are payloads at known places
     is_direct = (
-        files <= {*contents.digests, *contents.bare}
+        all(file in contents.digests or file in contents.bare for file in files)
         and name not in contents.quantised
         and is_raw(meta, name, contents)
         and nbytes >= _DIRECT_BYTES * len(meta.chunks)

@@ -20,6 +20,7 @@ import torch
 
 from .legacy_item import storage_type
 from .policy import Rules, Trust
+from .torch_rebuilders import UntrustedGlobal
 from .unpickler import Inert, LeafUnpickler, rules_of
 
 _PLAIN_NAMES = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")
@@ -65,7 +66,7 @@ def load_archived(pickled: bytes, trust: Trust, memory: Memory) -> Archived:
         reader = _deferring(base, absent, plain)(io.BytesIO(pickled), encoding="utf-8")
         reader.persistent_load = persistent_load
         value = reader.load()
-    except (pickle.UnpicklingError, MemoryError, NameError, ValueError):
+    except (UntrustedGlobal, MemoryError, NameError, ValueError):
         raise
     except Exception as error:  # torch and pickle raise nearly anything on damaged input
         raise ValueError(f"not a readable pickle: {error}") from error

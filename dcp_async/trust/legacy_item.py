@@ -57,6 +57,15 @@ class LegacyOutline:
 def legacy_outline(raw: bytes) -> LegacyOutline:
     """What an item's first bytes tell, which hold all of its pickles. Raises: ValueError if it is damaged, or
     they do not."""
+    try:
+        return _outline(raw)
+    except (ValueError, MemoryError, NameError):
+        raise
+    except Exception as error:  # pickle raises nearly anything on damaged input
+        raise ValueError(f"not a readable pickle: {error}") from error
+
+
+def _outline(raw: bytes) -> LegacyOutline:
     if not is_legacy(raw):
         raise ValueError("it is neither a zip nor in torch's legacy format")
     *headers, outline, keys_outline = outlines(raw)

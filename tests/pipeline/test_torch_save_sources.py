@@ -343,6 +343,12 @@ async def test_files_of_other_formats_are_told(tmp_path: Path) -> None:
     for nbytes in (3000, 40):
         path.write_bytes(old.getvalue()[:nbytes])
         assert "damaged" in await error_of(CorruptCheckpointError)
+    one = io.BytesIO()
+    torch.save(1, one, _use_new_zipfile_serialization=False)
+    head = one.getvalue().removesuffix(pickle.dumps([], 2)).removesuffix(pickle.dumps(1, 2))
+    for pickled in (b"\x80\2ctorch\nSize\nNR.", b"\x80\2(.", b"\x80\2h\7."):
+        path.write_bytes(head + pickled + pickle.dumps([], 2))
+        assert "damaged" in await error_of(CorruptCheckpointError)
     # the number of elements that stands before them
     path.write_bytes(old.getvalue().replace((1000).to_bytes(8, "little"), (999).to_bytes(8, "little")))
     assert "shorter than its storages" in await error_of(CorruptCheckpointError)
