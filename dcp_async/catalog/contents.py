@@ -40,6 +40,9 @@ from ..formats import (
 from ..info import CheckpointInfo
 from ..storage import Reader
 
+_MAX_ATTACHED_BYTES = 1 << 30
+"""More than any release attaches."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Contents:
@@ -226,23 +229,24 @@ class Contents:
         CorruptCheckpointError; StorageError."""
         checkpoint_id = self.info.checkpoint_id
         files = self.manifest.attached_files if self.manifest is not None else {}
-        for file, entry in files.items():
-            if entry.name == name:
-                # as long as the file was found to be when it was opened
-                content = bytearray(entry.nbytes)
-                await self.reader.read_into(file, [(0, memoryview(content))])
-                if attached_digest(content) != entry.digest:
-                    raise CorruptCheckpointError(
-                        f"checkpoint {checkpoint_id!r}: {file}, which holds {name!r}, does not match its "
-                        "checksum; load an older checkpoint",
-                        checkpoint_id=checkpoint_id,
-                    )
-                return bytes(content)
-        raise LoadError(
-            f"checkpoint {checkpoint_id!r} has no file {name!r}; attached to it: "
-            f"{', '.join(map(repr, self.info.files)) or 'none'}",
-            checkpoint_id=checkpoint_id,
-        )
+        file = next((file for file, entry in files.items() if entry.name == name), None)
+        if file is None:
+            raise LoadError(
+                f"checkpoint {checkpoint_id!r} has no file {name!r}; attached to it: "
+                f"{', '.join(map(repr, self.info.files)) or 'none'}",
+                checkpoint_id=checkpoint_id,
+            )
+        entry = files[file]
+        # it was found to be so long when it was opened, but one of holes is as long as anybody likes
+        content = bytearray(entry.nbytes if entry.nbytes <= _MAX_ATTACHED_BYTES else 0)
+        await self.reader.read_into(file, [(0, memoryview(content))])
+        if attached_digest(content) != entry.digest:
+            raise CorruptCheckpointError(
+                f"checkpoint {checkpoint_id!r}: {file}, which holds {name!r}, does not match its checksum; "
+                "load an older checkpoint",
+                checkpoint_id=checkpoint_id,
+            )
+        return bytes(content)
 
     @property
     def is_merged(self) -> bool:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import xxhash
 
 import dcp_async
 import dcp_async.sync
 from dcp_async import CheckpointEngine, CorruptCheckpointError, LoadError, SaveError
 from dcp_async.formats import SafetensorsFormat
-from tests.support.doubles import assert_holds_only, faulty_storage, flip, manifest_of
+from tests.support.doubles import assert_holds_only, faulty_storage, flip, manifest_file, manifest_of
 
 STATE = {"w": torch.arange(6.0), "epoch": 3}
 FILES = {"config.json": b'{"layers": 2}', "tokenizer.model": bytes(range(256)) * 20, "empty": b""}
@@ -314,3 +315,18 @@ async def test_files_are_read_beside_the_loop(
         assert not saving.done()  # and this loop goes on
         go_on.set()
         await (await saving).upload_completion
+
+
+async def test_a_file_of_holes_takes_no_memory(root: Path) -> None:
+    """A manifest may promise any length, and a file have it without a byte."""
+    async with CheckpointEngine(root) as engine:
+        path = await saved(engine, {"config.json": b"{}"})
+        nbytes = 1 << 42
+        os.truncate(hidden(path, "config.json"), nbytes)
+        manifest = manifest_file(path)
+        body = manifest.read_bytes()[:-29].replace(b'"nbytes":2,', b'"nbytes":%d,' % nbytes)
+        manifest.write_bytes(body + b',"digest":"' + xxhash.xxh3_64_hexdigest(body).encode() + b'"}')
+        async with engine.checkpoint() as checkpoint:
+            assert checkpoint.files == {"config.json": nbytes}
+            with pytest.raises(CorruptCheckpointError, match="does not match its checksum"):
+                await checkpoint.file("config.json")
