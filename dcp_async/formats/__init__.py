@@ -29,7 +29,6 @@ if TYPE_CHECKING:
         AttachedEntry,
         FileEntry,
         Manifest,
-        ManifestError,
         ManifestHead,
         NewerVersionError,
         attached_digest,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
         encode_manifest,
         structure_json,
     )
+    from .manifest_fields import ManifestError
     from .metadata_reader import decode_metadata, uids_named_in
     from .metadata_writer import Group, MetadataTemplate, Place
     from .quantised import Quantised, may_be_quantised, plain_dtype, quantised_among, stored_chunks
@@ -109,9 +109,10 @@ else:
             ),
             "keys": "PickledKey pickled_key plain_key text_of",
             "manifest": (
-                "AttachedEntry FileEntry Manifest ManifestError ManifestHead NewerVersionError "
-                "attached_digest decode_head decode_manifest decode_step encode_manifest structure_json"
+                "AttachedEntry FileEntry Manifest ManifestHead NewerVersionError attached_digest "
+                "decode_head decode_manifest decode_step encode_manifest structure_json"
             ),
+            "manifest_fields": "ManifestError",
             "metadata_reader": "decode_metadata uids_named_in",
             "metadata_writer": "Group MetadataTemplate Place",
             "quantised": "Quantised may_be_quantised plain_dtype quantised_among stored_chunks",

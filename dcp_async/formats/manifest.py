@@ -7,10 +7,8 @@ checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict, Unpack
 
@@ -18,13 +16,20 @@ import xxhash
 
 from .._names import attached_file, why_not_attachable
 from ..info import JSON
+from .manifest_fields import (
+    DECODER,
+    HEX,
+    MAX_INT,
+    Fields,
+    ManifestError,
+    leading_fields,
+    manifest_errors,
+    parsed,
+    shown,
+)
 
 MANIFEST_VERSION = 2
 """What this release reads up to. It writes 1 unless there are public names, as releases before did."""
-
-
-class ManifestError(ValueError):
-    """A manifest that is damaged or was written by a newer release."""
 
 
 class NewerVersionError(ManifestError):
@@ -156,8 +161,8 @@ def decode_manifest(raw: bytes) -> Manifest:
     """Raises: ManifestError, NewerVersionError."""
     # first: only of a whole one may be said that a newer release wrote it
     _check_digest(raw)
-    with _manifest_errors():
-        fields = _Fields(_parsed(raw))
+    with manifest_errors():
+        fields = Fields(parsed(raw))
         # before the other fields, which a newer version may lack or name otherwise
         _check_version(fields)
         return _manifest(
@@ -169,21 +174,21 @@ def decode_manifest(raw: bytes) -> Manifest:
 
 
 def _manifest(
-    fields: _Fields, *, structure: JSON, strides: Mapping[str, tuple[int, ...]], exotic: tuple[str, ...]
+    fields: Fields, *, structure: JSON, strides: Mapping[str, tuple[int, ...]], exotic: tuple[str, ...]
 ) -> Manifest:
     return Manifest(
         checkpoint_id=fields.text("checkpoint_id"),
-        uid=fields.text("uid", _HEX),
+        uid=fields.text("uid", HEX),
         step=fields.step(),
         time=fields.seconds("time"),
         world_size=fields.integer("world_size", 1),
         torch_version=fields.text("torch_version"),
-        metadata_digest=fields.text("metadata_digest", _HEX),
+        metadata_digest=fields.text("metadata_digest", HEX),
         files=_files(fields.found["files"]),
         structure=structure,
         strides=strides,
         exotic=exotic,
-        notes=_Fields(fields.found["notes"]).found,
+        notes=Fields(fields.found["notes"]).found,
         attached=_attached(fields.found.get("attached", [])),
     )
 
@@ -195,8 +200,8 @@ def decode_step(raw: bytes) -> int | None:
     Raises: ManifestError, NewerVersionError.
     """
     _check_digest(raw)
-    with _manifest_errors():
-        fields = _Fields(_leading_fields(raw.decode(), frozenset({"format", "version", "step"})))
+    with manifest_errors():
+        fields = Fields(leading_fields(raw.decode(), frozenset({"format", "version", "step"})))
         _check_version(fields)
         return fields.step()
 
@@ -210,8 +215,8 @@ def decode_head(raw: bytes) -> Manifest:
 
     Raises: ManifestError, NewerVersionError.
     """
-    with _manifest_errors():
-        fields = _Fields(_head(raw))
+    with manifest_errors():
+        fields = Fields(_head(raw))
         _check_version(fields)
         return _manifest(fields, structure=None, strides={}, exotic=())
 
@@ -221,7 +226,7 @@ def _head(raw: bytes) -> Any:
     end = raw.index(_TREE)
     while True:
         try:
-            return _DECODER.decode(raw[:end].decode() + "}")
+            return DECODER.decode(raw[:end].decode() + "}")
         except ManifestError:
             raise
         except ValueError:  # notes may have a field of this name: cut there, it is no JSON
@@ -234,7 +239,7 @@ def _check_digest(raw: bytes) -> None:
         raise ManifestError("it does not match its own checksum")
 
 
-def _check_version(fields: _Fields) -> None:
+def _check_version(fields: Fields) -> None:
     if (kind := fields.text("format")) != "dcp_async":
         raise ManifestError(f"its format is {kind[:40]!r}, not 'dcp_async'")
     version = fields.integer("version", 1)
@@ -244,136 +249,16 @@ def _check_version(fields: _Fields) -> None:
         )
 
 
-@contextlib.contextmanager
-def _manifest_errors() -> Iterator[None]:
-    try:
-        yield
-    except ManifestError:  # a ValueError too, and it says already what is wrong
-        raise
-    except KeyError as error:
-        raise ManifestError(f"it lacks {error}") from error
-    except (ValueError, RecursionError) as error:  # no JSON, or JSON without end
-        raise ManifestError(f"it is no JSON: {error}") from error
-
-
-_HEX = re.compile("[0-9a-f]{16}")
-_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-"""What no file name and no text file may hold."""
-_BLANKS = (" ", "\t", "\n", "\r")
-_MAX_INT = (1 << 63) - 1
 _MAX_DIMS = 64
-
-
-def _unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
-    fields = dict(pairs)
-    # of two values json keeps the last, and another reader may keep the first
-    if len(fields) != len(pairs):
-        raise ManifestError("it says something twice")
-    return fields
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
-
-
-def _leading_fields(text: str, wanted: Set[str]) -> dict[str, JSON]:
-    """The fields of an object, up to the last of those that are wanted. Raises ValueError."""
-    # one value at a time: json.loads() would decode the tree as well
-    scan = _DECODER.raw_decode
-    fields: list[tuple[str, JSON]] = []
-    position = _behind(("{",), text, 0)
-    missing = set(wanted)
-    while missing:
-        name, position = scan(text, position)
-        if type(name) is not str:
-            raise ValueError("a field of it has no name")
-        value, position = scan(text, _behind((":",), text, position))
-        fields.append((name, value))
-        missing.discard(name)
-        # behind the object's end nothing is a field of it, whatever it looks like
-        position = _behind((",",) if missing else (",", "}"), text, position)
-    return _unique(fields)
-
-
-def _behind(marks: tuple[str, ...], text: str, position: int) -> int:
-    """Where the next token begins, after one of ``marks``; blanks around it are skipped."""
-    while text[position : position + 1] in _BLANKS:
-        position += 1
-    if not text.startswith(marks, position):
-        raise ValueError(f"it has no {' or '.join(marks)} at character {position}")
-    position += 1
-    while text[position : position + 1] in _BLANKS:
-        position += 1
-    return position
-
-
-def _parsed(raw: bytes) -> object:
-    """The JSON in ``raw``. Infinity and NaN are no JSON, but earlier releases wrote them for keys of the
-    tree: there they are read, elsewhere they raise ValueError."""
-    constants: list[str] = []
-
-    def constant(name: str) -> float:
-        constants.append(name)
-        return float(name)
-
-    document = json.loads(raw, object_pairs_hook=_unique, parse_constant=constant)
-    if constants and isinstance(document, dict):
-        json.dumps({name: value for name, value in document.items() if name != "structure"}, allow_nan=False)
-    return document
-
-
-class _Fields:
-    """An object of JSON, whose fields have the types that they are asked for as. Raises ManifestError."""
-
-    def __init__(self, value: object) -> None:
-        if type(value) is not dict:
-            raise ManifestError(f"a {type(value).__name__} stands for an object")
-        self.found: dict[str, Any] = value
-
-    def _wrong(self, name: str) -> ManifestError:
-        return ManifestError(f"its {name} is {_shown(self.found[name])}")
-
-    def text(self, name: str, form: re.Pattern[str] | None = None) -> str:
-        value = self.found[name]
-        if type(value) is not str or _UNWRITABLE.search(value) or (form and not form.fullmatch(value)):
-            raise self._wrong(name)
-        return value
-
-    def integer(self, name: str, least: int | None = None) -> int:
-        """Any at all without a ``least``: earlier releases saved steps that this one refuses."""
-        value = self.found[name]
-        # by exact type: to Python true is a number
-        if type(value) is not int or (least is not None and not least <= value <= _MAX_INT):
-            raise self._wrong(name)
-        return value
-
-    def step(self) -> int | None:
-        return None if self.found["step"] is None else self.integer("step")
-
-    def seconds(self, name: str) -> float:
-        value = self.found[name]
-        # no comparison with NaN holds, so it is refused as well
-        if type(value) not in (int, float) or not -_MAX_INT <= value <= _MAX_INT:
-            raise self._wrong(name)
-        return float(value)
-
-
-def _shown(value: object) -> str:
-    """What may stand in a message: of any length and depth, it is cut."""
-    if isinstance(value, (bool, float)) or value is None:
-        return repr(value)
-    if isinstance(value, int):
-        # CPython refuses to write a number of thousands of digits
-        return repr(value) if value.bit_length() < 64 else "a number too large"
-    return ascii(value[:40]) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _files(value: object) -> tuple[FileEntry, ...]:
     if type(value) is not list:
-        raise ManifestError(f"its files are {_shown(value)}")
+        raise ManifestError(f"its files are {shown(value)}")
     files = []
     for raw in value:
-        entry = _Fields(raw)
-        nbytes, digest = entry.integer("nbytes", 0), entry.text("digest", _HEX)
+        entry = Fields(raw)
+        nbytes, digest = entry.integer("nbytes", 0), entry.text("digest", HEX)
         if "public_name" not in entry.found:
             files.append(FileEntry(name=_file_name(entry, "name"), nbytes=nbytes, digest=digest))
             continue
@@ -395,42 +280,42 @@ def _files(value: object) -> tuple[FileEntry, ...]:
 
 def _attached(value: object) -> tuple[AttachedEntry, ...]:
     if type(value) is not list:
-        raise ManifestError(f"what is attached is {_shown(value)}")
+        raise ManifestError(f"what is attached is {shown(value)}")
     entries = []
     for raw in value:
-        entry = _Fields(raw)
+        entry = Fields(raw)
         name = entry.text("name")
         if why_not_attachable(name):  # it is put behind a prefix, and must not lead out of the directory
-            raise ManifestError(f"a file attached to it is called {_shown(name)}")
-        nbytes, digest = entry.integer("nbytes", 0), entry.text("digest", _HEX)
+            raise ManifestError(f"a file attached to it is called {shown(name)}")
+        nbytes, digest = entry.integer("nbytes", 0), entry.text("digest", HEX)
         entries.append(AttachedEntry(name=name, nbytes=nbytes, digest=digest))
     if len({entry.name for entry in entries}) < len(entries):
         raise ManifestError("it lists an attached file twice")
     return tuple(entries)
 
 
-def _file_name(entry: _Fields, field: str) -> str:
+def _file_name(entry: Fields, field: str) -> str:
     name = entry.text(field)
     # it is joined to the checkpoint's directory, and must not lead out of it
     if not name or "/" in name or name in (".", ".."):
-        raise ManifestError(f"a file of it is called {_shown(name)}")
+        raise ManifestError(f"a file of it is called {shown(name)}")
     return name
 
 
 def _strides(value: object) -> dict[str, tuple[int, ...]]:
     strides: dict[str, tuple[int, ...]] = {}
-    for name, steps in _Fields(value).found.items():
+    for name, steps in Fields(value).found.items():
         if (
             type(steps) is not list
             or len(steps) > _MAX_DIMS
-            or not all(type(step) is int and 0 <= step <= _MAX_INT for step in steps)
+            or not all(type(step) is int and 0 <= step <= MAX_INT for step in steps)
         ):
-            raise ManifestError(f"the strides of {_shown(name)} are {_shown(steps)} of no integers")
+            raise ManifestError(f"the strides of {shown(name)} are {shown(steps)} of no integers")
         strides[name] = tuple(steps)
     return strides
 
 
 def _texts(value: object, what: str) -> tuple[str, ...]:
     if type(value) is not list or not all(type(text) is str for text in value):
-        raise ManifestError(f"its {what} is {_shown(value)}")
+        raise ManifestError(f"its {what} is {shown(value)}")
     return tuple(value)

@@ -53,7 +53,8 @@ def _verbs() -> dict[str, tuple[Callable[[Any], object], tuple[type[BaseExceptio
 
     from dcp_async import CheckpointError, sync
     from dcp_async.formats.distcp import Footer, FooterError
-    from dcp_async.formats.manifest import ManifestError, decode_manifest
+    from dcp_async.formats.manifest import decode_manifest
+    from dcp_async.formats.manifest_fields import ManifestError
     from dcp_async.formats.metadata_reader import decode_metadata
     from dcp_async.formats.stored_item import StoredItem, check_records, pickle_start
     from dcp_async.formats.tree import build, leaf_names, pickled_keys

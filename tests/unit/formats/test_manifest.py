@@ -12,12 +12,12 @@ import xxhash
 from dcp_async.formats.manifest import (
     AttachedEntry,
     FileEntry,
-    ManifestError,
     decode_manifest,
     decode_step,
     encode_manifest,
     structure_json,
 )
+from dcp_async.formats.manifest_fields import ManifestError
 from dcp_async.formats.tree import children_of, leaf_names
 from dcp_async.formats.tree_json import MAX_TREE_DEPTH, tree_from_json, tree_to_json
 
