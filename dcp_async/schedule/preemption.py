@@ -49,6 +49,7 @@ class Preemption:
             raise EngineStateError("a preemption() is entered once; call it anew")
         self._watch.install()
         self._is_entered = True
+        self._schedule.is_block_left = False
         return self
 
     def __exit__(
@@ -80,6 +81,7 @@ class Preemption:
                 # no error: it would keep the trainer from the save that it makes behind its loop
                 logger.warning("asked to stop, and the loop ended before a step could be saved for that")
         finally:
+            schedule.is_block_left = True
             if is_quiet and schedule.stopping_since is None:
                 self._watch.restore()
             else:

@@ -61,6 +61,8 @@ class SaveSchedule:
         """The step at which all ranks were told to save and stop; None before that."""
         self.last_save: AsyncSaveResponse | None = None
         """The save that was made when the ranks were told to stop."""
+        self.is_block_left = False
+        """Nobody waits for the last checkpoint any more."""
         self._policy = policy if policy is not None else SavePolicy()  # which is never due
         self._timeout, self._waited = timeout, waited
         self._gate = StepGate()
@@ -188,8 +190,7 @@ class SaveSchedule:
             return
         self.stopping_since = self.clock()
         self._request(why, stop=True, seconds=seconds)
-        if self._coordinator.world_size > 1:
-            self._loop.call_soon(self._expect_step, why, seconds)
+        self._loop.call_soon(self._watch_stop, why, seconds)
 
     def _request(self, why: str, *, stop: bool, seconds: float) -> None:
         # without a lock of ours: a handler may have come into any line of should_save()
@@ -200,16 +201,35 @@ class SaveSchedule:
 
     # On the loop.
 
-    def _expect_step(self, why: str, seconds: float) -> None:
-        """A coordinator that is gone calls nobody."""
-        since = self.stopping_since
+    def _watch_stop(self, why: str, seconds: float) -> None:
+        """Say at the deadline what is missing, since the trainer may hang; and give up on a coordinator that
+        is gone."""
+        since, loop = self.stopping_since, asyncio.get_running_loop()
+
+        def tell() -> None:
+            if self.stopping_since == since and (missing := self._missing()):
+                logger.error("%s %g s ago, and %s", why, seconds, missing)
 
         def give_up() -> None:
             # a sync point that was called ends in its own way, and so may have the request itself
             if self.stopping_since == since and not self._is_stop_called:
                 self._fail(f"{why}, {_NO_STEP}: the coordinating rank has not answered for {seconds:g} s")
 
-        asyncio.get_running_loop().call_later(seconds + _SLACK_SECONDS, give_up)
+        loop.call_later(seconds, tell)
+        if self._coordinator.world_size > 1:
+            loop.call_later(seconds + _SLACK_SECONDS, give_up)
+
+    def _missing(self) -> str:
+        """What the last checkpoint still waits for; empty if that is nothing."""
+        if self.is_block_left:
+            return ""  # its end has told
+        if self.stop_step is None:
+            return "should_save() has not been asked about a further step"
+        if self.last_save is None:
+            return f"save() of step {self.stop_step} has not returned"
+        if not self.last_save.upload_completion.done():
+            return f"{self.last_save.checkpoint_id!r} is not durable yet"
+        return ""
 
     async def _listen(self) -> None:
         """Meet the other ranks at each sync point, until the coordination ends."""
@@ -226,6 +246,7 @@ class SaveSchedule:
             self._is_stop_called = True
             if self.stopping_since is None:
                 self.stopping_since = self.clock()
+                self._watch_stop(called.why, called.seconds)
         coordinator, position = self._coordinator, self._gate.hold()
         try:
             # a rank that is silent fails it after Timeouts.coordination, which is longer than most graces

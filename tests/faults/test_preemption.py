@@ -8,16 +8,18 @@ get a second signal; of several ranks one gets it, or all.
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import dcp_async.sync
-from tests.faults.harness import Child, Nursery, Report
+from tests.faults.harness import PATIENCE, Child, Nursery, Report
 from tests.faults.preemption_job import ELEMENTS, POLICIES
 
 GRACE = 5.0
@@ -120,6 +122,16 @@ def test_each_preempted_run_ends_with_its_checkpoint_or_says_why_not(
     assert num_saved > 0.5 * num_runs, reasons
 
 
+def stop(child: Child) -> None:
+    """SIGSTOP, until none of its threads runs: the one that takes the signal may wait for a processor."""
+    child.signal(signal.SIGSTOP)
+    deadline = time.monotonic() + PATIENCE
+    threads = Path(f"/proc/{child.pid}/task")
+    while any((each / "stat").read_text().rpartition(")")[2].split()[0] != "T" for each in threads.iterdir()):
+        assert time.monotonic() < deadline, "it does not stop"
+        os.sched_yield()
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_does_not_answer_is_named_when_the_grace_is_over(
     stopped: int, nursery: Nursery, tmp_path: Path
@@ -132,7 +144,7 @@ def test_a_rank_that_does_not_answer_is_named_when_the_grace_is_over(
     for child in children:
         child.expect("training")
     asked = children[1 - stopped]
-    children[stopped].signal(signal.SIGSTOP)
+    stop(children[stopped])
     asked.signal(signal.SIGTERM)
     error = asked.expect("ended")["error"]
     children[stopped].signal(signal.SIGCONT)

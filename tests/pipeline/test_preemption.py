@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -119,6 +121,36 @@ async def test_an_upload_that_outlasts_the_grace_is_an_error_and_goes_on(faulty:
         latest = await engine.latest()
         assert latest is not None
         assert latest.step == 7
+
+
+class Listener(logging.Handler):
+    """Hands the first message of a logger to the loop of the test."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._loop = asyncio.get_running_loop()
+        self.said: asyncio.Future[str] = self._loop.create_future()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._loop.call_soon_threadsafe(self.said.set_result, record.getMessage())
+
+
+async def test_what_a_trainer_that_hangs_is_missing_is_said_at_the_deadline(root: Path) -> None:
+    listener, logger = Listener(), logging.getLogger("dcp_async.schedule.schedule")
+    logger.addHandler(listener)
+    try:
+        async with CheckpointEngine(root) as engine, engine.preemption(grace=0.001):
+            signal.raise_signal(signal.SIGTERM)
+            said = await asyncio.wait_for(listener.said, PATIENCE)
+            assert engine.should_save(7), "late is better than never"
+            response = await engine.save(state_of(7), step=7)
+            await response.upload_completion
+    finally:
+        logger.removeHandler(listener)
+    assert (
+        said
+        == "rank 0 received SIGTERM 0.001 s ago, and should_save() has not been asked about a further step"
+    )
 
 
 async def test_a_save_that_fails_is_why_there_is_no_checkpoint(faulty: FaultyStorage) -> None:
