@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import obstore
 import pytest
 import torch
 
 from dcp_async import CheckpointEngine, CorruptCheckpointError
+from dcp_async._names import METADATA, manifest_file
 from dcp_async.errors import StorageError
+from dcp_async.storage import Listing
 from dcp_async.storage.object_store.reader import requests_for
 from dcp_async.testing.saves import CONTENT, FIRST, NAME, file_of, opened, read, save
 from tests.support.buckets import Fault, Server, proxy_to
@@ -64,6 +67,16 @@ async def test_a_read_that_always_breaks_off_fails_by_name(moto: Server, prefix:
         async with opened(proxy.server.storage(prefix), NAME) as reader:
             with pytest.raises(StorageError, match=rf"cannot read s3://.*{file_of(FIRST)}"):
                 await read(reader, file_of(FIRST))
+
+
+async def test_what_lies_beside_a_checkpoint_is_named_by_its_reader(moto: Server, prefix: str) -> None:
+    await save(moto.storage(prefix), NAME, FIRST)
+    for file in ("README.md", "folder/deeper.txt"):
+        obstore.put(moto.store(), f"{prefix}/{NAME}/{file}", b"somebody's")
+    async with opened(moto.storage(prefix), NAME) as reader:
+        assert isinstance(reader, Listing)
+        files = {METADATA, file_of(FIRST), manifest_file(FIRST), "README.md", "folder"}
+        assert set(await reader.names()) == files
 
 
 def state_of(value: float) -> dict[str, Any]:

@@ -109,6 +109,10 @@ class ObjectReader:
         files = [file for file in await self._listed() if is_manifest(file)]
         return await all_of(self._bucket.get, [self._key(file) for file in files])
 
+    async def names(self) -> Sequence[str]:
+        # of what lies deeper, what leads there, as in a directory
+        return sorted({file.partition("/")[0] for file in await self._listed()})
+
     async def size(self, file: str) -> int:
         key = self._key(file)
         # files of one save are never written again, so that what was listed holds
