@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
+from collections.abc import AsyncIterable
 from typing import Any
 
 import obstore
@@ -13,6 +14,7 @@ import pytest
 from dcp_async._names import manifest_file
 from dcp_async.errors import StorageError
 from dcp_async.storage import Retries, Transaction
+from dcp_async.storage.object_store.bucket import Bucket
 from dcp_async.storage.object_store.upload import part_bytes_for
 from dcp_async.testing.saves import FIRST, NAME, check_whole, commit, file_of, uids_named_in
 from tests.support.buckets import BUCKET, Fault, Proxy, Server, proxy_to
@@ -106,6 +108,38 @@ async def test_no_more_parts_are_on_their_way_than_are_allowed(moto: Server, pre
         gate.set()
         await puts
         await transaction.abort()
+
+
+async def test_pieces_that_are_copied_wait_while_the_network_does(
+    moto: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, taken = asyncio.Event(), list[int]()
+
+    async def upload(self: Bucket, key: str, parts: AsyncIterable[memoryview], **_: int) -> None:
+        async for part in parts:
+            taken.append(len(part))
+            await gate.wait()
+
+    monkeypatch.setattr(Bucket, "upload", upload)
+    transaction = await begin(moto, prefix, 20 * PART)
+    accepted = 0
+
+    async def put_all_pieces() -> None:
+        nonlocal accepted
+        for start in range(0, 20 * PART, MIB):
+            await transaction.put(FILE, start, memoryview(bytearray(MIB)))
+            accepted += MIB
+
+    putting = asyncio.ensure_future(put_all_pieces())
+    for _ in range(1000):  # nothing here waits for anything but a turn of the loop
+        await asyncio.sleep(0)
+    assert not putting.done()
+    assert accepted <= 4 * PART
+    gate.set()
+    await putting
+    await transaction.seal(FILE)
+    assert taken == [PART] * 20
+    await transaction.abort()
 
 
 # -- who owns the buffer

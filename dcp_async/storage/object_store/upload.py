@@ -25,6 +25,8 @@ MOST_PARTS = 10_000
 """S3 takes no more for one upload, Azure 50,000."""
 LEAST_PART_BYTES = 5 << 20
 """S3 takes no shorter one but as the last."""
+_COPIES_WAITING = 2
+"""Parts that were copied and that obstore has not asked for."""
 _STOP_SECONDS = 10.0
 """For an upload to be aborted by obstore itself, which waits for an answer before it looks."""
 
@@ -70,7 +72,7 @@ class Upload:
         self._at_once = at_once
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
-        self._changed = asyncio.Event()
+        self._changed, self._room = asyncio.Event(), asyncio.Event()
         self._ready: dict[int, memoryview] = {}
         """Whole parts that obstore has not taken yet."""
         self._collected: dict[int, _Collected] = {}
@@ -105,7 +107,9 @@ class Upload:
         self._end = max(self._end, end)
         if released:
             await self._wait_for(released)
-            self._raise_failure()
+        else:
+            await self._wait_for_room()
+        self._raise_failure()
 
     @property
     def _is_multipart(self) -> bool:
@@ -165,6 +169,13 @@ class Upload:
                 await asyncio.wait(released)
             raise
 
+    async def _wait_for_room(self) -> None:
+        """Until few copies wait for obstore, or a network slower than the disk would fill the memory."""
+        # those in their turn alone, which are sent whatever comes: nobody may wait for what comes too early
+        while self._in_turn - self._taken > _COPIES_WAITING and not self._stopped:
+            self._room.clear()
+            await self._room.wait()
+
     # -- what goes out
 
     def __aiter__(self) -> Upload:
@@ -175,6 +186,7 @@ class Upload:
         while not self._stopped:
             if self._taken in self._ready:
                 self._taken += 1
+                self._room.set()
                 return self._ready.pop(self._taken - 1)
             if self._complete:
                 raise StopAsyncIteration
@@ -189,6 +201,7 @@ class Upload:
             # those that were never sent: whoever waits for them is told by that they are let go
             self._stopped = True
             self._ready.clear()
+            self._room.set()
 
     def _raise_failure(self) -> None:
         """Raises: StorageError if the upload has ended by one."""
