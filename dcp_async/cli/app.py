@@ -50,7 +50,7 @@ Exit status: 0 as wished; 1 damage or a difference was found; 2 wrong usage;
 @click.version_option(dcp_async.__version__, prog_name=NAME, message="%(prog)s %(version)s")
 def command() -> None:
     """Look at checkpoints, check, compare, copy, convert and remove them: those of dcp_async, those that
-    stock torch.distributed.checkpoint wrote, and safetensors files.
+    stock torch.distributed.checkpoint wrote, safetensors files, and files of torch.save.
 
     A checkpoint is named by its own directory, or by its URL.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..formats import DISTCP, SafetensorsFormat
 from ..interop import rewrite, write_torch_save
 from ..trust import Trust
 from .opened import catalog_of
@@ -16,7 +17,13 @@ _BUDGET_BYTES = 256 << 20
 
 
 async def convert_to(
-    source: str, target: Path, form: str, *, follow_links: bool, progress: Callable[[int, int], None]
+    source: str,
+    target: Path,
+    form: str,
+    weights: str | None,
+    *,
+    follow_links: bool,
+    progress: Callable[[int, int], None],
 ) -> int:
     """Write what ``source`` holds as ``target``; how many bytes that takes. Raises: as for reading and
     saving."""
@@ -24,9 +31,14 @@ async def convert_to(
     async with catalog_of(source, follow_links=follow_links) as (catalog, name):
         contents = await catalog.open(name)
         try:
-            if form == "dcp":
+            if form != "torch":
                 info = await rewrite(
-                    contents, target, trust=trust, budget_bytes=_BUDGET_BYTES, progress=progress
+                    contents,
+                    target,
+                    trust=trust,
+                    budget_bytes=_BUDGET_BYTES,
+                    progress=progress,
+                    format=DISTCP if form == "dcp" else SafetensorsFormat(weights),
                 )
                 return info.nbytes
             await write_torch_save(

@@ -18,33 +18,43 @@ from .terminal import Refused, common, printable, size_text, wants_json, write, 
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["dcp", "torch"]),
+    type=click.Choice(["dcp", "safetensors", "torch"]),
     required=True,
-    help="dcp: a checkpoint's directory; torch: one file of torch.save.",
+    help="dcp: a checkpoint's directory; safetensors: one with model.safetensors for other programs; "
+    "torch: one file of torch.save.",
+)
+@click.option(
+    "--weights",
+    metavar="NAME",
+    help="With safetensors: the part that goes into such files, under names without it, as of 'model' in "
+    "'model.layers.0.weight'. By default all tensors, under their whole names.",
 )
 @follow_links
 @common
-def convert(source: str, target: str, form: str, follow_links: bool) -> None:
-    """Write what SRC holds, a checkpoint or a model's safetensors files, as DST in another format.
+def convert(source: str, target: str, form: str, weights: str | None, follow_links: bool) -> None:
+    """Write what SRC holds as DST in another format. SRC is a checkpoint, safetensors files or one of
+    them, or a file of torch.save.
 
     Every byte is verified on the way, as far as SRC has checksums. Memory is bounded: tensors go by way of a
     file without a name beside DST, so that DST's disk needs room for them twice. DST appears whole, or
     not at all.
     """
+    if weights is not None and form != "safetensors":
+        raise click.UsageError("--weights goes with --to safetensors")
     if "://" in target:
         raise Refused(f"convert writes to a directory or a file, and {target} is none")
     path = Path(os.path.abspath(os.path.expanduser(target)))
     if os.path.lexists(path):
         raise FileExistsError(f"{path} is there already; nothing was written")
-    nbytes = run(_converted(source, path, form, follow_links))
+    nbytes = run(_converted(source, path, form, weights, follow_links))
     if wants_json():
         write_json({"source": source, "target": str(path), "format": form, "nbytes": nbytes})
     else:
         write(printable(f"wrote {path}: {size_text(nbytes)}"))
 
 
-async def _converted(source: str, target: Path, form: str, follow_links: bool) -> int:
+async def _converted(source: str, target: Path, form: str, weights: str | None, follow_links: bool) -> int:
     from .conversion import convert_to  # torch, which --help can do without
 
     with ProgressBar("convert") as progress:
-        return await convert_to(source, target, form, follow_links=follow_links, progress=progress)
+        return await convert_to(source, target, form, weights, follow_links=follow_links, progress=progress)

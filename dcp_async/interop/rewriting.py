@@ -27,6 +27,7 @@ from ..catalog import Contents
 from ..coordination import Coordination
 from ..engine import CheckpointEngine
 from ..events import Event, SaveProgress
+from ..formats import DISTCP, Format
 from ..info import CheckpointInfo
 from ..load import LoadServices, batches, read_names, read_outline, tensor_names
 from ..options import Timeouts
@@ -47,12 +48,19 @@ Progress = Callable[[int, int], None]
 
 
 async def rewrite(
-    contents: Contents, directory: Path, *, trust: Trust, budget_bytes: int, progress: Progress
+    contents: Contents,
+    directory: Path,
+    *,
+    trust: Trust,
+    budget_bytes: int,
+    progress: Progress,
+    format: Format = DISTCP,
 ) -> CheckpointInfo:
     """Save what ``contents`` hold as the checkpoint ``directory``, with its step, notes and attached files.
 
     Args:
         contents: stay the caller's to close.
+        format: as for an engine.
         budget_bytes: what is in memory at most of tensors that are plain bytes; one that takes more is in
             memory by itself. Other leaves are in memory together.
         progress: told how many bytes were read and written, and of how many.
@@ -68,6 +76,7 @@ async def rewrite(
             coordination=Coordination(mode="local"),
             trust=trust,
             observer=scratch,
+            format=format,
         ) as engine:
             response = await engine.save(
                 state,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dcp_async.sync import CheckpointEngine, open_checkpoint, verify
 from tests.cli.conftest import Run, make_state, names, step
@@ -402,3 +402,29 @@ def test_convert_of_a_damaged_one_leaves_nothing(run: Run, runs: Path, tmp_path:
 
 def test_convert_over_something_is_refused(run: Run, runs: Path) -> None:
     assert run("convert", runs / step(1), runs / step(2), "--to", "dcp").status == 4
+
+
+def test_convert_to_safetensors_gives_what_others_load(run: Run, runs: Path, tmp_path: Path) -> None:
+    for name in (step(3), "stock-7"):
+        ran = run("convert", runs / name, tmp_path / name, "--to", "safetensors", "--weights", "model")
+        assert (ran.status, ran.err) == (0, "")
+        weights = load_file(tmp_path / name / "model.safetensors")
+        expected = make_state(0.5 if name == step(3) else 0.0)["model"]
+        assert weights.keys() == expected.keys()
+        assert torch.equal(weights["w"], expected["w"])
+        assert run("diff", runs / name, tmp_path / name).out == "8 tensors equal\n"
+        assert run("cp", tmp_path / name, tmp_path / "copies" / name).status == 0
+
+
+def test_convert_of_a_file_of_torch_save(run: Run, tmp_path: Path) -> None:
+    torch.save(make_state(), tmp_path / "one.pt")
+    for form in ("dcp", "safetensors"):
+        assert run("convert", tmp_path / "one.pt", tmp_path / form, "--to", form).status == 0
+        assert run("diff", tmp_path / "one.pt", tmp_path / form).out == "8 tensors equal\n"
+
+
+def test_convert_takes_weights_with_safetensors_alone(run: Run, runs: Path, tmp_path: Path) -> None:
+    assert run("convert", runs / step(1), tmp_path / "x", "--to", "dcp", "--weights", "model").status == 2
+    ran = run("convert", runs / step(1), tmp_path / "x", "--to", "safetensors", "--weights", "none")
+    assert ran.status != 0
+    assert not (tmp_path / "x").exists()
