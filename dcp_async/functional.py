@@ -207,6 +207,7 @@ async def load(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     trust: Trust = Trust(),
+    dequantize: torch.dtype | None = None,
 ) -> None:
     """Fill ``state_dict`` in place from one directory, ours or stock's, verified.
 
@@ -223,13 +224,15 @@ async def load(
         process_group: the ranks that load together, by default all.
         no_dist: load into this process alone.
         trust: which pickled leaves are accepted.
+        dequantize: the dtype to make plain values in of what a model's files hold quantised in blocks, in
+            place of a QuantizedHuggingFaceStorageReader; see ``CheckpointEngine.load``.
     Raises: LoadError (CheckpointNotFoundError, CorruptCheckpointError, IncompatibleStateError,
         UntrustedCheckpointError); TypeError, ValueError; EngineStateError.
     Cancellation: waits for the reads in progress; tensors may be partly filled.
     Ranks: all must call it, in the same order.
     """
     coordination = ranks(process_group, no_dist=no_dist)
-    await _loaded(state_dict, checkpoint_id, storage_reader, planner, coordination, trust)
+    await _loaded(state_dict, checkpoint_id, storage_reader, planner, coordination, trust, dequantize)
 
 
 async def _loaded(
@@ -239,11 +242,12 @@ async def _loaded(
     planner: LoadPlanner | None,
     coordination: Coordination,
     trust: Trust,
+    dequantize: torch.dtype | None = None,
 ) -> None:
-    directory = load_directory(checkpoint_id, reader)
+    directory = load_directory(checkpoint_id, reader, dequantize)
     if directory is not None:
         calls = load_calls(planner, coordination, trust_of(reader, trust))
-        await drive("load", calls.loading(state_dict, directory), calls.inside)
+        await drive("load", calls.loading(state_dict, directory, dequantize), calls.inside)
         return
     assert reader is not None
     await load_through(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
+import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
@@ -25,7 +26,7 @@ from ..catalog import Opened, is_model_file
 from ..coordination import Coordination
 from ..errors import CheckpointError, CheckpointNotFoundError, EngineStateError
 from ..events import Observer
-from ..formats import DISTCP
+from ..formats import DISTCP, plain_dtype
 from ..options import Limits, Timeouts
 from ..planning import PlanningOptions
 from ..response import AsyncSaveResponse
@@ -228,13 +229,16 @@ class DcpCalls:
         _lands(directory, _upload_of(life, response))
         return response
 
-    def loading(self, state: Mapping[str, Any], directory: Directory) -> Verb[None]:
+    def loading(
+        self, state: Mapping[str, Any], directory: Directory, dequantize: torch.dtype | None = None
+    ) -> Verb[None]:
         """DCP's ``load``: the checkpoint may hold more than ``state`` asks for, dtypes are converted."""
+        dtype = plain_dtype(dequantize)
         yield from _after_earlier(directory)
         life = yield from self._enter(directory.root)
         opened: list[Opened] = []
         try:
-            yield from _opening(life, directory, opened)
+            yield from _opening(life, directory, opened, dtype)
             yield from Loads(LoadContext(life, opened[0])).loading(
                 state,
                 opened[0].contents.info,
@@ -276,9 +280,12 @@ class DcpCalls:
             raise first
 
 
-def _opening(life: Lifetime, directory: Directory, opened: list[Opened]) -> Verb[None]:
+def _opening(
+    life: Lifetime, directory: Directory, opened: list[Opened], dtype: torch.dtype | None
+) -> Verb[None]:
+    loads = Loads(LoadContext(life))
     try:
-        yield from Loads(LoadContext(life)).opening(directory.name, opened.append, is_name=True)
+        yield from loads.opening(directory.name, opened.append, is_name=True, dequantize=dtype)
     except CheckpointNotFoundError as error:
         raise CheckpointNotFoundError(
             f"there is no checkpoint in {str(directory)!r}; checkpoint_id is the directory of one "

@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import (
     FileSystemReader as StockReader,
@@ -69,7 +70,9 @@ def save_target(
 
 
 def load_directory(
-    checkpoint_id: str | os.PathLike[str] | None, storage_reader: StorageReader | None
+    checkpoint_id: str | os.PathLike[str] | None,
+    storage_reader: StorageReader | None,
+    dequantize: torch.dtype | None = None,
 ) -> Directory | None:
     """Which checkpoint the engine is to load; None if ``storage_reader`` is one that reads by itself. Raises
     TypeError, ValueError."""
@@ -81,6 +84,11 @@ def load_directory(
                 "checkpoint_id='path', or FileSystemReader('path')"
             )
         if type(storage_reader) not in (FileSystemReader, StockReader):
+            if dequantize is not None:
+                raise ValueError(
+                    f"a {type(storage_reader).__name__} reads by itself, and dequantize= is for what the "
+                    "engine reads: pass checkpoint_id='path' alone"
+                )
             return None
         if checkpoint_id is None:
             path = storage_reader.checkpoint_id  # type: ignore[attr-defined]  # both have it

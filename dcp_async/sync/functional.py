@@ -145,10 +145,11 @@ def load(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     trust: Trust = Trust(),
+    dequantize: torch.dtype | None = None,
 ) -> None:
     """Fill ``state_dict`` in place from one directory. See ``dcp_async.functional.load``."""
     coordination = ranks(process_group, no_dist=no_dist)
-    _loaded(state_dict, checkpoint_id, storage_reader, planner, coordination, trust)
+    _loaded(state_dict, checkpoint_id, storage_reader, planner, coordination, trust, dequantize)
 
 
 def _loaded(
@@ -158,11 +159,12 @@ def _loaded(
     planner: LoadPlanner | None,
     coordination: Coordination,
     trust: Trust,
+    dequantize: torch.dtype | None = None,
 ) -> None:
-    directory = load_directory(checkpoint_id, reader)
+    directory = load_directory(checkpoint_id, reader, dequantize)
     if directory is not None:
         calls = load_calls(planner, coordination, trust_of(reader, trust))
-        drive_blocking("load", calls.loading(state_dict, directory), calls.inside)
+        drive_blocking("load", calls.loading(state_dict, directory, dequantize), calls.inside)
         return
     assert reader is not None
     run_coroutine(

@@ -21,6 +21,7 @@ from dcp_async import (
     CorruptCheckpointError,
     IncompatibleStateError,
     LoadError,
+    functional,
     open_checkpoint,
     sync,
 )
@@ -119,6 +120,22 @@ async def test_every_verb_of_an_engine_makes_values_plain(tmp_path: Path, model:
         flat = {name: torch.zeros_like(value) for name, value in expected.items()}
         engine.load(flat, model, dequantize=torch.float32)
         assert_same(flat, expected)
+
+
+async def test_dcps_function_makes_values_plain_without_a_reader_of_torchs(model: Path) -> None:
+    async with open_checkpoint(model, dequantize=torch.bfloat16) as checkpoint:
+        expected = await checkpoint.read()
+    target = {name: torch.zeros_like(value) for name, value in expected.items()}
+    await functional.load(target, checkpoint_id=model, dequantize=torch.bfloat16)
+    assert_same(target, expected)
+    again = {"a.weight": torch.zeros(300, 200, dtype=torch.float64)}
+    sync.load(again, checkpoint_id=model, dequantize=torch.bfloat16)  # dtypes are converted, as ever with DCP
+    assert_same(again["a.weight"], expected["a.weight"].double())
+    with pytest.raises(LoadError, match=r"dequantize=torch\.float32"):
+        await functional.load({"a.weight": torch.zeros(300, 200)}, checkpoint_id=model)
+    reader = QuantizedHuggingFaceStorageReader(str(model))
+    with pytest.raises(ValueError, match="reads by itself"):
+        await functional.load(target, storage_reader=reader, dequantize=torch.bfloat16)
 
 
 def as_transformers_makes_it(
