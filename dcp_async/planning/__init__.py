@@ -15,7 +15,7 @@ from .leaf_equality import (
     value_digests,
 )
 from .local_plan import Mesh, group_hashes, make_local_plan
-from .merging import Merge, reads
+from .merging import Assembly, Merge
 from .planner import (
     CompiledPlan,
     DefaultDraft,
@@ -33,6 +33,7 @@ from .self_proof import prove_head, prove_item
 from .stock_publication import WrittenItem, stock_publication
 
 __all__ = [
+    "Assembly",
     "CompiledPlan",
     "ConflictError",
     "DefaultDraft",
@@ -63,7 +64,6 @@ __all__ = [
     "pieces_of",
     "prove_head",
     "prove_item",
-    "reads",
     "shared_hashes",
     "stock_publication",
     "two_meshes",

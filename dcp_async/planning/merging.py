@@ -8,10 +8,12 @@ each rank's file of loose bytes by few reads, in whatever way its tensors are cu
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, islice, pairwise
+from operator import attrgetter
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -39,12 +41,21 @@ class Part(NamedTuple):
     def stop(self) -> int:
         return self.offset + math.prod(self.shape) * self.itemsize
 
+    def stretches(self) -> list[Stretch] | None:
+        """What it is made of, if no piece is scattered over it."""
+        stretches: list[Stretch] = []
+        for rank, in_image, offsets, shape in self.pieces:
+            run = contiguous_run(box_at(offsets, shape), self.shape)
+            if run is None:
+                return None
+            start = self.offset + run[0] * self.itemsize
+            stretches.append((self.file, start, run[1] * self.itemsize, rank, in_image))
+        return stretches
 
+
+Stretch = tuple[int, int, int, int, int]
+"""(file, where in it, length, rank, where in its image): bytes that follow each other in both."""
 PlainPart = tuple[int, int, Offsets, int, list[tuple[int, int, Offsets, Offsets]]]
-
-
-def plain(part: Part) -> PlainPart:
-    return part.file, part.offset, part.shape, part.itemsize, part.pieces
 
 
 class Merge(TypedDict):
@@ -52,8 +63,25 @@ class Merge(TypedDict):
 
     spans: list[tuple[int, int, int]]
     """(file, start, stop), from a block's start on."""
+    stretches: bytes
+    """array("Q") of a Stretch each, ascending: what lies in the spans."""
     parts: list[PlainPart]
-    """A Part each, ascending: what lies in the spans."""
+    """A Part each, of tensors of which pieces are scattered."""
+
+
+def make_merge(spans: Sequence[tuple[int, int, int]], parts: Iterable[Part]) -> Merge:
+    """``parts``: what lies in ``spans``."""
+    scattered: list[PlainPart] = []
+    stretches: list[Stretch] = []
+    for part in parts:
+        mine = part.stretches()
+        if mine is None:
+            scattered.append((part.file, part.offset, part.shape, part.itemsize, part.pieces))
+        else:
+            stretches += mine
+    # as numbers: there are as many as small tensors and ranks
+    numbers = array("Q", chain.from_iterable(sorted(stretches)))
+    return Merge(spans=list(spans), stretches=numbers.tobytes(), parts=scattered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,32 +99,73 @@ class Copy:
     """Which of the region."""
 
 
-def copies(merge: Merge, file: int, start: int, stop: int) -> Iterator[Copy]:
-    """What bytes [start, stop) of ``file`` are put together from."""
-    # the parts of one rank's share, not of the file: few enough to be looked through
-    for part in map(Part._make, merge["parts"]):
-        if part.file != file or part.stop <= start or part.offset >= stop:
-            continue
-        item = part.itemsize
-        # whole elements: blocks begin at multiples of any element's length, and so do tensors
-        low, high = max(start - part.offset, 0) // item, (min(stop, part.stop) - part.offset) // item
-        for index, first, _ in flat_slices(part.shape, low, high) if part.shape else (((), 0, 1),):
-            box = _box(index, part.shape)
-            for rank, in_image, offsets, shape in part.pieces:
-                met = common(box, box_at(offsets, shape))
-                if met is None:
-                    continue
-                run = contiguous_run(relative(met, offsets), shape)
-                # one index in the leading dimensions, a range in one, all of those behind: so in a piece
-                assert run is not None
-                yield Copy(
-                    rank=rank,
-                    offset=in_image + run[0] * item,
-                    nbytes=run[1] * item,
-                    first=part.offset + first * item - start,
-                    shape=(*extents(box), item),
-                    index=(*slices(relative(met, [side[0] for side in box])), slice(None)),
-                )
+class Assembly:
+    """What one rank puts together, ready to be asked. Any thread may."""
+
+    def __init__(self, merge: Merge) -> None:
+        numbers = iter(array("Q", merge["stretches"]))
+        self._stretches: list[Stretch] = list(zip(numbers, numbers, numbers, numbers, numbers, strict=True))
+        self._parts = [Part(*part) for part in merge["parts"]]
+
+    def reads(self, file: int, start: int, stop: int, most_bytes: int) -> list[Read]:
+        """What bytes [start, stop) of ``file`` are put together from: reads of at most ``most_bytes`` where
+        pieces are not longer."""
+        merged: list[Read] = []
+        copies = [*self._plain(file, start, stop), *self._scattered(file, start, stop)]
+        # by rank and place: what lies together in a file comes by one call, in whatever order it goes where
+        for copy in sorted(copies, key=attrgetter("rank", "offset")):
+            end = copy.offset + copy.nbytes
+            last = merged[-1] if merged else None
+            if (
+                last is not None
+                and last.rank == copy.rank
+                and copy.offset - last.stop <= _GAP_BYTES
+                and end - last.start <= most_bytes
+            ):
+                last.copies.append(copy)
+                last.stop = max(last.stop, end)
+            else:
+                merged.append(Read(copy.rank, copy.offset, end, [copy]))
+        return merged
+
+    def _plain(self, file: int, start: int, stop: int) -> Iterator[Copy]:
+        # the one before may reach in here
+        index = max(bisect_left(self._stretches, (file, start)) - 1, 0)
+        for number, offset, nbytes, rank, in_image in islice(self._stretches, index, None):
+            if (number, offset) >= (file, stop):
+                break
+            low, high = max(offset, start), min(offset + nbytes, stop)
+            if number == file and low < high:
+                yield Copy(rank, in_image + low - offset, high - low, low - start, (high - low,), ())
+
+    def _scattered(self, file: int, start: int, stop: int) -> Iterator[Copy]:
+        # large ones, most of the time: few enough to be looked through
+        for part in self._parts:
+            if part.file == file and part.offset < stop and start < part.stop:
+                yield from _copies(part, start, stop)
+
+
+def _copies(part: Part, start: int, stop: int) -> Iterator[Copy]:
+    item = part.itemsize
+    # whole elements: blocks begin at multiples of any element's length, and so do tensors
+    low, high = max(start - part.offset, 0) // item, (min(stop, part.stop) - part.offset) // item
+    for index, first, _ in flat_slices(part.shape, low, high):
+        box = _box(index, part.shape)
+        for rank, in_image, offsets, shape in part.pieces:
+            met = common(box, box_at(offsets, shape))
+            if met is None:
+                continue
+            run = contiguous_run(relative(met, offsets), shape)
+            # one index in the leading dimensions, a range in one, all of those behind: so in a piece
+            assert run is not None
+            yield Copy(
+                rank=rank,
+                offset=in_image + run[0] * item,
+                nbytes=run[1] * item,
+                first=part.offset + first * item - start,
+                shape=(*extents(box), item),
+                index=(*slices(relative(met, [side[0] for side in box])), slice(None)),
+            )
 
 
 def _box(index: Sequence[int | slice], shape: Offsets) -> Box:
@@ -119,32 +188,11 @@ class Read:
             raw = source[copy.offset - self.start :][: copy.nbytes]
             nbytes = math.prod(copy.shape)
             region = target[copy.first : copy.first + nbytes]
-            if copy.nbytes == nbytes:  # nearly all of them, where shards only end: no tensor is made for it
+            if copy.nbytes == nbytes:  # of each stretch
                 region[:] = raw
             else:
                 where = torch.frombuffer(region, dtype=torch.uint8).view(copy.shape)[copy.index]
                 where.copy_(torch.frombuffer(raw, dtype=torch.uint8).view(where.shape))
-
-
-def reads(merge: Merge, file: int, start: int, stop: int, most_bytes: int) -> list[Read]:
-    """What bytes [start, stop) of ``file`` are put together from, by reads of at most ``most_bytes`` where
-    pieces are not longer."""
-    merged: list[Read] = []
-    for copy in sorted(copies(merge, file, start, stop), key=lambda copy: (copy.rank, copy.offset)):
-        end = copy.offset + copy.nbytes
-        last = merged[-1] if merged else None
-        # by rank and place: what lies together in a file comes by one call, in whatever order it goes where
-        if (
-            last is not None
-            and last.rank == copy.rank
-            and copy.offset - last.stop <= _GAP_BYTES
-            and end - last.start <= most_bytes
-        ):
-            last.copies.append(copy)
-            last.stop = max(last.stop, end)
-        else:
-            merged.append(Read(copy.rank, copy.offset, end, [copy]))
-    return merged
 
 
 def spans_between(file: int, nbytes: int, taken: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:

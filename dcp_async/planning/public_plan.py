@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from .._geometry import Offsets
 from ..formats import Format, Group, Place, PublicFiles, PublicTensor
 from .all_plans import AllPlans, dtype_of
-from .merging import Merge, Part, dealt, overlapping, plain, spans_between
+from .merging import Merge, Part, dealt, make_merge, overlapping, spans_between
 from .self_proof import Promise
 
 _NOWHERE = -1
@@ -124,10 +124,7 @@ class PublicPlan:
         if not spans:  # one rank, or shards that end where blocks do: no exchange more
             return None
         parts = sorted(self._all_parts(told[0]["heads"], written), key=lambda part: part[:2])
-        return [
-            Merge(spans=mine, parts=[plain(part) for part in overlapping(parts, mine)])
-            for mine in dealt(spans, len(told))
-        ]
+        return [make_merge(mine, overlapping(parts, mine)) for mine in dealt(spans, len(told))]
 
     def _all_parts(
         self, heads: Sequence[int], written: Sequence[Mapping[int, Sequence[Place]]]

@@ -16,7 +16,7 @@ import anyio
 from .._concurrency import BlockingThreads, run_blocking
 from .._names import blob_file, digests_file, pieces_file
 from ..formats import BLOCK_BYTES, SECTOR_BYTES, FileLayout, Footer, block_digests, footer_bytes, num_blocks
-from ..planning import Merge, reads
+from ..planning import Assembly, Merge
 from ..storage import SharedTransaction, Transaction
 from .failures import in_phase
 
@@ -121,6 +121,7 @@ async def put_together(
     ``patience`` in seconds, for each call. Memory: two times 4 MiB for each of ``io_concurrency``. Raises:
     PhaseFailure.
     """
+    assembly = await threads.run(Assembly, merge)
     spans = (
         (file, low, min(low + _SPAN_BYTES, stop))
         for file, start, stop in merge["spans"]
@@ -132,8 +133,8 @@ async def put_together(
         with mmap.mmap(-1, _SPAN_BYTES) as mapped, memoryview(mapped) as buffer, in_phase("write"):
             for file, low, high in spans:
                 with buffer[: high - low] as memory:
-                    # planned anew for each: all of them at once would be an object per tensor and rank
-                    for read in await threads.run(reads, merge, file, low, high, _SPAN_BYTES):
+                    # asked for each: all of them at once would be an object per tensor and rank
+                    for read in await threads.run(assembly.reads, file, low, high, _SPAN_BYTES):
                         source = memoryview(bytearray(read.stop - read.start))
                         await transaction.fetch(pieces_file(read.rank, uid), read.start, source)
                         await run_blocking(threads, patience, read.scatter, source, memory)

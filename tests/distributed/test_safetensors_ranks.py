@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -236,7 +237,7 @@ class Job:
 
     def __init__(self, world: World, root: Path) -> None:
         self.world, self.root = world, root
-        opened = self.world.all("engine", root=str(root), weights="model", coordination=5.0)
+        opened = self.world.all("engine", root=str(root), weights="model", coordination=2.0)
         assert kinds(opened) == ["open"] * 2, opened
 
     def save(self, number: int, **arguments: Any) -> list[Outcome]:
@@ -308,9 +309,17 @@ def test_a_cancelled_save_leaves_nothing(verb: str, job: Job) -> None:
     job.assert_only(1, 3)
 
 
-def test_a_rank_that_dies_while_pieces_are_put_together_leaves_the_old_checkpoint(job: Job) -> None:
-    job.world[1].do("kill_in", point="fetch")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_while_pieces_are_put_together_leaves_the_old_checkpoint(
+    victim: int, job: Job
+) -> None:
+    job.world[victim].do("kill_in", point="fetch")
     job.world.all("fill", value=1)
     calls = job.world.begin("save", step=1, replace=True)
-    assert calls[0].result()["kind"] == "SaveError"
+    assert calls[1 - victim].result()["kind"] == "SaveError"
+    if victim == 0:  # the one that tidies up: the next save does
+        job.world[1].kill()
+        with BlockingEngine(job.root, coordination=Coordination(mode="local")) as engine:
+            engine.save({}, step=7)
+        shutil.rmtree(job.root / "step-00000007")
     job.assert_only(1)

@@ -21,7 +21,7 @@ from dcp_async.planning.assignment import assign
 from dcp_async.planning.conflicts import ConflictError
 from dcp_async.planning.global_plan import GlobalPlan
 from dcp_async.planning.local_plan import make_local_plan
-from dcp_async.planning.merging import dealt, reads, spans_between
+from dcp_async.planning.merging import Assembly, dealt, spans_between
 from dcp_async.planning.planner import CompiledPlan, compile_plan
 from dcp_async.state.capture import Captured, capture
 from dcp_async.trust.plain_data import dumps, loads
@@ -84,12 +84,14 @@ def written(states: Sequence[State], format: SafetensorsFormat) -> dict[str, byt
                 files[file][offset : offset + high - low] = image[low:high]
                 times[file].update(range(offset // BLOCK_BYTES, -(-(offset + high - low) // BLOCK_BYTES)))
         loose.append(kept)
-    for merge in merges:
-        for file, start, stop in merge["spans"] if merge is not None else ():
+    for merge in filter(None, merges):
+        for file, start, stop in merge["spans"]:
             assert start % BLOCK_BYTES == 0
-            for read in reads(merge, file, start, stop, 1 << 20):
-                source = memoryview(loose[read.rank])[read.start : read.stop]
-                read.scatter(source, memoryview(files[file])[start:stop])
+            for low in range(start, stop, 3 * BLOCK_BYTES):
+                high = min(low + 3 * BLOCK_BYTES, stop)
+                for read in Assembly(merge).reads(file, low, high, 1 << 20):
+                    source = memoryview(loose[read.rank])[read.start : read.stop]
+                    read.scatter(source, memoryview(files[file])[low:high])
             times[file].update(range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)))
     for (_, nbytes), counted in zip(public, times, strict=True):
         assert counted == Counter(range(-(-nbytes // BLOCK_BYTES)))
