@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .flow import Pipe, first_failure, run_unless
+from .flow import Pipe, first_failure, for_each, run_unless
 from .gc_pause import collection_paused
 from .loop_thread import Job, LoopThread
 from .signal_safe import SignalSafeFuture
@@ -25,6 +25,7 @@ __all__ = [
     "drive",
     "drive_blocking",
     "first_failure",
+    "for_each",
     "on_work_thread",
     "run_blocking",
     "run_coroutine",

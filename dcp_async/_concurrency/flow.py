@@ -7,7 +7,7 @@ fail together the first failure is the one that is told.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Generic, Never, TypeVar
 
 import anyio
@@ -36,6 +36,25 @@ async def run_unless(failing: Callable[[], Coroutine[Any, Any, Never]], fn: Call
     if failed is not None:  # here it is the context of nothing
         raise failed
     return value
+
+
+async def for_each(items: Iterable[T], fn: Callable[[T], Awaitable[object]], *, at_once: int) -> None:
+    """``fn`` of each of ``items``, ``at_once`` at a time. Raises the first failure; it cancels the others."""
+    following = iter(items)
+
+    async def work() -> None:
+        for item in following:  # shared: each takes the next one
+            await fn(item)
+
+    failed: BaseException | None = None
+    try:
+        async with anyio.create_task_group() as group:
+            for _ in range(at_once):
+                group.start_soon(work)
+    except BaseExceptionGroup as errors:
+        failed = first_failure(errors)
+    if failed is not None:  # here it is the context of nothing
+        raise failed
 
 
 class _Closed:

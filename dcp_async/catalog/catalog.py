@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from .._concurrency import BlockingThreads
+from .._concurrency import BlockingThreads, for_each
 from .._names import is_step_directory, last_number
 from ..errors import (
     CheckpointError,
@@ -21,7 +22,7 @@ from ..errors import (
     LoadError,
     StorageError,
 )
-from ..info import CheckpointInfo, CheckpointRef, VerifyReport
+from ..info import JSON, CheckpointInfo, CheckpointRef, VerifyReport
 from ..storage import LinkError, Storage, StoredCheckpoint
 from .contents import Contents
 from .decoding import UnfitMetadataError
@@ -32,6 +33,33 @@ from .reference import is_path, reference
 from .verification import Progress
 
 logger = logging.getLogger(__name__)
+
+
+_READS_AT_ONCE = 8
+"""Of small files: what one waits for, the others use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is told of a checkpoint without a look at its files; a CheckpointRecord."""
+
+    checkpoint_id: str
+    step: int | None
+    time: float
+    notes: Mapping[str, JSON]
+    modified: float
+    """When its `.metadata` was written, by the storage's clock."""
+    is_ours: bool
+    """Whether its manifest has told it, not its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What lies under a root."""
+
+    records: Sequence[Record]
+    aliases: Mapping[str, str]
+    """Checkpoint -> a link to it in the same root."""
 
 
 def _shown(name: str) -> str:
@@ -67,6 +95,8 @@ class Catalog:
         self._metadata_of = metadata_of
         self._paths = paths
         self._opener = opener or Opener(storage, threads, metadata_of, timeout=timeout)
+        self._known: dict[str, tuple[tuple[str, float], Record]] = {}
+        """Name -> (which of its states, what that tells)."""
         self._told: set[tuple[str, str]] = set()
         """(name, why) of what could not be read: told once, not at every look."""
 
@@ -95,20 +125,56 @@ class Catalog:
 
     async def steps(self) -> list[int]:
         """The steps of all checkpoints, committed or not."""
-        steps = [await self._step_of(stored) for stored in await self._storage.list()]
+        listed = await self._storage.list()
+        steps = [record.step for record in (await self._recorded(listed)).values()]
+        steps += [
+            last_number(stored.name)
+            for stored in listed
+            # digits in the name of a foreign directory are no step
+            if not stored.committed and is_step_directory(stored.name)
+        ]
         return [step for step in steps if step is not None]
 
-    async def _step_of(self, stored: StoredCheckpoint) -> int | None:
-        if stored.committed:
-            return await self._step(stored.name)
-        # digits in the name of a foreign directory are no step
-        return last_number(stored.name) if is_step_directory(stored.name) else None
+    async def records(self) -> Inventory:
+        """What retention is told: of checkpoints without a look at their files, in no order.
 
-    async def _step(self, name: str) -> int | None:
-        """The step of ``name``; what its name tells if it can't be read, which is no reason to know nothing
-        of the others: whoever opens this one is told why not."""
+        Each is read once, and again when it was replaced.
+        """
+        listed = await self._storage.list()
+        records = await self._recorded(listed)
+        aliases = {stored.alias_of: stored.name for stored in listed if stored.alias_of}
+        return Inventory(records=list(records.values()), aliases=aliases)
+
+    async def _recorded(self, listed: Sequence[StoredCheckpoint]) -> Mapping[str, Record]:
+        """What is known of the committed ones of ``listed``, by name; read where it is not known yet."""
+        known = self._known
+        committed = [stored for stored in listed if stored.committed]
+        unread = [
+            stored
+            for stored in committed
+            if stored.name not in known or known[stored.name][0] != (stored.version, stored.modified)
+        ]
+        records: dict[str, Record] = {}
+
+        async def read(stored: StoredCheckpoint) -> None:
+            record, is_sure = await self._record(stored)
+            if is_sure:
+                known[stored.name] = ((stored.version, stored.modified), record)
+            records[stored.name] = record
+
+        await for_each(unread, read, at_once=min(_READS_AT_ONCE, len(unread)))
+        # in this order: what could not be read is not among the known
+        records |= {stored.name: known[stored.name][1] for stored in committed if stored.name not in records}
+        if len(known) > 2 * len(committed) + _READS_AT_ONCE:  # names that are gone
+            self._known = {name: known[name] for name in records if name in known}
+        return records
+
+    async def _record(self, stored: StoredCheckpoint) -> tuple[Record, bool]:
+        """What a checkpoint tells of itself, and whether it does: what its name tells if it can't be read,
+        which is no reason to know nothing of the others. Whoever opens this one is told why not."""
+        name = stored.name
         try:
-            return await self._opener.step(name)
+            gist = await self._opener.gist(name)
         except CheckpointNotFoundError:
             pass  # removed meanwhile
         except (LoadError, StorageError) as error:
@@ -118,16 +184,22 @@ class Catalog:
                 self._tell(name, problem, "is put in order by its name and time")
             else:
                 logger.debug("%r has no manifest to order it by: %s", name, problem)
-        return last_number(name)
+        else:
+            if gist is not None:
+                record = Record(name, gist.step, gist.time, gist.notes, stored.modified, is_ours=True)
+                return record, True
+            return self._by_name(stored), True
+        return self._by_name(stored), False
+
+    def _by_name(self, stored: StoredCheckpoint) -> Record:
+        step, modified = last_number(stored.name), stored.modified
+        return Record(stored.name, step, modified, {}, modified, is_ours=False)
 
     async def _ordered(self) -> dict[str, int | None]:
         """Name -> step of committed checkpoints, ascending."""
+        records = await self._recorded(await self._storage.list())
         return ascending(
-            [
-                (stored.name, await self._step(stored.name), stored.modified)
-                for stored in await self._storage.list()
-                if stored.committed
-            ]
+            [(record.checkpoint_id, record.step, record.modified) for record in records.values()]
         )
 
     async def names(self) -> list[str]:
@@ -221,6 +293,13 @@ class Catalog:
             hint = f"; what lies elsewhere is named by its path, such as './{wanted}'" if is_name else ""
             raise CheckpointNotFoundError(f"{what} is committed in {self._storage!r}{why}; {others}{hint}")
         return chosen
+
+    async def removable(self, ref: str | int) -> str:
+        """The name to remove: of a link the link's own. Raises CheckpointNotFoundError."""
+        for stored in await self._storage.list():
+            if stored.name == ref and (stored.committed or stored.alias_of):
+                return stored.name
+        return (await self.resolve(ref))[0]
 
     async def _meant_by(self, name: str) -> str:
         """The checkpoint that ``name`` is an alias of."""

@@ -24,7 +24,7 @@ from ..errors import (
     StorageError,
     UntrustedCheckpointError,
 )
-from ..formats import ItemKey, Manifest, ManifestError, decode_step, locations_of, transforms_of
+from ..formats import ItemKey, Manifest, ManifestError, ManifestGist, decode_gist, locations_of, transforms_of
 from ..info import CheckpointInfo, VerifyReport
 from ..storage import LinkError, ReadableStorage, Reader, UnreadableError
 from .contents import Contents
@@ -157,24 +157,24 @@ class Opener:
         except LinkError as error:
             raise refused_link(name, error) from error
 
-    async def step(self, name: str) -> int | None:
-        """The step of ``name``, to put it in order: that in its manifest, or in the name of stock's.
+    async def gist(self, name: str) -> ManifestGist | None:
+        """What the manifest of ``name`` tells, to put it in order; None if stock wrote it.
 
         Raises: as ``describe``; StorageError.
         """
-        steps = await self._steps(name)
-        if len(steps) == 1:
-            return steps[0]
+        gists = await self._gists(name)
+        if len(gists) == 1:
+            return gists[0]
         # by none or several a replace shows, under way or killed: the one that belongs to .metadata counts
         manifest = await self._look(name, manifest_of)
-        return last_number(name) if manifest is None else manifest.step
+        return None if manifest is None else ManifestGist(manifest.step, manifest.time, manifest.notes)
 
-    async def _steps(self, name: str) -> list[int | None]:
+    async def _gists(self, name: str) -> list[ManifestGist]:
         """What the manifests say that lie there, if all of them are whole."""
         reader = await self._enter(name)
         try:
-            # the steps alone, and no look at `.metadata`: this is done for every checkpoint under the root
-            return [decode_step(raw) for raw in await reader.manifest()]
+            # these alone, and no look at `.metadata`: this is done for every checkpoint under the root
+            return [decode_gist(raw) for raw in await reader.manifest()]
         except ManifestError:
             return []
         except StorageError as error:

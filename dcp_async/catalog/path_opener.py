@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from .._concurrency import BlockingThreads
 from .._names import FIRST_RANK_METADATA, METADATA
 from ..errors import CheckpointNotFoundError
+from ..formats import ManifestGist
 from ..info import CheckpointInfo, VerifyReport
 from ..storage import BlockingCalls, LocalPlace
 from ..trust import Trust
@@ -177,6 +178,6 @@ class PathOpener:
         """Whether ``contents`` are of what is there now."""
         return await (await self._opener(contents.info.checkpoint_id)).is_current(contents)
 
-    async def step(self, name: str) -> int | None:
-        """The step of ``name``. Raises: as ``Opener.step``."""
-        return await (await self._opener(name)).step(name)
+    async def gist(self, name: str) -> ManifestGist | None:
+        """What ``name`` tells of itself. Raises: as ``Opener.gist``."""
+        return await (await self._opener(name)).gist(name)

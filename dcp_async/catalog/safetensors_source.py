@@ -18,6 +18,7 @@ from ..formats import (
     LENGTH_BYTES,
     AmbiguousNameError,
     HeaderError,
+    ManifestGist,
     StoredTensor,
     decode_header,
     files_of_index,
@@ -192,9 +193,9 @@ class SafetensorsOpener:
         """Always: nobody replaces a model by a commit that could be told."""
         return True
 
-    async def step(self, name: str) -> int | None:
-        """None: a model tells no step."""
-        return None
+    async def gist(self, name: str) -> ManifestGist | None:
+        """One without a step: a model tells none."""
+        return ManifestGist(None, 0.0, {})
 
     async def verify(
         self, name: str, *, io_concurrency: int, progress: Progress | None = None

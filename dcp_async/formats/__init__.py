@@ -29,12 +29,13 @@ if TYPE_CHECKING:
         AttachedEntry,
         FileEntry,
         Manifest,
+        ManifestGist,
         ManifestHead,
         NewerVersionError,
         attached_digest,
+        decode_gist,
         decode_head,
         decode_manifest,
-        decode_step,
         encode_manifest,
         structure_json,
     )
@@ -109,8 +110,8 @@ else:
             ),
             "keys": "PickledKey pickled_key plain_key text_of",
             "manifest": (
-                "AttachedEntry FileEntry Manifest ManifestHead NewerVersionError attached_digest "
-                "decode_head decode_manifest decode_step encode_manifest structure_json"
+                "AttachedEntry FileEntry Manifest ManifestGist ManifestHead NewerVersionError "
+                "attached_digest decode_gist decode_head decode_manifest encode_manifest structure_json"
             ),
             "manifest_fields": "ManifestError",
             "metadata_reader": "decode_metadata uids_named_in",
@@ -166,6 +167,7 @@ __all__ = [
     "MadeFile",
     "Manifest",
     "ManifestError",
+    "ManifestGist",
     "ManifestHead",
     "MetadataTemplate",
     "NewerVersionError",
@@ -190,11 +192,11 @@ __all__ = [
     "children_of",
     "cut",
     "dcp_paths",
+    "decode_gist",
     "decode_head",
     "decode_header",
     "decode_manifest",
     "decode_metadata",
-    "decode_step",
     "encode_manifest",
     "files_of_index",
     "find_archive",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict, Unpack
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 import xxhash
 
@@ -193,17 +193,26 @@ def _manifest(
     )
 
 
-def decode_step(raw: bytes) -> int | None:
-    """The step alone, for whoever puts checkpoints in order: the tree of many tensors, which stands behind
-    it, is not decoded.
+class ManifestGist(NamedTuple):
+    """What puts a checkpoint in order, and what a policy judges it by."""
+
+    step: int | None
+    time: float
+    notes: Mapping[str, JSON]
+
+
+def decode_gist(raw: bytes) -> ManifestGist:
+    """What is told of each checkpoint under a root: the tree of many tensors, which stands behind it, is not
+    decoded.
 
     Raises: ManifestError, NewerVersionError.
     """
     _check_digest(raw)
     with manifest_errors():
-        fields = Fields(leading_fields(raw.decode(), frozenset({"format", "version", "step"})))
+        wanted = frozenset({"format", "version", "step", "time", "notes"})
+        fields = Fields(leading_fields(raw.decode(), wanted))
         _check_version(fields)
-        return fields.step()
+        return ManifestGist(fields.step(), fields.seconds("time"), Fields(fields.found["notes"]).found)
 
 
 _TREE = b',"structure":'

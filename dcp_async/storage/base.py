@@ -48,6 +48,9 @@ class StoredCheckpoint:
     """Whether its `.metadata` exists, or else rank 0's of stock's."""
     modified: float
     """When it was committed (or, if it was not, last changed), in Unix seconds."""
+    version: str = ""
+    """Tells what was committed under this name from what was committed there before; "" where ``modified``
+    does."""
     # never committed, or a link to the newest would make two checkpoints of one
     alias_of: str = ""
     """The name that this is another one for, a link to it, say; such an entry is never ``committed``."""

@@ -169,24 +169,23 @@ async def test_a_leaf_that_is_not_trusted_is_no_reason_to_give_an_older_checkpoi
 
 
 class Vanishing:
-    """A storage from which the next of ``names`` are removed right before they are opened to be read, after
-    each was opened once to be put in order."""
+    """A storage from which ``names`` are removed right before they are opened to be read; to be put in order
+    they were opened when the engine was."""
 
     def __init__(self, inner: LocalStorage) -> None:
         self._inner = inner
-        self._opened: dict[str, int] = {}
+        self._vanishing: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     def vanish(self, *names: str) -> None:
-        self._opened = dict.fromkeys(names, 0)
+        self._vanishing.update(names)
 
     async def open(self, name: str) -> Any:
-        if name in self._opened:
-            self._opened[name] += 1
-            if self._opened[name] == 2:
-                await self._inner.remove(name)
+        if name in self._vanishing:
+            self._vanishing.remove(name)
+            await self._inner.remove(name)
         return await self._inner.open(name)
 
 

@@ -21,7 +21,7 @@ import anyio
 from ...errors import StorageError
 from ..base import Glimpse, NamesUids, StoredCheckpoint
 from .lease import Beat, sees_lease
-from .listing import glimpse_checkpoints, list_checkpoints
+from .listing import Listing, glimpse_checkpoints
 from .reader import LocalReader
 from .removal import remove_checkpoint, sweep_checkpoint
 from .transaction import LeasingCalls, LocalTransaction
@@ -83,6 +83,7 @@ class LocalStorage(LeasingCalls):
         self.lease_max_age = lease_max_age
         self.beat = Beat(lease_max_age / 5)
         """Keeps the leases of its transactions young."""
+        self._listing = Listing(self.root)
         self._follow_links = follow_links
         self._clean: dict[str, int] = {}
         """Directories in which a sweep found nothing to do -> when they last changed, so that the next one is
@@ -148,7 +149,7 @@ class LocalStorage(LeasingCalls):
                 logger.debug("%s went away with its lease: the rank that leads has failed", directory)
 
     async def list(self) -> Sequence[StoredCheckpoint]:
-        return await self.run("list", self.root, list_checkpoints, self.root)
+        return await self.run("list", self.root, self._listing.look)
 
     async def glimpse(self, head_bytes: int) -> Sequence[Glimpse]:
         return await self.run("list", self.root, glimpse_checkpoints, self.root, head_bytes)

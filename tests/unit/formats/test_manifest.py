@@ -12,8 +12,8 @@ import xxhash
 from dcp_async.formats.manifest import (
     AttachedEntry,
     FileEntry,
+    decode_gist,
     decode_manifest,
-    decode_step,
     encode_manifest,
     structure_json,
 )
@@ -47,14 +47,14 @@ def test_a_sound_manifest_is_read() -> None:
     assert decode_manifest(signed(json.dumps({**_sound(), "step": None, "time": 7}))).step is None
 
 
-def test_the_step_is_read_without_the_tree_behind_it() -> None:
+def test_step_time_and_notes_are_read_without_the_tree_behind_them() -> None:
     sound = _sound()
-    assert decode_step(signed(json.dumps(sound))) == 1
-    assert decode_step(signed(json.dumps(sound, separators=(",", ":")))) == 1
-    assert decode_step(signed(json.dumps(sound, indent=2))) == 1
-    assert decode_step(signed(json.dumps({**sound, "step": None}))) is None
+    assert decode_gist(signed(json.dumps(sound))).step == 1
+    assert decode_gist(signed(json.dumps(sound, separators=(",", ":")))).step == 1
+    assert decode_gist(signed(json.dumps(sound, indent=2))).step == 1
+    assert decode_gist(signed(json.dumps({**sound, "step": None}))).step is None
     no_tree = json.dumps(sound).replace('"structure": ', '"structure": no JSON')
-    assert decode_step(signed(no_tree)) == 1
+    assert decode_gist(signed(no_tree)) == (1, 1.5, sound["notes"])
     with pytest.raises(ManifestError):
         decode_manifest(signed(no_tree))
 
@@ -74,13 +74,13 @@ def test_the_step_is_read_without_the_tree_behind_it() -> None:
 )
 def test_a_step_is_not_read_of_a_damaged_manifest(change: Callable[[str], str], why: str) -> None:
     with pytest.raises(ManifestError, match=why):
-        decode_step(signed(change(json.dumps(_sound()))))
+        decode_gist(signed(change(json.dumps(_sound()))))
 
 
 def test_a_step_is_not_read_of_a_manifest_with_another_checksum() -> None:
     raw = signed(json.dumps(_sound()))
     with pytest.raises(ManifestError, match="checksum"):
-        decode_step(raw.replace(b'"step": 1', b'"step": 2'))
+        decode_gist(raw.replace(b'"step": 1', b'"step": 2'))
 
 
 WRONG: tuple[Any, ...] = (
