@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .listing import Listed, survey
     from .opened import Opened
     from .path_opener import PathOpener
+    from .pruning import Pruned, Pruner
     from .retention import (
         CheckpointRecord,
         KeepBest,
@@ -35,6 +36,7 @@ else:
             "listing": "Listed survey",
             "opened": "Opened",
             "path_opener": "PathOpener",
+            "pruning": "Pruned Pruner",
             "retention": (
                 "CheckpointRecord KeepBest KeepEvery KeepLatest Retention RetentionPlan plan_retention"
             ),
@@ -53,6 +55,8 @@ __all__ = [
     "Listed",
     "Opened",
     "PathOpener",
+    "Pruned",
+    "Pruner",
     "Retention",
     "RetentionPlan",
     "UnfitMetadataError",

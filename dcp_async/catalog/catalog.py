@@ -294,6 +294,13 @@ class Catalog:
             raise CheckpointNotFoundError(f"{what} is committed in {self._storage!r}{why}; {others}{hint}")
         return chosen
 
+    async def is_still(self, record: Record) -> bool:
+        """Whether ``record`` tells what lies there now, read anew. Raises: LoadError; StorageError."""
+        gist = await self._opener.gist(record.checkpoint_id)
+        if gist is None or not record.is_ours:
+            return gist is None and not record.is_ours
+        return (gist.time, gist.notes) == (record.time, record.notes)
+
     async def removable(self, ref: str | int) -> str:
         """The name to remove: of a link the link's own. Raises CheckpointNotFoundError."""
         for stored in await self._storage.list():

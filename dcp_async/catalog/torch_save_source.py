@@ -22,6 +22,7 @@ from ..formats import (
     ArchiveRecords,
     ContentError,
     MadeFile,
+    ManifestGist,
     Record,
     find_archive,
 )
@@ -213,9 +214,9 @@ class TorchSaveOpener:
         """Always: nobody replaces a file by a commit that could be told."""
         return True
 
-    async def step(self, name: str) -> int | None:
-        """None: a file tells no step."""
-        return None
+    async def gist(self, name: str) -> ManifestGist | None:
+        """One without a step: a file of torch.save tells none."""
+        return ManifestGist(None, 0.0, {})
 
     async def verify(
         self, name: str, *, io_concurrency: int, progress: Progress | None = None

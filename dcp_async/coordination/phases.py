@@ -6,7 +6,7 @@ A phase that there may be several of ends in a number, "leaves 2", which says no
 
 from __future__ import annotations
 
-MEETINGS = {"verdict": "save()", "choose": "load()", "latest": "latest()"}
+MEETINGS = {"verdict": "save()", "choose": "load()", "latest": "latest()", "remove": "remove()"}
 """Verbs of the engine, by their first phase. In it all ranks have to arrive within a time of the first: later
 ones take as long as writing or reading takes."""
 _AFTER_USER_CODE = frozenset({"ask", "reads", "unexpected", "restore"})
@@ -27,4 +27,4 @@ def describe_call(phase: str, name: str) -> str:
     # by verb alone: the coordinator chooses what is loaded, whatever the references of others say
     if _kind(phase) in _LOADS:
         return "called load()"
-    return "called latest()" if phase == "latest" else f"saved {name!r}"
+    return f"called {phase}()" if phase in ("latest", "remove") else f"saved {name!r}"

@@ -7,11 +7,13 @@ from .checkpoint import STREAM_BYTES, Checkpoint, CheckpointVerbs, open_checkpoi
 from .dcp_calls import CallOptions, DcpCalls, Directory
 from .engine import CheckpointEngine
 from .exit_guard import ExitGuard, fail_unless_seen
+from .removals import After
 from .verbs import EngineVerbs
 from .verification import verify, verifying
 
 __all__ = [
     "STREAM_BYTES",
+    "After",
     "Attachable",
     "CallOptions",
     "Checkpoint",

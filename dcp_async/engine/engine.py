@@ -21,6 +21,7 @@ from ..options import Dtypes
 from ..response import AsyncSaveResponse
 from .attaching import Attachable
 from .checkpoint import Checkpoint
+from .removals import After
 from .verbs import EngineVerbs
 
 T = TypeVar("T")
@@ -208,6 +209,22 @@ class CheckpointEngine(EngineVerbs):
         Ranks: each verifies by itself; one is enough.
         """
         return await self._run("verify", self._reads.verifying(source))
+
+    async def remove(self, source: CheckpointRef, *, after: After = None) -> None:
+        """Remove a checkpoint, once the newer one that ``after`` stands for is durable.
+
+        Whoever has it open reads on. To go on training meanwhile, do not await it but make it a task; an
+        engine that closes waits for it.
+
+        Args:
+            source: its name, its step, or what was told of it; of a link the link is removed.
+            after: what ``save`` gave for a newer one, or its ``upload_completion``, done or not.
+        Raises: SaveError (of the kind that ``after`` raises) if the newer save failed: then nothing was
+            removed; CheckpointNotFoundError; StorageError; EngineStateError; ValueError for "latest".
+        Cancellation: nothing is removed, unless that has begun.
+        Ranks: all must call it, in the same order; the coordinator removes.
+        """
+        await self._run("remove", self._removals.removing(source, after))
 
     def checkpoint(
         self, source: CheckpointRef = "latest", *, dequantize: torch.dtype | None = None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import BlockingThreads, LoopThread
-from ..catalog import Catalog, PathOpener
+from ..catalog import Catalog, PathOpener, Retention
 from ..coordination import Coordination, Coordinator
 from ..events import Event, Observer
 from ..formats import Format
@@ -57,6 +57,7 @@ class Setup:
     trust: Trust
     observer: Observer | None
     policy: SavePolicy | None
+    retention: Retention | None
     is_reader: bool
     """Whether nothing will be saved, or only under given names, so that nobody has to know the steps."""
 
@@ -106,6 +107,7 @@ def make_setup(
     trust: Trust,
     observer: Observer | None,
     policy: SavePolicy | None = None,
+    retention: Retention | None = None,
     is_reader: bool = False,
 ) -> Setup:
     """A storage and a stager are made where paths, URLs and options were given. Raises TypeError for a root
@@ -113,6 +115,8 @@ def make_setup(
     URL that no storage serves."""
     if policy is not None and not isinstance(policy, SavePolicy):
         raise TypeError(f"policy={policy!r} must be a SavePolicy: Every, Adaptive, OnSignal, joined with |")
+    if not isinstance(retention, Retention | None):
+        raise TypeError(f"retention={retention!r} must be a policy such as KeepLatest(3), or several, a | b")
     if not hasattr(format, "layout"):
         raise TypeError(f"format={format!r} must be a Format, as SafetensorsFormat() is")
     owns_storage = isinstance(root, (str, os.PathLike))
@@ -132,6 +136,7 @@ def make_setup(
         trust=trust,
         observer=observer,
         policy=policy,
+        retention=retention,
         is_reader=is_reader,
     )
 

@@ -44,6 +44,7 @@ from ..state import LeafRules, capture
 from .admission import SaveArguments, brief, checkpoint_name
 from .attaching import Attachable, reading_attachments
 from .lifetime import Lifetime
+from .retention import RetentionRuns
 
 logger = logging.getLogger(__name__)
 
@@ -257,10 +258,10 @@ class SaveRunner:
     def __init__(self, life: Lifetime) -> None:
         self.carryover = Carryover(replicas=ReplicaCheck(life.setup.coordination.replicas, life.setup.stager))
         self._life = life
+        self._retention = RetentionRuns(life)
 
     def start(self, request: SaveRequest) -> None:
-        """Run ``request``; from here on its handles tell the rest. Raises EngineStateError if the engine
-        ended."""
+        """Run ``request``; its handles tell the rest. Raises EngineStateError if the engine ended."""
         writer = request.writer
         try:
             # inside: interrupted between this and a try behind it, nobody would give the place back
@@ -281,6 +282,12 @@ class SaveRunner:
         self._life.resources.loop.call_soon(cancellation.request)
 
     async def _run(self, request: SaveRequest) -> None:
+        writer = request.writer
+        await self._save(request)
+        del request  # older checkpoints may take long to go, and need nothing of the state
+        await self._retention.after(writer)
+
+    async def _save(self, request: SaveRequest) -> None:
         response, have = request.response, self._life.resources
         uid = have.coordinator.uid(request.ordinal, response.checkpoint_id)
         if have.setup.observer is not None:  # adding up the bytes of many tensors takes milliseconds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from .._concurrency import Verb
+from ..catalog import Retention
 from ..coordination import Coordination
 from ..events import Observer
 from ..formats import DISTCP, Format
@@ -25,6 +26,7 @@ from .load_context import LoadContext
 from .loads import Loads
 from .reads import Reads
 from .release import check_torch
+from .removals import Removals
 from .resources import make_setup
 from .saves import Saves
 
@@ -39,6 +41,7 @@ class EngineVerbs:
         staging: Stager | StagingOptions = StagingOptions(),
         planning: PlanningOptions = PlanningOptions(),
         format: Format = DISTCP,
+        retention: Retention | None = None,
         coordination: Coordination = Coordination(),
         limits: Limits = Limits(),
         timeouts: Timeouts = Timeouts(),
@@ -54,6 +57,8 @@ class EngineVerbs:
             staging: how the state is copied, or a Stager to share, which stays the caller's to close.
             planning: DCP's planners, and whether plans are reused.
             format: how data files are written. A load reads what it finds, whatever this is.
+            retention: which checkpoints stay once a newer one is durable, ``KeepLatest(3) |
+                KeepEvery(steps=1000)``; the others are removed in the background. None removes nothing.
             coordination: which processes save together.
             limits: how much goes on at once.
             timeouts: how long to wait.
@@ -74,6 +79,7 @@ class EngineVerbs:
             trust=trust,
             observer=observer,
             policy=policy,
+            retention=retention,
         )
         self._life = Lifetime(setup)
         hooks = self._life.hooks
@@ -82,6 +88,7 @@ class EngineVerbs:
         context = LoadContext(self._life)
         self._loads = Loads(context)
         self._reads = Reads(context)
+        self._removals = Removals(self._life)
 
     def __repr__(self) -> str:
         life = self._life

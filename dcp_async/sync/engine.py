@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 import torch
 
 from .._concurrency import Verb, drive_blocking
-from ..engine import STREAM_BYTES, Attachable, CheckpointVerbs, EngineVerbs, reader_at, verifying
+from ..engine import STREAM_BYTES, After, Attachable, CheckpointVerbs, EngineVerbs, reader_at, verifying
 from ..info import JSON, CheckpointInfo, CheckpointRef, LoadReport, VerifyReport
 from ..load import Index
 from ..options import Dtypes, Limits, Timeouts
@@ -108,6 +108,10 @@ class CheckpointEngine(EngineVerbs):
     def verify(self, source: CheckpointRef = "latest") -> VerifyReport:
         """Read all of a checkpoint and tell what of it is damaged."""
         return self._run("verify", self._reads.verifying(source))
+
+    def remove(self, source: CheckpointRef, *, after: After = None) -> None:
+        """Remove a checkpoint, once the newer one that ``after`` stands for is durable."""
+        self._run("remove", self._removals.removing(source, after))
 
     def checkpoint(
         self, source: CheckpointRef = "latest", *, dequantize: torch.dtype | None = None

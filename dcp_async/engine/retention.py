@@ -1,0 +1,56 @@
+"""Retention in an engine: after each commit what the policy does not keep is removed, in the background.
+
+Enters: the word that a checkpoint is durable. Leaves: fewer checkpoints. Invariant: one run at a time, on the
+coordinator alone; no save waits for one, or fails by one.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from .._foreign import ENDINGS, words
+from ..catalog import Pruner, Retention
+from ..response import ResponseWriter
+from .lifetime import Lifetime
+
+logger = logging.getLogger(__name__)
+
+
+class RetentionRuns:
+    """The runs of one engine. Owns nothing. On the engine's loop."""
+
+    def __init__(self, life: Lifetime) -> None:
+        self._life = life
+        self._pruner: Pruner | None = None
+        self._is_running = False
+        self._is_due = False
+
+    async def after(self, writer: ResponseWriter) -> None:
+        """A save has ended; if it was committed, what need not stay goes. Returns when it has gone, or at once
+        while another run is under way, which then begins anew."""
+        policy, have = self._life.setup.retention, self._life.resources
+        if policy is None or not have.coordinator.is_coordinator or writer.upload.failure() is not None:
+            return
+        self._is_due = True
+        if self._is_running:
+            return
+        self._is_running = True
+        try:
+            while self._is_due:
+                self._is_due = False
+                await self._run(policy)
+        finally:
+            self._is_running = False
+
+    async def _run(self, policy: Retention) -> None:
+        have = self._life.resources
+        if self._pruner is None:
+            self._pruner = Pruner(have.catalog, have.storage, policy, have.threads)
+        try:
+            await self._pruner.prune(
+                busy=[writer.response.checkpoint_id for writer in self._life.book.pending()]
+            )
+        except ENDINGS:
+            raise
+        except BaseException as error:  # the policy or the storage may be the user's own
+            logger.warning("nothing was removed from %r by %r: %s", have.storage, policy, words(error))
