@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 _READS_AT_ONCE = 8
-"""Of small files: what one waits for, the others use."""
+"""Manifests, which are small: while one read waits, the others go on."""
 
 
 @dataclass(frozen=True, slots=True)

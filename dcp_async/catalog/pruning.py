@@ -22,7 +22,7 @@ from .retention import Retention, RetentionPlan, plan_retention
 logger = logging.getLogger(__name__)
 
 _PROVEN = 16
-"""Of those that stay, how many of the newest must be whole to count: each is looked at once."""
+"""How many of the newest that stay must be whole to count: each is looked at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ class Pruner:
                 del records[name]
 
     async def _broken(self, plan: RetentionPlan, records: dict[str, Record]) -> list[str]:
-        """Of what stays, the newest that are not whole; a policy must not count on them."""
+        """The newest of those that stay which are not whole: a policy must not count on them."""
         newest = [name for name in reversed(list(plan.kept)) if records[name].step is not None][:_PROVEN]
         self._whole = {name: record for name, record in self._whole.items() if records.get(name) == record}
         broken: list[str] = []

@@ -26,7 +26,7 @@ class Outcome(TypedDict):
     """How the coordinator's removal ended. Plain data: it travels."""
 
     kind: str
-    """Of what all ranks raise; "" if it is gone."""
+    """The class of what all ranks raise; "" if it is gone."""
     text: str
 
 

@@ -26,8 +26,10 @@ class RetentionRuns:
         self._is_due = False
 
     async def after(self, writer: ResponseWriter) -> None:
-        """A save has ended; if it was committed, what need not stay goes. Returns when it has gone, or at once
-        while another run is under way, which then begins anew."""
+        """A save has ended; if it was committed, what need not stay goes.
+
+        Returns when it has gone, or at once while another run is under way, which then begins anew.
+        """
         policy, have = self._life.setup.retention, self._life.resources
         if policy is None or not have.coordinator.is_coordinator or writer.upload.failure() is not None:
             return

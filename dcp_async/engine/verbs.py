@@ -57,16 +57,14 @@ class EngineVerbs:
             staging: how the state is copied, or a Stager to share, which stays the caller's to close.
             planning: DCP's planners, and whether plans are reused.
             format: how data files are written. A load reads what it finds, whatever this is.
-            retention: which checkpoints stay once a newer one is durable, ``KeepLatest(3) |
-                KeepEvery(steps=1000)``; the others are removed in the background. None removes nothing.
+            retention: which checkpoints stay once a newer one is durable: ``KeepLatest(3)``; None: all.
             coordination: which processes save together.
             limits: how much goes on at once.
             timeouts: how long to wait.
             trust: which pickled leaves a load accepts (a save refuses the others), and whether links out of
                 the root are followed.
             observer: is told each event, on the engine's thread.
-            policy: when ``should_save`` says that a save is due: ``Every``, ``Adaptive``, ``OnSignal``,
-                joined with ``|``.
+            policy: when ``should_save`` says that a save is due: ``Every(steps=100) | OnSignal()``.
         """
         setup = make_setup(
             root,
@@ -81,14 +79,11 @@ class EngineVerbs:
             policy=policy,
             retention=retention,
         )
-        self._life = Lifetime(setup)
-        hooks = self._life.hooks
-        self._schedule = SaveSchedule(policy, timeout=timeouts.coordination, waited=lambda: hooks.waited)
-        self._saves = Saves(self._life, self._schedule.saved)
-        context = LoadContext(self._life)
-        self._loads = Loads(context)
-        self._reads = Reads(context)
-        self._removals = Removals(self._life)
+        self._life = life = Lifetime(setup)
+        self._schedule = SaveSchedule(policy, timeout=timeouts.coordination, waited=lambda: life.hooks.waited)
+        self._saves, self._removals = Saves(life, self._schedule.saved), Removals(life)
+        context = LoadContext(life)
+        self._loads, self._reads = Loads(context), Reads(context)
 
     def __repr__(self) -> str:
         life = self._life

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from dcp_async import (
     CheckpointError,
     CheckpointExistsError,
     EngineStateError,
+    KeepLatest,
     SaveError,
     StagingOptions,
     Timeouts,
@@ -957,6 +959,40 @@ def warm_up() -> None:
     stock_target("trainer")
 
 
+def retain(context: Context, *, root: str, first: int, count: int, die_at: int = 0) -> None:
+    """Saves steps on end and keeps the latest two; reports each that is durable. `die_at`: SIGKILL at the
+    n-th call that changes a name below the root."""
+
+    def die(call: Call) -> None:
+        context.line.report("dies", call=repr(call))
+        end_process_now()
+
+    changes = frozenset({"rename", "unlink", "rmdir", "link", "fsync"})
+    context.tap.watch(root, Nth(changes, die_at, die))
+    with dcp_async.sync.CheckpointEngine(root, retention=KeepLatest(2)) as engine:
+        for step in range(first, first + count):
+            engine.save(numbers(step), step=step).upload_completion.result()
+            context.line.report("durable", step=step)
+
+
+def load_on(context: Context, *, root: str) -> None:
+    """Has the newest checkpoint open, and loads what is newest by then, until it is told to stop."""
+    line = context.line
+    with dcp_async.sync.CheckpointEngine(root) as engine, engine.checkpoint() as checkpoint:
+        line.report("reading", name=checkpoint.info.checkpoint_id, digest=flat(checkpoint.read()))
+        gate, loads, steps = select.poll(), 0, set()
+        gate.register(line.gate)
+        while not gate.poll(0):
+            target = numbers(-1)
+            report = engine.load(target)
+            assert report.step is not None
+            assert flat(target) == flat(numbers(report.step)), f"step {report.step} is not what was saved"
+            assert not report.skipped, report
+            loads += 1
+            steps.add(report.step)
+        line.report("read", digest=flat(checkpoint.read()), loads=loads, steps=len(steps))
+
+
 JOBS: dict[str, Callable[..., None]] = {
     job.__name__: job
     for job in (
@@ -977,6 +1013,8 @@ JOBS: dict[str, Callable[..., None]] = {
         save_late,
         save_in_child,
         preempt,
+        retain,
+        load_on,
     )
 }
 ENDING = frozenset(

@@ -20,7 +20,7 @@ from .safe_open import is_beneath, open_regular
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 256
-"""Of the step directories that are known, how many are looked at again each time: the newest."""
+"""How many of the step directories that are known are looked at again each time: the newest."""
 _NO_CHECKPOINTS = frozenset({"lost+found"})
 """The file system's own, closed to everybody."""
 
