@@ -149,7 +149,7 @@ class Mxfp4(Quantised):
 
     @property
     def cut_bytes(self) -> int:
-        return 256 << 10
+        return 1 << 20
 
     def stored_box(self, box: Box) -> Box:
         *lead, (low, high) = box
@@ -170,7 +170,8 @@ class Mxfp4(Quantised):
         own = tuple(
             slice(low - first, high - first) for (low, high), first in zip(of_groups, scales_at, strict=True)
         )
-        plain = pairs[numbers.to(torch.int64)]
+        # three times as fast as indexing
+        plain = torch.nn.functional.embedding(numbers.to(torch.int32), pairs)
         plain *= powers[scales[own].to(torch.int64)][..., None, None]
         *lead, (low, high), _ = stored
         box = (*lead, (low * 2 * self.group_bytes, high * 2 * self.group_bytes))
