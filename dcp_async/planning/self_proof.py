@@ -239,4 +239,5 @@ def prove_head(head: ManifestHead, ends: Mapping[FileKey, int]) -> None:
     for file, end in ends.items():
         entry = entries.get(file_of(file, head["uid"]))
         if entry is None or entry.nbytes < end:
-            raise ProofError(f"the items of {file_of(file, head['uid'])} end at {end}, the file is {entry}")
+            whose = f"rank {file}" if isinstance(file, int) else f"the public file {file[1]}"
+            raise ProofError(f"the items of {whose} end at {end}, its file is {entry}")
