@@ -371,7 +371,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(
     for error, match, arguments in (
         (ValueError, "nothing says where the checkpoint is", {}),
         (TypeError, "is the path or URL", {"checkpoint_id": 5}),
-        (ValueError, "no storage serves s3://", {"checkpoint_id": "s3://bucket/step-1"}),
+        (ValueError, "no storage serves ftp://", {"checkpoint_id": "ftp://host/step-1"}),
         (ValueError, "names a whole root", {"checkpoint_id": "memory://run"}),
         (ValueError, "names no directory", {"checkpoint_id": ""}),
         (TypeError, "is no StorageWriter", {"storage_writer": "c"}),
