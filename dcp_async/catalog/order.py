@@ -29,6 +29,7 @@ def ascending(told: Iterable[tuple[str, int | None, float]]) -> dict[str, int | 
     are ordered by when one of them was last written.
     """
     entries = list(told)
+    # looked at once: there may be ten thousand under a root
     families = {name: family_of(name) for name, step, _ in entries if step is None}
     newest: dict[str, float] = {}
     for name, step, modified in entries:

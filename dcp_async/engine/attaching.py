@@ -25,6 +25,7 @@ def reading_attachments(
 ) -> Verb[Mapping[str, Attachment]]:
     """The bytes of ``sources``. Raises: ValueError for one that can't be read, or if they are too large;
     StorageError for one that can't be read in time."""
+    # bytes need no thread; and where nothing is waited for, no other verb of this rank gets in between
     if not any(isinstance(source, Path) for source in sources.values()):
         return read_attachments(sources)
     have = life.resources

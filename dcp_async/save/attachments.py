@@ -82,6 +82,7 @@ def deal(told: Sequence[Told]) -> list[list[str]]:
     shares: list[list[str]] = [[] for _ in told]
     for rank, files in enumerate(told):
         for name, file in files.items():
+            # one writer: a thousand ranks that give the same tokenizer must not write it a thousand times
             first = writer.setdefault(name, rank)
             if file != told[first][name]:
                 raise ConflictError(
@@ -131,6 +132,7 @@ class Attachments:
         """Write this rank's share, and make it durable. Raises StorageError."""
         for name in self._share:
             file = attached_file(self._uid, name)
+            # of an empty one there is nothing to put, and the storage has made it
             if content := self._files[name].content:
                 await transaction.put(file, 0, memoryview(content))
             await transaction.seal(file)

@@ -151,6 +151,7 @@ class _Flattener:
         self.flat.from_rank[name] = value
         if not self._is_load and value.rank != self.flat.rank:
             return None  # whatever is there is in the tree of the rank that has it
+        # as in PerRank: generators in it are this rank's, and their name needs no rank
         self._is_own = self._is_from_rank = True
         node = self._visit(name, value.value)
         self._is_own = self._is_from_rank = False

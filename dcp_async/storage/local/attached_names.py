@@ -36,7 +36,7 @@ def _give_names(directory: Path, uid: str) -> None:
     for name in _attached(directory).get(uid, ()):
         target = directory / name
         original = directory / attached_file(uid, name)
-        if _same(target, original):
+        if _same(target, original):  # given before, by a process that died behind it
             continue
         if os.path.lexists(target) and not is_copy(directory, name):
             logger.warning(
@@ -44,6 +44,7 @@ def _give_names(directory: Path, uid: str) -> None:
                 *(target, name, original.name),
             )
             continue
+        # whole and synced before it has the name: nobody reads half a file, after a power cut neither
         copy = directory / attached_copy(uid, name)
         _copy(original, copy)
         os.rename(copy, target)
@@ -89,6 +90,7 @@ def _same(path: Path, original: Path) -> bool:
         first = open_regular(path)
     except OSError:  # not there, a link, a directory, closed to this process
         return False
+    # in chunks, since they may be as large as all that a save attaches
     with os.fdopen(first, "rb") as one, os.fdopen(open_regular(original), "rb") as other:
         if os.fstat(one.fileno()).st_size != os.fstat(other.fileno()).st_size:
             return False
