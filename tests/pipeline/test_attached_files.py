@@ -19,6 +19,7 @@ import dcp_async
 import dcp_async.sync
 from dcp_async import CheckpointEngine, CorruptCheckpointError, LoadError, SaveError
 from dcp_async.formats import SafetensorsFormat
+from dcp_async.storage import LocalStorage
 from tests.support.doubles import assert_holds_only, faulty_storage, flip, manifest_file, manifest_of
 
 STATE = {"w": torch.arange(6.0), "epoch": 3}
@@ -330,3 +331,17 @@ async def test_a_file_of_holes_takes_no_memory(root: Path) -> None:
             assert checkpoint.files == {"config.json": nbytes}
             with pytest.raises(CorruptCheckpointError, match="does not match its checksum"):
                 await checkpoint.file("config.json")
+
+
+async def test_removing_a_checkpoint_takes_its_files_and_leaves_those_of_others(root: Path) -> None:
+    async with CheckpointEngine(root) as engine:
+        path = await saved(engine, FILES)
+        (path / "config.json").write_bytes(b"theirs")
+        whole = await saved(engine, FILES, step=2)
+    storage = LocalStorage(root)
+    await storage.remove(path.name)
+    await storage.remove(whole.name)
+    await storage.close()
+    assert beside(path) == {"config.json": b"theirs"}
+    assert os.listdir(path) == ["config.json"]
+    assert not whole.exists()
