@@ -21,7 +21,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from dcp_async import CheckpointEngine, Coordination, Limits, PerRank, StagingOptions, Timeouts, Trust
+from dcp_async import (
+    CheckpointEngine,
+    Coordination,
+    KeepLatest,
+    Limits,
+    PerRank,
+    StagingOptions,
+    Timeouts,
+    Trust,
+)
 from dcp_async.errors import CheckpointError, LoadError, SaveError
 from dcp_async.formats import DistcpFormat, SafetensorsFormat
 from dcp_async.storage.local import lease
@@ -155,6 +164,7 @@ class EngineAgent(Agent):
         overlap: bool = False,
         unsafe: bool = False,
         weights: str | None = None,
+        keeps: int = 0,
     ) -> Outcome:
         """Open one whose storage can be told to stumble."""
         disk = FaultyStorage(LocalStorage(root))
@@ -170,6 +180,7 @@ class EngineAgent(Agent):
             timeouts=Timeouts(coordination=coordination, exit_grace=exit_grace, storage=20.0),
             trust=Trust(unsafe=unsafe),
             format=SafetensorsFormat(weights) if weights else DistcpFormat(),
+            retention=KeepLatest(keeps) if keeps else None,
         )
         try:
             await made.open()
@@ -295,6 +306,20 @@ class EngineAgent(Agent):
             "skipped": report.skipped,
             "why": dict(report.skip_reasons),
         }
+
+    async def remove(self, source: Any, replaced_by: int | None = None) -> Outcome:
+        """Remove a checkpoint; if it is ``replaced_by`` a step, once the save of that is durable."""
+        engine = self._checkpoints["main"]
+        try:
+            after = None if replaced_by is None else await engine.save(self._state, step=replaced_by)
+            await engine.remove(source, after=after)
+        except (CheckpointError, ValueError) as error:
+            return described(error)
+        return {"kind": "removed"}
+
+    async def removals(self) -> int:
+        """How many removals this rank has asked its storage for."""
+        return self._disks["main"].calls.count("remove")
 
     async def latest(self, engine: str = "main") -> Outcome:
         warnings = Logged(logging.WARNING)

@@ -151,6 +151,22 @@ async def test_a_policy_that_raises_removes_nothing_and_fails_no_save(
     assert "Broken(): KeyError: 'loss'" in caplog.text
 
 
+async def test_what_a_run_reads_does_not_grow_with_the_checkpoints(root: Path, faulty: FaultyStorage) -> None:
+    async def manifests_read(steps: range) -> int:
+        before = faulty.calls.count("manifest")
+        async with CheckpointEngine(faulty, retention=KeepLatest(2) | KeepEvery(steps=2)) as engine:
+            opened = faulty.calls.count("manifest") - before
+            for step in steps:
+                await saved(engine, STATE, step=step)
+        return faulty.calls.count("manifest") - before - opened
+
+    few = await manifests_read(range(1, 21))
+    many = await manifests_read(range(21, 41))
+    assert len(committed(root)) > 20
+    # those that stay are looked at once, up to sixteen of them: the rest is the same for each save
+    assert many <= few + 20
+
+
 # -- what never goes
 
 
