@@ -18,6 +18,8 @@ def main() -> int:
             raise
         sys.stderr.write(f"dcp-async: {error.name} is not installed: pip install 'dcp-async[cli]'\n")
         return 2
+    except KeyboardInterrupt:  # while it starts; later ones are the command's own to end by
+        return 130
     return run()
 
 

@@ -22,6 +22,7 @@ def completion(context: click.Context, shell: str) -> None:
     zsh:  eval "$(dcp-async completion zsh)"       in ~/.zshrc, after compinit
     fish: dcp-async completion fish > ~/.config/fish/completions/dcp-async.fish
     """
+    # the root, since it is what the shell completes: this command knows itself alone
     root = context.find_root()
     maker = get_completion_class(shell)
     assert maker is not None, "click has one for each choice"

@@ -25,12 +25,14 @@ async def contents_document(path: str, patterns: Sequence[str], *, follow_links:
         contents = await catalog.open(name)
         try:
             document = _described(contents)
+            # asked of the medium: what .metadata promises is another question
             document["files"] = [
                 {"name": file, "nbytes": await contents.reader.size(file)}
                 for file in dict.fromkeys(file for file, _, _ in contents.locations.values())
             ]
         finally:
             await contents.close()
+    # each by itself: of two patterns, a misspelled one would go unnoticed beside one that matches
     for pattern in patterns:
         names = [entry["name"] for kind in ("tensors", "leaves") for entry in document[kind]]
         if not any(matches(name, pattern) for name in names):

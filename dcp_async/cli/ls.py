@@ -39,6 +39,7 @@ def ls(root: str, show_all: bool, last: int | None) -> None:
     shown = committed[-last:] if last else committed
     if show_all:
         shown = shown + [row for row in rows if not row.stored.committed]
+    # an empty list is an answer, not an error: a run may not have saved yet
     if wants_json():
         write_json({"root": root, "checkpoints": [_document(row) for row in shown]})
         return
@@ -46,6 +47,7 @@ def ls(root: str, show_all: bool, last: int | None) -> None:
         write_table(_COLUMNS, [_cells(row) for row in shown])
     nbytes = sum(row.info.nbytes for row in shown if row.info)
     what = f"{count(len(committed), 'checkpoint')}, {size_text(nbytes)}" if committed else "no checkpoints"
+    # of some, the bytes of all would be a lie
     if last and len(committed) > last:
         what = f"{last} of {count(len(committed), 'checkpoint')}"
     write(f"{what} in {root}{_hint(root) if not rows else ''}")

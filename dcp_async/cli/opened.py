@@ -49,6 +49,7 @@ async def catalog_of(
                 timeout=timeout,
                 trust=Trust(follow_links=follow_links),
             )
+            # before it is opened: it tells the usual mistakes apart
             await opener.check(os.path.join(storage.root, name))
         catalog = Catalog(storage, threads, metadata_of, timeout=timeout, opener=opener)
         try:

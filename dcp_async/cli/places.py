@@ -58,6 +58,7 @@ async def storage_of(root: str, *, follow_links: bool = False) -> AsyncIterator[
         follow_links=follow_links,
     )
     try:
+        # a storage takes it for a run that has not saved yet; who typed it has misspelled it
         if isinstance(storage, LocalStorage) and not storage.root.exists():
             raise FileNotFoundError(f"there is no directory {os.fspath(storage.root)}")
         await storage.connect()

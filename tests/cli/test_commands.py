@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
+from dcp_async.storage import MemoryStorage
 from dcp_async.sync import CheckpointEngine, open_checkpoint, verify
 from tests.cli.conftest import Run, make_state, names, step
 from tests.support.doubles import data_files, flip, manifest_file
@@ -428,3 +429,20 @@ def test_convert_takes_weights_with_safetensors_alone(run: Run, runs: Path, tmp_
     ran = run("convert", runs / step(1), tmp_path / "x", "--to", "safetensors", "--weights", "none")
     assert ran.status != 0
     assert not (tmp_path / "x").exists()
+
+
+def test_urls_name_roots_and_checkpoints(run: Run) -> None:
+    root = "memory://command-line"
+    with CheckpointEngine(root) as engine:
+        engine.save(make_state(), step=1, notes={"loss": 1}).upload_completion.result()
+        engine.save(make_state(), step=2).upload_completion.result()
+        assert names(run("ls", root, "--json").document["checkpoints"]) == [step(1), step(2)]
+        assert run("verify", f"{root}/{step(1)}").status == 0
+        assert run("diff", f"{root}/{step(1)}", f"{root}/{step(2)}").status == 0
+        assert run("show", f"{root}/{step(1)}", "model", "--json").document["checkpoint"]["notes"] == {
+            "loss": 1
+        }
+        assert run("show", f"{root}/nothing").status == 3
+        assert run("prune", root, "--keep-latest", "1", "--yes").status == 0
+        assert names(run("ls", root, "--json").document["checkpoints"]) == [step(2)]
+    MemoryStorage.clear("command-line")
