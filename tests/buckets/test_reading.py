@@ -14,7 +14,7 @@ from dcp_async._names import METADATA, manifest_file
 from dcp_async.errors import StorageError
 from dcp_async.storage import Listing
 from dcp_async.storage.object_store.reader import requests_for
-from dcp_async.testing.saves import CONTENT, FIRST, NAME, file_of, opened, read, save
+from dcp_async.testing.saves import CONTENT, FIRST, NAME, committed, file_of, opened, read, save
 from tests.support.buckets import Fault, Server, proxy_to
 
 MIB = 1 << 20
@@ -58,6 +58,18 @@ async def test_a_read_that_breaks_off_is_made_again(moto: Server, prefix: str, k
         async with opened(proxy.server.storage(prefix), NAME) as reader:
             assert await read(reader, file_of(FIRST)) == CONTENT
         assert next(faults, None) is None
+
+
+async def test_a_listing_that_breaks_off_is_made_again(moto: Server, prefix: str) -> None:
+    await save(moto.storage(prefix), NAME, FIRST)
+    async with proxy_to(moto) as proxy:
+        faults = iter([Fault("truncate")])
+        proxy.fault = lambda line: next(faults, None) if "list-type" in line else None
+        assert await committed(proxy.server.storage(prefix)) == {NAME}
+        faults = iter([Fault("truncate")])
+        async with opened(proxy.server.storage(prefix), NAME) as reader:
+            assert len(await reader.manifest()) == 1
+    assert next(faults, None) is None
 
 
 async def test_a_read_that_always_breaks_off_fails_by_name(moto: Server, prefix: str) -> None:

@@ -160,22 +160,27 @@ class Bucket:
 
     async def entries(self, name: str) -> list[Entry]:
         """All objects of one checkpoint."""
-        # a stream of pages: a prefix of thousands of ranks is never asked for at once
-        entries: list[Entry] = []
-        with self.asking("list", name):
-            async for page in self.store.list(name, chunk_size=_LISTED_AT_ONCE):
-                entries += [_entry(meta) for meta in page]
-        return entries
+
+        async def ask() -> list[Entry]:
+            # a stream of pages: a prefix of thousands of ranks is never asked for at once
+            entries: list[Entry] = []
+            with self.asking("list", name):
+                async for page in self.store.list(name, chunk_size=_LISTED_AT_ONCE):
+                    entries += [_entry(meta) for meta in page]
+            return entries
+
+        return await self._persist(ask)
 
     async def names(self) -> list[str]:
         """What lies under the root and has objects of its own under it."""
         from obstore import list_with_delimiter_async
 
-        with self.asking("list", ""):
-            listed = await list_with_delimiter_async(self.store, "")
-        return [
-            name for prefix in listed["common_prefixes"] if not (name := prefix.strip("/")).startswith(".")
-        ]
+        async def ask() -> list[str]:
+            with self.asking("list", ""):
+                listed = await list_with_delimiter_async(self.store, "")
+            return [prefix.strip("/") for prefix in listed["common_prefixes"]]
+
+        return [name for name in await self._persist(ask) if not name.startswith(".")]
 
     # -- writing
 
