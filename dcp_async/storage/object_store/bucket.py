@@ -32,13 +32,12 @@ R = TypeVar("R")
 
 _QUERY = re.compile(r"\?\S*")
 _FORBIDDEN = re.compile(r"status code: 40[13]\b")
+# small requests in flight: each waits for a round trip, and they cost the server little
 _AT_ONCE = 32
-"""Small requests in flight: each waits for a round trip, and they cost the server little."""
+# entries of a page, as servers cut them
 _LISTED_AT_ONCE = 1000
-"""Entries of a page, as servers cut them."""
+# attempts for a body that comes cut short, or breaks off: obstore's own retries end where the body begins
 _SHORT_READS = 4
-"""Attempts for a body that comes cut short, or breaks off: obstore's own retries end where the body
-begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

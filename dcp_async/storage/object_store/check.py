@@ -64,8 +64,8 @@ async def check_bucket(bucket: Bucket) -> list[Finding]:
     return findings
 
 
+# by the verb of a request that failed; the rest write
 _ABOUT: dict[str, About] = {"list": "list", "read": "read", "remove": "remove"}
-"""By the verb of a request that failed; the rest write."""
 
 
 def _failed(error: StorageError) -> Finding:

@@ -24,11 +24,11 @@ from .bucket import Bucket, Entry, all_of
 
 logger = logging.getLogger(__name__)
 
+# in the time after which a lease is old
 _BEATS = 5
-"""In the time after which a lease is old."""
 _LOOK_SECONDS = 0.2
+# for one rank to see what another has put. A bucket shows it at once; ranks of one root may begin apart
 _VISIBLE_SECONDS = 10.0
-"""For one rank to see what another has put. A bucket shows it at once; ranks of one root may begin apart."""
 
 
 class Lease:

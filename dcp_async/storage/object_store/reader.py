@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from ..._names import METADATA, is_manifest, rank_of_metadata
 from .bucket import Bucket, all_of
 
+# between two pieces of one request, read and dropped: less than a round trip takes at a few MB/s and more
 _GAP_BYTES = 128 << 10
-"""Between two pieces of one request, read and dropped: less than a round trip takes at a few MB/s and
-more."""
+# the most of one request. A connection brings some 50 to 100 MB/s, so that several at once are faster, and
+# what is lost with one that breaks is little
 _REQUEST_BYTES = 8 << 20
-"""The most of one request. A connection brings some 50 to 100 MB/s, so that several at once are faster, and
-what is lost with one that breaks is little."""
 
 
 @dataclass(slots=True)

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# between two sweeps of the whole root, where the last one left nothing to be looked at again
 _SWEEP_SECONDS = 3600.0
-"""Between two sweeps of the whole root, where the last one left nothing to be looked at again."""
 _SWEPT_AT_ONCE = 8
 
 

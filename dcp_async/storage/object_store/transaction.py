@@ -21,8 +21,8 @@ from .upload import Upload
 
 logger = logging.getLogger(__name__)
 
+# besides obstore's own, and each with a look at what the one before has done
 _PUBLISH_ATTEMPTS = 3
-"""Besides obstore's own, and each with a look at what the one before has done."""
 
 
 class ObjectTransaction:
@@ -51,12 +51,12 @@ class ObjectTransaction:
             for file, nbytes in files.items()
         }
         self._sealed: dict[str, int] = {}
+        # what is about to be published: file -> length
         self._expected: Mapping[str, int] = {}
-        """What is about to be published: file -> length."""
         self._handed_over = False
         self._published = False
+        # a request to publish got no answer: it may be carried out whenever
         self._is_unsure = False
-        """A request to publish got no answer: it may be carried out whenever."""
 
     def __repr__(self) -> str:
         state = "published" if self._published else "open"

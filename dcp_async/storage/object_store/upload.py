@@ -25,10 +25,10 @@ MOST_PARTS = 10_000
 """S3 takes no more for one upload, Azure 50,000."""
 LEAST_PART_BYTES = 5 << 20
 """S3 takes no shorter one but as the last."""
+# parts that were copied and that obstore has not asked for
 _COPIES_WAITING = 2
-"""Parts that were copied and that obstore has not asked for."""
+# for an upload to be aborted by obstore itself, which waits for an answer before it looks
 _STOP_SECONDS = 10.0
-"""For an upload to be aborted by obstore itself, which waits for an answer before it looks."""
 
 
 def part_bytes_for(nbytes: int | None, least: int) -> int:
@@ -73,17 +73,17 @@ class Upload:
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
         self._changed, self._room = asyncio.Event(), asyncio.Event()
+        # whole parts that obstore has not taken yet
         self._ready: dict[int, memoryview] = {}
-        """Whole parts that obstore has not taken yet."""
         self._collected: dict[int, _Collected] = {}
+        # the first part that is not ready
         self._in_turn = 0
-        """The first part that is not ready."""
+        # parts that obstore has taken
         self._taken = 0
-        """Parts that obstore has taken."""
         self._written = self._end = 0
         self._complete = self._stopped = False
+        # by part, to buffers that obstore may read: kept, or nobody would be told when it lets go
         self._references: dict[int, weakref.ref[memoryview]] = {}
-        """By part, to buffers that obstore may read: kept, or nobody would be told when it lets go."""
 
     # -- what comes in
 
