@@ -178,7 +178,7 @@ def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], width:
     # a column that says nothing in any row is not shown
     kept = [index for index in range(len(columns)) if not cells or any(row[index] for row in cells)]
     widths = {
-        index: max(map(_width, (columns[index].title, *(row[index] for row in cells)))) for index in kept
+        index: max(map(_width, {columns[index].title, *(row[index] for row in cells)})) for index in kept
     }
     if width is not None:
         _fit(columns, kept, widths, width)
@@ -211,9 +211,11 @@ def _line(
 ) -> str:
     padded = []
     for index in kept:
-        cell = _cut(cells[index], widths[index], 1.0 if columns[index].is_prose else 1 / 3)
-        blanks = " " * (widths[index] - _width(cell))
-        padded.append(blanks + cell if columns[index].align == ">" else cell + blanks)
+        cell, width = cells[index], widths[index]
+        if not cell.isascii() or len(cell) > width:  # few are: a list has thousands of rows
+            cell = _cut(cell, width, 1.0 if columns[index].is_prose else 1 / 3)
+            width -= _width(cell) - len(cell)
+        padded.append(cell.rjust(width) if columns[index].align == ">" else cell.ljust(width))
     return _GAP.join(padded).rstrip()
 
 
