@@ -27,6 +27,7 @@ from .completion import completion
 from .convert import convert
 from .cp import cp
 from .diff import diff
+from .doctor import doctor
 from .ls import ls
 from .prune import prune
 from .rm import rm
@@ -56,7 +57,7 @@ def command() -> None:
     """
 
 
-for _each_command in (ls, show, verify, diff, cp, convert, rm, prune, completion):
+for _each_command in (ls, show, verify, diff, cp, convert, rm, prune, doctor, completion):
     command.add_command(_each_command)
 
 
