@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from ..._names import FIRST_RANK_METADATA, METADATA, is_manifest, is_step_directory
@@ -37,6 +37,8 @@ class Listing:
         self._root = root
         self._known: dict[str, StoredCheckpoint] = {}
         """Committed step directories."""
+        self._newest: Set[str] = frozenset()
+        """Those of them that are looked at again."""
 
     def look(self) -> list[StoredCheckpoint]:
         """What lies under the root; nothing if there is no such directory. Blocks. Raises OSError for the
@@ -46,25 +48,28 @@ class Listing:
                 listed = [entry for entry in entries if not entry.name.startswith(".")]
         except FileNotFoundError:
             return []
-        known = self._known
-        # by length first: a number of nine digits comes after those of eight
-        newest = heapq.nlargest(_LOOKED_AT, known, key=lambda name: (len(name), name))
-        trusted = known.keys() - newest
+        known, newest = self._known, self._newest
         checkpoints: list[StoredCheckpoint] = []
         others: list[os.DirEntry[str]] = []
         for entry in listed:
+            stored = known.get(entry.name)
             # one that is a link by now has been moved
-            if entry.name in trusted and entry.is_dir(follow_symlinks=False):
-                checkpoints.append(known[entry.name])
+            if stored is not None and stored.name not in newest and entry.is_dir(follow_symlinks=False):
+                checkpoints.append(stored)
             else:
                 others.append(entry)
         checkpoints += _look_at_all(others, self._root)
         # made anew: another thread may look as well
-        self._known = {
+        seen = {
             stored.name: stored
             for stored in checkpoints
             if stored.committed and (stored.name in known or is_step_directory(stored.name))
         }
+        if seen.keys() != known.keys():
+            # by length first: a number of nine digits comes after those of eight
+            largest = heapq.nlargest(_LOOKED_AT, seen, key=lambda name: (len(name), name))
+            self._newest = frozenset(largest)
+        self._known = seen
         return checkpoints
 
 
