@@ -23,7 +23,7 @@ from ..errors import (
     LoadError,
     StorageError,
 )
-from ..info import JSON, CheckpointInfo, CheckpointRef, VerifyReport
+from ..info import JSON, CheckpointInfo, CheckpointRef, Producer, VerifyReport
 from ..storage import LinkError, Storage, StoredCheckpoint
 from .contents import Contents
 from .decoding import UnfitMetadataError
@@ -50,8 +50,8 @@ class Record:
     notes: Mapping[str, JSON]
     modified: float
     """When its `.metadata` was written, by the storage's clock."""
-    is_ours: bool
-    """Whether its manifest has told it, not its name."""
+    producer: Producer
+    """Who wrote it: the manifest has told the rest, or of stock's the name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,14 +196,14 @@ class Catalog:
                 logger.debug("%r has no manifest to order it by: %s", name, problem)
         else:
             if gist is not None:
-                record = Record(name, gist.step, gist.time, gist.notes, stored.modified, is_ours=True)
+                record = Record(name, gist.step, gist.time, gist.notes, stored.modified, "dcp_async")
                 return record, True
             return self._by_name(stored), True
         return self._by_name(stored), False
 
     def _by_name(self, stored: StoredCheckpoint) -> Record:
         step, modified = last_number(stored.name), stored.modified
-        return Record(stored.name, step, modified, {}, modified, is_ours=False)
+        return Record(stored.name, step, modified, {}, modified, "stock")
 
     async def _ordered(self) -> dict[str, int | None]:
         """Name -> step of committed checkpoints, ascending."""
@@ -310,8 +310,8 @@ class Catalog:
     async def is_still(self, record: Record) -> bool:
         """Whether ``record`` tells what lies there now, read anew. Raises: LoadError; StorageError."""
         gist = await self._opener.gist(record.checkpoint_id)
-        if gist is None or not record.is_ours:
-            return gist is None and not record.is_ours
+        if gist is None or record.producer != "dcp_async":
+            return gist is None and record.producer != "dcp_async"
         return (gist.time, gist.notes) == (record.time, record.notes)
 
     async def removable(self, ref: str | int) -> str:

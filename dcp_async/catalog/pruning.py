@@ -10,14 +10,13 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .._concurrency import BlockingThreads, for_each
-from .._names import is_step_directory
 from ..errors import CheckpointNotFoundError, StorageError
 from ..storage import InUseError, Storage
 from .catalog import Catalog, Record
-from .retention import Retention, RetentionPlan, plan_retention
+from .retention import Retention, RetentionPlan, is_of_a_step, plan_retention
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class Pruner:
         inventory = await self._catalog.records()
         pinned = {name: f"the link {link!r}" for name, link in inventory.aliases.items()}
         pinned |= dict.fromkeys(busy, "a save is replacing it")
-        records = {record.checkpoint_id: _in_steps(record) for record in inventory.records}
+        records = {record.checkpoint_id: record for record in inventory.records}
         while True:
             # in a thread: of ten thousand it takes tens of milliseconds
             plan = await self._threads.run(
@@ -103,7 +102,7 @@ class Pruner:
 
     async def _broken(self, plan: RetentionPlan, records: dict[str, Record]) -> list[str]:
         """The newest of those that stay which are not whole: a policy must not count on them."""
-        newest = [name for name in reversed(list(plan.kept)) if records[name].step is not None][:_PROVEN]
+        newest = [name for name in reversed(list(plan.kept)) if is_of_a_step(records[name])][:_PROVEN]
         self._whole = {name: record for name, record in self._whole.items() if records.get(name) == record}
         broken: list[str] = []
         for name in newest:
@@ -134,8 +133,3 @@ class Pruner:
                 logger.warning("%r could not be removed, and is tried again later: %s", name, error)
             return "failed"
         return "removed"
-
-
-def _in_steps(record: Record) -> Record:
-    """``record`` as retention sees it: digits in a name that somebody else gave are no step."""
-    return record if record.is_ours or is_step_directory(record.checkpoint_id) else replace(record, step=None)

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
-from ..info import JSON
+from .._names import is_step_directory
+from ..info import JSON, Producer
 
 Mode = Literal["min", "max"]
 
@@ -32,6 +33,10 @@ class CheckpointRecord(Protocol):
     @property
     def time(self) -> float:
         """When it was committed, in Unix seconds."""
+
+    @property
+    def producer(self) -> Producer:
+        """Who wrote it."""
 
     @property
     def notes(self) -> Mapping[str, JSON]:
@@ -204,7 +209,7 @@ def plan_retention(
     """Which of ``checkpoints`` stay under ``policy``, and why. Pure.
 
     The newest stays whatever the policy says: a run that is killed goes on from there. So does a checkpoint
-    without a step, which was saved under a name of its own.
+    without a step, which was saved under a name of its own, and whatever somebody else gave a name.
 
     Args:
         checkpoints: CheckpointInfos, or whatever else has name, step, time and notes; in any order.
@@ -213,10 +218,10 @@ def plan_retention(
     Raises: ValueError for a policy that keeps what is none of them.
     """
     every = sorted(checkpoints, key=_age)
-    in_steps = [checkpoint for checkpoint in every if checkpoint.step is not None]
+    in_steps = [checkpoint for checkpoint in every if is_of_a_step(checkpoint)]
     reasons: dict[str, list[str]] = {checkpoint.checkpoint_id: [] for checkpoint in every}
     for checkpoint in every:
-        if checkpoint.step is None:
+        if not is_of_a_step(checkpoint):
             reasons[checkpoint.checkpoint_id].append("no step")
     if in_steps:
         reasons[in_steps[-1].checkpoint_id].append("the newest")
@@ -232,6 +237,12 @@ def plan_retention(
         kept={name: tuple(why) for name, why in reasons.items() if why},
         removed=tuple(name for name, why in reasons.items() if not why),
     )
+
+
+def is_of_a_step(checkpoint: CheckpointRecord) -> bool:
+    """Whether policies count it: the digits in a name that somebody else gave are no step."""
+    is_named = checkpoint.producer == "dcp_async" or is_step_directory(checkpoint.checkpoint_id)
+    return is_named and checkpoint.step is not None
 
 
 def _age(checkpoint: CheckpointRecord) -> tuple[bool, int, float, str]:

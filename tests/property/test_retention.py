@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dcp_async import KeepBest, KeepEvery, KeepLatest, Retention, plan_retention
 from dcp_async.catalog import CheckpointRecord
+from dcp_async.info import Producer
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Saved:
     step: int | None
     time: float = 0.0
     notes: Mapping[str, Any] = field(default_factory=dict)
+    producer: Producer = "dcp_async"
 
     @property
     def checkpoint_id(self) -> str:
@@ -157,6 +159,11 @@ def test_a_plan_says_which_policy_keeps_what() -> None:
         "step-1200": ("the newest", "KeepLatest(2)"),
     }
     assert plan.removed == tuple(f"step-{step}" for step in (200, 400, 500, 600, 700, 800, 900))
+
+
+def test_digits_in_a_name_that_somebody_else_gave_are_no_step() -> None:
+    run = [Saved(7, producer="stock"), Saved(1), Saved(2)]
+    assert kept(run, KeepLatest(1)) == {"step-7", "step-2"}
 
 
 def test_of_equally_good_ones_the_newer_stays() -> None:
