@@ -77,8 +77,12 @@ class SignalWatch:
         previous = self._previous[signum]
         # DataLoader's workers and other children are ended by the very signals that are watched here
         if self._is_over or os.getpid() != self._pid:
-            self._give_back(signum)
-            signal.raise_signal(signum)
+            if signal.getsignal(signum) == self._handle:
+                self._give_back(signum)
+                signal.raise_signal(signum)
+            elif callable(previous):
+                # the handler that called this one decides what else comes of the signal, another engine's too
+                previous(signum, frame)
             return
         is_first = signum not in self._seen
         self._seen.add(signum)

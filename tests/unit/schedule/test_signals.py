@@ -87,6 +87,22 @@ def test_nested_watches_may_end_in_any_order(others: list[int]) -> None:
     assert others == [signal.SIGTERM]
 
 
+def test_a_watch_that_is_over_does_not_end_the_process_beneath_one_that_is_not() -> None:
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if (child := os.fork()) == 0:  # it may die
+        outer, inner = SignalWatch([signal.SIGTERM], print), SignalWatch([signal.SIGTERM], told.append)
+        outer.install()
+        inner.install()
+        outer.restore()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        inner.restore()
+        os._exit(len(told))
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 2, "each signal is told, and nobody else's handler came back"
+
+
 def test_a_forked_child_ends_by_the_signal() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     watch = SignalWatch([signal.SIGTERM], lambda signum: None)
