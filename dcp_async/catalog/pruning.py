@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .._concurrency import BlockingThreads, for_each
@@ -57,18 +57,18 @@ class Pruner:
         """What was found whole, as it was then."""
         self._told: set[tuple[str, str]] = set()
 
-    async def plan(self, *, busy: Collection[str] = ()) -> RetentionPlan:
+    async def plan(self, *, pinned: Mapping[str, str] | None = None) -> RetentionPlan:
         """What a run would keep and remove now. Removes nothing.
 
-        Args: ``busy``: names that stay, because they are about to be replaced.
+        Args: ``pinned``: name -> why it stays, besides what a link points to.
         Raises: StorageError; whatever the policy raises.
         """
-        return (await self._judged(busy))[0]
+        return (await self._judged(pinned or {}))[0]
 
-    async def prune(self, *, busy: Collection[str] = ()) -> Pruned:
+    async def prune(self, *, pinned: Mapping[str, str] | None = None) -> Pruned:
         """Remove what the policy does not keep. Cancellation: waits for the removals under way. Raises: as
         ``plan``, before anything was removed."""
-        plan, records = await self._judged(busy)
+        plan, records = await self._judged(pinned or {})
         outcomes: dict[str, str] = {}
 
         async def remove(name: str) -> None:
@@ -83,10 +83,10 @@ class Pruner:
             logger.info("%r removed %d checkpoints: %s", self._policy, len(removed), ", ".join(removed))
         return Pruned(plan=plan, removed=removed, in_use=those("in use"), failed=those("failed"))
 
-    async def _judged(self, busy: Collection[str]) -> tuple[RetentionPlan, dict[str, Record]]:
+    async def _judged(self, given: Mapping[str, str]) -> tuple[RetentionPlan, dict[str, Record]]:
         inventory = await self._catalog.records()
         pinned = {name: f"the link {link!r}" for name, link in inventory.aliases.items()}
-        pinned |= dict.fromkeys(busy, "a save is replacing it")
+        pinned |= given
         records = {record.checkpoint_id: record for record in inventory.records}
         while True:
             # in a thread: of ten thousand it takes tens of milliseconds

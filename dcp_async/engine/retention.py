@@ -1,7 +1,7 @@
 """Retention in an engine: after each commit what the policy does not keep is removed, in the background.
 
 Enters: the word that a checkpoint is durable. Leaves: fewer checkpoints. Invariant: one run at a time, on the
-coordinator alone; no save waits for one, or fails by one.
+coordinator alone; no save waits for one, or fails by one; what this engine saved last stays.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class RetentionRuns:
     def __init__(self, life: Lifetime) -> None:
         self._life = life
         self._pruner: Pruner | None = None
+        self._last = ""
+        """What was committed last, whatever its step."""
         self._is_running = False
         self._is_due = False
 
@@ -33,7 +35,7 @@ class RetentionRuns:
         policy, have = self._life.setup.retention, self._life.resources
         if policy is None or not have.coordinator.is_coordinator or writer.upload.failure() is not None:
             return
-        self._is_due = True
+        self._is_due, self._last = True, writer.response.checkpoint_id
         if self._is_running:
             return
         self._is_running = True
@@ -49,9 +51,11 @@ class RetentionRuns:
         if self._pruner is None:
             self._pruner = Pruner(have.catalog, have.storage, policy, have.threads)
         try:
-            await self._pruner.prune(
-                busy=[writer.response.checkpoint_id for writer in self._life.book.pending()]
-            )
+            # by step it may be an old one: of a run that went back, what it saves now must not go at once
+            pinned = {self._last: "saved last"}
+            for writer in self._life.book.pending():
+                pinned[writer.response.checkpoint_id] = "a save is replacing it"
+            await self._pruner.prune(pinned=pinned)
         except ENDINGS:
             raise
         except BaseException as error:  # the policy or the storage may be the user's own

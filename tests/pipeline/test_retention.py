@@ -89,6 +89,15 @@ async def test_what_an_earlier_run_left_is_counted(root: Path) -> None:
     assert_holds_only(root, names(2, 7))
 
 
+async def test_what_a_run_saved_last_stays_when_it_has_gone_back_to_an_earlier_step(root: Path) -> None:
+    await run(root, None, 100, 200, 300)
+    async with CheckpointEngine(root, retention=KeepLatest(2)) as engine:
+        await engine.load(dict(STATE), 100)
+        for step in (110, 120):
+            await saved(engine, STATE, step=step)
+    assert_holds_only(root, names(120, 200, 300))
+
+
 async def test_a_save_that_fails_removes_nothing(root: Path, faulty: FaultyStorage) -> None:
     async with CheckpointEngine(faulty, retention=KeepLatest(1)) as engine:
         await saved(engine, STATE, step=1)
