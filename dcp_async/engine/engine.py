@@ -220,7 +220,8 @@ class CheckpointEngine(EngineVerbs):
             source: its name, its step, or what was told of it; of a link the link is removed.
             after: what ``save`` gave for a newer one, or its ``upload_completion``, done or not.
         Raises: SaveError (of the kind that ``after`` raises) if the newer save failed: then nothing was
-            removed; CheckpointNotFoundError; StorageError; EngineStateError; ValueError for "latest".
+            removed; CheckpointNotFoundError; StorageError; EngineStateError; ValueError for "latest" and
+            for a path.
         Cancellation: nothing is removed, unless that has begun.
         Ranks: all must call it, in the same order; the coordinator removes.
         """

@@ -8,11 +8,12 @@ nothing is removed.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from typing import TypedDict
 
 from .._concurrency import Verb
-from ..catalog import reference
+from ..catalog import is_path, reference
 from ..coordination import RemoteFailure
 from ..errors import CheckpointError, CheckpointNotFoundError, SaveError, StorageError
 from ..info import CheckpointInfo, CheckpointRef
@@ -43,6 +44,12 @@ class Removals:
         ref = reference(source)
         if ref == "latest":
             raise ValueError("remove() takes the name or the step of a checkpoint, not 'latest'")
+        if is_path(ref):  # it may lie anywhere, and what is in use there only its own engine knows
+            root, name = os.path.split(str(ref))
+            raise ValueError(
+                f"remove() takes the name or the step of a checkpoint in {self._root}, not the path {ref!r}; "
+                f"remove {name!r} with an engine on {root!r}"
+            )
         if isinstance(after, AsyncSaveResponse):
             after = after.upload_completion
         if not isinstance(after, CheckpointHandle | None):

@@ -156,7 +156,7 @@ async def test_what_the_storage_says_is_told(root: Path, faulty: FaultyStorage) 
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "no such name": ("step-00000007", CheckpointNotFoundError, "there are step-00000001"),
     "no such step": (7, CheckpointNotFoundError, "there are step-00000001"),
-    "a path": ("../run/step-00000001", CheckpointNotFoundError, "no checkpoint"),
+    "a path": ("../run/step-00000001", ValueError, "remove 'step-00000001' with an engine on '/"),
     "no name": ("", CheckpointNotFoundError, "no checkpoint"),
     "whatever is newest": ("latest", ValueError, "not 'latest'"),
     "a truth value": (True, TypeError, "named by"),
@@ -171,6 +171,17 @@ async def test_what_names_no_checkpoint_removes_none(root: Path, case: str) -> N
         with pytest.raises(kind, match=words):
             await engine.remove(source)
     assert_holds_only(root, [OLD, NEW])
+
+
+async def test_a_checkpoint_under_another_root_stays(root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    await two(root)
+    await two(other)
+    async with CheckpointEngine(root) as engine, engine.checkpoint(other / OLD) as checkpoint:
+        for source in (other / OLD, checkpoint.info):
+            with pytest.raises(ValueError, match="not the path"):
+                await engine.remove(source)
+    assert_holds_only(other, [OLD, NEW])
 
 
 async def test_what_is_no_newer_save_removes_nothing(root: Path) -> None:
