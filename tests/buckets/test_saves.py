@@ -109,6 +109,27 @@ async def test_a_good_server_is_asked_for_preconditions_once(moto: Server, prefi
         assert len([line for line in proxy.seen if lease_file(FIRST) in line and line.startswith("PUT")]) == 3
 
 
+# -- removing
+
+
+async def test_what_others_put_beside_a_checkpoint_stays_when_it_is_removed() -> None:
+    store = MemoryStore()
+    storage = ObjectStorage(store)
+    await save(storage, NAME, FIRST)
+    others = ["README", "eval/results.json", "model.safetensors"]
+    for name in [
+        *others,
+        "__0_0.distcp",
+        "__0.metadata",
+        "__1.metadata",
+    ]:  # the last three are of stock's kinds
+        obstore.put(store, f"{NAME}/{name}", b"")
+    await storage.remove(NAME)
+    assert sorted(meta["path"] for page in obstore.list(store) for meta in page) == [
+        f"{NAME}/{name}" for name in others
+    ]
+
+
 # -- leases and sweeps
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from ..._names import FIRST_RANK_METADATA, METADATA, owned_file, rank_of_metadata
+from ..._names import FIRST_RANK_METADATA, METADATA, is_stock_data, owned_file, rank_of_metadata
 from ...errors import StorageError
 from ..base import InUseError, NamesUids, StoredCheckpoint
 from .bucket import Bucket, all_of
@@ -190,7 +190,9 @@ class ObjectStorage:
         if await bucket.head(f"{name}/{METADATA}") is not None:
             logger.info("%s was saved again while it was removed", bucket.path_of(name))
             return
-        await bucket.delete(entry.key for entry in entries if uids.get(entry.key, "") in {"", *dead})
+        # stock's bear no uid; what else lies there is somebody else's, and stays
+        gone = [entry.key for entry in entries if is_stock_data(entry.name) or uids.get(entry.key) in dead]
+        await bucket.delete(gone)
 
     async def sweep(self, *, named: NamesUids) -> None:
         # of this process, not of a loop: engines on several may share the storage
