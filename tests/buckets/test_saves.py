@@ -130,6 +130,20 @@ async def test_what_others_put_beside_a_checkpoint_stays_when_it_is_removed() ->
     ]
 
 
+async def test_one_that_is_gone_keeps_no_other_from_being_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, delete = MemoryStore(), obstore.delete_async
+
+    async def delete_as_google_does(store: MemoryStore, keys: str | list[str]) -> None:
+        for key in [keys] if isinstance(keys, str) else keys:
+            await obstore.head_async(store, key)  # what is gone is an error there, and ends the batch
+            await delete(store, key)
+
+    monkeypatch.setattr(obstore, "delete_async", delete_as_google_does)
+    obstore.put(store, "there", b"")
+    await Bucket(store, "memory://", QUICK).delete(["gone", "there", "gone too"])
+    assert not [meta for page in obstore.list(store) for meta in page]
+
+
 # -- leases and sweeps
 
 

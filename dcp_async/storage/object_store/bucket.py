@@ -240,6 +240,10 @@ class Bucket:
             except StorageError as error:
                 if error.errno != errno.ENOENT:
                     raise
+                if (
+                    len(batch) > 1
+                ):  # Google's say so of the first that is gone, and the rest may be there still
+                    await all_of(lambda key: self.delete([key]), batch)
 
 
 def _reason(error: BaseException) -> str:
