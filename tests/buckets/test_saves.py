@@ -41,6 +41,13 @@ def is_publication(line: str) -> bool:
 # -- publishing
 
 
+def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
+    with pytest.raises(ValueError, match="credentials") as raised:
+        ObjectStorage("s3://AKIA123:hidden@bucket/run1")
+    assert "AKIA123" not in str(raised.value)
+    assert "hidden" not in str(raised.value)
+
+
 @pytest.mark.parametrize("kind", ["lost answer", "reset", "status"])
 async def test_a_publication_whose_answer_is_lost_is_recognised_as_ours(
     moto: Server, prefix: str, kind: str

@@ -120,6 +120,11 @@ def _make_store(
     if request_timeout <= 0:
         raise ValueError(f"ObjectStorage(request_timeout=...) is more than 0, not {request_timeout}")
     scheme, bucket = urlsplit(url).scheme.lower(), urlsplit(url).netloc
+    if "@" in bucket:  # said without the URL, which is in each message and each repr otherwise
+        raise ValueError(
+            f"a root {scheme}://...@... has credentials in it, which no bucket's URL has: pass them as "
+            "ObjectStorage(config=...) or (credentials=...), or where the cloud's own tools look for them"
+        )
     if scheme not in SCHEMES or not bucket or "?" in url or "#" in url:
         raise ValueError(
             f"root={url!r} names no bucket; write s3://bucket/run1, gs://bucket/run1, az://container/run1"
