@@ -12,7 +12,7 @@ from obstore.store import LocalStore, MemoryStore, S3Store
 
 from dcp_async._names import lease_file
 from dcp_async.errors import StorageError
-from dcp_async.storage import ObjectStorage, Retries
+from dcp_async.storage import ObjectStorage, Retries, StoredCheckpoint
 from dcp_async.storage.object_store.bucket import Bucket
 from dcp_async.testing.saves import (
     CONTENT,
@@ -114,6 +114,17 @@ async def test_a_good_server_is_asked_for_preconditions_once(moto: Server, prefi
         for name in (NAME, OTHER):
             await save(storage, name, FIRST)
         assert len([line for line in proxy.seen if lease_file(FIRST) in line and line.startswith("PUT")]) == 3
+
+
+async def test_a_checkpoint_that_was_replaced_within_a_second_is_told_apart(
+    moto: Server, prefix: str
+) -> None:
+    storage = moto.storage(prefix)
+    listed: list[StoredCheckpoint] = []
+    for uid in (FIRST, SECOND):
+        await save(storage, NAME, uid, replace=True)
+        listed.append(*await storage.list())
+    assert listed[0].version != listed[1].version
 
 
 # -- removing

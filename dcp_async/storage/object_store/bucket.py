@@ -50,7 +50,9 @@ class Entry:
     """Below its checkpoint."""
     nbytes: int
     modified: float
-    """Unix seconds, by the server's clock."""
+    """Unix seconds, by the server's clock, which may have whole ones only."""
+    version: str
+    """Differs from that of what was there before; "" where the server has none."""
 
 
 class Bucket:
@@ -255,7 +257,13 @@ def _reason(error: BaseException) -> str:
 def _entry(meta: ObjectMeta) -> Entry:
     key = meta["path"]
     _, _, name = key.partition("/")
-    return Entry(key=key, name=name, nbytes=meta["size"], modified=meta["last_modified"].timestamp())
+    return Entry(
+        key=key,
+        name=name,
+        nbytes=meta["size"],
+        modified=meta["last_modified"].timestamp(),
+        version=meta["e_tag"] or "",
+    )
 
 
 async def all_of(fn: Callable[[T], Awaitable[R]], items: Sequence[T], *, at_once: int = _AT_ONCE) -> list[R]:

@@ -164,7 +164,9 @@ class ObjectStorage:
         async def look_at(name: str) -> StoredCheckpoint | None:
             mark = await is_committed(self._bucket, name)
             if mark is not None:
-                return StoredCheckpoint(name=name, committed=True, modified=mark.modified)
+                return StoredCheckpoint(
+                    name=name, committed=True, modified=mark.modified, version=mark.version
+                )
             # a server may keep a directory for a while that has nothing in it any more
             changes = [entry.modified for entry in await self._bucket.entries(name)]
             return StoredCheckpoint(name=name, committed=False, modified=max(changes)) if changes else None
