@@ -254,21 +254,30 @@ class Catalog:
         Raises: UntrustedCheckpointError or StorageError for a link that is not followed, or leads to nothing,
         and may be newer; LoadError for one that a newer release wrote.
         """
-        records = (await self._recorded(await self._storage.list())).values()
-        newest = max(records, key=_age, default=None)
-        if newest is not None and newest.step is not None:
-            # by itself, since putting ten thousand in order takes longer; what is wrong with it is told below
-            with contextlib.suppress(CheckpointError):
-                return await self._opener.describe(newest.checkpoint_id), {}
-        return await self._newest(list(_in_order(records)))
+        names: list[str] | None = None
+        while True:
+            records = (await self._recorded(await self._storage.list())).values()
+            newest = max(records, key=_age, default=None)
+            if newest is not None and newest.step is not None:
+                # by itself, since putting ten thousand in order takes longer; what is wrong with it is told
+                # below
+                with contextlib.suppress(CheckpointError):
+                    return await self._opener.describe(newest.checkpoint_id), {}
+            before, names = names, list(_in_order(records))
+            info, passed_over, is_gone = await self._newest(names)
+            # whoever removed one that was newer has saved another before: that is not in the list yet
+            if not is_gone or names == before:
+                return info, passed_over
 
-    async def _newest(self, names: Sequence[str]) -> tuple[CheckpointInfo | None, Mapping[str, str]]:
+    async def _newest(self, names: Sequence[str]) -> tuple[CheckpointInfo | None, Mapping[str, str], bool]:
+        """As ``latest``, of ``names``; and whether one that was newer has been removed meanwhile."""
         passed_over: dict[str, str] = {}
+        is_gone = False
         for name in reversed(names):
             try:
-                return await self._opener.describe(name), passed_over
+                return await self._opener.describe(name), passed_over, is_gone
             except CheckpointNotFoundError:
-                continue  # removed meanwhile
+                is_gone = True
             except LinkError as error:
                 # what lies behind it may be the newest: an older one in its place would be a silent loss
                 raise refused_link(name, error) from error
@@ -276,7 +285,7 @@ class Catalog:
             except (CorruptCheckpointError, UnfitMetadataError) as error:
                 passed_over[name] = str(error)
                 self._pass_over(name, error)
-        return None, passed_over
+        return None, passed_over, is_gone
 
     async def resolve(self, ref: CheckpointRef) -> list[str]:
         """The names to try, best first. Raises CheckpointNotFoundError; TypeError for what can't be a

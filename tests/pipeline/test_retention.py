@@ -98,6 +98,20 @@ async def test_what_a_run_saved_last_stays_when_it_has_gone_back_to_an_earlier_s
     assert_holds_only(root, names(120, 200, 300))
 
 
+async def test_a_run_that_saves_and_prunes_leaves_others_no_moment_without_a_newest(
+    root: Path, faulty: FaultyStorage
+) -> None:
+    await run(root, None, 1)
+    async with CheckpointEngine(faulty) as engine:
+        with faulty.hold("open") as gate:
+            asked = asyncio.create_task(engine.latest())
+            await gate.until_arrived()  # it has listed step 1
+            await run(root, KeepLatest(1), 2)
+        info = await asked
+    assert info is not None, "who resumes where there is a checkpoint, resumes from it"
+    assert info.step == 2
+
+
 async def test_a_save_that_fails_removes_nothing(root: Path, faulty: FaultyStorage) -> None:
     async with CheckpointEngine(faulty, retention=KeepLatest(1)) as engine:
         await saved(engine, STATE, step=1)
