@@ -187,6 +187,7 @@ async def _resolved(state: Any) -> Mapping[str, Any]:
             except BaseException as error:  # whatever the code behind it raised
                 made.set_exception(error)
 
+        # torch's future can't be awaited, and its wait() would block the loop
         state.add_done_callback(settle)
         state = made
     if isinstance(state, concurrent.futures.Future):
@@ -257,6 +258,7 @@ async def _loaded(
 
 async def save_state_dict(
     state_dict: Mapping[str, Any],
+    # by position too, in stock's order: that is how old scripts call it
     storage_writer: StorageWriter,
     process_group: dist.ProcessGroup | None = None,
     coordinator_rank: int = 0,
@@ -334,6 +336,7 @@ class CheckpointerVerbs:
 
     async def _through(self, state_dict: Mapping[str, Any], *, blocking: bool) -> AsyncSaveResponse:
         """A save by a writer that writes by itself."""
+        # nothing that close() releases is used here, so that nobody else would tell a closed one
         self._calls.check_open()
         return await save_through(
             self._writer,

@@ -52,6 +52,7 @@ async def survey(storage: Storage, metadata_of: Callable[[str], Awaitable[Metada
     if isinstance(storage, Glimpses):
         glimpses = await storage.glimpse(HEAD_BYTES)
     else:
+        # a storage of somebody else's that can't look at all at once: each is opened below
         glimpses = [Glimpse(stored, None, None) for stored in await storage.list()]
     looks = _Survey(storage, metadata_of)
     with collection_paused():  # of thousands, it is as many objects
@@ -126,6 +127,7 @@ class _Survey:
         return Listed(stored=stored, info=info, problem="")
 
     def _without_manifest(self, stored: StoredCheckpoint, files: Mapping[str, int]) -> Listed:
+        # stock's files have no uids in their names
         if any(owned_file(name) for name in files):
             return Listed(stored=stored, info=None, problem="its manifest is missing")
         return Listed(stored=stored, info=self._stock(stored, files), problem="")
@@ -168,6 +170,7 @@ def _is_no_data(name: str) -> bool:
 async def _manifest_in(reader: Reader) -> tuple[Manifest | None, bool]:
     """The manifest that belongs to what `reader` reads, and whether there has to be one."""
     contents = await reader.manifest()
+    # `.metadata`, which is far longer, is read only where it has to choose between two
     if len(contents) == 1:
         return decode_head(contents[0]), True
     try:

@@ -43,6 +43,7 @@ class Opened:
         """No verb begins any more; the files close with the last one that reads them. A second call does
         nothing."""
         if not self._is_closed:
+            # before the first wait: a second close() would take away what a verb still reads
             self._is_closed = True
             await self._reader.close()
 
@@ -52,6 +53,7 @@ class _SharedReader:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
+        # the opening itself counts, until it is closed: between two verbs the files stay open
         self.num_users = 1
 
     async def metadata(self) -> bytes:

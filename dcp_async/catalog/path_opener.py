@@ -57,6 +57,7 @@ def _located(path: str) -> _Location:
 
 
 def _is_committed(directory: str) -> bool:
+    # a link that leads nowhere counts: whoever opens the checkpoint says so, instead of "there is none"
     return any(os.path.lexists(os.path.join(directory, mark)) for mark in _MARKS)
 
 

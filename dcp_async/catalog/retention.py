@@ -49,6 +49,7 @@ class Retention(ABC):
     To write one, subclass it and define ``keeps``.
     """
 
+    # or the frozen, slotted policies below would have a __dict__ all the same
     __slots__ = ()
 
     @abstractmethod
@@ -60,6 +61,7 @@ class Retention(ABC):
 
     def __or__(self, other: Retention) -> Retention:
         if not isinstance(other, Retention):
+            # Python says then what can't be joined, in its own words
             return NotImplemented
         return _Either((*self.parts, *other.parts))
 
@@ -172,6 +174,7 @@ class KeepBest(Retention):
     def keeps(self, checkpoints: Sequence[CheckpointRecord]) -> Iterable[str]:
         sign = -1 if self.mode == "max" else 1
         rated = [
+            # by index, later ones first: of equal ones the newer is better
             (sign * value, -index)
             for index, checkpoint in enumerate(checkpoints)
             if (value := _number(checkpoint.notes.get(self.note))) is not None
@@ -225,6 +228,7 @@ def plan_retention(
             reasons[checkpoint.checkpoint_id].append("no step")
     if in_steps:
         reasons[in_steps[-1].checkpoint_id].append("the newest")
+    # one by one, though a joined policy could be asked at once: each says by itself why it keeps something
     for part in policy.parts:
         for name in part.keeps(in_steps):
             if name not in reasons:

@@ -137,6 +137,7 @@ class SafetensorsOpener:
                 nbytes = await reader.size(file)
                 first = await _read(reader, file, 0, min(LENGTH_BYTES, nbytes))
                 raw = await _read(reader, file, LENGTH_BYTES, header_bytes(first, nbytes))
+                # not on the loop: of a large model's files this may be megabytes of JSON
                 listed[file] = await self._threads.run(decode_header, raw, nbytes)
             except HeaderError as error:
                 raise _damaged(name, file, error) from error
@@ -158,6 +159,7 @@ class SafetensorsOpener:
             return [file], None
         try:
             nbytes = await reader.size(file)
+            # before it is read: a file of this name may be anything
             if nbytes > _INDEX_BYTES:
                 raise HeaderError(f"it is {nbytes} bytes long, which no index is")
             weights = await self._threads.run(files_of_index, await _read(reader, file, 0, nbytes))

@@ -108,6 +108,7 @@ class TorchSaveOpener:
         records = await self._records(reader, nbytes)
         pickled = await self._read(reader, records.pickle.start, records.pickle.stop)
         if (order := records.byteorder) is not None:
+            # one word is there; a forged length must not be read
             records.check_byteorder(await self._read(reader, order.start, min(order.stop, order.start + 16)))
         items = await self._items(reader, records, pickled)
         info = CheckpointInfo(
@@ -127,6 +128,7 @@ class TorchSaveOpener:
             metadata=Metadata(
                 state_dict_metadata=dict(items.metas), planner_data=items.paths, storage_data={}
             ),
+            # nothing vouches for the payload; by this ranks tell whether they have opened the same file
             digest=xxhash.xxh3_64_hexdigest(pickled + str(nbytes).encode()),
             manifest=None,
             locations=items.locations,
@@ -246,6 +248,7 @@ def _memory(nbytes: int, content: bytes | None) -> torch.UntypedStorage:
     if content:
         return torch.frombuffer(bytearray(content), dtype=torch.uint8).untyped_storage()
     untyped: Any = torch.UntypedStorage
+    # on "meta" it takes no memory, however much a forged pickle asks for
     made: torch.UntypedStorage = untyped(nbytes, device="meta" if content is None else "cpu")
     return made
 

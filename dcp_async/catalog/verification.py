@@ -155,6 +155,7 @@ class Verification:
         self, producer: Producer, num_files: int, begun: float, foreign: tuple[str, ...] = ()
     ) -> VerifyReport:
         await self._read_all()
+        # who verifies reads everything once: the trainer's pages shall not have to go for it
         await self._reader.give_back()
         return VerifyReport(
             checkpoint_id=self._name,
@@ -225,6 +226,7 @@ class Verification:
         try:
             nbytes = await self._reader.size(file)
         except StorageError as error:
+            # behind a link that is not followed all may be whole: nobody can say, and that is an error
             if isinstance(error, LinkError) or not _is_damage(error):
                 raise
             self._damage.add(file, 0, entry.nbytes if entry else end, str(error))
@@ -284,6 +286,7 @@ class Verification:
         chunks = (chunk for listed in self._chunks for chunk in listed)
 
         async def read_some() -> None:
+            # one per reader, so that memory does not grow with the checkpoint
             memory = memoryview(bytearray(_CHUNK_BYTES))
             for chunk in chunks:  # shared: each takes the next one
                 if chunk.digests is not None:

@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with ``arguments``, the process's by default, and return its exit status."""
     settings = Settings()
     try:
+        # not standalone: click would print errors its own way, and exit with statuses of its own
         status = command.main(arguments, prog_name=NAME, standalone_mode=False, obj=settings)
+        # inside: at the interpreter's exit nobody could answer for a reader that has gone
         sys.stdout.flush()
         return int(status or Exit.OK)
     except click.ClickException as error:

@@ -38,6 +38,7 @@ def copy_checkpoint(source: Path, target: Path, copying: Progress, verifying: Pr
     if not source.is_dir():
         raise CheckpointNotFoundError(f"there is no directory {source}")
     if target.is_dir() and not (target / METADATA).exists():
+        # as cp of directories does
         target = target / source.name
     if os.path.lexists(target):
         raise FileExistsError(f"{target} is there already; nothing was copied")
@@ -85,6 +86,7 @@ def _aside(target: Path) -> Iterator[Path]:
         with _locked(directory):
             yield directory
     finally:
+        # renamed, it is not there any more, which is no error
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -119,6 +121,7 @@ def _files(source: Path) -> list[str]:
                 f"{source / name} is no regular file, and is not copied; move it away, or use cp -a"
             )
         names.append(name)
+    # as a save commits: nothing is a checkpoint before all else is there
     return sorted(names, key=lambda name: name == METADATA)
 
 
@@ -133,6 +136,7 @@ def _copy_files(source: Path, directory: Path, names: list[str], progress: Progr
     for name, status in statuses.items():
         inode = (status.st_dev, status.st_ino)
         if (first := copied.setdefault(inode, name)) != name:  # one file under two names, as weights are
+            # or the copy would take twice the room
             os.link(directory / first, directory / name)
             done += status.st_size
             continue
@@ -170,10 +174,12 @@ def _read_back(directory: Path, digests: dict[str, str]) -> None:
 
 
 def _publish(directory: Path, target: Path) -> None:
+    # before the name appears: what it leads to must survive a power cut first
     _sync(directory)
     if os.path.lexists(target):  # an empty directory would be replaced
         raise FileExistsError(f"{target} is there by now; nothing was copied")
     os.rename(directory, target)
+    # the name is an entry of this directory
     _sync(target.parent)
 
 

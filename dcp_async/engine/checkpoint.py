@@ -53,7 +53,9 @@ def reader_at(
         root,
         StagingOptions(),
         planning=PlanningOptions(),
+        # that of saves, of which a reader makes none: what is read tells its own
         format=DISTCP,
+        # whatever process group there is, the other ranks know nothing of this opening
         coordination=Coordination(mode="local"),
         limits=limits,
         timeouts=timeouts,
@@ -94,11 +96,13 @@ class CheckpointVerbs:
         return f"<Checkpoint {name!r} in {self._life.setup.storage!r} {state}>"
 
     def __del__(self) -> None:
+        # not by attribute: a constructor that raised has set none of them
         opened, life = self.__dict__.get("_opened"), self.__dict__.get("_life")
         if life is None or opened is None or self._is_closed or sys.is_finalizing():
             return
         if self._owns_life:
             life.dropped(repr(self))
+        # an engine that was closed has closed its checkpoints
         elif life.state == "open":
             warnings.warn(
                 f"{self!r} was dropped while it was open; use `with`, or close()",
@@ -135,10 +139,12 @@ class CheckpointVerbs:
             raise
 
     def _closing(self, exc_type: type[BaseException] | None = None) -> Verb[None]:
+        # before anything is waited for: no verb may begin on files that are about to close
         opened, self._is_closed = self._opened, True
         if self._owns_life:
             yield from self._life.leaving(exc_type)
         elif opened is not None and self._life.state == "open":
+            # shielded: who has closed a checkpoint may remove its files, also in a scope that was cancelled
             yield Wait(self._life.submit(let_go(self._life, opened)).future, shielded=True)
 
     def _in_use(self) -> Opened:
@@ -285,6 +291,7 @@ class Checkpoint(CheckpointVerbs):
                 yield following
                 del following  # else it would live on while the next one is read
         finally:
+            # a caller may leave the loop at any tensor, and the next ones are being read by then
             await self._run("stream", stream.ending())
 
     async def load(

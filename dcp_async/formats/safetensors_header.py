@@ -49,6 +49,7 @@ _DTYPES = {
     "I64": "int64",
     "U64": "uint64",
 }
+# of this torch alone: older releases lack some of these
 DTYPE_NAMES: dict[torch.dtype, str] = {
     getattr(torch, name): kind for kind, name in _DTYPES.items() if hasattr(torch, name)
 }
@@ -84,6 +85,7 @@ def header_bytes(first: bytes, file_bytes: int) -> int:
     if len(first) < LENGTH_BYTES:
         raise HeaderError("the file is too short for a header")
     (length,) = struct.unpack("<Q", first)
+    # before so much memory is asked for: a file may say anything here
     if length > min(file_bytes - LENGTH_BYTES, _MAX_HEADER_BYTES):
         raise HeaderError(f"its header would take {length} bytes of the {file_bytes} that the file has")
     return int(length)
@@ -98,10 +100,12 @@ def decode_header(raw: bytes, file_bytes: int) -> list[StoredTensor]:
     begin = LENGTH_BYTES + len(raw)
     tensors = sorted(
         (_tensor(name, entry, begin, sharding.get(name)) for name, entry in entries.items()),
+        # by their ends too: an empty tensor begins where the next one does
         key=lambda tensor: (tensor.start, tensor.stop),
     )
     end = begin
     for tensor in tensors:
+        # the format has no holes, so that no file can be one of another kind as well
         if tensor.start != end:
             what = "overlaps the one before it" if tensor.start < end else f"leaves a hole at byte {end}"
             raise HeaderError(f"{tensor.name!r} begins at byte {tensor.start} and {what}")
@@ -114,6 +118,7 @@ def decode_header(raw: bytes, file_bytes: int) -> list[StoredTensor]:
 def parse_mapping(raw: bytes, what: str) -> dict[str, Any]:
     """The JSON mapping ``raw``, called ``what`` in errors. Raises HeaderError."""
 
+    # json takes the last of two, other readers the first: they would load different tensors
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
@@ -121,6 +126,7 @@ def parse_mapping(raw: bytes, what: str) -> dict[str, Any]:
         return made
 
     try:
+        # decoded here, since json would take bytes for UTF-16 or UTF-32 too, which the format does not have
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except HeaderError:
         raise
@@ -137,6 +143,7 @@ def _sharding(extra: Any) -> dict[str, tuple[int, ...]]:
         return {}
     if not isinstance(extra[_SHARDING], str):
         raise HeaderError("its sharding information is no text")
+    # JSON can escape half a surrogate pair, which can't be encoded
     places = parse_mapping(extra[_SHARDING].encode(errors="replace"), "its sharding information")
     offsets_of = {}
     for name, entry in places.items():
@@ -149,6 +156,7 @@ def _numbers(value: Any, what: str) -> tuple[int, ...]:
     if (
         not isinstance(value, list)
         or len(value) > _MAX_DIMS
+        # True is an int too; and two of them have to add up to an int64, as torch.Size has it
         or not all(type(number) is int and 0 <= number < 1 << 62 for number in value)
     ):
         raise HeaderError(f"{what} are no list of sizes")
@@ -182,6 +190,7 @@ def files_of_index(raw: bytes) -> dict[str, str]:
     if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
         raise HeaderError("it has no weight_map of names to files")
     for file in weights.values():
+        # an index is somebody else's, and must not lead out of its directory
         if "/" in file or file in ("", ".", ".."):
             raise HeaderError(f"its weight_map names {file!r}, which is no file beside it")
     return weights
@@ -206,6 +215,7 @@ def join_files(
     names: dict[str, TensorStorageMetadata] = {}
     locations: dict[tuple[str, Any], tuple[str, int, int]] = {}
     for name, stored in parts.items():
+        # with an index a name in two files is a fault of theirs; without one two models may share a directory
         names[name] = _joined(name, stored, HeaderError if weights is not None else AmbiguousNameError)
         for file, tensor in stored:
             begin = torch.Size(tensor.offsets or (0,) * len(tensor.shape))
@@ -231,6 +241,7 @@ def _joined(
     ]
     if len({chunk.offsets for chunk in chunks}) < len(chunks):
         raise HeaderError(f"two parts of {name!r} begin at one place")
+    # torch's writer notes where parts begin, and nowhere how long the whole is
     size = [max(chunk.offsets[dim] + chunk.sizes[dim] for chunk in chunks) for dim in range(len(first.shape))]
     properties = TensorProperties(dtype=first.dtype)
     return TensorStorageMetadata(properties=properties, size=torch.Size(size), chunks=chunks)

@@ -53,6 +53,7 @@ class _Pickler(pickle.Pickler):
     """Refers to storages as torch does; keeps those of tensors that are there."""
 
     def __init__(self, file: io.BytesIO, stand_in: Callable[[torch.Tensor], StandIn | None]) -> None:
+        # torch's own: weights_only warns of any other, and knows no opcodes of later ones
         super().__init__(file, protocol=2)
         self._stand_in = stand_in
         self.records: dict[str, int] = {}
@@ -67,6 +68,7 @@ class _Pickler(pickle.Pickler):
         utils: Any = torch._utils  # untyped
         hooks: OrderedDict[str, Any] = OrderedDict()
         args = (_Storage(value), 0, value.shape, value.strides, False, hooks)
+        # v2 tells the dtype by the class of the storage, and torch has made none for later dtypes
         if value.dtype in STORAGE_CLASS:
             return utils._rebuild_tensor_v2, args
         return utils._rebuild_tensor_v3, (*args, value.dtype)
@@ -86,7 +88,9 @@ class _Pickler(pickle.Pickler):
             memory, kind, numel = value, torch.UntypedStorage, value.nbytes()
         else:
             return None
+        # by address: each tensor is pickled with a new TypedStorage, those that share one too
         name = self._record(("held", memory._cdata), memory.nbytes())
+        # kept, or another storage could get that address before the pickle is complete
         self.held[name] = memory
         return "storage", kind, name, "cpu", numel
 
@@ -142,6 +146,7 @@ class Archive:
         filler = -bare % _ALIGN
         # a field of its own, as torch has it
         field = struct.pack("<2sH", b"FB", filler) + b"Z" * filler
+        # before the payload is read its CRC is unknown: the header has the same length with any
         return local_header(name, nbytes, crc=self._crcs.get(record, 0), filler=field)
 
     @property

@@ -57,6 +57,7 @@ def save_target(
                 f"storage_writer={storage_writer!r} is no StorageWriter; for a directory pass "
                 "checkpoint_id='path', or FileSystemWriter('path')"
             )
+        # not of a subclass: what that overrides the engine would not call
         if type(storage_writer) is FileSystemWriter:
             path = storage_writer.checkpoint_id if checkpoint_id is None else checkpoint_id
             overwrite, writes = storage_writer.overwrite, storage_writer.thread_count
@@ -65,6 +66,7 @@ def save_target(
             overwrite, writes = storage_writer.overwrite, storage_writer.thread_count
         else:
             return None
+    # stock's default of one thread is no wish for a slow save
     limits = Limits(io_concurrency=max(writes, Limits().io_concurrency))
     return SaveTarget(_directory(path, "storage_writer"), overwrite, limits)
 
@@ -97,6 +99,7 @@ def load_directory(
 
 def trust_of(storage_reader: StorageReader | None, trust: Trust) -> Trust:
     """What a load trusts: that which a reader of ours was made with, unless the caller says more."""
+    # the functions have a default, so that nobody can tell whether it was passed
     if type(storage_reader) is FileSystemReader and trust == Trust():
         return storage_reader.trust
     return trust

@@ -33,6 +33,7 @@ from ..state import Region
 from ..trust import Trust
 from .call_resources import CallResources, local_path
 
+# what goes there needs no slots of pinned memory and no stream: meta tensors hold nothing
 _HOST = ("cpu", "meta")
 _Regions = Mapping[str, Sequence[Region]]
 
@@ -43,6 +44,7 @@ class _Load:
     def __init__(self, directory: Path, trust: Trust) -> None:
         self._name = directory.name
         self._trust = trust
+        # no wish for one at a time: CallResources takes as many as an engine does
         self._resources = CallResources(directory, io_concurrency=1, trust=trust)
         # whoever only looks at the metadata makes no further call
         self._dropped = weakref.finalize(self, self._resources.close_elsewhere)

@@ -145,9 +145,12 @@ class _Scratch:
     def __enter__(self) -> _Scratch:
         self._nbytes = sum(_room(meta, self._contents.strides.get(name)) for name, meta in self._plain())
         if self._nbytes:
+            # beside the target, where room is asked for anyway: the system's own place for such files may be
+            # memory
             with tempfile.TemporaryFile(dir=self._directory) as file:
                 # now: a mapping of a disk that fills up would be a signal, not an error
                 os.posix_fallocate(file.fileno(), 0, self._nbytes)
+                # the mapping keeps the file, which has no name that a killed process could leave
                 self._memory = mmap.mmap(file.fileno(), self._nbytes)
         return self
 
@@ -189,6 +192,7 @@ class _Scratch:
         """A tensor in the file for ``name``; for names that share their bytes, one."""
         is_one = len(meta.chunks) == 1
         location = self._contents.locations.get((name, meta.chunks[0].offsets)) if is_one else None
+        # tied names stay tied: the copy has their bytes once, as its source has
         key = location or name
         if key not in self._tied:
             strides = self._contents.strides.get(name)
@@ -205,8 +209,10 @@ class _Scratch:
         return self._tied[key]
 
     def _copy(self, values: dict[str, torch.Tensor]) -> None:
+        # no_grad is a thread's own, and this thread is anyio's
         with torch.no_grad():
             for name in list(values):
+                # one after another: the batch goes while it is copied
                 value = values.pop(name)
                 self._tensors[name].copy_(value)
                 self._read_bytes += value.nbytes
@@ -226,6 +232,7 @@ class _Scratch:
     def wrote(self, nbytes: int) -> None:
         """So many bytes were written from here."""
         self._let_go()
+        # what is written has headers, padding and leaves on top of what was counted
         self._progress(min(self._read_bytes + nbytes, 2 * self._nbytes), 2 * self._nbytes)
 
 

@@ -156,6 +156,7 @@ class _Calls:
 
     def read(self) -> None:
         """Fill the targets."""
+        # before, not after: what fails in the middle has written too
         self.has_read = True
         self._reader.read_data(self._plan, self._planner).wait()
         synchronize_device()
@@ -188,6 +189,7 @@ class _Load:
 
     async def run(self, state_dict: dict[str, Any]) -> None:
         """See ``load_through``."""
+        # outside of what is settled: as long as ranks have not met, there is nobody to tell
         await self._on_loop(self._call.coordinator.open())
         self._uid = self._call.coordinator.uid(0, "load")
         try:
@@ -202,6 +204,7 @@ class _Load:
         except BaseException as error:
             error = first_failure(error)
             cause = error.cause if isinstance(error, PhaseFailure) else error
+            # whoever keeps the error would keep the state with the frames
             forget_locals(error)
             failure = await Wait(self._call.loop.submit(self._failure(error)).future, shielded=True).wait()
             if isinstance(error, ENDINGS) or failure is None:
@@ -229,6 +232,7 @@ class _Load:
 
     def _restore(self, state_dict: dict[str, Any], state: dict[str, Any]) -> None:
         with self._call.coordinator.activity.watched():
+            # stock's order, and one for all ranks: load_state_dict() may call collectives
             for key in sorted(state_dict):
                 value = state_dict[key]
                 if not isinstance(value, Stateful):
@@ -264,11 +268,13 @@ class _Load:
     async def _failure(self, error: BaseException) -> LoadError | None:
         """What every rank raises because of ``error``, its own or another's. On the loop."""
         coordinator, uid = self._call.coordinator, self._uid
+        # what came from another rank the others have heard of
         if not isinstance(error, RemoteFailure):
             coordinator.fail(uid, "load", error)
         if isinstance(error, ENDINGS):
             return None
         verdict, touched = await coordinator.settle(uid, flag=self._calls.has_read)
+        # no verdict where the other ranks are out of reach: then what this one knows has to do
         failures = dict(verdict) or (
             dict(error.failures)
             if isinstance(error, RemoteFailure)

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from ..errors import StorageError
 
+# read-only, since it is the default of all calls at once
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 """What most formats ask for: no other reader knows their files."""
 
@@ -292,6 +293,7 @@ class SharingStorage(Storage, Protocol):
 
 def is_sharing(storage: Storage) -> TypeGuard[SharingStorage]:
     """Whether ranks may write files of ``storage`` in common."""
+    # not by isinstance(): a wrapper has the methods whatever it wraps
     return getattr(storage, "shares_files", False)
 
 
