@@ -192,10 +192,10 @@ class _Scratch:
         """A tensor in the file for ``name``; for names that share their bytes, one."""
         is_one = len(meta.chunks) == 1
         location = self._contents.locations.get((name, meta.chunks[0].offsets)) if is_one else None
-        # tied names stay tied: the copy has their bytes once, as its source has
-        key = location or name
+        strides = self._contents.strides.get(name)
+        # tied names stay tied. No bytes, and views of the same ones, are at one place whatever their shapes
+        key = (location, meta.size, meta.properties.dtype, strides) if location else name
         if key not in self._tied:
-            strides = self._contents.strides.get(name)
             nbytes = _extent(meta, strides) * meta.properties.dtype.itemsize
             flat = torch.empty(0, dtype=meta.properties.dtype, device=_CPU)
             if nbytes:

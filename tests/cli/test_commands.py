@@ -425,6 +425,22 @@ def test_convert_of_a_file_of_torch_save(run: Run, tmp_path: Path) -> None:
         assert run("diff", tmp_path / "one.pt", tmp_path / form).out == "8 tensors equal\n"
 
 
+def test_convert_keeps_the_shapes_of_views_of_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    weight = torch.arange(9.0).reshape(3, 3)
+    views = {"weight": weight, "flat": weight.view(-1), "turned": weight.t(), "tied": weight}
+    torch.save(views, tmp_path / "views.pt")
+    for form in ("dcp", "torch", "safetensors"):
+        assert run("convert", tmp_path / "views.pt", tmp_path / form, "--to", form).status == 0
+        assert run("diff", tmp_path / "views.pt", tmp_path / form).out == "4 tensors equal\n"
+
+
+def test_convert_keeps_empty_tensors_that_lie_at_one_place(run: Run, tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    save_file({"a": torch.empty(0), "b": torch.empty(0, 4, dtype=torch.float32)}, model)
+    assert run("convert", model, tmp_path / "dcp", "--to", "dcp").status == 0
+    assert run("diff", model, tmp_path / "dcp").out == "2 tensors equal\n"
+
+
 def test_convert_takes_weights_with_safetensors_alone(run: Run, runs: Path, tmp_path: Path) -> None:
     assert run("convert", runs / step(1), tmp_path / "x", "--to", "dcp", "--weights", "model").status == 2
     ran = run("convert", runs / step(1), tmp_path / "x", "--to", "safetensors", "--weights", "none")
