@@ -109,7 +109,12 @@ async def _write(resources: CallResources, name: str, path: Path, trust: Trust, 
         for record, storage in archive.held.items():
             held = torch.empty(0, dtype=torch.uint8, device=_CPU).set_(storage)
             _put(file, archive, record, host_memory(held))
-        stored = {name: stand_ins[name] for name in tensor_names(contents, None) if name in ties.values()}
+        # of names that share their bytes the first, whose name is their key
+        stored = {
+            name: stand_ins[name]
+            for name in tensor_names(contents, None)
+            if name in stand_ins and stand_ins[name].key == name
+        }
         await _Tensors(file, archive, contents, services, budget_bytes).write(stored)
         file.write(*archive.tail())
         file.publish()
