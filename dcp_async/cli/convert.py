@@ -44,6 +44,7 @@ def convert(source: str, target: str, form: str, weights: str | None, follow_lin
     if "://" in target:
         raise Refused(f"convert writes to a directory or a file, and {target} is none")
     path = Path(os.path.abspath(os.path.expanduser(target)))
+    # before an hour of reading, and since a file of torch.save would be replaced
     if os.path.lexists(path):
         raise FileExistsError(f"{path} is there already; nothing was written")
     nbytes = run(_converted(source, path, form, weights, follow_links))

@@ -122,4 +122,5 @@ def _kind(kind: dict[str, Any]) -> str:
 
 
 def _rank(relative: float) -> float:
+    # as if it had moved furthest: a tensor that is no number any more is what one looks for
     return math.inf if math.isnan(relative) else relative

@@ -55,6 +55,7 @@ async def catalog_of(
         try:
             yield catalog, name
         except CheckpointNotFoundError as error:
+            # of another one, say in the middle of reading: its own words fit better
             if error.checkpoint_id != name:
                 raise
             raise not_a_checkpoint(path, name) from error

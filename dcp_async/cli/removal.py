@@ -46,6 +46,7 @@ def confirm(condemned: Sequence[Condemned], *, dry_run: bool, yes: bool) -> None
         raise Refused("nobody is there to confirm it: say --yes, or look with --dry-run")
     for checkpoint in condemned:
         size = "?" if checkpoint.nbytes is None else size_text(checkpoint.nbytes)
+        # standard output is for what was removed
         click.echo(f"{printable(checkpoint.path)}  {size}", err=True)
     if not click.confirm(f"Remove {count(len(condemned), 'checkpoint')}?", err=True):
         raise Refused("nothing was removed")

@@ -37,6 +37,7 @@ def rm(paths: Sequence[str], dry_run: bool, yes: bool) -> None:
 async def _looked_up(path: str) -> Condemned:
     root, name = root_and_name(path)
     async with storage_of(root) as storage:
+        # by the list, and not by opening it: what is damaged can be removed too, and without torch
         for row in await survey(storage, no_metadata):
             if row.stored.name == name and row.stored.committed:
                 return Condemned(path, row)

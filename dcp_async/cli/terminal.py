@@ -203,6 +203,7 @@ def _fit(columns: Sequence[Column], kept: list[int], widths: dict[int, int], wid
         if over <= 0 or columns[dropped].drop == 0:
             return
         kept.remove(dropped)
+        # with one column less there may be room for what was cut
         widths.update(natural)
 
 

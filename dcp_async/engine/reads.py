@@ -101,6 +101,7 @@ class Reads:
         context.life.check_open()
         assert context.opened is not None
         contents = context.opened.contents
+        # first: what the caller has mistyped is told without a read, and as the caller's error
         check_index(contents, name, index)
 
         async def read(
@@ -122,6 +123,7 @@ class Reads:
         checkpoint_id = context.opened.contents.info.checkpoint_id
 
         async def read() -> bytes:
+            # opened for this one verb: a checkpoint that is closed meanwhile closes its files after it
             contents = await context.catalog.open(checkpoint_id)
             try:
                 with load_errors(checkpoint_id):
@@ -204,6 +206,7 @@ class Stream:
             # in pairs, so that each tensor belongs to the caller alone once it is given
             self._ready.extend((name, values.pop(name)) for name in names)
             del job, values  # the job keeps what it gave
+            # until the caller has used them up these are in memory beside what is read ahead
             if self._following is not None and used_bytes + self._following[1] <= self._budget_bytes:
                 self._read_ahead()
         return self._ready.popleft()

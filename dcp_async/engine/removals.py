@@ -82,6 +82,7 @@ class Removals:
                 uid, "remove", "" if failure is None else str(failure), lambda told: self._decide(ref, told)
             )
         except RemoteFailure as error:
+            # whichever rank failed, the coordinator may have removed it by then
             raise StorageError(
                 f"checkpoint {ref!r} may be there still: {error}", verb="remove", path=self._root
             ) from error
@@ -91,6 +92,7 @@ class Removals:
         finally:
             coordinator.forget(uid)
         if outcome["kind"]:
+            # this rank's own where it has one: that has a cause and a traceback, what travelled is text
             raise failure or self._error(ref, outcome)
 
     async def _decide(self, ref: str | int, told: Sequence[str]) -> list[Outcome]:

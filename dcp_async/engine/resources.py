@@ -117,10 +117,12 @@ def make_setup(
         raise TypeError(f"policy={policy!r} must be a SavePolicy: Every, Adaptive, OnSignal, joined with |")
     if not isinstance(retention, Retention | None):
         raise TypeError(f"retention={retention!r} must be a policy such as KeepLatest(3), or several, a | b")
+    # by a method: one of somebody else's need not derive from a class of ours
     if not hasattr(format, "layout"):
         raise TypeError(f"format={format!r} must be a Format, as SafetensorsFormat() is")
     owns_storage = isinstance(root, (str, os.PathLike))
     storage = _storage_of(root, limits, timeouts, trust)
+    # one that was given is wrapped by now
     memory = storage if isinstance(storage, MemoryStorage) else root
     return Setup(
         storage=storage,

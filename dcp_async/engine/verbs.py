@@ -103,6 +103,7 @@ class EngineVerbs:
         with self._life.storage_errors("open"):
             yield from self._life.opening()
         resources = self._life.resources
+        # last: ranks agree on a step by way of those, once they have met
         self._schedule.begin(resources.coordinator, resources.loop)
 
     def _leaving(self, exc_type: type[BaseException] | None) -> Verb[None]:

@@ -43,6 +43,7 @@ class ArchiveRecords:
             raise ValueError("its zip has no data.pkl, or several")
         prefix = pickles[0].removesuffix("data.pkl")
         if f"{prefix}constants.pkl" in by_name or any(name.startswith(f"{prefix}code/") for name in by_name):
+            # its code would be compiled and run, and no look at a pickle tells what it does
             raise UntrustedGlobal("a TorchScript archive")
         data = f"{prefix}data/"
         storages = {name.removeprefix(data): by_name[name] for name in by_name if name.startswith(data)}

@@ -154,6 +154,7 @@ def encode_manifest(*, metadata: bytes, constant: str, **head: Unpack[ManifestHe
     return body + b',"digest":"' + xxhash.xxh3_64_hexdigest(body).encode() + b'"}'
 
 
+# 16 hex digits are an xxh3_64
 _TAIL = len(b',"digest":"') + 16 + len(b'"}')
 
 

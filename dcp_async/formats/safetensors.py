@@ -86,8 +86,10 @@ class SafetensorsFormat(DistcpFormat):
             raise ValueError(f"weights={weights!r} must name a part of the state, as 'model', or be None")
         if type(max_shard_bytes) is not int or max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes={max_shard_bytes!r} must be a positive number of bytes")
+        # what begins so may pass for one of the checkpoint's own files
         if not isinstance(name, str) or not name or name.startswith((".", "_")) or set(name) & set("/\0"):
             raise ValueError(f"name={name!r} must be what file names can begin with, as 'model'")
+        # transformers refuses a file whose metadata does not say this
         told = {"format": "pt"} | dict(metadata or {})
         if wrong := [key for key, text in told.items() if type(key) is not str or type(text) is not str]:
             raise TypeError(f"metadata[{wrong[0]!r}] must be text under a text: safetensors keeps no more")

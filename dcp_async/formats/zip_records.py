@@ -67,6 +67,7 @@ def _records(length: int) -> Wants:
     directory = yield directory_at, end_at - directory_at
     records: list[Record] = []
     position = 0
+    # a count that lies ends where the directory's bytes do, as a struct.error
     for _ in range(count):
         fields = CENTRAL.unpack_from(directory, position)
         magic, method, crc = fields[0], fields[4], fields[7]
@@ -92,6 +93,7 @@ def _records(length: int) -> Wants:
 def _find_directory(length: int) -> Generator[tuple[int, int], bytes, tuple[int, int, int]]:
     """(where the central directory begins, where it ends at the latest, how many entries it has); the end
     record may have a comment behind it."""
+    # a comment behind the end record has at most so many bytes
     before = max(length - END.size - 0xFFFF - LOCATOR64.size, 0)
     tail = yield before, length - before
     # from behind: the bytes of a payload may look like an end record

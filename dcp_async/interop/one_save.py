@@ -219,6 +219,7 @@ class OneSave:
 
         async def commit() -> None:
             await lead.verify(release.sizes)
+            # whoever is interrupted in a commit could not tell whether the checkpoint exists
             with anyio.CancelScope(shield=True):
                 await lead.commit(release.metadata, release.manifest, replace=self._overwrite)
 

@@ -58,6 +58,7 @@ class _Snapshot:
     def _copy_tensors(self) -> None:
         """Small tensors share a piece of memory: for tens of thousands of them one of its own costs most."""
         typed: dict[torch.dtype, torch.Tensor] = {}
+        # as if full: memory to share is made for the first small tensor, and not for none
         used = _SHARED_BYTES
         for key, tensor in self._tensors.items():
             dtype, shape, nbytes = tensor.dtype, tensor.shape, tensor.nbytes

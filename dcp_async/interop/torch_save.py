@@ -65,6 +65,7 @@ async def dcp_to_torch_save(
     directory, path = local_path(dcp_checkpoint_dir), local_path(torch_save_path)
     if path.is_dir():
         raise ValueError(f"torch_save_path={str(path)!r} is a directory; give the file's own path")
+    # in a thread: run() of the resources blocks until their own loop is done with it
     await anyio.to_thread.run_sync(_convert, directory, path, trust, budget_bytes)
 
 

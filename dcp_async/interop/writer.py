@@ -141,6 +141,7 @@ class FileSystemWriter(StorageWriter):
             path = local_path(checkpoint_id)
         except (TypeError, ValueError):
             return False
+        # the first save makes what is not there
         existing = next((parent for parent in (path, *path.parents) if parent.exists()), path)
         return existing.is_dir() and os.access(existing, os.W_OK)
 
@@ -185,6 +186,7 @@ class FileSystemWriter(StorageWriter):
         """Lease the directory. Raises: CheckpointExistsError, SaveError."""
         save = self._save()
         save.lead()
+        # getattr, for a planner that caches may hand out a plan that another writer has marked
         return [
             dataclasses.replace(
                 plan, storage_data=Share(save.uid, getattr(plan.storage_data, "token", ""), rank)

@@ -199,6 +199,7 @@ def tensor_names(contents: Contents, keys: Collection[str] | None) -> list[str]:
         # of one that has none, whoever reads it says so
         return contents.locations.get((name, chunks[0].offsets if chunks else None), ("", 0, 0))
 
+    # a medium reads ahead in this order
     names = sorted(contents.tensors, key=location_of)
     globs = [Glob(key) for key in keys] if keys is not None else []
     for glob in globs:
@@ -257,6 +258,7 @@ def _chosen(structure: Tree, keys: Collection[str], contents: Contents) -> Tree:
         for glob in globs
         if glob.is_pattern
     }
+    # a pattern that matches nothing may be a name that has such characters of its own
     plain = [glob.text for glob in globs if not matched.get(glob.text)]
     chosen, known = pruned(structure, [*plain, *itertools.chain.from_iterable(matched.values())])
     for key in plain:

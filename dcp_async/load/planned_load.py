@@ -155,6 +155,7 @@ class PlannedLoad:
         items = await run(protocol.finish, await ranks.planned(plan, decide))
         wanted = self._in_files(items)
         unexpected = await self._unread(wanted)
+        # leaves before any tensor: trust has to see all of them while targets are as they were
         nbytes = await self._pipeline.read_wanted(partial(self._want_leaves, wanted))
         await self._check_trust(wanted)
         # no rank writes before every rank has planned and checked
@@ -204,6 +205,7 @@ class PlannedLoad:
             chunk = next((chunk for chunk in meta.chunks if chunk.offsets == offsets), None)
             if chunk is None:
                 raise PlannerError(f"{who} at {index.offset}, where no chunk begins")
+            # not strict: lengths that do not fit are the planner's error, told below
             ends = [first + count for first, count in zip(item.storage_offsets, item.lengths, strict=False)]
             fits = len(item.storage_offsets) == len(item.lengths) == len(chunk.sizes)
             is_inside = (
@@ -242,6 +244,8 @@ class PlannedLoad:
             name, chunk_at = one.key
             assert chunk_at is not None
             if is_raw(one.meta, name, self._contents):
+                # not the planner's target, though it costs a copy: that shall see no byte that was not
+                # verified
                 values[number] = torch.empty(lengths, dtype=one.meta.properties.dtype, device="cpu")
                 offsets = tuple(low + offset for low, offset in zip(chunk_at, first, strict=True))
                 plan.want_tensor(name, [Region(values[number], offsets)])

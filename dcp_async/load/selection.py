@@ -63,6 +63,7 @@ class Selection:
             return Chosen(contents)
         checkpoint_id = contents.info.checkpoint_id
         renamed = {name: self._new_name(name, checkpoint_id) for name in contents.names}
+        # all were renamed first, for keys are names of the state
         names = {name: new for name, new in renamed.items() if self._asks(new)}
         try:
             _check_collisions(names)
@@ -105,6 +106,7 @@ class Selection:
                 "unchanged to keep it, and leave names out with keys=; nothing was loaded",
                 checkpoint_id=checkpoint_id,
             )
+        # plain text: a subclass may compare and hash in its own way
         return str.__str__(new)
 
 

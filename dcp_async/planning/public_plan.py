@@ -123,6 +123,7 @@ class PublicPlan:
         ]
         if not spans:  # one rank, or shards that end where blocks do: no exchange more
             return None
+        # ascending in their files: ``overlapping`` goes over them with the spans, once
         parts = sorted(self._all_parts(told[0]["heads"], written), key=lambda part: part[:2])
         return [make_merge(mine, overlapping(parts, mine)) for mine in dealt(spans, len(told))]
 

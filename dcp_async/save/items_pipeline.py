@@ -45,6 +45,7 @@ async def write_items(
         for number, (offset, nbytes) in enumerate(
             parts_between(0, count, pool.slot_bytes, layout.image_bytes)
         ):
+            # one by one: while all slots are being written nothing is filled, and memory stays bounded
             lease = await pool.lease(1)
             leases.append(lease)
             memory = lease.memory(0, nbytes)

@@ -55,6 +55,7 @@ class Preparation:
             await run_unless(failed, self._run)
         except BaseException as error:
             tell_others(coordinator, self._uid, error)
+            # who is cancelled leaves at once; to settle is to wait for the other ranks
             if not isinstance(error, asyncio.CancelledError):
                 self.verdict, _ = await coordinator.settle(self._uid)
             raise

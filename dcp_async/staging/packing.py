@@ -187,6 +187,7 @@ def _stretches(plan: CompiledPlan, members: Sequence[int]) -> tuple[list[Stretch
     layout = plan.layout
     stretches: list[Stretch] = []
     offsets: list[int] = []
+    # not -1: the first member would pass for the neighbour of one before it
     before = -2
     for index in members:
         start = layout.payload_offsets[index]
@@ -282,9 +283,11 @@ def _fitting(plan: CompiledPlan, members: list[int]) -> list[int]:
     if sum(items[index] for index in members) <= _SCRATCH_BYTES:
         return members
     room, chosen = _SCRATCH_BYTES, []
+    # smallest first: a transfer of its own costs those most, for what they hold
     for index in sorted(members, key=sizes.__getitem__):
         room -= items[index] + _ALIGN
         if room < 0:
             break
         chosen.append(index)
+    # ascending again, or neighbours in the image would be no stretch
     return sorted(chosen)

@@ -42,6 +42,7 @@ def captured_items(items: Sequence[ResolvedItem], tree: Tree) -> Captured:
     tensors = sorted_items.tensors
     is_raw = not any(map(torch.Tensor.is_neg, tensors)) and not any(map(torch.Tensor.is_conj, tensors))
     return Captured(
+        # a cache of its own: a planner may make something else of the next state
         known=KnownStructure(sorted_items.structure(), CaptureCache()),
         tree=tree,
         tensors=tensors,
@@ -49,6 +50,7 @@ def captured_items(items: Sequence[ResolvedItem], tree: Tree) -> Captured:
         optimizers=[],
         live=sorted_items.exotic,
         dtensors={},
+        # a copy of bytes by address would leave out what a conjugate or a negative view does to them
         pointers=list(map(torch.Tensor.data_ptr, tensors)) if is_raw else None,
     )
 

@@ -84,6 +84,7 @@ class Pinner:
         self._backend = backend
         self._chunk_bytes = chunk_bytes
         self._is_forbidden = pinned is False
+        # who asked for it has to hear of a refusal; to the others the copies are as good, but slower
         self._level = logging.WARNING if pinned else logging.INFO
         self._registrations = _Registrations()
         self._threads: BlockingThreads | None = None
@@ -134,6 +135,7 @@ class Pinner:
         """Serve again, after ``close``."""
         with self._lock:
             if self._is_closed:
+                # a new one, since the old thread may serve the old one until its last lease ends
                 self._registrations, self._is_closed = _Registrations(), False
 
     def close(self) -> None:
@@ -156,6 +158,7 @@ class Pinner:
                     "the device does not end a call that pins the staging pool; its memory stays mapped"
                 )
                 threads.abandon()
+        # with arenas left the thread ends with their last lease, which nobody can wait for here
         threads.shutdown(wait=registrations.num_arenas == 0)
 
     def _unpin_idle(self, registrations: _Registrations, done: concurrent.futures.Future[bool]) -> None:

@@ -186,5 +186,6 @@ def _copy(
         else:
             stream.copy(targets, sources)
         ends = [start + dtype.itemsize * end for end in accumulate(counts, initial=0)]
+        # not strict: ends has one more, where the last one stops
         places += zip(batch, ends, ends[1:], strict=False)
     return _Copied(device, memory, places)

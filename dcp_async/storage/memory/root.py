@@ -21,6 +21,7 @@ from ...errors import StorageError
 from ..base import InUseError, StoredCheckpoint
 from .files import Content
 
+# what a URL says without escapes: memory://run1 and MemoryStorage("run1") have to be one
 _NAME = re.compile(r"[^\s/?#%]+(/[^\s/?#%]+)*")
 
 

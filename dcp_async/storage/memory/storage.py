@@ -62,11 +62,13 @@ class MemoryTransaction:
         replace: bool,
         public_names: Mapping[str, str] = NO_NAMES,
     ) -> None:
+        # the same bytes twice: nobody writes to them any more
         named = {name: self._sealed[file] for name, file in public_names.items()}
         checkpoint = MemoryCheckpoint(
             files=self._sealed | named, metadata=metadata, manifest=manifest, modified=time.time()
         )
         self._root.publish(self.save, checkpoint, replace=replace)
+        # or whoever keeps the transaction would keep a checkpoint that was removed since
         self._files, self._sealed = {}, {}
 
     async def abort(self) -> None:

@@ -76,6 +76,7 @@ def _failed(error: StorageError) -> Finding:
 
 
 async def _conditions(bucket: Bucket, key: str) -> Finding:
+    # the key is taken by now: a server that heeds the condition refuses
     if not await bucket.create(key, b"1"):
         return Finding(level="good", about="conditions", text="of two writers of one fresh name one wins")
     return Finding(
@@ -88,6 +89,7 @@ async def _conditions(bucket: Bucket, key: str) -> Finding:
 
 async def _uploads(bucket: Bucket, key: str) -> Finding:
     async def parts() -> AsyncIterator[memoryview]:
+        # a whole part and a last one: of all others a server asks a least length
         yield memoryview(bytes(LEAST_PART_BYTES))
         yield memoryview(b"end")
 

@@ -98,6 +98,7 @@ def _client(config: Mapping[str, Any]) -> Any:
     import botocore.config
     import botocore.session
 
+    # as obstore addresses it, which asks a server by path unless told otherwise
     style = "virtual" if str(config.get("virtual_hosted_style_request", "")).lower() == "true" else "path"
     return botocore.session.get_session().create_client(
         "s3",

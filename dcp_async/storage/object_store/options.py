@@ -101,6 +101,7 @@ def resolve(
 
 def _check_store(store: object) -> None:
     """Refuse a store that checkpoints are not safe in. Raises: TypeError."""
+    # by name, as obstore may not even be installed here
     if type(store).__name__ not in _STORES:
         raise TypeError(
             f"root={store!r} must be a URL or a store of obstore's, one of {', '.join(_STORES)}. A directory "
