@@ -137,6 +137,7 @@ def attached_copy(uid: str, name: str) -> str:
 
 def folded_name(name: str) -> str:
     """What file systems that know no case or no accents may take ``name`` for."""
+    # twice: folding a character's case may take it apart again
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 

@@ -126,4 +126,5 @@ async def _read_apart(reader: Reader, nbytes: int, entry: FileEntry) -> Footer:
         raise FooterError(f"{entry.footer_file} ends before its checksums do")
     raw = bytearray(length)
     await reader.read_into(entry.footer_file, [(entry.footer_offset, memoryview(raw))])
+    # as if it stood behind its file: a footer tells the length of what it is the end of
     return Footer.decode(bytes(raw), nbytes + length)

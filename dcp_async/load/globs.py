@@ -80,6 +80,7 @@ def _grouped(text: str) -> re.Pattern[str]:
         elif wildcard[0] == "?":
             made += "(.)"
         else:
+            # a set of re's knows escapes and operations that one of fnmatch's does not
             chars = re.sub(r"([\\\[^&~|])", r"\\\1", wildcard[0][1:-1])
             made += f"([{'^' + chars[1:] if chars.startswith('!') else chars}])"
     try:

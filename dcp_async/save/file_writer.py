@@ -185,6 +185,7 @@ class FileWriter:
             if nbytes:
                 name, footer = self.names.of(_OWN), Footer(image_bytes=nbytes, digests=self._digests)
                 files.append(File(name, nbytes + footer_bytes(nbytes), footer.digest))
+                # now that all digests are known: the footer is the one part that depends on the bytes
                 await transaction.put(name, nbytes, memoryview(footer.encode()))
             for name in self.names.lengths(self._layout):
                 await transaction.seal(name)

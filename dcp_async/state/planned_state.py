@@ -30,6 +30,7 @@ class PlannedState:
     def __init__(self, state: Mapping[str, Any], *, rank: int, world_size: int) -> None:
         """Raises CaptureError."""
         given: Given = {}
+        # alone, they are asked as the walk meets them: there is no order to keep
         if world_size > 1:
             ask_in_order(state, rank, given, snapshot_to_fill, is_load=True)
         flat = flatten(state, rank, given, ask=snapshot_to_fill, is_load=True)
@@ -72,6 +73,7 @@ class PlannedState:
             case Kind.OWN:
                 self._give(value, new[self._rank_key], name)
             case Kind.PER_RANK:
+                # as if it lay in a list: what is handed back may be another object, and has to be put here
                 holder = [value.value]
                 self._hand_back(holder, 0, new[self._rank_key], name, is_own=True)
                 (value.value,) = holder

@@ -107,6 +107,7 @@ class BlockingCalls:
         for threads in (self._small, self._bulk, self._removing):
             if threads is not None:
                 threads.shutdown()
+        # forgotten, so that threads start anew if somebody opens on it again
         self._small = self._bulk = self._removing = None
 
     def abandon(self) -> None:

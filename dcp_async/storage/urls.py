@@ -59,6 +59,7 @@ def storage_at(
 def _path_of(url: str) -> str:
     """The absolute path of a file URL, as ``Path.as_uri()`` writes them. Raises: ValueError."""
     parts = urlsplit(url)
+    # RFC 8089 lets a file's own host be named
     if parts.netloc.lower() not in ("", "localhost"):
         raise ValueError(
             f"root={url!r} names the host {parts.netloc!r}; a local path is file:///absolute/path"

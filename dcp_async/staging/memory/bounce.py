@@ -145,6 +145,7 @@ class Bounce:
             if on_device.is_contiguous():
                 yield flat[low:high], on_device.view(-1)[low:high]
                 continue
+            # with gaps it has no flat view; a box of it is copied as well
             for box, first, last in flat_slices(host.shape, low, high):
                 inner = on_device[box]
                 yield flat[first:last].view(inner.shape), inner

@@ -50,6 +50,7 @@ class PublicNames:
         """Take them back."""
         for name, file in self._names.items():
             path = self._directory / name
+            # only if it is this save's still: a later one may have taken the name
             if path.exists() and os.path.samefile(path, self._directory / file):
                 path.unlink()
 
@@ -64,4 +65,5 @@ def names_besides(directory: Path, blobs: Iterable[str] | None = None) -> list[P
     if not wanted:  # as of nearly all checkpoints: no file of theirs is looked at
         return []
     files = {entry.inode() for entry in listed if entry.name in wanted}
+    # the blob's own name has that inode too
     return [Path(entry.path) for entry in listed if entry.inode() in files and owned_file(entry.name) is None]
