@@ -225,14 +225,29 @@ from tests.pipeline.test_safetensors_format import net
 
 with sync.CheckpointEngine(sys.argv[1], format=SafetensorsFormat(max_shard_bytes=4000)) as engine:
     engine.save(net(33).state_dict(), checkpoint_id="m").upload_completion.result()
-    public_names.PublicNames.check = lambda self: os._exit(7)
+    public_names.{where} = lambda *arguments: os._exit(7)
     engine.save(net(34).state_dict(), checkpoint_id="m", replace=True).upload_completion.result()
 """
 
 
-def test_a_kill_before_the_commit_leaves_the_old_one_for_everybody(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, timeout=120)
+def kill(root: Path, where: str) -> None:
+    code = KILLED.replace("{where}", where)
+    done = subprocess.run([sys.executable, "-c", code, str(root)], check=False, timeout=120)
     assert done.returncode == 7
+
+
+def test_a_kill_between_the_commit_and_the_names_is_finished_by_the_next_save(tmp_path: Path) -> None:
+    kill(tmp_path, "give_prepared")
+    assert not list((tmp_path / "m").glob("*.safetensors"))
+    with sync.CheckpointEngine(tmp_path) as engine:
+        assert_same(engine.read("m"), dict(net(34).state_dict()))
+        engine.save({}, checkpoint_id="other").upload_completion.result()
+    assert_same(weights_in(tmp_path / "m"), dict(net(34).state_dict()))
+    assert not list((tmp_path / "m").glob(".copy-*"))
+
+
+def test_a_kill_before_the_commit_leaves_the_old_one_for_everybody(tmp_path: Path) -> None:
+    kill(tmp_path, "PublicNames.prepare")
     assert_same(weights_in(tmp_path / "m"), dict(net(33).state_dict()))
     with sync.CheckpointEngine(tmp_path, format=SafetensorsFormat()) as engine:
         assert_same(engine.read("m"), dict(net(33).state_dict()))

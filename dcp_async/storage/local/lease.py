@@ -24,7 +24,7 @@ from pathlib import Path
 from ..._names import METADATA, is_manifest, is_step_directory, lease_file, owned_file
 from ..base import NamesUids
 from .attached_names import give_names, take_names
-from .public_names import names_besides
+from .public_names import finish_names, names_besides
 from .safe_open import open_regular, read_small
 
 logger = logging.getLogger(__name__)
@@ -288,8 +288,8 @@ def _sweep_free(directory: Path, by_uid: dict[str, list[str]], free: set[str], n
         return False
     for uid in free & published:  # published by a process that died before it had tidied up
         left = [name for name in by_uid[uid] if _is_temporary(name)]
-        # before an earlier save's are removed: only by them are its copies known for ours
-        if left and give_names(directory, uid):
+        # before an earlier save's are removed: only by them are its names and copies known for ours
+        if left and _finished(directory, uid, by_uid[uid]):
             for name in left:
                 (directory / name).unlink(missing_ok=True)
     for uid in free - published:
@@ -303,6 +303,16 @@ def _sweep_free(directory: Path, by_uid: dict[str, list[str]], free: set[str], n
     if not committed and free - published:
         remove_if_empty(directory)
     return True
+
+
+def _finished(directory: Path, uid: str, files: list[str]) -> bool:
+    """Whether what the save ``uid`` has published is found under the names that others know it by."""
+    try:
+        finish_names(directory, uid, files)
+    except OSError as error:  # the checkpoint has the files all the same
+        logger.warning("could not give the files of %s their public names: %s", directory, error)
+        return False
+    return give_names(directory, uid)
 
 
 def remove_if_empty(directory: Path) -> None:

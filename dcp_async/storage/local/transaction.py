@@ -177,7 +177,7 @@ class LocalTransaction:
     ) -> None:
         lease = self._lease
         assert lease is not None, "only the rank that leads commits"
-        final, names = self._directory / METADATA, PublicNames(self._directory, public_names)
+        final, names = self._directory / METADATA, PublicNames(self._directory, self._uid, public_names)
         temporary = self._directory / temporary_metadata(self._uid)
         await self._write_small(self._directory / manifest_file(self._uid), manifest)
         await self._write_small(temporary, metadata)
@@ -190,12 +190,12 @@ class LocalTransaction:
             return uids if self._uid.encode() in published else uids - {self._uid}
 
         def publish() -> None:
+            names.prepare()
             # the names of the data files, before `.metadata` names them
             sync_directory(self._directory)
             if self._stuck:  # a save that was given up meanwhile must not appear
                 raise OSError(errno.ETIMEDOUT, "the save was given up before this call returned")
             self._check()
-            names.check()
             if replace:
                 os.rename(temporary, final)
             elif commit_mark(self._directory) is not None:  # stock's ranks may have been here meanwhile
@@ -221,7 +221,7 @@ class LocalTransaction:
     def _show(self, final: Path, temporary: Path, names: PublicNames, *, replace: bool) -> None:
         """What was published is to be found under its public names, and after a power cut too."""
         try:
-            names.replace()
+            names.give()
             sync_directory(self._directory)
             sync_directory(self._directory.parent)
         except OSError:
