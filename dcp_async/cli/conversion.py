@@ -11,7 +11,8 @@ from pathlib import Path
 from ..formats import DISTCP, SafetensorsFormat
 from ..interop import rewrite, write_torch_save
 from ..trust import Trust
-from .opened import catalog_of
+from .opened import catalog_of, refuse_damaged
+from .places import IO_CONCURRENCY
 
 _BUDGET_BYTES = 256 << 20
 
@@ -31,6 +32,10 @@ async def convert_to(
     async with catalog_of(source, follow_links=follow_links) as (catalog, name):
         contents = await catalog.open(name)
         try:
+            if contents.info.producer == "torch.save":
+                # its checksums are of storages, which reading a tensor does not compare
+                report = await catalog.verify(name, io_concurrency=IO_CONCURRENCY)
+                refuse_damaged(source, report, "nothing was written")
             if form != "torch":
                 info = await rewrite(
                     contents,

@@ -21,11 +21,11 @@ from typing import Any
 import xxhash
 
 from .._names import METADATA, owned_file
-from ..errors import CheckpointNotFoundError, CorruptCheckpointError
+from ..errors import CheckpointNotFoundError
 from ..info import VerifyReport
-from .opened import catalog_of
+from .opened import catalog_of, refuse_damaged
 from .places import IO_CONCURRENCY, run
-from .terminal import Refused, count
+from .terminal import Refused
 
 _BLOCK_BYTES = 8 << 20
 
@@ -48,13 +48,7 @@ def copy_checkpoint(source: Path, target: Path, copying: Progress, verifying: Pr
         digests = _copy_files(source, directory, names, copying)
         _read_back(directory, digests)
         report = run(_verified(directory, verifying))
-        if report.damage:
-            first = report.damage[0]
-            raise CorruptCheckpointError(
-                f"{source} is damaged in {count(len(report.damage), 'place')}, first in {first.file}: "
-                f"{first.reason}; nothing was copied. dcp-async verify tells all",
-                checkpoint_id=source.name,
-            )
+        refuse_damaged(str(source), report, "nothing was copied")
         nbytes = sum((directory / file).stat().st_size for file in names)
         _publish(directory, target)
     return {"source": str(source), "target": str(target), "num_files": len(names), "nbytes": nbytes}

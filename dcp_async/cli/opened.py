@@ -14,11 +14,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import BlockingThreads
 from ..catalog import Catalog, PathOpener
-from ..errors import CheckpointNotFoundError
+from ..errors import CheckpointNotFoundError, CorruptCheckpointError
+from ..info import VerifyReport
 from ..options import Timeouts
 from ..storage import LocalStorage, root_and_name
 from ..trust import Trust
 from .places import IO_CONCURRENCY, not_a_checkpoint, storage_of
+from .terminal import count
 
 
 @contextlib.asynccontextmanager
@@ -59,6 +61,17 @@ async def catalog_of(
             if error.checkpoint_id != name:
                 raise
             raise not_a_checkpoint(path, name) from error
+
+
+def refuse_damaged(source: str, report: VerifyReport, undone: str) -> None:
+    """Raises CorruptCheckpointError, which says what was not done, unless ``source`` is whole."""
+    if report.damage:
+        first = report.damage[0]
+        raise CorruptCheckpointError(
+            f"{source} is damaged in {count(len(report.damage), 'place')}, first in {first.file}: "
+            f"{first.reason}; {undone}. dcp-async verify tells all",
+            checkpoint_id=os.path.basename(source),
+        )
 
 
 async def newest_whole(root: str) -> str | None:

@@ -58,6 +58,11 @@ class ArchiveRecords:
             raise ValueError(f"its record of the storage {key!r} has another length than its pickle says")
         return record
 
+    def recorded(self) -> list[Record]:
+        """All whose writer recorded a checksum of their bytes."""
+        known = [self.pickle, *self._storages.values()]
+        return [record for record in known if record.is_recorded and record.start < record.stop]
+
     def check_byteorder(self, said: bytes) -> None:
         """``said``: the bytes of ``byteorder``. Raises ContentError for those of another machine's kind."""
         if said != sys.byteorder.encode():

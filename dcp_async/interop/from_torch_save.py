@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from ..catalog import archive_errors
 from ..coordination import Coordination
 from ..engine import CallOptions, DcpCalls, Directory
 from ..errors import LoadError
-from ..formats import records_of_archive
+from ..formats import Record, records_of_archive
 from ..staging import StagingOptions
 from ..trust import Trust, load_archived
 from .call_resources import local_path
 
 _UNIT_BYTES = 64 << 10
 _MAX_PART_BYTES = 32 << 20
+_CHECKED_BYTES = 8 << 20
+"""Of the file, between two times that it is given back."""
 
 
 async def torch_save_to_dcp(
@@ -39,7 +42,8 @@ async def torch_save_to_dcp(
     """Write what a file of ``torch.save`` holds as a checkpoint, which stock reads as well.
 
     It is in the structure of the file's dict: int keys, empty containers, ties, strides. It appears whole, in
-    place of one in its directory, or not at all.
+    place of one in its directory, or not at all. First its bytes are compared with the CRC-32s that its
+    writer recorded.
 
     Args:
         torch_save_path: the file; it holds a dict of names, and nobody changes it meanwhile.
@@ -88,6 +92,8 @@ class _Mapped:
                 raise ValueError("it is empty")
             whole = memoryview(self._memory)
             records = records_of_archive(whole)
+            # now, for all of them: a checkpoint of damaged bytes would vouch for them
+            self._check(records.recorded())
             storages: dict[str, torch.UntypedStorage] = {}
 
             def memory(key: str, nbytes: int) -> torch.UntypedStorage:
@@ -109,8 +115,22 @@ class _Mapped:
             )
         return value
 
+    def _check(self, records: Sequence[Record]) -> None:
+        """Raises ValueError for one whose bytes do not match their checksum."""
+        assert self._memory is not None
+        with memoryview(self._memory) as whole:
+            for record in records:
+                crc = 0
+                for start in range(record.start, record.stop, _CHECKED_BYTES):
+                    crc = zlib.crc32(whole[start : min(start + _CHECKED_BYTES, record.stop)], crc)
+                    self._let_go()
+                record.check(crc)
+
     def on_event(self, event: object) -> None:
         """A part was written: what was read of the file need not stay mapped, and is read again if wanted."""
+        self._let_go()
+
+    def _let_go(self) -> None:
         # the system could take them back at any time, but until then they count as memory of this process
         if self._memory is not None:
             self._memory.madvise(mmap.MADV_DONTNEED)

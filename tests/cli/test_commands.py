@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -400,6 +401,17 @@ def test_convert_of_a_damaged_one_leaves_nothing(run: Run, runs: Path, tmp_path:
     assert run("convert", runs / step(1), tmp_path / "out" / "one", "--to", "dcp").status == 1
     assert run("convert", runs / step(1), tmp_path / "out" / "one.pt", "--to", "torch").status == 1
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["dcp", "safetensors", "torch"])
+def test_convert_of_a_damaged_file_of_torch_save_leaves_nothing(run: Run, tmp_path: Path, form: str) -> None:
+    source = tmp_path / "one.pt"
+    torch.save({"w": torch.arange(1000.0)}, source)
+    flip(source, 2000)
+    ran = run("convert", source, tmp_path / "out", "--to", form)
+    assert ran.status == 1
+    assert "does not match its CRC-32; nothing was written" in ran.err
+    assert os.listdir(tmp_path) == ["one.pt"]
 
 
 def test_convert_over_something_is_refused(run: Run, runs: Path) -> None:

@@ -238,3 +238,11 @@ async def test_files_that_hold_no_state_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"budget_bytes=.*at least 1 MiB"):
         await torch_save_to_dcp(path, directory, budget_bytes=1)
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.pt"]
+
+
+async def test_a_file_whose_bytes_do_not_match_their_checksums_is_no_checkpoint(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(1000.0)}, tmp_path / "one.pt")
+    flip(tmp_path / "one.pt", 2000)
+    with pytest.raises(CorruptCheckpointError, match="does not match its CRC-32"):
+        await torch_save_to_dcp(tmp_path / "one.pt", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["one.pt"]
