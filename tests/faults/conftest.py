@@ -5,7 +5,7 @@ go.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from tests.faults.harness import Nursery
 
 USUAL_KILLS = 5
+FIGURES = pytest.StashKey[list[str]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -21,6 +22,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = [item for item in items if item.get_closest_marker("faults_session") is not None]
         items[:] = [item for item in items if item not in left]
         config.hook.pytest_deselected(items=left)
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[object], None]:
+    """Takes a figure that a long run shall end with: how much was looked at."""
+
+    def tell(figure: object) -> None:
+        request.config.stash.setdefault(FIGURES, []).append(f"{request.node.name}: {figure}")
+
+    return tell
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    if config.getoption("--kills") > USUAL_KILLS:
+        for figure in config.stash.get(FIGURES, []):
+            terminalreporter.write_line(figure)
 
 
 @pytest.fixture(scope="session")

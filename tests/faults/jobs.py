@@ -14,6 +14,7 @@ import gc
 import json
 import multiprocessing
 import os
+import random
 import resource
 import select
 import signal
@@ -44,6 +45,7 @@ from dcp_async import (
 )
 from tests.faults.calls import (
     CHANGES,
+    SYNCS,
     UNLINKS,
     Both,
     Call,
@@ -56,9 +58,11 @@ from tests.faults.calls import (
     is_data_write,
     tear,
 )
+from tests.faults.power import Trace
 from tests.faults.preemption_job import preempt
 from tests.faults.states import PART_BYTES, Trainer, files_of, flat, numbers, stock_target
 from tests.support.clock import skip_time
+from tests.support.doubles import FaultyStorage, faulty_storage
 
 STEPS_OF_ANOTHER = 900
 """Step of the save that a test adds to make a fresh process sweep."""
@@ -281,6 +285,8 @@ def save(
     hold: bool = False,
     is_late: bool = False,
     attach: bool = False,
+    trace: str = "",
+    sync_fails_at: int = 0,
 ) -> None:
     """Opens, saves one version, closes; reports the outcome. Counts start before `open()` and end after
     `close()`.
@@ -288,7 +294,8 @@ def save(
     `die_at`: SIGKILL at the n-th changing call (a write is torn in half). `pause_at`: wait at the gate before
     the n-th changing call or lock. `meet_at`: "save" waits at the gate before save(), "publish" before
     .metadata is linked or renamed. `hold`: wait at the gate before each write of data. `is_late`: after one
-    token the deadlines of all calls pass, the second one ends the wait.
+    token the deadlines of all calls pass, the second one ends the wait. `trace`: a file for what a
+    power cut could have taken. `sync_fails_at`: the n-th sync fails with EIO, and those after it would not.
     """
     line = context.line
     loops: list[asyncio.AbstractEventLoop] = []
@@ -313,9 +320,13 @@ def save(
                 loop.call_soon_threadsafe(skip_time, loop, timeouts.storage + 1)
             line.wait()
 
+    def fail(call: Call) -> None:
+        line.report("fails", path=call.path)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), call.path)
+
     timeouts = Timeouts()
     counter = Nth(CHANGES, die_at, die)
-    recorder = Recorder()
+    recorder, traced = Recorder(), Trace()
     watchers: list[Watcher] = [counter, Nth(CHANGES | {"flock"}, pause_at, pause)]
     watchers.append(When(Call.publishes, lambda call: line.report("published"), moment="after"))
     if meet_at == "publish":
@@ -324,6 +335,10 @@ def save(
         watchers.append(When(is_data_write, pause))
     if record:
         watchers.append(recorder)
+    if trace:
+        watchers.append(traced)
+    if sync_fails_at:
+        watchers.append(Nth(SYNCS, sync_fails_at, fail))  # the last one: that it was begun is recorded
     context.tap.watch(root, Both(*watchers))
 
     async def main() -> None:
@@ -343,9 +358,12 @@ def save(
                 line.report("outcome", outcome="failed", **describe(error))
             else:
                 recorder.log.append(("end", "committed", "", ""))
+                traced.mark(version)
                 line.report("outcome", outcome="committed")
 
     asyncio.run(main())
+    if trace:
+        traced.dump(trace)
     line.report("done", count=counter.count, log=recorder.log)
 
 
@@ -846,6 +864,84 @@ def fail_calls(context: Context, *, root: str, replace: bool, error: str, first:
     line.report("done", leftovers=leftovers(root))
 
 
+class RandomFault:
+    """What goes wrong in one save, drawn by chance: nothing, some calls of the system, or a verb."""
+
+    NONE = "nothing"
+    DISK = ("one call", "all calls from one on")
+    VERBS = ("begin", "put", "seal", "commit", "abort", "list", "sweep")
+    ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE)
+    CALLS = CHANGES - UNLINKS - {"rmdir"}
+    """A medium on which nothing can be removed either would show what failed: no program can help that."""
+
+    def __init__(self, rng: random.Random, storage: FaultyStorage) -> None:
+        self.name = rng.choice((self.NONE, *self.DISK, "a verb"))
+        self.published = False
+        self._at = rng.randint(1, 24)
+        self._count = 0
+        number = rng.choice(self.ERRORS)
+        self._error = OSError(number, os.strerror(number))
+        if self.name == "a verb":
+            verb, nth = rng.choice(self.VERBS), rng.randint(1, 2)
+            self.name = f"{verb} {nth}"
+            storage.fail(verb, self._error, nth=nth, times=rng.choice((1, 9)))
+
+    def before(self, call: Call) -> None:
+        if self.name in self.DISK and call.name in self.CALLS:
+            self._count += 1
+            if self._count == self._at or (self._count > self._at and self.name == self.DISK[1]):
+                raise OSError(self._error.errno, self._error.strerror, call.path)
+
+    def after(self, call: Call) -> None:
+        self.published |= call.publishes()
+
+
+def save_with_faults(context: Context, *, root: str, saves: int, seed: int) -> None:
+    """One engine whose saves, new ones and replacements, meet faults by chance; then a healthy save, and
+    what is there is read by another engine."""
+    line, rng = context.line, random.Random(seed)
+
+    async def save_one(engine: CheckpointEngine, step: int, version: int, replace: bool) -> None:
+        await (await engine.save(numbers(version), step=step, replace=replace)).upload_completion
+
+    async def main() -> None:
+        async with faulty_storage(Path(root)) as storage, CheckpointEngine(storage) as engine:
+            for version in range(1, saves + 1):
+                replace = version > 2 and rng.random() < 0.4
+                step = rng.randint(1, version - 1) if replace else version
+                fault, outcome = RandomFault(rng, storage), "committed"
+                context.tap.watch(root, fault)
+                try:
+                    await save_one(engine, step, version, replace)
+                except SaveError:
+                    outcome = "failed"
+                context.tap.watch(root, None)
+                storage.heal()
+                line.report(
+                    "saved",
+                    id=f"step-{step:08}",
+                    version=version,
+                    replace=replace,
+                    outcome=outcome,
+                    fault=fault.name,
+                    is_too_late=fault.published,
+                )
+            await save_one(engine, saves + 1, 0, replace=False)
+
+    async def look() -> None:
+        async with CheckpointEngine(root) as engine:
+            found, whole = {}, True
+            async for info in engine.checkpoints():
+                content = flat(await engine.read(info))
+                label = content["/'label'"]
+                whole &= content == flat(numbers(int(label.strip("'").split()[1])))
+                found[info.checkpoint_id] = label
+        line.report("left", found=found, whole=whole, leftovers=leftovers(root))
+
+    asyncio.run(main())
+    asyncio.run(look())
+
+
 # Saves that come while the process ends
 
 
@@ -959,20 +1055,24 @@ def warm_up() -> None:
     stock_target("trainer")
 
 
-def retain(context: Context, *, root: str, first: int, count: int, die_at: int = 0) -> None:
+def retain(context: Context, *, root: str, first: int, count: int, die_at: int = 0, trace: str = "") -> None:
     """Saves steps on end and keeps the latest two; reports each that is durable. `die_at`: SIGKILL at the
-    n-th call that changes a name below the root."""
+    n-th call that changes a name below the root. `trace`: a file for what a power cut could have taken."""
 
     def die(call: Call) -> None:
         context.line.report("dies", call=repr(call))
         end_process_now()
 
     changes = frozenset({"rename", "unlink", "rmdir", "link", "fsync"})
-    context.tap.watch(root, Nth(changes, die_at, die))
+    traced = Trace()
+    context.tap.watch(root, traced if trace else Nth(changes, die_at, die))
     with dcp_async.sync.CheckpointEngine(root, retention=KeepLatest(2)) as engine:
         for step in range(first, first + count):
             engine.save(numbers(step), step=step).upload_completion.result()
+            traced.mark(step)
             context.line.report("durable", step=step)
+    if trace:
+        traced.dump(trace)
 
 
 def load_on(context: Context, *, root: str) -> None:
@@ -1010,6 +1110,7 @@ JOBS: dict[str, Callable[..., None]] = {
         fill_up,
         save_without_direct_io,
         fail_calls,
+        save_with_faults,
         save_late,
         save_in_child,
         preempt,

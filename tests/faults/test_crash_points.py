@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,15 @@ def killed_at_each_call(
 
 
 @pytest.mark.timeout(300)
-def test_fresh_save_killed_at_each_call_is_whole_or_absent(nursery: Nursery, root: Path) -> None:
+def test_fresh_save_killed_at_each_call_is_whole_or_absent(
+    nursery: Nursery, root: Path, tell: Callable[[object], None]
+) -> None:
     base, work = root / "base", root / "work"
     nursery.run("save", root=base, version=1, step=1)
 
     points = killed_at_each_call(nursery, base, work, replace=False)
 
+    tell(f"killed at {len(points) - 1} calls")
     old, new = {"step-00000001": 1}, {"step-00000002": 2}
     for point in points:
         assert point.left in (old, old | new), point.where
@@ -104,7 +108,9 @@ def test_fresh_save_killed_at_each_call_is_whole_or_absent(nursery: Nursery, roo
 
 
 @pytest.mark.timeout(300)
-def test_replacing_save_killed_at_each_call_leaves_old_or_new(nursery: Nursery, root: Path) -> None:
+def test_replacing_save_killed_at_each_call_leaves_old_or_new(
+    nursery: Nursery, root: Path, tell: Callable[[object], None]
+) -> None:
     base, work = root / "base", root / "work"
     nursery.run("save", root=base, version=1, step=1)
     # Files of an earlier replacement that died half-way: the sweep runs under fire too.
@@ -115,6 +121,7 @@ def test_replacing_save_killed_at_each_call_leaves_old_or_new(nursery: Nursery, 
 
     points = killed_at_each_call(nursery, base, work, replace=True)
 
+    tell(f"killed at {len(points) - 1} calls")
     old, new = {"step-00000001": 1}, {"step-00000001": 2}
     for point in points:
         assert point.left in (old, new), point.where

@@ -6,12 +6,14 @@ counts as done before another one only if it has ended when that one begins.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.faults.calls import RENAMES, SYNCS, UNLINKS, WRITES
 from tests.faults.harness import Nursery
+from tests.faults.states import versions
 
 CONTENT = WRITES | {"truncate", "ftruncate", "posix_fallocate"}
 
@@ -143,3 +145,47 @@ def test_fresh_save_touches_no_file_of_another_checkpoint(nursery: Nursery, root
     log = recorded(nursery, root, replace=False)
     foreign = [entry for entry in log.entries if entry[2].startswith(f"{root}/step-00000001/")]
     assert [entry for entry in foreign if "/.lease-" not in entry[2]] == []
+
+
+MOST_SYNCS = 20
+"""A bound for the sweep; a save of one data file makes far fewer."""
+
+
+@BOTH
+def test_failing_sync_is_final_though_another_one_would_succeed(
+    nursery: Nursery, root: Path, replace: bool
+) -> None:
+    # The system reports an error of writing back once: a second sync succeeds, and the bytes are lost.
+    base, step, kinds = root / "base", 1 if replace else 2, set()
+    nursery.run("save", root=base, version=1, step=1)
+    for nth in range(1, MOST_SYNCS):
+        work = root / str(nth)
+        shutil.copytree(base, work)
+        child = nursery.start(
+            "save", root=work, version=2, step=step, replace=replace, record=True, sync_fails_at=nth
+        )
+        child.finish()
+        (outcome,) = child.said("outcome")
+        if not child.said("fails"):
+            assert outcome["outcome"] == "committed"
+            break
+        path = child.said("fails")[0]["path"]
+        log = Log(child.said("done")[0]["log"])
+        published = any(target.endswith("/.metadata") for _, _, _, target in log.entries)
+        assert outcome["outcome"] == "failed", path
+        assert any(link["errno"] == "EIO" for link in outcome["chain"]), path
+        if path in (str(work), str(work / f"step-{step:08}")):
+            kinds.add("directory")
+        else:
+            kinds.add(Path(path).suffix)
+            assert len(log.at("begin", SYNCS, path)) == 1, f"{path} is synced again"
+            assert not published, f"{path} is not durable, and .metadata was made"
+        # a fresh one is taken away again; what replace has overwritten can't come back
+        old = {"step-00000001": 2 if replace and published else 1}
+        left = nursery.run("inspect", root=work, kind="numbers", then_save=True)
+        assert versions(left, when=f"after a failing sync of {path}") == old
+        assert versions(left["swept"], when="swept after it") == old | {"step-00000900": 0}
+        assert left["swept"]["leftovers"] == [], path
+        nursery.forget(child)
+        shutil.rmtree(work)
+    assert kinds == {".distcp", ".json", ".tmp", "directory"}
