@@ -29,7 +29,7 @@ from .call_resources import local_path
 _UNIT_BYTES = 64 << 10
 _MAX_PART_BYTES = 32 << 20
 _CHECKED_BYTES = 8 << 20
-"""Of the file, between two times that it is given back."""
+"""How much of the file is looked at before its pages are given back."""
 
 
 async def torch_save_to_dcp(

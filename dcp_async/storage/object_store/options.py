@@ -109,15 +109,8 @@ def _check_store(store: object) -> None:
         )
 
 
-def _make_store(
-    url: str,
-    endpoint: str | None,
-    credentials: Credentials | None,
-    config: Mapping[str, Any] | None,
-    retries: Retries,
-    request_timeout: float,
-) -> ObjectStore:
-    """The store of ``url``. Raises: ValueError; ModuleNotFoundError."""
+def _checked_scheme(url: str, endpoint: str | None, request_timeout: float) -> str:
+    """The scheme of ``url``. Raises: ValueError for what no store can be made of."""
     if request_timeout <= 0:
         raise ValueError(f"ObjectStorage(request_timeout=...) is more than 0, not {request_timeout}")
     scheme, bucket = urlsplit(url).scheme.lower(), urlsplit(url).netloc
@@ -134,6 +127,19 @@ def _make_store(
         raise ValueError(
             "Google's client takes no endpoint=...; its service account's file names one (gcs_base_url)"
         )
+    return scheme
+
+
+def _make_store(
+    url: str,
+    endpoint: str | None,
+    credentials: Credentials | None,
+    config: Mapping[str, Any] | None,
+    retries: Retries,
+    request_timeout: float,
+) -> ObjectStore:
+    """The store of ``url``. Raises: ValueError; ModuleNotFoundError."""
+    scheme = _checked_scheme(url, endpoint, request_timeout)
     _require_obstore(url)
     import obstore.exceptions
     from obstore.store import from_url
