@@ -1,12 +1,13 @@
 """Which of several checkpoints is loaded: the newest that is whole, and what is said where none is.
 
-Enters: names, best first, and what to do with one. Leaves: the value of the first that is whole, and what was
-passed over. Invariant: a target that a corrupt checkpoint has touched is never forgotten.
+Enters: what chooses names, best first, and what to do with one. Leaves: the value of the first that is whole,
+and what was passed over. Invariant: a target that a corrupt checkpoint has touched is never forgotten.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -18,37 +19,46 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Choice = Callable[[], Verb[Sequence[str]]]
+"""The names to try as they are now, best first."""
 Trial = Callable[[str, bool], Verb[T]]
 """Loads a checkpoint by name; told whether an earlier one touched the targets."""
 
 
-def first_whole(
-    names: Sequence[str], trial: Trial[T], *, falls_back: bool
-) -> Verb[tuple[T, Mapping[str, str]]]:
+def first_whole(choose: Choice, trial: Trial[T], *, falls_back: bool) -> Verb[tuple[T, Mapping[str, str]]]:
     """The first checkpoint that is whole; and of newer ones that are not, by name, what is wrong with
-    them."""
+    them.
+
+    ``falls_back``: whether any will do; if not, the first name is the only one.
+    """
     first: LoadError | None = None
     gone: CheckpointNotFoundError | None = None
     touched = False
     skipped: dict[str, str] = {}
     passed_over = ""
-    for name in names:
+    names, tried = deque((yield from choose())), set[str]()
+    while names:
+        tried.add(name := names.popleft())
         if passed_over:  # said of one that is followed by another: what is raised need not be
             logger.warning("%s; trying the next older one", passed_over)
             passed_over = ""
         try:
-            value = yield from trial(name, touched)
+            try:
+                value = yield from trial(name, touched)
+            except CheckpointNotFoundError as error:
+                if not falls_back:
+                    raise
+                gone = error
+                # whoever removed it, as old ones are, has saved a newer one before
+                logger.info("%s any more; looking again", error)
+                names = deque(other for other in (yield from choose()) if other not in tried)
+                continue
         except (CorruptCheckpointError, UnfitMetadataError) as error:
             if not falls_back:
                 raise
             first = first or error  # of all that are corrupt the newest is what the user asked for
             touched = touched or has_touched(error)
             skipped[name] = passed_over = str(error)
-        except CheckpointNotFoundError as error:  # removed since it was chosen, as old ones are
-            if not falls_back:
-                raise
-            gone = error
-            logger.info("%s any more; trying the next older one", error)
         except (LoadError, StorageError) as error:
             # targets that an earlier checkpoint has touched are what the caller must hear of, whatever
             # ends the search

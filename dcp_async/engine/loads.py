@@ -129,10 +129,9 @@ class Loads:
     ) -> Verb[tuple[CheckpointInfo, Loaded, Mapping[str, str]]]:
         """What was loaded; and of newer checkpoints that are not whole, by name, what is wrong with
         them."""
-        numbers, asked = itertools.count(), Asked()
-        names = yield from self._context.ask(agreement.resolve(ordinal, source))
+        looks, numbers, asked = itertools.count(), itertools.count(), Asked()
         (info, restorer, loaded), skipped = yield from first_whole(
-            names,
+            lambda: self._context.ask(agreement.resolve(ordinal, source, next(looks))),
             lambda name, touched: self._load_one(
                 agreement.attempt(ordinal, next(numbers), name), state, asked, how, refill=touched
             ),
@@ -180,10 +179,15 @@ class Loads:
         is_name: bool,
         dequantize: torch.dtype | None,
     ) -> Verb[None]:
-        numbers = itertools.count()
-        names = [str(ref)] if is_name else (yield from self._context.ask(agreement.resolve(ordinal, ref)))
+        looks, numbers = itertools.count(), itertools.count()
+
+        def choose() -> Verb[Sequence[str]]:
+            if is_name:
+                return [str(ref)]
+            return (yield from self._context.ask(agreement.resolve(ordinal, ref, next(looks))))
+
         (attempt, contents), _ = yield from first_whole(
-            names,
+            choose,
             lambda name, _: self._open_one(agreement.attempt(ordinal, next(numbers), name), dequantize),
             falls_back=ref == "latest" and not is_name,
         )

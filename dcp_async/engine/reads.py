@@ -66,7 +66,6 @@ class Reads:
         context.life.check_open()
         wanted, ref = listed(keys), reference(source)
         yield from context.after_saves_of(ref)
-        names = yield from context.ask(context.catalog.resolve(ref))
         place = context.device(device)
 
         async def read(
@@ -76,7 +75,9 @@ class Reads:
             return await read_fresh(plain, services, keys=wanted, device=device, writes=writes)
 
         value, _ = yield from first_whole(
-            names, lambda name, _: self._reading_one(name, read, place), falls_back=ref == "latest"
+            lambda: context.ask(context.catalog.resolve(ref)),
+            lambda name, _: self._reading_one(name, read, place),
+            falls_back=ref == "latest",
         )
         return value
 

@@ -88,11 +88,11 @@ class Agreement:
         self._catalog.tell_passed_over(passed_over)
         return plain and self._catalog.info_from(plain)
 
-    async def resolve(self, ordinal: int, ref: CheckpointRef) -> list[str]:
-        """The names to try, best first. Ranks: all must call it, and ``restored`` or ``leave`` in the end.
-        Raises CheckpointNotFoundError."""
-        uid = self._coordinator.uid(ordinal, _LOAD)
-        names: list[str] = await self._told(uid, "choose", lambda: self._source.resolve(ref))
+    async def resolve(self, ordinal: int, ref: CheckpointRef, look: int = 0) -> list[str]:
+        """The names to try, best first; ``look`` tells how often they were asked for. Ranks: all must call
+        it, and ``restored`` or ``leave`` in the end. Raises CheckpointNotFoundError."""
+        uid, phase = self._coordinator.uid(ordinal, _LOAD), f"choose {look}" if look else "choose"
+        names: list[str] = await self._told(uid, phase, lambda: self._source.resolve(ref))
         return names
 
     async def _told(self, uid: str, phase: str, ask: Callable[[], Awaitable[Any]]) -> Any:

@@ -112,6 +112,37 @@ async def test_a_run_that_saves_and_prunes_leaves_others_no_moment_without_a_new
     assert info.step == 2
 
 
+@pytest.mark.parametrize("verb", ["load", "read", "checkpoint"])
+async def test_who_loads_the_newest_while_another_run_prunes_gets_what_is_newer(
+    root: Path, faulty: FaultyStorage, verb: str
+) -> None:
+    async def save(*steps: int) -> None:
+        async with CheckpointEngine(root, retention=KeepLatest(1) | KeepEvery(steps=10)) as engine:
+            for step in steps:
+                await saved(engine, {"mark": step}, step=step)
+
+    await save(0, 1)
+    async with CheckpointEngine(faulty) as engine:
+        assert await engine.latest()  # so that the next look opens none but what it loads
+
+        async def mark() -> Any:
+            state = {"mark": -1}
+            if verb == "load":
+                await engine.load(state)
+                return state["mark"]
+            if verb == "read":
+                return (await engine.read())["mark"]
+            async with engine.checkpoint() as checkpoint:
+                return (await checkpoint.read())["mark"]
+
+        with faulty.hold("open") as gate:
+            asked = asyncio.create_task(mark())
+            await gate.until_arrived()  # it has listed steps 0 and 1
+            await save(2)
+        assert await asked == 2
+    assert_holds_only(root, names(0, 2))
+
+
 async def test_a_save_that_fails_removes_nothing(root: Path, faulty: FaultyStorage) -> None:
     async with CheckpointEngine(faulty, retention=KeepLatest(1)) as engine:
         await saved(engine, STATE, step=1)
