@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from .places import IO_CONCURRENCY, run
 from .terminal import Refused
 
 _BLOCK_BYTES = 8 << 20
+_COPIER = "[0-9]+"
+"""The process that copies, as it ends the name of its directory."""
 
 Progress = Callable[[int, int], None]
 
@@ -42,6 +45,8 @@ def copy_checkpoint(source: Path, target: Path, copying: Progress, verifying: Pr
         target = target / source.name
     if os.path.lexists(target):
         raise FileExistsError(f"{target} is there already; nothing was copied")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise Refused(f"{target} lies in {source} itself; name a place outside of it")
     run(_check_opens(source))  # before gigabytes are copied
     with _aside(target) as directory:
         names = _files(source)
@@ -70,7 +75,10 @@ def _aside(target: Path) -> Iterator[Path]:
     to this name have left go first."""
     prefix = f".{target.name}.copy-"
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f"{_escaped(prefix)}*"):
+    for left in target.parent.iterdir():
+        # by the whole name, and no link: whatever else begins so is somebody else's
+        if not re.fullmatch(re.escape(prefix) + _COPIER, left.name) or left.is_symlink() or not left.is_dir():
+            continue
         with _locked(left) as is_free:
             if is_free:
                 shutil.rmtree(left)
@@ -82,10 +90,6 @@ def _aside(target: Path) -> Iterator[Path]:
     finally:
         # renamed, it is not there any more, which is no error
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _escaped(text: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in text)
 
 
 @contextmanager

@@ -414,6 +414,25 @@ def test_convert_of_a_damaged_file_of_torch_save_leaves_nothing(run: Run, tmp_pa
     assert os.listdir(tmp_path) == ["one.pt"]
 
 
+def test_cp_takes_nothing_of_others_for_what_a_killed_copy_left(run: Run, runs: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / ".new.copy-mine"
+    theirs.mkdir()
+    (theirs / "precious").touch()
+    (tmp_path / ".new.copy-12").touch()
+    (tmp_path / ".new.copy-13").symlink_to(theirs)
+    assert run("cp", runs / step(1), tmp_path / "new").status == 0
+    assert (tmp_path / ".new.copy-13" / "precious").exists()
+    assert (tmp_path / ".new.copy-12").exists()
+
+
+def test_cp_into_the_source_itself_is_refused_and_leaves_it_as_it_is(run: Run, runs: Path) -> None:
+    before = os.listdir(runs / step(1))
+    ran = run("cp", runs / step(1), runs / step(1) / "deep" / "copy")
+    assert ran.status == 4
+    assert "lies in" in ran.err
+    assert os.listdir(runs / step(1)) == before
+
+
 def test_convert_over_something_is_refused(run: Run, runs: Path) -> None:
     assert run("convert", runs / step(1), runs / step(2), "--to", "dcp").status == 4
 
