@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -25,13 +26,17 @@ def rm(paths: Sequence[str], dry_run: bool, yes: bool) -> None:
     else put into its directory stays there, and is named. One that is being read is not removed.
     """
     # all of them are looked up before the first one goes
-    condemned = [run(_looked_up(path)) for path in paths]
+    condemned = list({root_and_name(path): run(_looked_up(path)) for path in paths}.values())
     confirm(condemned, dry_run=dry_run, yes=yes)
-    entries = []
-    for checkpoint in condemned:
-        left = [] if dry_run else run(_removed(checkpoint.path))
-        entries.append(entry(checkpoint, left))
-    report(entries, dry_run=dry_run)
+    entries: list[dict[str, Any]] = []
+    try:
+        for checkpoint in condemned:
+            left = [] if dry_run else run(_removed(checkpoint.path))
+            entries.append(entry(checkpoint, left))
+    finally:
+        # those that went before one could not
+        if entries:
+            report(entries, dry_run=dry_run)
 
 
 async def _looked_up(path: str) -> Condemned:

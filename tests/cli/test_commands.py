@@ -285,6 +285,19 @@ def test_rm_of_one_that_is_being_read_is_refused(run: Run, runs: Path) -> None:
     assert run("rm", "--yes", runs / step(1)).status == 0
 
 
+def test_rm_tells_what_it_removed_before_one_that_it_could_not(run: Run, runs: Path) -> None:
+    with open_checkpoint(runs / step(2)):
+        ran = run("rm", "--yes", "--json", runs / step(1), runs / step(2))
+    assert ran.status == 4
+    assert [entry["path"] for entry in ran.document["removed"]] == [str(runs / step(1))]
+
+
+def test_rm_of_one_that_is_named_twice_removes_it_once(run: Run, runs: Path) -> None:
+    ran = run("rm", "--yes", runs / step(1), f"{runs / step(1)}/")
+    assert ran.status == 0
+    assert ran.out.count("removed ") == 1
+
+
 def test_rm_of_a_link_is_not_found(run: Run, runs: Path) -> None:
     (runs / "newest").symlink_to(step(3))
     assert run("rm", "--yes", runs / "newest").status == 3
