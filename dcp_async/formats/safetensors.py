@@ -26,13 +26,15 @@ import torch
 
 from .base import PublicFiles, PublicTensor
 from .distcp import DistcpFormat
-from .safetensors_header import DTYPE_NAMES, LENGTH_BYTES
+from .safetensors_header import DTYPE_NAMES, LENGTH_BYTES, MAX_HEADER_BYTES
 
 logger = logging.getLogger(__name__)
 
 _ALIGN = 64
 """Where the first payload begins; those behind it, longest elements first, lie at multiples of their own."""
 _RESERVED = "__metadata__"
+_MAX_NAME_BYTES = 200
+"""Of the 255 that file systems take; what follows it needs the others."""
 _SHARD_BYTES = 5_000_000_000
 """As huggingface_hub splits."""
 
@@ -86,8 +88,8 @@ class SafetensorsFormat(DistcpFormat):
             raise ValueError(f"weights={weights!r} must name a part of the state, as 'model', or be None")
         if type(max_shard_bytes) is not int or max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes={max_shard_bytes!r} must be a positive number of bytes")
-        # what begins so may pass for one of the checkpoint's own files
-        if not isinstance(name, str) or not name or name.startswith((".", "_")) or set(name) & set("/\0"):
+        # what begins so may pass for one of the checkpoint\'s own files
+        if not isinstance(name, str) or not _can_begin_a_file(name):
             raise ValueError(f"name={name!r} must be what file names can begin with, as 'model'")
         # transformers refuses a file whose metadata does not say this
         told = {"format": "pt"} | dict(metadata or {})
@@ -105,7 +107,8 @@ class SafetensorsFormat(DistcpFormat):
     def public_files(self, tensors: Sequence[PublicTensor]) -> PublicFiles | None:
         """Safetensors files first, then the index of them, if they are several.
 
-        Raises: ValueError if no tensor, or none but some that such files can't hold, is of the weights.
+        Raises: ValueError if no tensor, or none but some that such files can't hold, is of the weights; or if
+            one file would hold too many.
         """
         shards = list(self._shards(self._choose(tensors)))
         count = len(shards)
@@ -117,6 +120,12 @@ class SafetensorsFormat(DistcpFormat):
         files = PublicFiles(names=names, lengths=[], heads=[], places={})
         for number, shard in enumerate(shards):
             head = encode_header(shard, self._metadata)
+            if len(head) > MAX_HEADER_BYTES:
+                raise ValueError(
+                    f"SafetensorsFormat: the header of {names[number]} would take {len(head)} bytes for "
+                    f"{len(shard)} tensors, and readers refuse more than {MAX_HEADER_BYTES}; give a smaller "
+                    "max_shard_bytes, or less metadata"
+                )
             ends = list(accumulate((tensor.nbytes for tensor in shard), initial=len(head)))
             starts = zip(shard, ends, strict=False)
             files.places.update((tensor.number, (number, start)) for tensor, start in starts)
@@ -174,9 +183,10 @@ class SafetensorsFormat(DistcpFormat):
 
 def encode_header(tensors: Sequence[_Chosen], metadata: Mapping[str, str]) -> bytes:
     """What stands before the payload of ``tensors``, which follow each other: a length, and JSON."""
-    # as safetensors' own save_model() notes names that a file holds under another one
+    # as safetensors' own save_model() notes names that a file holds under another one; there, too, they give
+    # way to other metadata: without its format transformers loads nothing
     tied = {tie: tensor.name for tensor in tensors for tie in tensor.ties}
-    entries: dict[str, object] = {_RESERVED: {**metadata, **tied}}
+    entries: dict[str, object] = {_RESERVED: {**tied, **metadata}}
     end = 0
     for tensor in tensors:
         start, end = end, end + tensor.nbytes
@@ -194,6 +204,13 @@ def encode_header(tensors: Sequence[_Chosen], metadata: Mapping[str, str]) -> by
 def _can_be_a_key(name: str) -> bool:
     # JSON holds any text, but for halves of characters, which a str may have
     return name != _RESERVED and not any("\ud800" <= char <= "\udfff" for char in name)
+
+
+def _can_begin_a_file(name: str) -> bool:
+    # what begins with a dot or "_" may pass for one of the checkpoint's own files; printable: no halves of
+    # characters either, which no file system takes
+    is_plain = name.isprintable() and "/" not in name and not name.startswith((".", "_"))
+    return is_plain and 0 < len(name.encode()) <= _MAX_NAME_BYTES
 
 
 def _index_of(shards: Mapping[str, Sequence[_Chosen]]) -> bytes:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 
 LENGTH_BYTES = 8
 """What stands before the header: its length, little endian."""
-_MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 """The format's own bound."""
 _MAX_DIMS = 64
 _DTYPES = {
@@ -86,7 +86,7 @@ def header_bytes(first: bytes, file_bytes: int) -> int:
         raise HeaderError("the file is too short for a header")
     (length,) = struct.unpack("<Q", first)
     # before so much memory is asked for: a file may say anything here
-    if length > min(file_bytes - LENGTH_BYTES, _MAX_HEADER_BYTES):
+    if length > min(file_bytes - LENGTH_BYTES, MAX_HEADER_BYTES):
         raise HeaderError(f"its header would take {length} bytes of the {file_bytes} that the file has")
     return int(length)
 

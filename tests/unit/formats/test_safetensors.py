@@ -13,7 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_async.formats import PublicFiles, PublicTensor, SafetensorsFormat, decode_header, files_of_index
+from dcp_async.formats import (
+    PublicFiles,
+    PublicTensor,
+    SafetensorsFormat,
+    decode_header,
+    files_of_index,
+    safetensors,
+)
 
 Tensors = list[tuple[torch.dtype, tuple[int, ...]]]
 
@@ -101,6 +108,20 @@ def test_a_tied_name_is_noted_and_found_under_the_weights() -> None:
     assert list(header) == ["x"]
 
 
+def test_a_tied_name_takes_the_place_of_no_metadata() -> None:
+    tied = PublicTensor(names=["w", "format", "y"], dtype=torch.float32, shape=(2,))
+    header = header_of(files_of(SafetensorsFormat(), [tied]))
+    assert header["__metadata__"] == {"format": "pt", "y": "w"}
+
+
+def test_a_header_that_readers_refuse_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = named([(torch.float32, ())] * 50, [f"w{number}" for number in range(50)])
+    monkeypatch.setattr(safetensors, "MAX_HEADER_BYTES", 1000)
+    with pytest.raises(ValueError, match="max_shard_bytes"):
+        SafetensorsFormat().public_files(tensors)
+    assert SafetensorsFormat(max_shard_bytes=40).public_files(tensors) is not None
+
+
 def test_what_such_files_cannot_hold_lies_beside_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
     tensors: Tensors = [
         (torch.complex128, (2,)),
@@ -133,6 +154,9 @@ def test_a_part_without_tensors_is_refused() -> None:
         ({"name": "a/b"}, "name='a/b'"),
         ({"name": ".hidden"}, "name='.hidden'"),
         ({"name": "__0_0-x"}, "name='__0_0-x'"),
+        ({"name": "a\n"}, r"name='a\\n'"),
+        ({"name": "a\ud800"}, r"name='a\\ud800'"),
+        ({"name": "a" * 201}, "name='aaa"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(arguments: dict[str, object], says: str) -> None:
