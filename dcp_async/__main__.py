@@ -14,6 +14,7 @@ def main() -> int:
     try:
         from .cli import main as run
     except ModuleNotFoundError as error:
+        # of any other module it is no matter of the extra: the traceback tells more
         if error.name not in ("click", "rich"):
             raise
         sys.stderr.write(f"dcp-async: {error.name} is not installed: pip install 'dcp-async[cli]'\n")

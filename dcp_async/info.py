@@ -81,6 +81,7 @@ class LoadReport:
     """In both, with another shape or dtype; left as they were (``strict=False``)."""
     skipped: tuple[str, ...] = ()
     """Newer checkpoints that were corrupt and passed over, newest first ("latest" only)."""
+    # a mapping has no hash
     skip_reasons: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Why each of ``skipped`` was: name -> what is wrong with it, in the same words on all ranks."""
     nbytes: int = 0

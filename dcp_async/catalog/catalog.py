@@ -321,6 +321,7 @@ class Catalog:
         gist = await self._opener.gist(record.checkpoint_id)
         if gist is None or record.producer != "dcp_async":
             return gist is None and record.producer != "dcp_async"
+        # not by its step: what replaced it under this name has the same
         return (gist.time, gist.notes) == (record.time, record.notes)
 
     async def removable(self, ref: str | int) -> str:

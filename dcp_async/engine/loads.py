@@ -312,6 +312,7 @@ class Loads:
             planner, stager = load_planner(self._life.setup.planning), services.stager
             planned = PlannedState(state, rank=coordinator.rank, world_size=coordinator.world_size)
             devices = stager.backend.devices(planned.tensors)
+            # meta is no accelerator, and has no queue
             queued = [stager.backend.record(device) for device in devices if device.type != "meta"]
             return planner, planned, [*queued, *stager.queued_for(planned.tensors)]
 

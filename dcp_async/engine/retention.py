@@ -41,6 +41,7 @@ class RetentionRuns:
         self._is_running = True
         try:
             while self._is_due:
+                # before the run: a commit in the middle of it asks for one more
                 self._is_due = False
                 await self._run(policy)
         finally:
@@ -49,6 +50,7 @@ class RetentionRuns:
     async def _run(self, policy: Retention) -> None:
         have = self._life.resources
         if self._pruner is None:
+            # kept from run to run, since it knows what it has found whole
             self._pruner = Pruner(have.catalog, have.storage, policy, have.threads)
         try:
             # by step it may be an old one: of a run that went back, what it saves now must not go at once

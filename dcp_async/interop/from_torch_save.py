@@ -61,6 +61,7 @@ async def torch_save_to_dcp(
     mapped = await anyio.to_thread.run_sync(_Mapped, path)
     # half for the slots that it is written from, half for what is mapped of the file meanwhile
     pool_bytes = budget_bytes // 2
+    # whole blocks of checksums, as StagingOptions wants them
     part_bytes = min(pool_bytes // 4 // _UNIT_BYTES * _UNIT_BYTES, _MAX_PART_BYTES)
     options = CallOptions(
         coordination=Coordination(mode="local"),

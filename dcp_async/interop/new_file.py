@@ -13,6 +13,7 @@ import os
 import secrets
 from pathlib import Path
 
+# what kernels and file systems say that have no files without a name
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 
 
@@ -39,11 +40,13 @@ class NewFile:
     def write(self, offset: int, content: bytes | memoryview) -> None:
         rest = memoryview(content)
         while rest:
+            # a call may take less than it was given
             done = os.pwrite(self._fd, rest, offset)
             offset, rest = offset + done, rest[done:]
 
     def publish(self) -> None:
         """Make it durable, in place of what has its name."""
+        # before it gets its name, or a power cut could leave the name to a part of it
         os.fsync(self._fd)
         directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -67,6 +67,7 @@ async def rewrite(
     Raises: SaveError, of which CheckpointExistsError is a kind; as for reading.
     """
     pool_bytes = max(budget_bytes // 2, 4 * _MIN_PART_BYTES)
+    # whole blocks of checksums, as StagingOptions wants them
     part_bytes = min(pool_bytes // 4 // _UNIT_BYTES * _UNIT_BYTES, _MAX_PART_BYTES)
     with _Scratch(contents, directory.parent, progress) as scratch:
         state = await scratch.fill(trust, budget_bytes // 2)

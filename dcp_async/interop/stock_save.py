@@ -170,7 +170,7 @@ class _Calls:
         """Publish; the coordinator's alone. Gives what all ranks are told."""
         loaded = [pickle.loads(result) for result in results]
         self._writer.finish(metadata=self.metadata, results=loaded)
-        # nothing below may fail: it is published
+        # nothing below may fail, whatever results a writer of anybody's gives: it is published
         nbytes = sum(int(getattr(result, "size_in_bytes", 0) or 0) for rank in loaded for result in rank)
         stored = self.metadata.storage_data
         places = stored.values() if isinstance(stored, dict) else ()
@@ -298,6 +298,7 @@ class _Save:
         rank = self._call.coordinator.rank
         failure = save_error(error, "plan", self.response.response, rank=rank, verdict=self._verdict)
         self.response.failed(failure)
+        # whoever has cancelled it knows
         if self._guard is not None and not isinstance(failure, SaveCancelled):
             logger.error("%s", failure)  # nobody may ever ask the handles
             fail_unless_seen(self.response.response)

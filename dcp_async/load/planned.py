@@ -33,6 +33,7 @@ async def read_planned(
     pipeline = LoadPipeline(contents, services, failures, writes)
     with failures.explained():
         plan = pipeline.plan(tensors, (), items=items)
+        # in this order: what trust refuses is refused while all regions are as they were
         await pipeline.read_leaves(plan, fresh=False)
         await pipeline.fill(plan, fresh=False)
     return plan.items

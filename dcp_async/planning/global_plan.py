@@ -215,6 +215,7 @@ class GlobalPlan:
                 if name not in known:
                     known.add(name)
                     groups.append(Group(made.tensor(kind, size, []), [name], [()]))
+        # one for all leaves, since an object that recurs is pickled once
         opaque = BytesStorageMetadata()
         for leaves in all_plans.leaf_cohorts:
             for index, name in enumerate(leaves.names):
@@ -343,6 +344,7 @@ class _Entries:
     """Makes what `.metadata` says of a tensor."""
 
     def __init__(self) -> None:
+        # of this publication alone: caches of the functions would outlive it, and grow with each
         self._properties = cache(_properties)
         self._size = cache(torch.Size)
         self._chunk = cache(self._make_chunk)

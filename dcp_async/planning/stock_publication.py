@@ -99,6 +99,7 @@ def _key(entry: STORAGE_TYPES) -> object:
     if not isinstance(entry, TensorStorageMetadata):
         return None
     told = entry.properties
+    # as plain values: DCP's own classes compare, but have no hash
     chunks = tuple((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks)
     return (
         told.dtype,

@@ -63,6 +63,7 @@ def make_release(
 ) -> Release:
     """``written``: the data files of all ranks; ``attached``: what they attached. Raises ProofError."""
     metadata = publication.metadata.render(uid)
+    # once, so that the manifest says what the caller is told
     now = time.time()
     files = tuple(_entry(uid, file) for file in written)
     head = ManifestHead(
