@@ -298,7 +298,7 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)
 def faults(session: nox.Session) -> None:
-    """Kill a running example at 50 random moments, preempt 200 runs, and the other fault tests, at length."""
+    """Kill a running example at 50 random moments, preempt 200 runs, cut the power, fill disks, at length."""
     # Fifty runs of one example may be one test: an hour, where the test's own mark does not say otherwise.
     limits = ("--timeout=3600", "-o", "faulthandler_timeout=3700")
     arguments = ("tests/faults", "--kills=50", "--preemptions=100", *limits, *session.posargs)
@@ -307,8 +307,8 @@ def faults(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)
 def soak(session: nox.Session) -> None:
-    """Replace a checkpoint for half an hour under four readers and two pollers; --minutes takes less."""
-    session.run(DEV_PYTHON, "tests/faults/replace_race.py", *session.posargs, external=True)
+    """Replace a checkpoint under readers for --minutes 30; then --saves 2000 with retention: does it grow?"""
+    session.run(DEV_PYTHON, "-m", "tests.faults.soak", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none", requires=["dev"], default=False)

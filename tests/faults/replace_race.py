@@ -203,17 +203,12 @@ def race(root: Path, results: Path, seconds: float, seed: int) -> tuple[Counter[
     return totals, failures
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dir", type=Path, help="where; a new folder for temporary files by default")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    place = Path(tempfile.mkdtemp(prefix="replace-race-", dir=options.dir))
+def run(minutes: float, seed: int, where: Path | None) -> int:
+    """Race in a new folder and print how it went. Gives the status to end with."""
+    place = Path(tempfile.mkdtemp(prefix="replace-race-", dir=where))
     (place / "results").mkdir()
     try:
-        totals, failures = race(place / "run", place / "results", options.minutes * 60, options.seed)
+        totals, failures = race(place / "run", place / "results", minutes * 60, seed)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     for name, count in sorted(totals.items()):
@@ -222,6 +217,16 @@ def main() -> int:
     for failure, count in Counter(failures).most_common(20):
         sys.stdout.write(f"{count} x {failure}\n")
     return 1 if failures else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dir", type=Path, help="where; a new folder for temporary files by default")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    return run(options.minutes, options.seed, options.dir)
 
 
 if __name__ == "__main__":
