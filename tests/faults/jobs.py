@@ -281,6 +281,7 @@ def save(
     die_at: int = 0,
     pause_at: int = 0,
     meet_at: str = "",
+    halt: bool = False,
     record: bool = False,
     hold: bool = False,
     is_late: bool = False,
@@ -293,9 +294,10 @@ def save(
 
     `die_at`: SIGKILL at the n-th changing call (a write is torn in half). `pause_at`: wait at the gate before
     the n-th changing call or lock. `meet_at`: "save" waits at the gate before save(), "publish" before
-    .metadata is linked or renamed. `hold`: wait at the gate before each write of data. `is_late`: after one
-    token the deadlines of all calls pass, the second one ends the wait. `trace`: a file for what a
-    power cut could have taken. `sync_fails_at`: the n-th sync fails with EIO, and those after it would not.
+    .metadata is linked or renamed. `halt`: wait at the gate before every changing call. `hold`: before each
+    write of data. `is_late`: after one token the deadlines of all calls pass, the second one ends the wait.
+    `trace`: a file for what a power cut could have taken. `sync_fails_at`: the n-th sync fails with EIO, and
+    those after it would not.
     """
     line = context.line
     loops: list[asyncio.AbstractEventLoop] = []
@@ -333,6 +335,8 @@ def save(
         watchers.append(When(Call.publishes, pause))
     if hold:
         watchers.append(When(is_data_write, pause))
+    if halt:
+        watchers.append(When(lambda call: call.name in CHANGES, pause))
     if record:
         watchers.append(recorder)
     if trace:
@@ -755,9 +759,11 @@ def file_size_limit(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def fill_up(context: Context, *, root: str, sizes: list[float], limit: float = 0) -> None:
+def fill_up(
+    context: Context, *, root: str, sizes: list[float], limit: float = 0, replace: bool = False
+) -> None:
     """Saves states of the given sizes (MiB), one step each, with one engine; reports each outcome and goes
-    on.
+    on. `replace`: all of them as step 1, and what is there after each is read.
 
     `limit`: files may not grow past so many MiB while a state larger than that is saved; memory has to stay
     below it, since the limit holds for files in memory too.
@@ -771,12 +777,22 @@ def fill_up(context: Context, *, root: str, sizes: list[float], limit: float = 0
                 over = limit and megabytes > limit
                 with file_size_limit(int(limit * 2**20)) if over else contextlib.nullcontext():
                     try:
-                        response = await engine.save(numbers(step, megabytes=megabytes), step=step)
-                        await response.upload_completion
+                        state = numbers(step, megabytes=megabytes)
+                        at = 1 if replace else step
+                        await (await engine.save(state, step=at, replace=replace)).upload_completion
                     except SaveError as error:
-                        line.report("outcome", step=step, outcome="failed", **describe(error))
+                        line.report("outcome", step=at, outcome="failed", **describe(error))
                     else:
-                        line.report("outcome", step=step, outcome="committed")
+                        line.report("outcome", step=at, outcome="committed")
+                if replace:
+                    there = flat(await engine.read(1))
+                    label = there["/'label'"]
+                    version = int(label.strip("'").split()[1])
+                    whole = there == flat(numbers(version, megabytes=sizes[version]))
+                    line.report("there", label=label, whole=whole)
+            if replace:
+                line.report("readable", leftovers=leftovers(root))
+                return
             steps = [info.step or 0 async for info in engine.checkpoints()]
             wanted = {step: flat(numbers(step, megabytes=sizes[step])) for step in steps}
             good = [step for step in steps if flat(await engine.read(step)) == wanted[step]]

@@ -5,45 +5,43 @@ The error names checkpoint, file and cause, what was there stays readable, and t
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.faults.harness import Child, Nursery, Report
+from tests.faults.mounts import small_ext4, small_tmpfs
 
 MIB = 2**20
 
 
+@dataclass(frozen=True, slots=True)
 class Disk:
-    """A directory that takes only so much: a tmpfs mount where that is permitted, else any directory."""
+    """A directory that takes only so much, where it could be mounted."""
 
-    def __init__(self, path: Path, mounted: bool) -> None:
-        self.path = path
-        self.mounted = mounted
-
-
-def mount_tmpfs(path: Path, size: int) -> bool:
-    libc = ctypes.CDLL(None, use_errno=True)
-    return bool(libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, f"size={size}".encode()) == 0)
-
-
-def unmount(path: Path) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    detach = 2  # MNT_DETACH: also when a process that failed to end still holds a file
-    assert libc.umount2(os.fsencode(path), detach) == 0, os.strerror(ctypes.get_errno())
+    path: Path
+    mounted: bool
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Disk]:
-    path = tmp_path / "disk"
+def small_disk(tmp_path: Path, tell: Callable[[object], None]) -> Iterator[Disk]:
+    with full_disk(tmp_path, "tmpfs", tell) as disk:
+        yield disk
+
+
+@contextlib.contextmanager
+def full_disk(place: Path, kind: str, tell: Callable[[object], None]) -> Iterator[Disk]:
+    """A file system that takes 12 MiB; any directory, and word of it, where none can be mounted."""
+    path = place / "disk"
     path.mkdir()
-    mounted = mount_tmpfs(path, 12 * MIB)
-    yield Disk(path, mounted)
-    if mounted:
-        unmount(path)
+    with small_tmpfs(path, 12 * MIB) if kind == "tmpfs" else small_ext4(path, 16 * MIB) as mounted:
+        if not mounted:
+            tell(f"no {kind} can be mounted here: a limit of the size of files stands for a full one")
+        yield Disk(path, mounted)
 
 
 def outcomes(child: Child) -> list[str]:
@@ -89,6 +87,24 @@ def test_save_on_a_full_disk_fails_clearly_and_gives_the_space_back(
     assert outcomes(child) == ["committed", "failed", "committed"]
     check_failure(child.said("outcome")[1], "ENOSPC" if small_disk.mounted else "EFBIG")
     assert child.said("readable")[0]["good"] == [0, 2]
+    assert child.said("readable")[0]["leftovers"] == []
+    assert child.said("closed")
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_replacement_on_a_full_disk_fails_clearly_and_leaves_what_it_was_to_replace(
+    nursery: Nursery, tmp_path: Path, kind: str, tell: Callable[[object], None]
+) -> None:
+    # 3 lie there, so 12 more do not fit, and 6 do only if those of the failed one have gone
+    with full_disk(tmp_path, kind, tell) as disk:
+        limit = 0 if disk.mounted else 8
+        root = disk.path / "run"
+        child = nursery.start("fill_up", root=root, sizes=[3, 12, 6], limit=limit, replace=True)
+        child.finish()
+    assert outcomes(child) == ["committed", "failed", "committed"]
+    check_failure(child.said("outcome")[1], "ENOSPC" if disk.mounted else "EFBIG")
+    assert [report["label"] for report in child.said("there")] == [f"'version {n}'" for n in (0, 0, 2)]
+    assert all(report["whole"] for report in child.said("there"))
     assert child.said("readable")[0]["leftovers"] == []
     assert child.said("closed")
 

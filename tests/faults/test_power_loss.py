@@ -4,6 +4,7 @@ lost, and what is left is whole, and holds what was reported as durable.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 from dcp_async import sync
 from tests.faults.harness import Nursery
 from tests.faults.jobs import STEPS_OF_ANOTHER, leftovers
+from tests.faults.mounts import image_of, mounted_image, small_ext4
 from tests.faults.power import CrashState, Medium, tree_of
 from tests.faults.states import flat, numbers
 
@@ -105,3 +107,44 @@ def test_power_loss_while_retention_removes_takes_nothing_that_is_kept(
 
     tell(dict(counts))
     assert len(counts) >= 5, "hardly anything was removed"
+
+
+@BOTH
+@pytest.mark.faults_session
+@pytest.mark.timeout(600)
+def test_ext4_that_loses_power_before_any_call_of_a_save_has_the_old_one_or_the_new_one(
+    nursery: Nursery, tmp_path: Path, replace: bool, tell: Callable[[object], None]
+) -> None:
+    disk, copy, after = tmp_path / "disk", tmp_path / "copy.image", tmp_path / "after"
+    disk.mkdir()
+    after.mkdir()
+    step, wanted = 1 if replace else 2, {version: flat(numbers(version)) for version in range(3)}
+    old, new = {"step-00000001": 1}, {f"step-{step:08d}": 2}
+    counts: Counter[str] = Counter()
+    with small_ext4(disk, 32 << 20) as mounted:
+        if not mounted:
+            pytest.skip("no ext4 can be mounted here; the model of a medium stands for it")
+        nursery.run("save", root=disk / "run", version=1, step=1)
+        os.sync()
+        child = nursery.start("save", root=disk / "run", version=2, step=step, replace=replace, halt=True)
+        while (report := child.next()) is not None:
+            if report["kind"] != "paused":
+                continue
+            # whatever the kernel has not yet sent to the device is lost, as if the power went now
+            shutil.copyfile(image_of(disk), copy)
+            committed = any(heard.get("event") == "SaveCommitted" for heard in child.heard)
+            child.grant()
+            with mounted_image(copy, after) as is_whole:
+                assert is_whole, f"no file system any more: cut before {report['call']}"
+                with sync.CheckpointEngine(after / "run") as engine:
+                    found = versions_in(engine, after / "run", wanted, report["call"])
+                    assert found in (old, old | new), report["call"]
+                    assert not committed or found == old | new, f"was durable: {report['call']}"
+                    engine.save(numbers(0), step=STEPS_OF_ANOTHER).upload_completion.result()
+                assert leftovers(str(after / "run")) == [], report["call"]
+            counts[str(found)] += 1
+        assert child.wait() == 0, child.stderr()
+    copy.unlink()
+    tell(f"power cut before {counts.total()} calls: {dict(counts)}")
+    assert counts[str(old)] >= 5
+    assert counts[str(old | new)] >= 1
