@@ -890,8 +890,9 @@ class RandomFault:
     CALLS = CHANGES - UNLINKS - {"rmdir"}
     """A medium on which nothing can be removed either would show what failed: no program can help that."""
 
-    def __init__(self, rng: random.Random, storage: FaultyStorage) -> None:
-        self.name = rng.choice((self.NONE, *self.DISK, "a verb"))
+    def __init__(self, rng: random.Random, storage: FaultyStorage, *, is_real: bool) -> None:
+        """``is_real``: somebody else makes calls of the system fail."""
+        self.name = "the system" if is_real else rng.choice((self.NONE, *self.DISK, "a verb"))
         self.published = False
         self._at = rng.randint(1, 24)
         self._count = 0
@@ -912,20 +913,27 @@ class RandomFault:
         self.published |= call.publishes()
 
 
-def save_with_faults(context: Context, *, root: str, saves: int, seed: int) -> None:
+def save_with_faults(context: Context, *, root: str, saves: int, seed: int, is_real: bool = False) -> None:
     """One engine whose saves, new ones and replacements, meet faults by chance; then a healthy save, and
-    what is there is read by another engine."""
+    what is there is read by another engine. `is_real`: the faults are the test's, and before and after the
+    saves that meet them this waits at the gate."""
     line, rng = context.line, random.Random(seed)
+
+    def turn() -> None:
+        if is_real:
+            line.report("turn")
+            line.wait()
 
     async def save_one(engine: CheckpointEngine, step: int, version: int, replace: bool) -> None:
         await (await engine.save(numbers(version), step=step, replace=replace)).upload_completion
 
     async def main() -> None:
         async with faulty_storage(Path(root)) as storage, CheckpointEngine(storage) as engine:
+            turn()
             for version in range(1, saves + 1):
                 replace = version > 2 and rng.random() < 0.4
                 step = rng.randint(1, version - 1) if replace else version
-                fault, outcome = RandomFault(rng, storage), "committed"
+                fault, outcome = RandomFault(rng, storage, is_real=is_real), "committed"
                 context.tap.watch(root, fault)
                 try:
                     await save_one(engine, step, version, replace)
@@ -942,6 +950,7 @@ def save_with_faults(context: Context, *, root: str, saves: int, seed: int) -> N
                     fault=fault.name,
                     is_too_late=fault.published,
                 )
+            turn()
             await save_one(engine, saves + 1, 0, replace=False)
 
     async def look() -> None:
