@@ -38,7 +38,7 @@ from ..formats import (
     usable_paths,
 )
 from ..info import CheckpointInfo
-from ..storage import Reader
+from ..storage import Reader, turn_to_copy
 
 _MAX_ATTACHED_BYTES = 1 << 30
 """More than any release attaches."""
@@ -252,6 +252,10 @@ class Contents:
     def is_merged(self) -> bool:
         """Whether each rank wrote metadata of its own, so that nothing says how many there were."""
         return self.manifest is None and self.info.world_size is not None
+
+    async def turn_to_copy(self, file: str, why: str) -> bool:
+        """``file`` was found damaged: from here on it is read from another tier. False if none has it."""
+        return await turn_to_copy(self.reader, file, why)
 
     async def close(self) -> None:
         await self.reader.close()

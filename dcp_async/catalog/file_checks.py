@@ -20,7 +20,7 @@ from ..formats import (
     footer_span,
     read_trailer,
 )
-from ..storage import Reader
+from ..storage import Reader, turn_to_copy
 
 _LONG_FOOTER_BYTES = 1 << 20
 """Only files from 8 GiB on have longer ones."""
@@ -35,7 +35,11 @@ async def open_files(name: str, reader: Reader, manifest: Manifest) -> dict[str,
     lengths = {entry.name: entry.nbytes for entry in manifest.files}
     lengths |= {file: entry.nbytes for file, entry in manifest.attached_files.items()}
     for file, promised in lengths.items():
-        nbytes = sizes[file] = await reader.size(file)
+        nbytes = await reader.size(file)
+        why = f"it has {nbytes} bytes instead of {promised}"
+        if nbytes != promised and await turn_to_copy(reader, file, why):
+            nbytes = await reader.size(file)
+        sizes[file] = nbytes
         if nbytes != promised:
             raise _cut_off(name, file, nbytes, promised)
     return sizes
@@ -90,17 +94,29 @@ async def check_files(
 async def footer_of(name: str, reader: Reader, file: str, nbytes: int, entry: FileEntry | None) -> Footer:
     """The footer of ``file``; ``entry`` is None if no manifest tells of it. Raises CorruptCheckpointError."""
     try:
-        if entry is not None and entry.public_name:
-            footer = await _read_apart(reader, nbytes, entry)
-        else:
-            footer = await _read_footer(reader, file, nbytes)
-        # a footer vouches for its own table; that it is this save's, the manifest alone says
-        if entry is not None and footer.digest != entry.digest:
-            raise FooterError("the footer's table is not the one that the manifest names")
+        return await _whole_footer(reader, file, nbytes, entry)
     except FooterError as error:
+        where = entry.footer_file if entry is not None and entry.footer_file else file
+        problem = error
+        if await turn_to_copy(reader, where, str(error)):
+            try:
+                return await _whole_footer(reader, file, nbytes, entry)
+            except FooterError as other:
+                problem = other
         raise CorruptCheckpointError(
-            f"checkpoint {name!r}: {file}: {error}; load an older checkpoint", checkpoint_id=name
-        ) from error
+            f"checkpoint {name!r}: {file}: {problem}; load an older checkpoint", checkpoint_id=name
+        ) from problem
+
+
+async def _whole_footer(reader: Reader, file: str, nbytes: int, entry: FileEntry | None) -> Footer:
+    """Raises FooterError."""
+    if entry is not None and entry.public_name:
+        footer = await _read_apart(reader, nbytes, entry)
+    else:
+        footer = await _read_footer(reader, file, nbytes)
+    # a footer vouches for its own table; that it is this save's, the manifest alone says
+    if entry is not None and footer.digest != entry.digest:
+        raise FooterError("the footer's table is not the one that the manifest names")
     return footer
 
 

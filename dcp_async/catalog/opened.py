@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ..errors import EngineStateError
 from ..info import CheckpointRef
-from ..storage import Reader
+from ..storage import Reader, turn_to_copy
 from .contents import Contents
 
 
@@ -75,6 +75,9 @@ class _SharedReader:
         arrived: Callable[[int], None] | None = None,
     ) -> None:
         await self._reader.read_into(file, pieces, arrived)
+
+    async def turn_to_copy(self, file: str, why: str) -> bool:
+        return await turn_to_copy(self._reader, file, why)
 
     async def give_back(self) -> None:
         await self._reader.give_back()

@@ -241,28 +241,39 @@ class LoadPipeline:
             slot: Slot | None = None
             if self._writes is not None and goes_to_device(batch):
                 slot = await self._writes.lease()
-            with collection_paused():
-                filled = [FetchBuffers(span) for span in batch] if slot is None else _in_slot(batch, slot)
-            segments = [segment for buffers in filled for segment in buffers.segments]
-            check = Check(filled)
             try:
-                await self._contents.reader.read_into(batch[0].file, segments, check.arrived)
-            except (DamagedError, BaseExceptionGroup):  # found by ``check``, in the storage's own call
-                raise
-            except BaseException as error:
-                # a cancellation tells by its cause that the call which it was to end hangs
-                hangs = isinstance(error, StuckThreadError) or isinstance(error.__cause__, StuckThreadError)
-                if slot is not None and hangs:
-                    slot.lose()  # the call that hangs may still write into it
-                # whatever a storage raises is its failure, with the file that it concerns
-                with storage_errors("read", f"{batch[0].file} of {self._contents.info.checkpoint_id!r}"):
-                    raise error from error.__cause__
-            if not check.done:  # a storage need not say what has arrived
-                await self._blocking(check.finish)
+                filled = await self._fetch(batch, slot)
+            except DamagedError as error:
+                # nothing has left the buffers, and another tier may have the file whole
+                if not await self._contents.turn_to_copy(batch[0].file, str(error)):
+                    raise
+                filled = await self._fetch(batch, slot)
             # most spans were read straight into their targets: no need to pass them on
             if slot is not None or any(buffers.is_unfinished for buffers in filled):
                 await fetched.put(Fetched(filled, slot))
         await fetched.close()
+
+    async def _fetch(self, batch: list[Span], slot: Slot | None) -> list[FetchBuffers]:
+        """Read and verify ``batch``, which is of one file. Raises DamagedError."""
+        with collection_paused():
+            filled = [FetchBuffers(span) for span in batch] if slot is None else _in_slot(batch, slot)
+        segments = [segment for buffers in filled for segment in buffers.segments]
+        check = Check(filled)
+        try:
+            await self._contents.reader.read_into(batch[0].file, segments, check.arrived)
+        except (DamagedError, BaseExceptionGroup):  # found by ``check``, in the storage's own call
+            raise
+        except BaseException as error:
+            # a cancellation tells by its cause that the call which it was to end hangs
+            hangs = isinstance(error, StuckThreadError) or isinstance(error.__cause__, StuckThreadError)
+            if slot is not None and hangs:
+                slot.lose()  # the call that hangs may still write into it
+            # whatever a storage raises is its failure, with the file that it concerns
+            with storage_errors("read", f"{batch[0].file} of {self._contents.info.checkpoint_id!r}"):
+                raise error from error.__cause__
+        if not check.done:  # a storage need not say what has arrived
+            await self._blocking(check.finish)
+        return filled
 
     async def _place(self, fetched: Pipe[Fetched], copied: Pipe[Slot]) -> None:
         # one at a time: items are decoded here, and torch.load holds the GIL

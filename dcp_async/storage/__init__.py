@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import (
+    Copies,
     Glimpse,
     Glimpses,
     InUseError,
@@ -20,6 +21,7 @@ from .base import (
     UnreadableError,
     gives_public_names,
     is_sharing,
+    turn_to_copy,
 )
 from .calls import BlockingCalls
 from .deadline import LimitedStorage
@@ -30,6 +32,7 @@ from .urls import root_and_name, storage_at
 
 __all__ = [
     "BlockingCalls",
+    "Copies",
     "Finding",
     "Glimpse",
     "Glimpses",
@@ -57,4 +60,5 @@ __all__ = [
     "is_sharing",
     "root_and_name",
     "storage_at",
+    "turn_to_copy",
 ]

@@ -180,6 +180,20 @@ class Listing(Protocol):
         """The names of all that lies beside `.metadata`, this included."""
 
 
+@runtime_checkable
+class Copies(Protocol):
+    """What a reader may offer besides: files that another tier has as well."""
+
+    async def turn_to_copy(self, file: str, why: str) -> bool:
+        """``file`` is not whole where it was read: from here on it is read elsewhere. False if no other tier
+        has it, or none is left to turn to."""
+
+
+async def turn_to_copy(reader: Reader, file: str, why: str) -> bool:
+    """``Copies.turn_to_copy``; False where ``reader`` has no copies."""
+    return isinstance(reader, Copies) and await reader.turn_to_copy(file, why)
+
+
 class Storage(Protocol):
     """A root that holds checkpoints by name."""
 

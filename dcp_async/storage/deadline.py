@@ -26,6 +26,7 @@ from .base import (
     Transaction,
     gives_public_names,
     is_sharing,
+    turn_to_copy,
 )
 from .calls import StuckCallError
 
@@ -341,6 +342,9 @@ class LimitedReader(_Limited):
         arrived: Callable[[int], None] | None = None,
     ) -> None:
         await self._call("read", file, self._inner.read_into(file, pieces, arrived))
+
+    async def turn_to_copy(self, file: str, why: str) -> bool:
+        return await self._call("open", file, turn_to_copy(self._inner, file, why))
 
     async def give_back(self) -> None:
         try:
