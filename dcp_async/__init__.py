@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         IncompatibleStateError,
         LoadError,
         PreemptionError,
+        ReplicationError,
         SaveCancelled,
         SaveError,
         StateMutatedError,
@@ -55,8 +56,8 @@ else:
             "engine": "Checkpoint CheckpointEngine open_checkpoint verify",
             "errors": (
                 "CheckpointError CheckpointExistsError CheckpointNotFoundError CorruptCheckpointError "
-                "EngineStateError IncompatibleStateError LoadError PreemptionError SaveCancelled "
-                "SaveError StateMutatedError StorageError UntrustedCheckpointError"
+                "EngineStateError IncompatibleStateError LoadError PreemptionError ReplicationError "
+                "SaveCancelled SaveError StateMutatedError StorageError UntrustedCheckpointError"
             ),
             "events": "Event Observer SaveCommitted SaveFailed SaveProgress SaveStaged SaveStarted",
             "info": "JSON CheckpointInfo CheckpointRef DamagedRange LoadReport VerifyReport",
@@ -109,6 +110,7 @@ __all__ = [
     "Preemption",
     "PreemptionError",
     "RNGState",
+    "ReplicationError",
     "Retention",
     "RetentionPlan",
     "SaveCancelled",

@@ -4,6 +4,7 @@ CheckpointError(Exception)
 |-- SaveError
 |   |-- SaveCancelled
 |   |-- StateMutatedError
+|   |-- ReplicationError
 |   `-- CheckpointExistsError (FileExistsError)
 |-- LoadError
 |   |-- CheckpointNotFoundError (FileNotFoundError)
@@ -78,6 +79,11 @@ class SaveCancelled(SaveError):
 
 class StateMutatedError(SaveError):
     """With ``overlap=True`` a tensor was changed before it had been staged; nothing was committed."""
+
+
+class ReplicationError(SaveError):
+    """The checkpoint is committed in the near tier, and this engine does not know it to be in the far one:
+    the message says why. What is near is whole, and can be loaded."""
 
 
 class CheckpointExistsError(SaveError, FileExistsError):

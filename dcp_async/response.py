@@ -217,6 +217,7 @@ class AsyncSaveResponse:
         step: int | None,
         staging_completion: CheckpointHandle[None],
         upload_completion: CheckpointHandle[CheckpointInfo],
+        replicated: CheckpointHandle[CheckpointInfo],
         cancel: Callable[[], None],
     ) -> None:
         self.checkpoint_id = checkpoint_id
@@ -225,6 +226,10 @@ class AsyncSaveResponse:
         """Done when the state may be mutated."""
         self.upload_completion = upload_completion
         """Done when the checkpoint is committed and durable."""
+        self.replicated = replicated
+        """Done when it is in every tier that the storage has: with TieredStorage when it is committed far,
+        else with ``upload_completion``, which it then is. Raises ReplicationError if it can't be waited for
+        any more, and on ranks but the coordinator's, which alone replicates."""
         self._cancel = cancel
 
     def __repr__(self) -> str:
@@ -248,8 +253,13 @@ class ResponseWriter:
         cancel: Callable[[], None],
         on_own_thread: Callable[[], bool],
         place: Place,
+        has_far: bool = False,
     ) -> None:
-        """``place`` is what the save has taken until it ends."""
+        """
+        Args:
+            place: what the save has taken until it ends.
+            has_far: whether its storage has a tier that a commit does not reach.
+        """
         self.place = place
         self._cancel = cancel
         self._saver: int | None = threading.get_ident()
@@ -266,11 +276,19 @@ class ResponseWriter:
             on_own_thread=on_own_thread,
             waits_for_caller=lambda: threading.get_ident() in (self._saver, self._starter),
         )
+        self._replication: HandleWriter[CheckpointInfo] | None = None
+        if has_far:
+            self._replication = HandleWriter(
+                f"replication of {checkpoint_id!r}",
+                on_own_thread=on_own_thread,
+                waits_for_caller=lambda: threading.get_ident() in (self._saver, self._starter),
+            )
         self.response = AsyncSaveResponse(
             checkpoint_id=checkpoint_id,
             step=step,
             staging_completion=self.staging.handle,
             upload_completion=self.upload.handle,
+            replicated=(self._replication or self.upload).handle,
             cancel=lambda: self._cancel(),  # looked up when it is called: what has ended let go of it
         )
 
@@ -295,11 +313,17 @@ class ResponseWriter:
         self._cancel = _nothing
         self.upload.settle(info)
 
+    def replicated(self, outcome: CheckpointInfo | SaveError) -> None:
+        """The checkpoint is far, or nobody will know."""
+        if self._replication is not None:
+            self._replication.settle(outcome)
+
     def failed(self, error: SaveError) -> None:
         """Nothing was committed."""
         # in this order: who has seen staging fail finds the upload pending or failed, never done
         self.staging.settle(error)
         self.upload.settle(error)
+        self.replicated(error)
         self._cancel = _nothing
 
     def is_raised_by_save(self) -> bool:
@@ -309,5 +333,6 @@ class ResponseWriter:
     def unobserved_failure(self) -> SaveError | None:
         """Its failure, unless somebody was given it; a cancelled save is none."""
         failure = self.upload.failure()
-        observed = self.upload.handle.observed or self.staging.handle.observed
+        handles = (self.upload.handle, self.staging.handle, self.response.replicated)
+        observed = any(handle.observed for handle in handles)
         return None if observed or isinstance(failure, SaveCancelled) else failure

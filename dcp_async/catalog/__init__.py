@@ -10,6 +10,7 @@ from .reference import is_path, reference
 if TYPE_CHECKING:
     from .catalog import Catalog
     from .contents import Contents
+    from .copy_plans import copy_plan_of
     from .decoding import UnfitMetadataError
     from .listing import Listed, survey
     from .opened import Opened
@@ -32,6 +33,7 @@ else:
         {
             "catalog": "Catalog",
             "contents": "Contents",
+            "copy_plans": "copy_plan_of",
             "decoding": "UnfitMetadataError",
             "listing": "Listed survey",
             "opened": "Opened",
@@ -61,6 +63,7 @@ __all__ = [
     "RetentionPlan",
     "UnfitMetadataError",
     "archive_errors",
+    "copy_plan_of",
     "is_model_file",
     "is_path",
     "plan_retention",

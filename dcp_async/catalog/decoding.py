@@ -59,9 +59,14 @@ def digest_of(raw: RawMetadata) -> str:
 
 async def manifest_of(name: str, reader: Reader, seen: RawMetadata) -> Manifest | None:
     """The manifest that belongs to `.metadata`; None if stock wrote it."""
+    return (await manifest_and_bytes(name, reader, seen))[0]
+
+
+async def manifest_and_bytes(name: str, reader: Reader, seen: RawMetadata) -> tuple[Manifest | None, bytes]:
+    """As ``manifest_of``, and what it was decoded from."""
     # only stock's ranks write metadata of their own, and no manifest
     if None not in seen:
-        return None
+        return None, b""
     raw = seen[None]
     digest = xxhash.xxh3_64_hexdigest(raw)
     problems: list[str] = []
@@ -78,7 +83,7 @@ async def manifest_of(name: str, reader: Reader, seen: RawMetadata) -> Manifest 
             problems.append(f"a manifest is damaged: {error}")
             continue
         if manifest.metadata_digest == digest:
-            return manifest
+            return manifest, content
         problems.append("the manifest belongs to another .metadata")
     # taken for one of stock's, it would be read without a checksum
     if names_file_of_ours(raw):
@@ -87,7 +92,7 @@ async def manifest_of(name: str, reader: Reader, seen: RawMetadata) -> Manifest 
             f"({'; '.join(problems) or 'there is no manifest'}); load an older checkpoint",
             checkpoint_id=name,
         )
-    return None
+    return None, b""
 
 
 async def decoded(name: str, raw: RawMetadata, threads: BlockingThreads) -> Metadata:

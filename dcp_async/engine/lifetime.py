@@ -38,6 +38,7 @@ from .admission import SaveBook
 from .exit_guard import ExitGuard, main_has_ended
 from .optimizer_hooks import OptimizerHooks
 from .resources import Resources, Setup, make_calls, make_catalog
+from .tiers import Replication
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Lifetime:
         """From ``opening`` on."""
         self.opened: set[Opened] = set()
         """Checkpoints that stay open until somebody closes them, or the engine. On the loop."""
+        self.replication = Replication(setup.tiered)
         self._pid = os.getpid()
         # a __del__ that the collector runs may come in again, in the thread that holds it
         self._lock = threading.RLock()
@@ -138,6 +140,7 @@ class Lifetime:
             await self.setup.stager.open()
             if not self.setup.is_reader:
                 self.book.seen_steps(await self.resources.catalog.steps())
+            self.replication.start(self.resources)
         except BaseException:
             await self._release()
             raise
@@ -287,6 +290,7 @@ class Lifetime:
                 self.state = "closing"
         await self._drain_or_abort(patience)
         await self._end_jobs(patience)
+        await self.replication.drain(patience)
         # several ends may be under way: a close that was interrupted, and the abort after it
         async with self._release_lock:
             if self.state != "closed":
@@ -392,6 +396,7 @@ class Lifetime:
         with self._lock:
             self.state = "closed"
         self.setup.stager.pool.forget(self.resources)
+        await self.replication.stop()
         for opened in list(self.opened):  # a last reader may be closing its own
             await opened.close()
         # before its threads end: other ranks wait for this one's goodbye

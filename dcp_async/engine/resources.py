@@ -30,6 +30,7 @@ from ..storage import (
     LocalStorage,
     MemoryStorage,
     Storage,
+    TieredStorage,
     gives_public_names,
     is_sharing,
     storage_at,
@@ -46,6 +47,8 @@ class Setup:
     storage: Storage
     memory: MemoryStorage | None
     """The storage that was named or given, where it is this process's memory."""
+    tiered: TieredStorage | None
+    """The storage that was given, where it has a far tier."""
     owns_storage: bool
     stager: Stager
     owns_stager: bool
@@ -127,6 +130,7 @@ def make_setup(
     return Setup(
         storage=storage,
         memory=memory if isinstance(memory, MemoryStorage) else None,
+        tiered=root if isinstance(root, TieredStorage) else None,
         owns_storage=owns_storage,
         stager=staging if isinstance(staging, Stager) else Stager(staging),
         owns_stager=not isinstance(staging, Stager),

@@ -26,14 +26,21 @@ class RetentionRuns:
         """What was committed last, whatever its step."""
         self._is_running = False
         self._is_due = False
+        life.replication.then = self.run
 
     async def after(self, writer: ResponseWriter) -> None:
         """A save has ended; if it was committed, what need not stay goes.
 
         Returns when it has gone, or at once while another run is under way, which then begins anew.
         """
+        # with a far tier it is too early: an older one may be all that is far
+        if writer.upload.failure() is None and self._life.setup.tiered is None:
+            await self.run()
+
+    async def run(self) -> None:
+        """A checkpoint is as durable as it will be. Returns as ``after``."""
         policy, have = self._life.setup.retention, self._life.resources
-        if policy is None or not have.coordinator.is_coordinator or writer.upload.failure() is not None:
+        if policy is None or not have.coordinator.is_coordinator:
             return
         self._is_due, self._last = True, writer.response.checkpoint_id
         if self._is_running:

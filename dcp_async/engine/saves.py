@@ -150,6 +150,7 @@ class Saves:
             cancel=lambda: runner.cancel(cancellation),
             on_own_thread=self._life.on_own_thread,
             place=place,
+            has_far=self._life.setup.tiered is not None,
         )
         try:
             prepared, plan = self._capture(state, asked, writer)
@@ -283,7 +284,8 @@ class SaveRunner:
 
     async def _run(self, request: SaveRequest) -> None:
         writer = request.writer
-        await self._save(request)
+        with self._life.replication.yielding():
+            await self._save(request)
         del request  # older checkpoints may take long to go, and need nothing of the state
         await self._retention.after(writer)
 
@@ -395,13 +397,11 @@ class SaveRunner:
         )
         # before its handles are settled: who waits for them may save again at once, and finds room
         self._life.book.ended(request.writer)
-        request.writer.committed(info)
-        have.observe(
-            SaveCommitted(checkpoint_id=info.checkpoint_id, step=info.step, info=info, seconds=seconds)
-        )
+        self._life.replication.committed(request.writer, info)
+        event = SaveCommitted(checkpoint_id=info.checkpoint_id, step=info.step, info=info, seconds=seconds)
+        have.observe(event)
 
     def _fail(self, writer: ResponseWriter, error: SaveError) -> None:
-        response = writer.response
         if writer.is_raised_by_save():
             level = logging.DEBUG  # the caller is told right here
         else:
@@ -410,7 +410,7 @@ class SaveRunner:
         # settled first: the book has to know of a failure that nobody looks at
         writer.failed(error)
         self._life.book.ended(writer)
-        failed = SaveFailed(checkpoint_id=response.checkpoint_id, step=response.step, error=error)
+        failed = SaveFailed(checkpoint_id=error.checkpoint_id, step=error.step, error=error)
         self._life.resources.observe(failed)
 
     def _report_crash(self, writer: ResponseWriter, done: concurrent.futures.Future[None]) -> None:

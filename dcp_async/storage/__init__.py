@@ -28,11 +28,14 @@ from .deadline import LimitedStorage
 from .local import LocalPlace, LocalReader, LocalStorage
 from .memory import MemoryStorage
 from .object_store import Finding, ObjectStorage, Retries
+from .tiered import CopyChunk, CopyPlan, Outcome, Replicator, TieredStorage
 from .urls import root_and_name, storage_at
 
 __all__ = [
     "BlockingCalls",
     "Copies",
+    "CopyChunk",
+    "CopyPlan",
     "Finding",
     "Glimpse",
     "Glimpses",
@@ -47,13 +50,16 @@ __all__ = [
     "NamesUids",
     "NamingTransaction",
     "ObjectStorage",
+    "Outcome",
     "ReadableStorage",
     "Reader",
+    "Replicator",
     "Retries",
     "SharedTransaction",
     "SharingStorage",
     "Storage",
     "StoredCheckpoint",
+    "TieredStorage",
     "Transaction",
     "UnreadableError",
     "gives_public_names",
