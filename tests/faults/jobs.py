@@ -43,6 +43,7 @@ from dcp_async import (
     StagingOptions,
     Timeouts,
 )
+from dcp_async.storage import TieredStorage
 from tests.faults.calls import (
     CHANGES,
     SYNCS,
@@ -1118,6 +1119,28 @@ def load_on(context: Context, *, root: str) -> None:
         line.report("read", digest=flat(checkpoint.read()), loads=loads, steps=len(steps))
 
 
+def replicate(context: Context, *, root: str, first: int, count: int, die_at: int = 0) -> None:
+    """Saves steps near and reports each that is far. `die_at`: SIGKILL at the n-th call that changes anything
+    below the far root."""
+    near, far = Path(root) / "near", Path(root) / "far"
+
+    def die(call: Call) -> None:
+        context.line.report("dies", call=repr(call))
+        tear(call)
+        end_process_now()
+
+    storage = TieredStorage(near, far, retry_seconds=0.0)
+    context.tap.watch(str(far), Nth(CHANGES, die_at, die))
+    with dcp_async.sync.CheckpointEngine(storage) as engine:
+        for step in range(first, first + count):
+            response = engine.save(numbers(step), step=step)
+            response.upload_completion.result()
+            context.line.report("near", step=step)
+            response.replicated.result()
+            context.line.report("far", step=step)
+    asyncio.run(storage.close())
+
+
 JOBS: dict[str, Callable[..., None]] = {
     job.__name__: job
     for job in (
@@ -1141,6 +1164,7 @@ JOBS: dict[str, Callable[..., None]] = {
         preempt,
         retain,
         load_on,
+        replicate,
     )
 }
 ENDING = frozenset(
