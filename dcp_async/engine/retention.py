@@ -33,8 +33,11 @@ class RetentionRuns:
 
         Returns when it has gone, or at once while another run is under way, which then begins anew.
         """
+        if writer.upload.failure() is not None:
+            return
+        self._last = writer.response.checkpoint_id
         # with a far tier it is too early: an older one may be all that is far
-        if writer.upload.failure() is None and self._life.setup.tiered is None:
+        if self._life.setup.tiered is None:
             await self.run()
 
     async def run(self) -> None:
@@ -42,7 +45,7 @@ class RetentionRuns:
         policy, have = self._life.setup.retention, self._life.resources
         if policy is None or not have.coordinator.is_coordinator:
             return
-        self._is_due, self._last = True, writer.response.checkpoint_id
+        self._is_due = True
         if self._is_running:
             return
         self._is_running = True
@@ -61,7 +64,7 @@ class RetentionRuns:
             self._pruner = Pruner(have.catalog, have.storage, policy, have.threads)
         try:
             # by step it may be an old one: of a run that went back, what it saves now must not go at once
-            pinned = {self._last: "saved last"}
+            pinned = {self._last: "saved last"} if self._last else {}
             for writer in self._life.book.pending():
                 pinned[writer.response.checkpoint_id] = "a save is replacing it"
             await self._pruner.prune(pinned=pinned)

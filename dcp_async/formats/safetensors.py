@@ -34,7 +34,7 @@ _ALIGN = 64
 """Where the first payload begins; those behind it, longest elements first, lie at multiples of their own."""
 _RESERVED = "__metadata__"
 _MAX_NAME_BYTES = 200
-"""Of the 255 that file systems take; what follows it needs the others."""
+"""File systems take 255; what follows the name needs the others."""
 _SHARD_BYTES = 5_000_000_000
 """As huggingface_hub splits."""
 

@@ -10,7 +10,6 @@ import pytest
 
 from dcp_async import sync
 from tests.faults.harness import Nursery
-from tests.faults.retention_soak import chart, grown, soak
 from tests.support.doubles import assert_holds_only
 
 SAVES = 5
@@ -73,9 +72,3 @@ def test_a_process_that_reads_is_never_in_want_of_a_file_that_another_one_prunes
     assert read["loads"] >= read["steps"] >= 1
     nursery.run("retain", root=root, first=22, count=1)
     assert_holds_only(root, [f"step-{step:08d}" for step in (21, 22)])
-
-
-def test_nothing_grows_with_saves_that_prune(root: Path) -> None:
-    looks = list(soak(root, 80))
-    assert not grown(looks), chart(looks)
-    assert looks[-1].checkpoints <= 5
