@@ -52,6 +52,19 @@ nitpick_ignore_regex = [
         r"py:(class|exc)",
         r"(Exception|\w+Error|Any|Callable|Mapping|Self|Sequence|JSON|Index|TypeAliasForwardRef|Literal\[.*)",
     ),
+    # Of torch and the library, under the names that modules import them by.
+    (
+        r"py:class",
+        (
+            r"(concurrent\.futures\._base\.Future|Path|Metadata|Storage(Writer|Reader)|(Save|Load)Planner"
+            r"|dist\.ProcessGroup|AsyncStager|AsyncCheckpointerType|ObjectStore|Credentials)"
+        ),
+    ),
+    # Of ours, what a page says in words.
+    (
+        r"py:class",
+        r"(Producer|Staged|dcp_async\.catalog\.retention\.CheckpointRecord|dcp_async\.formats\.(base|metadata_writer)\.\w+)",
+    ),
     # Type variables have no page.
     (r"py:(class|obj)", r"(dcp_async\.response\.)?(T|T_co)"),
 ]

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 from urllib.parse import unquote
 
 import torch
@@ -186,47 +186,56 @@ class DcpCalls:
 
     def saving(self, state: Mapping[str, Any], directory: Directory, *, overwrite: bool) -> Verb[Metadata]:
         """DCP's ``save``: returns when the checkpoint is durable. Cancellation: cancels the save."""
-        life = yield from self._enter(directory.root)
-        try:
-            response = yield from self._begin(life, state, directory, overwrite)
+        # before anything is waited for: of calls that come meanwhile each waits for the one before it
+        with _Turn(directory) as turn:
+            life = yield from self._enter(directory.root)
             try:
-                yield Wait(_upload_of(life, response))
-            except BaseException:
-                response.cancel()
+                response = yield from self._begin(life, state, directory, overwrite, turn)
+                try:
+                    yield Wait(_upload_of(life, response))
+                except BaseException:
+                    response.cancel()
+                    raise
+                response.upload_completion.result(0)  # raises its failure
+                metadata: Metadata | None = yield life.submit(
+                    life.resources.catalog.metadata(directory.name)
+                ).join()
+                assert metadata is not None  # it waits without a timeout
+                if metadata.storage_meta is not None:  # in the file stands what every copy of it may say
+                    metadata.storage_meta.checkpoint_id = str(directory)
+            except BaseException as error:
+                yield from self._leave(life, error)
                 raise
-            response.upload_completion.result(0)  # raises its failure
-            metadata: Metadata | None = yield life.submit(
-                life.resources.catalog.metadata(directory.name)
-            ).join()
-            assert metadata is not None  # it waits without a timeout
-            if metadata.storage_meta is not None:  # in the file stands what every copy of it may say
-                metadata.storage_meta.checkpoint_id = str(directory)
-        except BaseException as error:
-            yield from self._leave(life, error)
-            raise
-        yield from self._leave(life, None)
-        return metadata
+            yield from self._leave(life, None)
+            return metadata
 
     def async_saving(
         self, state: Mapping[str, Any], directory: Directory, *, overwrite: bool
     ) -> Verb[AsyncSaveResponse]:
         """DCP's ``async_save``: returns when the state may change. Cancellation: cancels the save."""
-        life = yield from self._enter(directory.root)
-        try:
-            response = yield from self._begin(life, state, directory, overwrite)
-        except BaseException as error:
-            yield from self._leave(life, error)
-            raise
-        if not self._keeps:
-            _release_after(life, response)
-        return response
+        # before anything is waited for: of calls that come meanwhile each waits for the one before it
+        with _Turn(directory) as turn:
+            life = yield from self._enter(directory.root)
+            try:
+                response = yield from self._begin(life, state, directory, overwrite, turn)
+            except BaseException as error:
+                yield from self._leave(life, error)
+                raise
+            if not self._keeps:
+                _release_after(life, response)
+            return response
 
     def _begin(
-        self, life: Lifetime, state: Mapping[str, Any], directory: Directory, overwrite: bool
+        self,
+        life: Lifetime,
+        state: Mapping[str, Any],
+        directory: Directory,
+        overwrite: bool,
+        turn: _Turn,
     ) -> Verb[AsyncSaveResponse]:
-        yield from _after_earlier(directory)
+        yield from turn.waiting()
         response = yield from Saves(life).saving(state, None, directory.name, None, overwrite, is_path=True)
-        _lands(directory, _upload_of(life, response))
+        turn.over(after=_upload_of(life, response))
         return response
 
     def loading(
@@ -308,27 +317,56 @@ _landing: dict[Directory, SignalSafeFuture[Any]] = {}
 """The last save of each directory that this process has begun: with engines that know nothing of each other,
 an older state could otherwise land after a newer one, and stay."""
 _landing_lock = threading.Lock()
+# in a forked child nothing of its parent's will ever land
+os.register_at_fork(after_in_child=_landing.clear)
+
+
+class _Turn:
+    """A save's turn among those of its directory, from its call until it has landed or failed."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._landed: SignalSafeFuture[Any] = SignalSafeFuture()
+        self._is_over = False
+        with _landing_lock:
+            self._earlier = _landing.get(directory)
+            _landing[directory] = self._landed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # one that failed is over when the one before it is: who waits for this waits for that as well
+        self.over(after=self._earlier)
+
+    def waiting(self) -> Verb[None]:
+        """Wait for the one before; its failure is told by its own handles."""
+        if self._earlier is not None:
+            yield Wait(self._earlier)
+
+    def over(self, *, after: SignalSafeFuture[Any] | None) -> None:
+        """It has landed when ``after`` is done; only the first call counts."""
+        if self._is_over:
+            return
+        self._is_over = True
+        if after is None:
+            self._end()
+        else:
+            after.add_done_callback(lambda _: self._end())
+
+    def _end(self) -> None:
+        with _landing_lock:
+            if _landing.get(self._directory) is self._landed:
+                del _landing[self._directory]
+        self._landed.set_result(None)
 
 
 def _after_earlier(directory: Directory) -> Verb[None]:
-    """Wait for the save of ``directory`` that any engine of this process has begun; its failure is told by
-    its own handles."""
+    """Wait for the save of ``directory`` that any engine of this process has begun."""
     with _landing_lock:
         earlier = _landing.get(directory)
     if earlier is not None:
         yield Wait(earlier)
-
-
-def _lands(directory: Directory, upload: SignalSafeFuture[Any]) -> None:
-    with _landing_lock:
-        _landing[directory] = upload
-
-    def ended(_: object) -> None:
-        with _landing_lock:
-            if _landing.get(directory) is upload:
-                del _landing[directory]
-
-    upload.add_done_callback(ended)
 
 
 def _release_after(life: Lifetime, response: AsyncSaveResponse) -> None:

@@ -73,10 +73,15 @@ def _path_of(url: str) -> str:
 
 
 def root_and_name(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """The root that the checkpoint ``path`` lies under, a directory or its URL, and its name there."""
+    """The root that the checkpoint ``path`` lies under, a directory or its URL, and its name there. Raises:
+    ValueError for a URL that names a whole root."""
     text = os.fspath(path)
     if isinstance(text, str) and _SCHEME.match(text):
         root, _, name = text.rstrip("/").rpartition("/")
+        if root.endswith(":/"):  # memory://name has no directory in it
+            raise ValueError(
+                f"{text!r} names a whole root; add the checkpoint's own name: '{text.rstrip('/')}/step-100'"
+            )
         return root, unquote(name) if text.lower().startswith("file:") else name
     # links are followed where it is opened: this very directory was asked for, wherever it lies
     return os.path.split(os.path.abspath(os.path.expanduser(os.fsdecode(text))))

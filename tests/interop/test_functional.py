@@ -411,6 +411,35 @@ def test_urls_are_served(call: Callable[..., Any], tmp_path: Path) -> None:
         assert target["n"] == 4
 
 
+async def test_saves_of_one_directory_that_are_called_at_once_land_in_order(tmp_path: Path) -> None:
+    directory = tmp_path / "latest"
+    calls = [
+        functional.async_save({"w": torch.full((1 << 18,), float(number))}, checkpoint_id=directory)
+        for number in range(6)
+    ]
+    for response in await asyncio.gather(*calls):
+        await response.upload_completion
+    loaded = {"w": torch.zeros(1 << 18)}
+    await functional.load(loaded, checkpoint_id=directory)
+    assert set(loaded["w"].tolist()) == {5.0}
+
+
+async def test_a_save_that_is_given_up_while_it_waits_lets_no_later_one_pass(tmp_path: Path) -> None:
+    directory, state = tmp_path / "latest", {"w": torch.zeros(1 << 18)}
+    first = asyncio.ensure_future(functional.save(state, checkpoint_id=directory))
+    await asyncio.sleep(0)
+    second = asyncio.ensure_future(functional.save({"w": torch.ones(2)}, checkpoint_id=directory))
+    await asyncio.sleep(0)
+    third = asyncio.ensure_future(functional.save({"w": torch.ones(3)}, checkpoint_id=directory))
+    await asyncio.sleep(0)
+    second.cancel()
+    await asyncio.gather(first, third)
+    assert first.done()
+    loaded = {"w": torch.zeros(3)}
+    await functional.load(loaded, checkpoint_id=directory)
+    assert loaded["w"].tolist() == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("writer", ["ours", "stock"])
 @pytest.mark.parametrize("looks", [False, True])
 def test_a_process_whose_failed_save_nobody_looked_at_does_not_end_well(

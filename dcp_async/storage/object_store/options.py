@@ -73,10 +73,19 @@ def _require_obstore(url: str) -> None:
         ) from error
 
 
+_ENDPOINT_KEYS = {"endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url"}
+
+
 def _is_plain(endpoint: str | None) -> bool:
     """Whether requests may go without TLS. obstore does not tell what it has read in the environment."""
     named = [value for name, value in os.environ.items() if name.upper().startswith("AWS_ENDPOINT")]
     return any(url.lower().startswith("http:") for url in ([endpoint] if endpoint else named))
+
+
+def _endpoint_in(settings: Mapping[str, Any]) -> str | None:
+    """The endpoint among ``settings``, under whichever of obstore's names for it."""
+    named = [value for key, value in settings.items() if key.lower() in _ENDPOINT_KEYS]
+    return str(named[0]) if named else None
 
 
 def resolve(
@@ -147,7 +156,7 @@ def _make_store(
     settings = dict(config or {})
     if endpoint is not None:
         settings["endpoint"] = endpoint
-    if scheme == "s3" and not _is_plain(endpoint or settings.get("endpoint")):
+    if scheme == "s3" and not _is_plain(endpoint or _endpoint_in(settings)):
         # TLS protects the body on its way already; to sign it costs a hash that is slower than many networks
         settings.setdefault("unsigned_payload", True)
     client: ClientConfig = {

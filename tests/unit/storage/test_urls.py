@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dcp_async.storage import LocalStorage, MemoryStorage, Storage, storage_at
+from dcp_async.storage import (
+    LocalStorage,
+    MemoryStorage,
+    ObjectStorage,
+    Storage,
+    root_and_name,
+    storage_at,
+)
 
 
 def _at(root: str | os.PathLike[str]) -> Storage:
@@ -91,3 +99,20 @@ def test_a_scheme_that_nobody_serves_is_refused_with_those_that_are(scheme: str)
 def test_a_url_that_names_nothing_says_why(url: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         _at(url)
+
+
+@pytest.mark.parametrize("url", ["memory://run1", "s3://bucket", "s3://bucket/"])
+def test_a_url_of_a_whole_root_is_no_checkpoints(url: str) -> None:
+    with pytest.raises(ValueError, match="names a whole root"):
+        root_and_name(url)
+
+
+@pytest.mark.parametrize("key", ["endpoint", "endpoint_url", "AWS_ENDPOINT_URL"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_payload_without_tls_is_signed_however_the_endpoint_is_named(
+    key: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, Any] = {}
+    monkeypatch.setattr("obstore.store.from_url", lambda url, **options: made.update(options))
+    ObjectStorage("s3://bucket/run1", config={key: f"{scheme}://127.0.0.1:9"})
+    assert made["config"].get("unsigned_payload", False) is (scheme == "https")
