@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -312,6 +313,16 @@ class StorageContract:
         await check_whole(storage, OTHER, SECOND)
         await save(storage, NAME, SECOND)
         await check_whole(storage, NAME, SECOND)
+
+    @promise
+    async def test_what_is_no_checkpoint_is_not_said_to_be_removed(self, storage: Storage) -> None:
+        begun = await write(storage, NAME, FIRST)
+        for name in (NAME, OTHER):
+            with pytest.raises(StorageError) as raised:
+                await storage.remove(name)
+            assert raised.value.errno == errno.ENOENT
+        await commit(begun, FIRST)
+        await check_whole(storage, NAME, FIRST)
 
     @promise
     async def test_a_file_that_was_opened_stays_readable_when_it_is_removed(self, storage: Storage) -> None:

@@ -181,6 +181,8 @@ class ObjectStorage:
             path = bucket.path_of(name)
             raise InUseError(f"{path} is being read", verb="remove", path=path, errno=errno.EBUSY)
         entries = await bucket.entries(name)
+        if not any(entry.name in (METADATA, FIRST_RANK_METADATA) for entry in entries):
+            raise bucket.refusal("remove", name, errno.ENOENT, "there is no such checkpoint")
         # rank 0's comes first: without a `.metadata` it is what makes the checkpoint, with one it is dead
         # weight that must not come to life when `.metadata` goes
         marks = sorted((entry.key for entry in entries if rank_of_metadata(entry.name) is not None), key=len)
