@@ -74,14 +74,16 @@ def _path_of(url: str) -> str:
 
 def root_and_name(path: str | os.PathLike[str]) -> tuple[str, str]:
     """The root that the checkpoint ``path`` lies under, a directory or its URL, and its name there. Raises:
-    ValueError for a URL that names a whole root."""
+    ValueError for a URL of a root alone."""
     text = os.fspath(path)
-    if isinstance(text, str) and _SCHEME.match(text):
-        root, _, name = text.rstrip("/").rpartition("/")
-        if root.endswith(":/"):  # memory://name has no directory in it
+    if isinstance(text, str) and (match := _SCHEME.match(text)):
+        is_file = match[1].lower() == "file"
+        root, _, name = text[match.end() :].rstrip("/").rpartition("/")
+        if not name or not (root or is_file):
             raise ValueError(
-                f"{text!r} names a whole root; add the checkpoint's own name: '{text.rstrip('/')}/step-100'"
+                f"{text!r} names no checkpoint, but at most what holds some; a checkpoint's URL is that of "
+                "its root, a slash and its name: s3://bucket/run1/step-00000100"
             )
-        return root, unquote(name) if text.lower().startswith("file:") else name
+        return match[0] + (root or "/"), unquote(name) if is_file else name
     # links are followed where it is opened: this very directory was asked for, wherever it lies
     return os.path.split(os.path.abspath(os.path.expanduser(os.fsdecode(text))))

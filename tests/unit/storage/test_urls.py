@@ -101,12 +101,6 @@ def test_a_url_that_names_nothing_says_why(url: str, why: str) -> None:
         _at(url)
 
 
-@pytest.mark.parametrize("url", ["memory://run1", "s3://bucket", "s3://bucket/"])
-def test_a_url_of_a_whole_root_is_no_checkpoints(url: str) -> None:
-    with pytest.raises(ValueError, match="names a whole root"):
-        root_and_name(url)
-
-
 @pytest.mark.parametrize("key", ["endpoint", "endpoint_url", "AWS_ENDPOINT_URL"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_payload_without_tls_is_signed_however_the_endpoint_is_named(
@@ -116,3 +110,22 @@ def test_a_payload_without_tls_is_signed_however_the_endpoint_is_named(
     monkeypatch.setattr("obstore.store.from_url", lambda url, **options: made.update(options))
     ObjectStorage("s3://bucket/run1", config={key: f"{scheme}://127.0.0.1:9"})
     assert made["config"].get("unsigned_payload", False) is (scheme == "https")
+
+
+@pytest.mark.parametrize(
+    ("url", "root", "name"),
+    [
+        ("s3://bucket/run1/step-00000001/", "s3://bucket/run1", "step-00000001"),
+        ("memory://run1/a%20b", "memory://run1", "a%20b"),
+        ("file:///a/b%20c", "file:///a", "b c"),
+        ("file:///a", "file:///", "a"),
+    ],
+)
+def test_a_checkpoint_has_the_url_of_its_root_and_a_name(url: str, root: str, name: str) -> None:
+    assert root_and_name(url) == (root, name)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket", "s3://", "gs:///a", "memory://run1/", "file://"])
+def test_the_url_of_a_root_alone_names_no_checkpoint(url: str) -> None:
+    with pytest.raises(ValueError, match="names no checkpoint"):
+        root_and_name(url)
