@@ -72,7 +72,7 @@ class Replication:
         if self._replicator is not None:
             self._waiting.setdefault(info.checkpoint_id, []).append((writer, info))
             self._replicator.add(info.checkpoint_id, info.nbytes)
-        else:
+        elif self._storage is not None:
             why = "this rank is not told; the coordinator replicates, ask there"
             writer.replicated(_error(writer.response, why))
 

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from dcp_async import CheckpointEngine, KeepLatest, ReplicationError, StorageError, Timeouts
+from dcp_async.formats import SafetensorsFormat
 from dcp_async.storage import LocalStorage, TieredStorage
 from tests.support.doubles import FaultyStorage, assert_same, blank, data_files, flip
 from tests.support.saves import SMALL, STATE, saved
@@ -325,3 +328,49 @@ async def test_a_failed_save_fails_its_replication_too(
         await saved(engine, STATE, step=1)
         with pytest.raises(FileExistsError):
             await engine.save(STATE, step=1)
+
+
+async def test_one_engine_at_a_time_replicates_a_near_directory(tiers: Tiers, tmp_path: Path) -> None:
+    async with tiers.engine() as engine, tiers_at(tmp_path) as others:
+        with tiers.faulty.hold("put") as gate:
+            response = await engine.save(STATE, step=1)
+            await gate.until_arrived()
+            async with others.engine() as other:
+                assert await other.latest() is not None
+            assert "begin" not in others.faulty.calls
+            gate.release()
+        await response.replicated
+    await check_loads(tiers.far)
+    assert not (tiers.near / ".replicating").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"concurrency": 0}, {"retry_seconds": -1.0}, {"retry_seconds": float("nan")}]
+)
+def test_options_that_can_not_be_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        TieredStorage(tmp_path / "near", tmp_path / "far", **options)
+
+
+async def test_a_storage_can_not_be_both_tiers(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    with pytest.raises(ValueError, match="the same storage"):
+        TieredStorage(storage, storage)
+    await storage.close()
+
+
+async def test_what_stock_wrote_near_is_left_alone(tiers: Tiers, caplog: pytest.LogCaptureFixture) -> None:
+    await asyncio.to_thread(dcp.save, {"w": torch.ones(3)}, checkpoint_id=tiers.near / "stock", no_dist=True)
+    async with tiers.engine() as engine:
+        assert (await engine.read("stock"))["w"].tolist() == [1.0, 1.0, 1.0]
+    assert tiers.names(tiers.far) == []
+    assert "not written by dcp_async" in caplog.text
+
+
+async def test_files_that_others_know_are_known_far_too(tiers: Tiers) -> None:
+    async with tiers.engine(format=SafetensorsFormat()) as engine:
+        await (await engine.save({"w": torch.ones(3, 4)}, step=1)).replicated
+    (near,) = (tiers.near / NAME).glob("*.safetensors")
+    assert (tiers.far / NAME / near.name).read_bytes() == near.read_bytes()
+    async with CheckpointEngine(tiers.far) as engine:
+        assert (await engine.verify()).ok

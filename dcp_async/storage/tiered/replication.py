@@ -342,6 +342,7 @@ class Replicator:
             copied=copied,
             is_current=lambda: self._is_current(name, plan.metadata),
         )
+        await reader.give_back()
         seconds = time.monotonic() - begun
         self._copied_bytes += plan.nbytes
         self._copied_seconds += seconds

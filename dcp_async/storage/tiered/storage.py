@@ -82,7 +82,7 @@ class TieredStorage:
         self.shares_files = is_sharing(self.near)
         self.gives_public_names = gives_public_names(self.near) and gives_public_names(self.far)
         # what far had when it was last looked at: a save does not wait for an answer from there
-        self._far_names: set[str] = set()
+        self._far_names: set[str] | None = None
         self._copiers: set[Copier] = set()
 
     def _storage_of(self, tier: Tier) -> Storage:
@@ -100,7 +100,6 @@ class TieredStorage:
     async def connect(self) -> None:
         await self.near.connect()
         await self.far.connect()
-        await self._look_far()
 
     async def _look_far(self) -> Sequence[StoredCheckpoint]:
         stored = await self.far.list()
@@ -119,7 +118,11 @@ class TieredStorage:
 
     async def _check_free(self, name: str, *, replace: bool, led_from: str | None) -> None:
         """Raises: FileExistsError if only far has ``name``; near says so itself."""
-        if replace or led_from is not None or name not in self._far_names:
+        if replace or led_from is not None:
+            return
+        if self._far_names is None:  # an engine has listed before it saves
+            await self._look_far()
+        if not self._far_names or name not in self._far_names:
             return
         try:  # once more: somebody else may have removed it there
             await (await self.far.open(name)).close()
@@ -195,7 +198,8 @@ class TieredStorage:
                 await copies.enter_async_context(copier.kept_from(name))
             # near first: killed between the two, far has it still, and nothing is ever copied from there
             removed = [await _remove(tier, name, unless_read) for tier in (self.near, self.far)]
-            self._far_names.discard(name)
+            if self._far_names is not None:
+                self._far_names.discard(name)
         if not any(removed):
             raise StorageError.of(
                 "remove", f"{name} in {self!r}", OSError(errno.ENOENT, "there is no such checkpoint")
@@ -214,7 +218,8 @@ class TieredStorage:
 
     def arrived(self, name: str) -> None:
         """``name`` was replicated."""
-        self._far_names.add(name)
+        if self._far_names is not None:
+            self._far_names.add(name)
 
 
 async def _remove(tier: Storage, name: str, unless_read: bool) -> bool:

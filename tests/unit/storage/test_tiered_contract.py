@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dcp_async._names import data_file, manifest_file
-from dcp_async.storage import LocalStorage, MemoryStorage, Storage, TieredStorage
+from dcp_async.storage import LocalStorage, MemoryStorage, ObjectStorage, Storage, TieredStorage
 from dcp_async.testing import StorageContract
 
 pytest.importorskip("obstore")
+
+_buckets: dict[Path, Any] = {}
 
 
 def _name(root: Path) -> str:
@@ -22,6 +25,7 @@ def _name(root: Path) -> str:
 def _cleared(tmp_path: Path) -> Iterator[None]:
     yield
     MemoryStorage.clear(_name(tmp_path))
+    _buckets.pop(tmp_path, None)
 
 
 class OnDirectories(StorageContract):
@@ -44,3 +48,10 @@ class TestNearAndFarDirectories(OnDirectories):
 class TestFarInMemory(OnDirectories):
     def storage_at(self, root: Path) -> TieredStorage:
         return TieredStorage(root / "near", f"memory://{_name(root)}")
+
+
+class TestFarInABucket(OnDirectories):
+    def storage_at(self, root: Path) -> TieredStorage:
+        from obstore.store import MemoryStore
+
+        return TieredStorage(root / "near", ObjectStorage(_buckets.setdefault(root, MemoryStore())))
