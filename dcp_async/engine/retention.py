@@ -24,6 +24,8 @@ class RetentionRuns:
         self._pruner: Pruner | None = None
         self._last = ""
         """What was committed last, whatever its step."""
+        self._far = ""
+        """What was replicated last, where there is a far tier."""
         self._is_running = False
         self._is_due = False
         life.replication.then = self.run
@@ -40,8 +42,10 @@ class RetentionRuns:
         if self._life.setup.tiered is None:
             await self.run()
 
-    async def run(self) -> None:
-        """A checkpoint is as durable as it will be. Returns as ``after``."""
+    async def run(self, far: str = "") -> None:
+        """A checkpoint is as durable as it will be; ``far``: the one that a far tier has by now. Returns as
+        ``after``."""
+        self._far = far
         policy, have = self._life.setup.retention, self._life.resources
         if policy is None or not have.coordinator.is_coordinator:
             return
@@ -67,6 +71,9 @@ class RetentionRuns:
             pinned = {self._last: "saved last"} if self._last else {}
             for writer in self._life.book.pending():
                 pinned[writer.response.checkpoint_id] = "a save is replacing it"
+            # near has newer ones, of which far may never hear
+            pinned |= dict.fromkeys(filter(None, [self._far]), "the newest that is far")
+            pinned |= dict.fromkeys(self._life.replication.left, "it is not far yet")
             await self._pruner.prune(pinned=pinned)
         except ENDINGS:
             raise

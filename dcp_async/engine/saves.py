@@ -284,7 +284,7 @@ class SaveRunner:
 
     async def _run(self, request: SaveRequest) -> None:
         writer = request.writer
-        with self._life.replication.yielding():
+        with self._life.replication.yielding(writer.response.checkpoint_id):
             await self._save(request)
         del request  # older checkpoints may take long to go, and need nothing of the state
         await self._retention.after(writer)

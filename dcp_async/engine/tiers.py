@@ -36,8 +36,8 @@ class Replication:
     engine's loop."""
 
     def __init__(self, storage: TieredStorage | None) -> None:
-        self.then: Callable[[], Awaitable[object]] | None = None
-        """Awaited when one more checkpoint is far."""
+        self.then: Callable[[str], Awaitable[object]] | None = None
+        """Awaited with the name of each checkpoint that was copied."""
         self._storage = storage
         self._replicator: Replicator | None = None
         self._grace = 0.0
@@ -62,9 +62,14 @@ class Replication:
         )
         self._replicator.start()
 
-    def yielding(self) -> AbstractContextManager[None]:
-        """Around a save, which copies let pass by."""
-        return contextlib.nullcontext() if self._replicator is None else self._replicator.yielding()
+    @property
+    def left(self) -> list[str]:
+        """The names that are to be replicated."""
+        return [] if self._replicator is None else self._replicator.left
+
+    def yielding(self, name: str) -> AbstractContextManager[None]:
+        """Around a save of ``name``, which copies let pass by."""
+        return contextlib.nullcontext() if self._replicator is None else self._replicator.pace.yielding(name)
 
     def committed(self, writer: ResponseWriter, info: CheckpointInfo) -> None:
         """The save of ``writer`` is near, which is all that there is where there is no far."""
@@ -78,10 +83,11 @@ class Replication:
 
     async def _ended(self, name: str, outcome: Outcome) -> None:
         for writer, info in self._waiting.pop(name, ()):
-            writer.replicated(info if outcome == "far" else _error(writer.response, _WHY[outcome]))
+            is_far = outcome in ("far", "there")
+            writer.replicated(info if is_far else _error(writer.response, _WHY[outcome]))
         if outcome == "far" and self.then is not None:
             try:
-                await self.then()
+                await self.then(name)
             except ENDINGS:
                 raise
             except Exception as error:

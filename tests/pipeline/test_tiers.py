@@ -233,6 +233,56 @@ async def test_retention_keeps_what_is_far_until_a_newer_one_is(tiers: Tiers) ->
     assert tiers.names(tiers.near) == tiers.names(tiers.far) == ["step-00000002"]
 
 
+async def test_retention_keeps_the_newest_that_is_far_while_newer_ones_are_not(tiers: Tiers) -> None:
+    async with tiers.engine(retention=KeepLatest(1)) as engine:
+        await (await engine.save(STATE, step=1)).replicated
+        with tiers.faulty.hold("begin", nth=2) as third, tiers.faulty.hold("put") as second:
+            for step in (2, 3):
+                await saved(engine, STATE, step=step)
+            second.release()
+            await third.until_arrived()
+            assert tiers.names(tiers.far) == ["step-00000002"]
+            assert tiers.names(tiers.near) == ["step-00000002", "step-00000003"]
+            third.release()
+    assert tiers.names(tiers.near) == tiers.names(tiers.far) == ["step-00000003"]
+
+
+async def test_near_keeps_the_newest_of_what_is_far(tmp_path: Path) -> None:
+    async with tiers_at(tmp_path, near_keeps=2) as tiers:
+        async with tiers.engine() as engine:
+            for step in range(1, 4):
+                await (await engine.save({**STATE, "n": step}, step=step)).replicated
+            with tiers.faulty.hold("put") as gate:
+                response = await engine.save(STATE, step=4)
+                await response.upload_completion
+                gate.release()
+            await response.replicated
+        assert tiers.names(tiers.near) == ["step-00000003", "step-00000004"]
+        assert len(tiers.names(tiers.far)) == 4
+        async with tiers.engine() as engine:
+            assert [info.step async for info in engine.checkpoints()] == [1, 2, 3, 4]
+            assert (await engine.read(1))["n"] == 1
+            with pytest.raises(FileExistsError):
+                await engine.save(STATE, step=1)
+            await (await engine.save({**STATE, "n": 9}, step=1, replace=True)).replicated
+            assert (await engine.read(1))["n"] == 9
+            await engine.remove(2)
+        assert tiers.names(tiers.far) == ["step-00000001", "step-00000003", "step-00000004"]
+
+
+async def test_near_keeps_what_is_not_far(tmp_path: Path) -> None:
+    async with tiers_at(tmp_path, near_keeps=1) as tiers:
+        with tiers.faulty.hold("put"):
+            async with tiers.engine(timeouts=Timeouts(exit_grace=0.01)) as engine:
+                for step in (1, 2):
+                    await saved(engine, STATE, step=step)
+        assert tiers.names(tiers.near) == ["step-00000001", "step-00000002"]
+        tiers.faulty.heal()
+        async with tiers.engine():
+            pass
+        assert tiers.names(tiers.near) == ["step-00000002"]
+
+
 async def test_a_replaced_checkpoint_is_replaced_far(tiers: Tiers) -> None:
     newer = {**STATE, "n": 2}
     async with tiers.engine() as engine:
@@ -345,7 +395,8 @@ async def test_one_engine_at_a_time_replicates_a_near_directory(tiers: Tiers, tm
 
 
 @pytest.mark.parametrize(
-    "options", [{"concurrency": 0}, {"retry_seconds": -1.0}, {"retry_seconds": float("nan")}]
+    "options",
+    [{"concurrency": 0}, {"near_keeps": 0}, {"retry_seconds": -1.0}],
 )
 def test_options_that_can_not_be_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -4,8 +4,7 @@
                    ^---- retry ----'
 
 Enters: names. Leaves: an outcome for each. Invariant: a name that waits is copied, or found removed, damaged
-or not ours to copy; what fails goes behind the others and is tried again. Each copy lets one save pass by
-that begins after it was asked for, and waits for no further one, so that saves without a pause starve none.
+or not ours to copy; what fails goes behind the others and is tried again.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, Never, TypeAlias
 
@@ -26,11 +25,14 @@ from ..base import NamesUids, Reader
 from ..deadline import LimitedStorage
 from .claim import Claim
 from .copying import CopyPlan, copy_checkpoint
+from .eviction import evict
+from .pace import Pace
 from .storage import TieredStorage
 
 logger = logging.getLogger(__name__)
 
-Outcome: TypeAlias = Literal["far", "removed", "damaged", "stale", "foreign"]
+Outcome: TypeAlias = Literal["far", "there", "removed", "damaged", "stale", "foreign"]
+"""Copied; or far had it already; or why it is not far."""
 PlanOf: TypeAlias = Callable[[str, Reader], Awaitable[CopyPlan | None]]
 """What to copy of a checkpoint; None if it is not ours. Raises CorruptCheckpointError, StorageError."""
 
@@ -82,12 +84,12 @@ class Replicator:
         self._task: asyncio.Task[None] | None = None
         self._copying: tuple[str, asyncio.Task[Outcome], SignalSafeFuture[None]] | None = None
         self._changed = asyncio.Event()
-        self._is_scanned = False
+        self._is_scanned = self._is_ending = False
         self._is_claimed: bool | None = None
         self._failures = 0
-        # saves in flight, by the order in which they began
-        self._begun = self._last_ended = 0
-        self._saves: set[int] = set()
+        self.pace = Pace()
+        self._far_names: set[str] = set()
+        """What near has is far too, since this process has looked or copied."""
         self._copied_bytes = 0
         self._copied_seconds = 0.0
         self._current_bytes = 0
@@ -98,21 +100,9 @@ class Replicator:
 
     def add(self, name: str, nbytes: int) -> None:
         """``name`` was committed near."""
-        self._waiting[name] = _Waiting(self._begun, nbytes)
+        self._far_names.discard(name)  # it may be another one
+        self._waiting[name] = _Waiting(self.pace.begun, nbytes)
         self._changed.set()
-
-    @contextmanager
-    def yielding(self) -> Iterator[None]:
-        """A save is in flight, and copies let it pass by."""
-        self._begun += 1
-        ordinal = self._begun
-        self._saves.add(ordinal)
-        try:
-            yield
-        finally:
-            self._saves.discard(ordinal)
-            self._last_ended = max(self._last_ended, ordinal)
-            self._changed.set()
 
     @asynccontextmanager
     async def kept_from(self, name: str) -> AsyncIterator[None]:
@@ -165,7 +155,7 @@ class Replicator:
 
     def _is_idle(self) -> bool:
         # what another process replicates, this one can't wait for
-        return self._is_claimed is False or (self._is_scanned and not self._waiting)
+        return self._is_claimed is False or (self._is_scanned and not self._waiting and not self._is_ending)
 
     async def stop(self) -> None:
         """End the copy that is under way; what is left stays near, and is found by the next that opens."""
@@ -218,14 +208,20 @@ class Replicator:
             waiting = self._waiting[name]
             outcome = await self._copy_as_task(name, waiting)
             self._failures = 0
-            await self._end(name, waiting, outcome)
+            self._is_ending = True  # a drain waits for this, too
+            try:
+                await self._end(name, waiting, outcome)
+                await evict(self._storage, self._near, self._may_go)
+            finally:
+                self._is_ending = False
+                self._changed.set()
 
     async def _scan(self) -> None:
         far = {entry.name: entry for entry in await self._far.list() if entry.committed}
         near = [entry for entry in await self._near.list() if entry.committed]
         # those that both have may be of two saves, which a look at each tells
         near.sort(key=lambda entry: (entry.name in far, entry.modified))
-        self._waiting = {entry.name: _Waiting(self._begun) for entry in near} | self._waiting
+        self._waiting = {entry.name: _Waiting(self.pace.begun) for entry in near} | self._waiting
         self._is_scanned = True
         self._changed.set()
 
@@ -270,8 +266,18 @@ class Replicator:
         if self._waiting.get(name) is waiting:  # else it was saved again meanwhile
             await self._ended(name, outcome)
         if self._waiting.get(name) is waiting:
+            if outcome in ("far", "there"):
+                self._far_names.add(name)
             del self._waiting[name]
-        self._changed.set()
+
+    def _may_go(self, name: str) -> bool:
+        """Whether far has what near has under ``name``, and nobody is about to change that."""
+        return (
+            name in self._far_names
+            and name not in self._waiting
+            and name not in self._kept
+            and not self.pace.is_saving(name)
+        )
 
     async def _copy(self, name: str, waiting: _Waiting) -> Outcome:
         try:
@@ -280,7 +286,7 @@ class Replicator:
             return "removed"
         try:
             if (far := await self._far_metadata(name)) is not None and far == await _metadata(reader):
-                return self._arrived(name)
+                return "there"
             plan = await self._plan_near(name, reader)
             if isinstance(plan, str):
                 return plan
@@ -320,12 +326,6 @@ class Replicator:
     ) -> Outcome:
         begun = time.monotonic()
 
-        async def turn() -> None:
-            # past the first save that began after this was asked for
-            while self._saves and self._last_ended <= waiting.since:
-                self._changed.clear()
-                await self._changed.wait()
-
         def copied(nbytes: int) -> None:
             self._current_bytes += nbytes
 
@@ -338,7 +338,7 @@ class Replicator:
             concurrency=self._storage.concurrency,
             threads=self._threads,
             timeout=self._timeout,
-            turn=turn,
+            turn=lambda: self.pace.turn(waiting.since),
             copied=copied,
             is_current=lambda: self._is_current(name, plan.metadata),
         )
@@ -347,9 +347,6 @@ class Replicator:
         self._copied_bytes += plan.nbytes
         self._copied_seconds += seconds
         logger.info("replicated %s: %d bytes in %.3f s", name, plan.nbytes, seconds)
-        return self._arrived(name)
-
-    def _arrived(self, name: str) -> Outcome:
         self._storage.arrived(name)
         return "far"
 

@@ -8,6 +8,7 @@ gone from both, and nothing copies it back; a name that both have means what is 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -16,6 +17,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanag
 from dataclasses import replace as replaced
 from typing import Protocol, TypeAlias
 
+from ..._concurrency import SignalSafeFuture
 from ...errors import StorageError
 from ..base import (
     LinkError,
@@ -60,7 +62,15 @@ class TieredStorage:
     Owns the storages that it makes of paths and URLs; those that it was given are the caller's to close.
     """
 
-    def __init__(self, near: Tier, far: Tier, *, concurrency: int = 4, retry_seconds: float = 1.0) -> None:
+    def __init__(
+        self,
+        near: Tier,
+        far: Tier,
+        *,
+        concurrency: int = 4,
+        retry_seconds: float = 1.0,
+        near_keeps: int | None = None,
+    ) -> None:
         """
         Args:
             near: where saves go: a storage, or the path or URL of one.
@@ -68,15 +78,19 @@ class TieredStorage:
             concurrency: parts on their way from near to far at a time; each takes 8 MiB of memory.
             retry_seconds: the pause before what could not be replicated is tried again; it doubles up to a
                 minute.
+            near_keeps: how many checkpoints stay near, the newest, once they are far; the others are read
+                from there. None: all that far has.
         Raises: ValueError.
         """
         if concurrency < 1:
             raise ValueError(f"TieredStorage(concurrency=...) is at least 1, not {concurrency}")
         if not retry_seconds >= 0:
             raise ValueError(f"TieredStorage(retry_seconds=...) is at least 0, not {retry_seconds}")
+        if near_keeps is not None and near_keeps < 1:
+            raise ValueError(f"TieredStorage(near_keeps=...) is at least 1, not {near_keeps}")
         if near is far:
             raise ValueError(f"near and far are the same storage, {near!r}")
-        self.concurrency, self.retry_seconds = concurrency, retry_seconds
+        self.concurrency, self.retry_seconds, self.near_keeps = concurrency, retry_seconds, near_keeps
         self._made: list[Storage] = []
         self.near, self.far = self._storage_of(near), self._storage_of(far)
         self.shares_files = is_sharing(self.near)
@@ -84,6 +98,8 @@ class TieredStorage:
         # what far had when it was last looked at: a save does not wait for an answer from there
         self._far_names: set[str] | None = None
         self._copiers: set[Copier] = set()
+        self._evicted: dict[str, SignalSafeFuture[None]] = {}
+        """Names that are being removed near."""
 
     def _storage_of(self, tier: Tier) -> Storage:
         if not isinstance(tier, (str, os.PathLike)):
@@ -118,6 +134,8 @@ class TieredStorage:
 
     async def _check_free(self, name: str, *, replace: bool, led_from: str | None) -> None:
         """Raises: FileExistsError if only far has ``name``; near says so itself."""
+        if led_from is None and (evicted := self._evicted.get(name)) is not None:
+            await asyncio.wrap_future(evicted)  # or it would take the new one for the old
         if replace or led_from is not None:
             return
         if self._far_names is None:  # an engine has listed before it saves
@@ -215,6 +233,16 @@ class TieredStorage:
             yield
         finally:
             self._copiers.discard(copier)
+
+    @contextmanager
+    def evicting(self, name: str) -> Iterator[None]:
+        """Within it ``name``, which far has, is removed near, and no save of it begins."""
+        evicted = self._evicted[name] = SignalSafeFuture()
+        try:
+            yield
+        finally:
+            del self._evicted[name]
+            evicted.set_result(None)
 
     def arrived(self, name: str) -> None:
         """``name`` was replicated."""
