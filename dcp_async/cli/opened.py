@@ -13,26 +13,22 @@ from collections.abc import AsyncIterator
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import BlockingThreads
-from ..catalog import Catalog, PathOpener
+from ..catalog import Catalog, PathOpener, Pruner, Retention, RetentionPlan
 from ..errors import CheckpointNotFoundError, CorruptCheckpointError
 from ..info import VerifyReport
 from ..options import Timeouts
 from ..storage import LocalStorage, root_and_name
 from ..trust import Trust
-from .places import IO_CONCURRENCY, not_a_checkpoint, storage_of
+from .places import IO_CONCURRENCY, no_metadata, not_a_checkpoint, storage_of
 from .terminal import count
 
 
 @contextlib.asynccontextmanager
-async def catalog_of(
-    path: str, *, follow_links: bool = False, is_root: bool = False
-) -> AsyncIterator[tuple[Catalog, str]]:
+async def catalog_of(path: str, *, follow_links: bool = False) -> AsyncIterator[tuple[Catalog, str]]:
     """What opens the checkpoint ``path``, or the safetensors files there, and its name. Raises
     CheckpointNotFoundError, which says what to give instead.
-
-    ``is_root``: ``path`` is what checkpoints lie under; then there is no name.
     """
-    root, name = (path, "") if is_root else root_and_name(path)
+    root, name = root_and_name(path)
 
     async def metadata_of(name: str) -> Metadata:
         return await catalog.metadata(name)
@@ -42,7 +38,7 @@ async def catalog_of(
         threads = BlockingThreads("dcp_async-cli", IO_CONCURRENCY + 1)
         stack.callback(threads.shutdown)
         storage = await stack.enter_async_context(storage_of(root, follow_links=follow_links))
-        if isinstance(storage, LocalStorage) and not is_root:
+        if isinstance(storage, LocalStorage):
             opener = PathOpener(
                 os.fspath(storage.root),
                 storage,
@@ -74,8 +70,13 @@ def refuse_damaged(source: str, report: VerifyReport, undone: str) -> None:
         )
 
 
-async def newest_whole(root: str) -> str | None:
-    """The name of the newest checkpoint under ``root`` whose files are all there and of their lengths."""
-    async with catalog_of(root, is_root=True) as (catalog, _):
-        info, _ = await catalog.latest()
-        return None if info is None else info.checkpoint_id
+async def plan_of(root: str, policy: Retention) -> RetentionPlan:
+    """What a save under ``policy`` would keep of ``root`` and what not: links are heeded, and those of the
+    newest that are not whole count for nothing, and are in neither."""
+    threads = BlockingThreads("dcp_async-cli", IO_CONCURRENCY + 1)
+    try:
+        async with storage_of(root) as storage:
+            catalog = Catalog(storage, threads, no_metadata, timeout=Timeouts().storage)
+            return await Pruner(catalog, storage, policy, threads).plan()
+    finally:
+        threads.shutdown()

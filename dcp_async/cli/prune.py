@@ -23,7 +23,7 @@ from ..catalog import (
 from ..storage import InUseError
 from .places import Place, no_metadata, run, storage_of
 from .removal import Condemned, confirm, dry_run_option, entry, remove, report, yes_option
-from .terminal import Column, Refused, common, wants_json, write, write_table
+from .terminal import Column, common, wants_json, write, write_table
 
 _COLUMNS = (Column("KEPT", least=12), Column("BY", least=12, is_prose=True))
 
@@ -77,8 +77,9 @@ def prune(
 ) -> None:
     """Remove the checkpoints under ROOT that none of the --keep options keeps.
 
-    What one of them keeps stays; so do the newest, the newest that is whole, those without a step, those that
-    can't be read, and those that are being read.
+    What one of them keeps stays; so do the newest that is whole, those without a step, those that a link
+    leads to, those that can't be read, and those that are being read. What is found damaged stays, and
+    counts for none of those that are kept.
     """
     policies: list[Retention] = list(keep_best)
     if keep_latest is not None:
@@ -103,19 +104,25 @@ def prune(
 
 async def _planned(root: str, policy: Retention) -> tuple[dict[str, Listed], RetentionPlan]:
     async with storage_of(root) as storage:
-        rows = {row.stored.name: row for row in await survey(storage, no_metadata) if row.stored.committed}
+        listed = await survey(storage, no_metadata)
+    rows = {row.stored.name: row for row in listed if row.stored.committed}
     infos = [row.info for row in rows.values() if row.info is not None]
-    plan = plan_retention(infos, policy)
+    # a link is somebody's word that what it leads to shall stay
+    linked = {row.stored.alias_of: f"the link {row.stored.name!r}" for row in listed if row.stored.alias_of}
+    plan = plan_retention(infos, policy, pinned=linked)
     if plan.removed:
-        from .opened import newest_whole  # torch, where nothing would go without it
+        from .opened import plan_of  # torch, where nothing would go without it
 
-        # the newest may be damaged: then what a run goes on from is an older one, whatever the policy says
-        whole = await newest_whole(root)
-        if whole is None:
-            raise Refused(f"none of the checkpoints in {root} is whole, so none is removed")
-        plan = plan_retention(infos, policy, pinned={whole: "the newest that is whole"})
-    unread = {name: ("can't be read",) for name, row in rows.items() if row.info is None}
-    return rows, RetentionPlan(kept={**plan.kept, **unread}, removed=plan.removed)
+        # those that are damaged count for nothing: a run goes on from what is whole
+        plan = await plan_of(root, policy)
+    # neither what was not listed, nobody being asked about it, nor what does not say what it is
+    removed = tuple(name for name in plan.removed if name in rows and rows[name].info is not None)
+    others = {
+        name: ("can't be read" if row.info is None else "not whole",)
+        for name, row in rows.items()
+        if name not in plan.kept and name not in removed
+    }
+    return rows, RetentionPlan(kept={**plan.kept, **others}, removed=removed)
 
 
 async def _removed(root: str, condemned: Iterable[Condemned]) -> list[dict[str, Any]]:

@@ -332,8 +332,28 @@ def test_prune_keeps_the_newest_that_is_whole_and_those_that_are_not(run: Run, r
     ran = run("prune", runs, "--keep-latest", "1", "--yes", "--json")
     assert ran.status == 0
     assert ran.document["removed"] == []
-    assert ran.document["kept"][step(2)] == ["the newest that is whole"]
+    assert ran.document["kept"][step(2)] == ["the newest", "KeepLatest(1)"]
+    assert ran.document["kept"][step(3)] == ["not whole"]
     assert ran.document["kept"][step(1)] == ["can't be read"]
+
+
+def test_prune_counts_as_a_save_does(run: Run, tmp_path: Path) -> None:
+    with CheckpointEngine(tmp_path) as engine:
+        for number in range(6):
+            engine.save({"w": torch.ones(2)}, step=number).upload_completion.result()
+    (tmp_path / "best").symlink_to(step(1))
+    for number in (4, 5):
+        data_files(tmp_path / step(number))[0].unlink()
+    document = run("prune", tmp_path, "--keep-latest", "2", "--yes", "--json").document
+    assert document["kept"] == {
+        step(1): ["the link 'best'"],
+        step(2): ["KeepLatest(2)"],
+        step(3): ["the newest", "KeepLatest(2)"],
+        step(4): ["not whole"],
+        step(5): ["not whole"],
+    }
+    assert [entry["path"] for entry in document["removed"]] == [str(tmp_path / step(0))]
+    assert (tmp_path / "best" / ".metadata").exists()
 
 
 def test_prune_spares_what_is_being_read(run: Run, runs: Path) -> None:
