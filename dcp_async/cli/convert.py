@@ -47,6 +47,10 @@ def convert(source: str, target: str, form: str, weights: str | None, follow_lin
     # before an hour of reading, and since a file of torch.save would be replaced
     if os.path.lexists(path):
         raise FileExistsError(f"{path} is there already; nothing was written")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no directory {path.parent} to write {path.name} into; make it first"
+        )
     nbytes = run(_converted(source, path, form, weights, follow_links))
     if wants_json():
         write_json({"source": source, "target": str(path), "format": form, "nbytes": nbytes})

@@ -466,6 +466,15 @@ def test_cp_into_the_source_itself_is_refused_and_leaves_it_as_it_is(run: Run, r
     assert os.listdir(runs / step(1)) == before
 
 
+@pytest.mark.parametrize("form", ["dcp", "torch"])
+def test_convert_into_a_directory_that_is_not_there_names_it(
+    run: Run, runs: Path, tmp_path: Path, form: str
+) -> None:
+    ran = run("convert", runs / step(1), tmp_path / "nothing" / "one", "--to", form)
+    assert ran.status == 3
+    assert f"there is no directory {tmp_path / 'nothing'} to write one into" in ran.err
+
+
 def test_convert_over_something_is_refused(run: Run, runs: Path) -> None:
     assert run("convert", runs / step(1), runs / step(2), "--to", "dcp").status == 4
 
