@@ -10,7 +10,18 @@ import click
 
 from ..catalog import Listed, survey
 from .places import Place, info_document, no_metadata, run, storage_of
-from .terminal import Column, common, count, size_text, time_text, wants_json, write, write_json, write_table
+from .terminal import (
+    Column,
+    common,
+    count,
+    printable,
+    size_text,
+    time_text,
+    wants_json,
+    write,
+    write_json,
+    write_table,
+)
 
 _COLUMNS = (
     Column("NAME", least=12),
@@ -50,7 +61,7 @@ def ls(root: str, show_all: bool, last: int | None) -> None:
     # of some, the bytes of all would be a lie
     if last and len(committed) > last:
         what = f"{last} of {count(len(committed), 'checkpoint')}"
-    write(f"{what} in {root}{_hint(root) if not rows else ''}")
+    write(printable(f"{what} in {root}{_hint(root) if not rows else ''}"))
 
 
 def _hint(root: str) -> str:

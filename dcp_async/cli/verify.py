@@ -76,7 +76,7 @@ def _print(report: VerifyReport) -> None:
             f": {count(len(report.damage), 'range')} in {count(len(files), 'file')}, "
             f"{count(len(names), 'tensor or leaf', 'tensors and leaves')}"
         )
-    write(f"{report.checkpoint_id}: {verdict}; {read}")
+    write(f"{printable(report.checkpoint_id)}: {verdict}; {read}")
     if report.unrecorded:
         what = count(len(report.unrecorded), "tensor or leaf was", "tensors and leaves were")
         write(f"{what} read, but nothing recorded a checksum of their bytes")

@@ -447,6 +447,17 @@ def test_convert_of_a_damaged_file_of_torch_save_leaves_nothing(run: Run, tmp_pa
     assert os.listdir(tmp_path) == ["one.pt"]
 
 
+def test_a_directory_s_name_is_no_command_to_the_terminal(run: Run, tmp_path: Path) -> None:
+    root = tmp_path / "\x1b[2J"
+    with CheckpointEngine(root) as engine:
+        engine.save({"w": torch.ones(2)}, checkpoint_id="a").upload_completion.result()
+    path = (root / "a").rename(root / "a\x1b]0;b")
+    for arguments in (("ls", root), ("show", path), ("verify", path), ("cp", path, tmp_path / "\x1b[3J")):
+        ran = run(*arguments)
+        assert ran.status == 0
+        assert "\x1b" not in ran.out + ran.err
+
+
 def test_cp_takes_nothing_of_others_for_what_a_killed_copy_left(run: Run, runs: Path, tmp_path: Path) -> None:
     theirs = tmp_path / ".new.copy-mine"
     theirs.mkdir()
