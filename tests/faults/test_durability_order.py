@@ -153,7 +153,7 @@ MOST_SYNCS = 20
 
 @BOTH
 def test_failing_sync_is_final_though_another_one_would_succeed(
-    nursery: Nursery, root: Path, replace: bool
+    nursery: Nursery, root: Path, replace: bool, kills: int
 ) -> None:
     # The system reports an error of writing back once: a second sync succeeds, and the bytes are lost.
     base, step, kinds = root / "base", 1 if replace else 2, set()
@@ -182,10 +182,11 @@ def test_failing_sync_is_final_though_another_one_would_succeed(
             assert not published, f"{path} is not durable, and .metadata was made"
         # a fresh one is taken away again; what replace has overwritten can't come back
         old = {"step-00000001": 2 if replace and published else 1}
-        left = nursery.run("inspect", root=work, kind="numbers", then_save=True)
-        assert versions(left, when=f"after a failing sync of {path}") == old
-        assert versions(left["swept"], when="swept after it") == old | {"step-00000900": 0}
-        assert left["swept"]["leftovers"] == [], path
+        if kills >= 50 or nth % 3 == 0:  # by default what each third one leaves
+            left = nursery.run("inspect", root=work, kind="numbers", then_save=True)
+            assert versions(left, when=f"after a failing sync of {path}") == old
+            assert versions(left["swept"], when="swept after it") == old | {"step-00000900": 0}
+            assert left["swept"]["leftovers"] == [], path
         nursery.forget(child)
         shutil.rmtree(work)
     assert kinds == {".distcp", ".json", ".tmp", "directory"}

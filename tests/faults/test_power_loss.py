@@ -21,7 +21,7 @@ from tests.faults.mounts import image_of, mounted_image, small_ext4
 from tests.faults.power import CrashState, Medium, tree_of
 from tests.faults.states import flat, numbers
 
-SAMPLE = 24
+SAMPLE = 16
 """States of each kind that are looked at where --kills is small; all of them else."""
 SUBSETS = 1000
 Found = dict[str, int]
@@ -85,8 +85,8 @@ def test_power_loss_in_a_save_leaves_the_old_one_or_the_new_one(
     counts = look_at(Medium(root, before, trace), tmp_path / "work", kills, judge)
 
     tell(dict(counts))
-    assert counts[str(old)] >= 3
-    assert counts[str(old | new)] >= 3
+    assert counts[str(old)] >= 1
+    assert counts[str(old | new)] >= 1
 
 
 @pytest.mark.timeout(300)
