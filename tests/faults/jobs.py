@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.utils.data
 
@@ -289,6 +290,9 @@ def save(
     attach: bool = False,
     trace: str = "",
     sync_fails_at: int = 0,
+    world: int = 1,
+    rank: int = 0,
+    port: int = 0,
 ) -> None:
     """Opens, saves one version, closes; reports the outcome. Counts start before `open()` and end after
     `close()`.
@@ -298,9 +302,14 @@ def save(
     .metadata is linked or renamed. `halt`: wait at the gate before every changing call. `hold`: before each
     write of data. `is_late`: after one token the deadlines of all calls pass, the second one ends the wait.
     `trace`: a file for what a power cut could have taken. `sync_fails_at`: the n-th sync fails with EIO, and
-    those after it would not.
+    those after it would not. `world`: how many ranks save together, the first of which tells the others the
+    `port` of its store.
     """
     line = context.line
+    if world > 1:
+        store = dist.TCPStore("127.0.0.1", port, world, is_master=rank == 0, wait_for_workers=False)
+        line.report("serving", port=store.port)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     loops: list[asyncio.AbstractEventLoop] = []
 
     def new_loop() -> asyncio.AbstractEventLoop:
@@ -367,6 +376,8 @@ def save(
                 line.report("outcome", outcome="committed")
 
     asyncio.run(main())
+    if world > 1:
+        dist.destroy_process_group()
     if trace:
         traced.dump(trace)
     line.report("done", count=counter.count, log=recorder.log)

@@ -153,6 +153,64 @@ def test_attached_files_are_those_of_the_checkpoint_wherever_a_save_is_killed(
     assert {point.where: point.strays for point in points if point.strays} == {}
 
 
+def save_together(nursery: Nursery, root: Path, *, victim: int, die_at: int, **args: object) -> list[Child]:
+    """Two ranks, of which one is killed at its n-th call and the other one as soon as that is known, as
+    launchers do. Gives the victim first."""
+    first = nursery.start("save", root=root, world=2, die_at=die_at if victim == 0 else 0, **args)
+    port = first.expect("serving")["port"]
+    other = nursery.start(
+        "save", root=root, world=2, rank=1, port=port, die_at=die_at if victim == 1 else 0, **args
+    )
+    ranks = [first, other] if victim == 0 else [other, first]
+    ranks[0].rest()
+    if ranks[0].wait() != 0:
+        ranks[1].kill()
+    ranks[1].rest()
+    return ranks
+
+
+TWO_RANKS = [
+    pytest.param(True, 0, id="replace, rank 0"),
+    pytest.param(True, 1, id="replace, rank 1", marks=pytest.mark.faults_session),
+    pytest.param(False, 0, id="fresh, rank 0", marks=pytest.mark.faults_session),
+    pytest.param(False, 1, id="fresh, rank 1", marks=pytest.mark.faults_session),
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("replace", "victim"), TWO_RANKS)
+def test_save_of_two_ranks_of_which_one_is_killed_at_each_call_leaves_old_or_new(
+    nursery: Nursery, root: Path, replace: bool, victim: int, kills: int, tell: Callable[[object], None]
+) -> None:
+    base, step = root / "base", 1 if replace else 2
+    save_together(nursery, base, victim=0, die_at=0, version=1, step=1)
+    assert len(list(base.glob("step-00000001/*.distcp"))) == 2, "one rank has nothing to write"
+    old, new = {"step-00000001": 1}, {f"step-{step:08d}": 2}
+    stride = 1 if kills >= 50 else 9
+    for at in range(random.Random(kills).randint(1, stride), MOST_CALLS, stride):
+        work = root / str(at)
+        shutil.copytree(base, work)
+        ranks = save_together(nursery, work, victim=victim, die_at=at, version=2, step=step, replace=replace)
+        status, dies = ranks[0].wait(), ranks[0].said("dies")
+        where = dies[0]["call"] if dies else "the end"
+        assert status == (-9 if dies else 0), f"status {status} at {where}\n{ranks[0].stderr()}"
+        left = nursery.run("inspect", root=work, kind="numbers", then_save=True)
+        found = versions(left, when=f"killed at {where}")
+        assert found in (old, old | new), where
+        if not dies or any(committed(rank) for rank in ranks):
+            assert found == old | new, f"reported as committed, killed at {where}"
+        later = versions(left["swept"], when=f"swept after a kill at {where}")
+        assert later == found | {"step-00000900": 0}, f"a later save changed what was left at {where}"
+        assert left["swept"]["leftovers"] == [], where
+        for rank in ranks:
+            nursery.forget(rank)
+        shutil.rmtree(work)
+        if not dies:
+            tell(f"killed at {at - 1} calls")
+            return
+    raise AssertionError("the save never came to its end")
+
+
 @pytest.mark.parametrize("replace", [False, True], ids=["fresh", "replace"])
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 def test_save_with_error_at_each_call_fails_whole_and_next_save_works(
