@@ -19,7 +19,7 @@ from tests.faults.harness import Nursery
 from tests.faults.jobs import STEPS_OF_ANOTHER, leftovers
 from tests.faults.mounts import image_of, mounted_image, small_ext4
 from tests.faults.power import CrashState, Medium, tree_of
-from tests.faults.states import flat, numbers
+from tests.faults.states import files_of, flat, numbers
 
 SAMPLE = 16
 """States of each kind that are looked at where --kills is small; all of them else."""
@@ -36,6 +36,9 @@ def versions_in(engine: sync.CheckpointEngine, root: Path, wanted: dict[int, Any
         leaves = flat(engine.read(info))
         version = int(leaves["/'label'"].strip("'").split()[1])
         assert leaves == wanted[version], f"{info.checkpoint_id} is not what was saved: {where}"
+        with engine.checkpoint(info) as checkpoint:
+            attached = {name: bytes(checkpoint.file(name)) for name in checkpoint.files}
+        assert attached in ({}, files_of(version)), f"{info.checkpoint_id} has other files: {where}"
         found[info.checkpoint_id] = version
     published = {path.parent.name for path in root.glob("*/.metadata")}
     assert published == set(found), f"a .metadata that is no checkpoint: {where}"
@@ -68,14 +71,23 @@ def look_at(
 
 
 @BOTH
+@pytest.mark.parametrize(
+    "attach", [False, pytest.param(True, marks=pytest.mark.faults_session)], ids=["", "attached files"]
+)
 @pytest.mark.timeout(300)
 def test_power_loss_in_a_save_leaves_the_old_one_or_the_new_one(
-    nursery: Nursery, root: Path, tmp_path: Path, replace: bool, kills: int, tell: Callable[[object], None]
+    nursery: Nursery,
+    root: Path,
+    tmp_path: Path,
+    replace: bool,
+    attach: bool,
+    kills: int,
+    tell: Callable[[object], None],
 ) -> None:
-    nursery.run("save", root=root, version=1, step=1)
+    nursery.run("save", root=root, version=1, step=1, attach=attach)
     before = tree_of(root)
     step, trace = 1 if replace else 2, tmp_path / "trace"
-    nursery.run("save", root=root, version=2, step=step, replace=replace, trace=trace)
+    nursery.run("save", root=root, version=2, step=step, replace=replace, trace=trace, attach=attach)
     old, new = {"step-00000001": 1}, {f"step-{step:08d}": 2}
 
     def judge(state: CrashState, found: Found) -> None:
