@@ -161,7 +161,8 @@ class SafetensorsFormat(DistcpFormat):
             logger.warning(
                 "%d tensors can't be in a safetensors file and lie beside it, for dcp_async alone: %s",
                 len(left_out),
-                ", ".join(left_out[:3]),
+                # a lone surrogate is no character, and would break the log's own file
+                ", ".join(left_out[:3]).encode(errors="backslashreplace").decode(),
             )
         # longest elements first, as safetensors does: then each lies at a multiple of its own, without a gap;
         # by name, or which rank speaks first would decide

@@ -202,7 +202,7 @@ async def test_a_newest_checkpoint_that_is_removed_before_it_is_open_is_no_end_o
             target = state(0)
             call = engine.load(target) if verb == "load" else engine.read()
             if len(gone) == 3:
-                with pytest.raises(CheckpointNotFoundError, match="is not committed"):
+                with pytest.raises(CheckpointNotFoundError, match="no checkpoint is committed"):
                     await call
                 assert target["n"] == 0
             else:
