@@ -95,8 +95,10 @@ class TensorMatcher:
                 match.convertible = match.convertible or castable
             return
         assert isinstance(meta, TensorStorageMetadata)
+        # of a DTensor this rank may have no part to ask, and a ShardedTensor refuses to be asked
+        is_meta = type(tensor) is DTensor and tensor.is_meta
         # a list, no generator: this runs once for every tensor
-        if not [region for region in regions if region.tensor.is_meta] and not tensor.is_meta:
+        if not is_meta and not [region for region in regions if region.tensor.is_meta]:
             match.tensors[name] = regions
         elif name in self._targets.local:
             if type(tensor) is DTensor and is_raw(meta, name, self._contents):

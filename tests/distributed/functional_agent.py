@@ -96,5 +96,6 @@ class FunctionalAgent(Agent):
         rank = dist.get_rank()
         await functional.save({"rank": rank}, checkpoint_id=f"{root}/alone{rank}", no_dist=True)
         target = {"rank": -1}
+        dist.barrier()  # what rank 0 saves is there
         await functional.load(target, checkpoint_id=f"{root}/alone{1 - rank if rank else 0}", no_dist=True)
         return target["rank"]
