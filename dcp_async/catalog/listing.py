@@ -22,6 +22,7 @@ from ..errors import StorageError
 from ..formats import Manifest, ManifestError, decode_head
 from ..info import CheckpointInfo
 from ..storage import Glimpse, Glimpses, Reader, Storage, StoredCheckpoint
+from .order import ascending
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -58,14 +59,19 @@ async def survey(storage: Storage, metadata_of: Callable[[str], Awaitable[Metada
     with collection_paused():  # of thousands, it is as many objects
         rows = [looks.at_once(glimpse) for glimpse in glimpses]
     await looks.open_others([index for index, row in enumerate(rows) if row is None], glimpses, rows)
-    return sorted((row for row in rows if row is not None), key=_order)
+    # by name first, so that a list does not depend on the medium's order
+    listed = {row.stored.name: row for row in rows if row is not None}
+    names = sorted(listed)
+    committed = [listed[name] for name in names if listed[name].stored.committed]
+    others = [listed[name] for name in names if not listed[name].stored.committed]
+    return [listed[name] for part in (committed, others) for name in ascending(map(_told, part))]
 
 
-def _order(row: Listed) -> tuple[bool, bool, int, float, str]:
-    """As ``Catalog`` has it; the name last, so that a list does not depend on the medium's order."""
+def _told(row: Listed) -> tuple[str, int | None, float]:
+    """What a row is put in order by."""
     stored = row.stored
     step = row.info.step if row.info is not None else last_number(stored.name)
-    return not stored.committed, step is not None, step or 0, stored.modified, stored.name
+    return stored.name, step, stored.modified
 
 
 class _Survey:

@@ -48,6 +48,16 @@ async def test_it_tells_what_the_engine_tells_in_the_engines_order(tmp_path: Pat
     assert not any(row.problem for row in listed)
 
 
+async def test_names_that_count_are_in_the_engines_order_whatever_their_times(tmp_path: Path) -> None:
+    names = ["checkpoint-7", "checkpoint-10", "other"]
+    async with CheckpointEngine(tmp_path) as engine:
+        for name in reversed(names):  # as a copy may leave them
+            await (await engine.save(state(), checkpoint_id=name)).upload_completion
+        expected = [info.checkpoint_id async for info in engine.checkpoints()]
+    assert expected == ["other", "checkpoint-7", "checkpoint-10"]
+    assert [row.stored.name for row in await rows(LocalStorage(tmp_path))] == expected
+
+
 async def test_one_that_is_damaged_hides_no_other(tmp_path: Path) -> None:
     async with CheckpointEngine(tmp_path) as engine:
         for step in (1, 2, 3):
