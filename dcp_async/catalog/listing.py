@@ -22,6 +22,7 @@ from ..errors import StorageError
 from ..formats import Manifest, ManifestError, decode_head
 from ..info import CheckpointInfo
 from ..storage import Glimpse, Glimpses, Reader, Storage, StoredCheckpoint
+from .described import info_of
 from .order import ascending
 
 if TYPE_CHECKING:
@@ -89,7 +90,9 @@ class _Survey:
         if glimpse.manifest is not None:
             try:
                 return Listed(
-                    stored=stored, info=self._info(stored, decode_head(glimpse.manifest)), problem=""
+                    stored=stored,
+                    info=info_of(stored.name, decode_head(glimpse.manifest), self._metadata_of),
+                    problem="",
                 )
             except ManifestError as error:
                 if len(glimpse.manifest) == HEAD_BYTES:  # cut: it may be of thousands of files
@@ -129,7 +132,12 @@ class _Survey:
             await reader.close()
         if manifest is None and is_ours:
             return Listed(stored=stored, info=None, problem="no manifest belongs to its .metadata")
-        info = self._stock(stored, None) if manifest is None else self._info(stored, manifest)
+        if manifest is None:
+            return Listed(stored=stored, info=self._stock(stored, None), problem="")
+        return self._by_manifest(stored, manifest)
+
+    def _by_manifest(self, stored: StoredCheckpoint, manifest: Manifest) -> Listed:
+        info = info_of(stored.name, manifest, self._metadata_of)
         return Listed(stored=stored, info=info, problem="")
 
     def _without_manifest(self, stored: StoredCheckpoint, files: Mapping[str, int]) -> Listed:
@@ -137,21 +145,6 @@ class _Survey:
         if any(owned_file(name) for name in files):
             return Listed(stored=stored, info=None, problem="its manifest is missing")
         return Listed(stored=stored, info=self._stock(stored, files), problem="")
-
-    def _info(self, stored: StoredCheckpoint, manifest: Manifest) -> CheckpointInfo:
-        return CheckpointInfo(
-            checkpoint_id=stored.name,
-            step=manifest.step,
-            time=manifest.time,
-            nbytes=sum(file.nbytes for file in manifest.files),
-            num_files=len(manifest.files),
-            world_size=manifest.world_size,
-            torch_version=manifest.torch_version,
-            producer="dcp_async",
-            notes=manifest.notes,
-            files={entry.name: entry.nbytes for entry in manifest.attached},
-            _metadata=self._metadata_of,
-        )
 
     def _stock(self, stored: StoredCheckpoint, files: Mapping[str, int] | None) -> CheckpointInfo:
         """Stock says nothing of itself: names and lengths are all there is, short of decoding."""

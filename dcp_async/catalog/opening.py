@@ -24,11 +24,12 @@ from ..errors import (
     StorageError,
     UntrustedCheckpointError,
 )
-from ..formats import ItemKey, Manifest, ManifestError, ManifestGist, decode_gist, locations_of, transforms_of
+from ..formats import ItemKey, ManifestError, ManifestGist, decode_gist, locations_of, transforms_of
 from ..info import CheckpointInfo, VerifyReport
 from ..storage import LinkError, ReadableStorage, Reader, UnreadableError
 from .contents import Contents
 from .decoding import RawMetadata, decoded, digest_of, manifest_of, read_raw
+from .described import info_of
 from .file_checks import check_files, open_files
 from .verification import Progress, Verification
 
@@ -248,7 +249,7 @@ class Opener:
             locations = locations_of(name, await decoded(name, raw, self._threads))
             return await self._stock_info(name, reader, raw, locations)
         await open_files(name, reader, manifest)
-        return self._info(name, manifest)
+        return info_of(name, manifest, self._metadata_of)
 
     async def _contents(self, name: str, reader: Reader, raw: RawMetadata) -> Contents:
         manifest = await manifest_of(name, reader, raw)
@@ -259,7 +260,7 @@ class Opener:
             locations = locations_of(name, metadata)
             transforms = transforms_of(name, metadata)
         if manifest is not None:
-            info = self._info(name, manifest)
+            info = info_of(name, manifest, self._metadata_of)
         else:
             info = await self._stock_info(name, reader, raw, locations)
         listed = manifest.files if manifest is not None else ()
@@ -277,21 +278,6 @@ class Opener:
             digests=digests,
             image_bytes=image_bytes,
             bare=frozenset(file.name for file in listed if file.public_name),
-        )
-
-    def _info(self, name: str, manifest: Manifest) -> CheckpointInfo:
-        return CheckpointInfo(
-            checkpoint_id=name,
-            step=manifest.step,
-            time=manifest.time,
-            nbytes=sum(file.nbytes for file in manifest.files),
-            num_files=len(manifest.files),
-            world_size=manifest.world_size,
-            torch_version=manifest.torch_version,
-            producer="dcp_async",
-            notes=manifest.notes,
-            files={entry.name: entry.nbytes for entry in manifest.attached},
-            _metadata=self._metadata_of,
         )
 
     async def _stock_info(
