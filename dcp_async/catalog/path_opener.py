@@ -24,6 +24,7 @@ from ..trust import Trust
 from .contents import Contents
 from .opening import Opener
 from .safetensors_source import SafetensorsOpener, is_model_file
+from .source_opener import SourceOpener
 from .torch_save_source import TorchSaveOpener
 from .verification import Progress
 
@@ -119,7 +120,7 @@ class PathOpener:
         self._timeout = timeout
         self._trust = trust
 
-    async def _opener(self, name: str) -> Opener | SafetensorsOpener | TorchSaveOpener:
+    async def _opener(self, name: str) -> Opener | SourceOpener:
         path = os.path.join(self._root, name)
         # at each look anew: what lies there may have been replaced by something of another kind
         location = await self._calls.run("open", path, _located, path)

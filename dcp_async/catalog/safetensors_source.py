@@ -18,7 +18,6 @@ from ..formats import (
     LENGTH_BYTES,
     AmbiguousNameError,
     HeaderError,
-    ManifestGist,
     StoredTensor,
     decode_header,
     files_of_index,
@@ -26,10 +25,11 @@ from ..formats import (
     join_files,
     may_be_quantised,
 )
-from ..info import CheckpointInfo, VerifyReport
+from ..info import VerifyReport
 from ..storage import LocalPlace, LocalReader
 from .contents import Contents
-from .verification import Progress, Verification
+from .source_opener import SourceOpener
+from .verification import Verification
 
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -42,8 +42,8 @@ def is_model_file(name: str) -> bool:
     return name.endswith((_SUFFIX, _INDEX_SUFFIX))
 
 
-class SafetensorsOpener:
-    """In place of an Opener, for what holds no `.metadata`. Owns nothing."""
+class SafetensorsOpener(SourceOpener):
+    """Opens what holds no `.metadata`, but safetensors files: by the headers of all of them."""
 
     def __init__(
         self,
@@ -56,32 +56,14 @@ class SafetensorsOpener:
     ) -> None:
         """
         Args:
-            timeout: seconds that a call in a thread may take.
+            timeout: as for SourceOpener.
             only: the one file of the directory that is meant, or the index that says which; None for all of
                 the model that lies there.
         """
-        self._place = place
-        self._threads = threads
-        self._metadata_of = metadata_of
-        self._timeout = timeout
+        super().__init__(place, threads, metadata_of, timeout=timeout)
         self._only = only
 
-    async def open(self, name: str) -> Contents:
-        """Read the headers of all files of ``name``, which stay open.
-
-        Raises: CheckpointNotFoundError if it holds none; CorruptCheckpointError for what can't be believed.
-        """
-        try:
-            reader = await self._place.open(name)
-        except FileNotFoundError as error:
-            raise CheckpointNotFoundError(f"there is no directory {name!r}", checkpoint_id=name) from error
-        try:
-            return await self._contents(name, reader)
-        except BaseException:
-            await reader.close()
-            raise
-
-    async def _contents(self, name: str, reader: LocalReader) -> Contents:
+    async def contents(self, name: str, reader: LocalReader) -> Contents:
         files, weights = await self._files(name, reader)
         listed, digest, num_bytes = await self._headers(name, reader, files)
         try:
@@ -97,17 +79,7 @@ class SafetensorsOpener:
         # raw: whoever asks for plain values is told what is wrong with it, and nobody else
         config = await self._config(reader) if may_be_quantised(metadata.state_dict_metadata) else None
         return Contents(
-            info=CheckpointInfo(
-                checkpoint_id=name,
-                step=None,
-                time=0.0,
-                nbytes=num_bytes,
-                num_files=len(files),
-                world_size=None,
-                torch_version=None,
-                producer="safetensors",
-                _metadata=self._metadata_of,
-            ),
+            info=self.info(name, nbytes=num_bytes, num_files=len(files), producer="safetensors"),
             reader=reader,
             metadata=metadata,
             digest=digest,
@@ -177,45 +149,9 @@ class SafetensorsOpener:
             return None
         return await _read(reader, _CONFIG, 0, nbytes)
 
-    async def metadata(self, name: str) -> Metadata:
-        """What ``name`` holds. Raises: as ``open``."""
-        return (await self._looked_at(name)).metadata
-
-    async def describe(self, name: str) -> CheckpointInfo:
-        """What ``name`` is. Raises: as ``open``."""
-        return (await self._looked_at(name)).info
-
-    async def _looked_at(self, name: str) -> Contents:
-        """What ``name`` holds, its files closed again."""
-        contents = await self.open(name)
-        await contents.close()
-        return contents
-
-    async def is_current(self, contents: Contents) -> bool:
-        """Always: nobody replaces a model by a commit that could be told."""
-        return True
-
-    async def gist(self, name: str) -> ManifestGist | None:
-        """One without a step: a model tells none."""
-        return ManifestGist(None, 0.0, {})
-
-    async def verify(
-        self, name: str, *, io_concurrency: int, progress: Progress | None = None
-    ) -> VerifyReport:
-        """Read all of it; no checksum says whether it is whole. Raises: as ``open``."""
-        contents = await self.open(name)
-        try:
-            verification = Verification(
-                name,
-                contents.reader,
-                self._threads,
-                io_concurrency=io_concurrency,
-                timeout=self._timeout,
-                progress=progress,
-            )
-            return await verification.run_bare(contents)
-        finally:
-            await contents.close()
+    async def verified(self, verification: Verification, contents: Contents) -> VerifyReport:
+        # no checksum says whether it is whole
+        return await verification.run_bare(contents)
 
 
 def _main_file(name: str, names: Sequence[str]) -> str | None:

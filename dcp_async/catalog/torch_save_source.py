@@ -16,21 +16,21 @@ import xxhash
 from torch.distributed.checkpoint.metadata import Metadata
 
 from .._concurrency import BlockingThreads, collection_paused
-from ..errors import CheckpointNotFoundError, CorruptCheckpointError, LoadError, UntrustedCheckpointError
+from ..errors import CorruptCheckpointError, LoadError, UntrustedCheckpointError
 from ..formats import (
     ArchivedItems,
     ArchiveRecords,
     ContentError,
     MadeFile,
-    ManifestGist,
     Record,
     find_archive,
 )
-from ..info import CheckpointInfo, VerifyReport
+from ..info import VerifyReport
 from ..storage import LocalPlace, LocalReader, Reader
 from ..trust import Trust, UntrustedGlobal, is_zip, load_archived
 from .contents import Contents
-from .verification import Progress, Verification
+from .source_opener import SourceOpener
+from .verification import Verification
 
 _MOST_BYTES = 256 << 20
 _WINDOW_BYTES = 64 << 10
@@ -60,8 +60,8 @@ def archive_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-class TorchSaveOpener:
-    """In place of an Opener, for one file. Owns nothing."""
+class TorchSaveOpener(SourceOpener):
+    """Opens one file of ``torch.save`` that holds a dict of names: by its directory and its pickle."""
 
     def __init__(
         self,
@@ -75,33 +75,17 @@ class TorchSaveOpener:
     ) -> None:
         """
         Args:
-            timeout: seconds that a call in a thread may take.
+            timeout: as for SourceOpener.
             file: which one of the directory that is opened.
             trust: what its pickle may name.
         """
-        self._place = place
-        self._threads = threads
-        self._metadata_of = metadata_of
-        self._timeout = timeout
+        super().__init__(place, threads, metadata_of, timeout=timeout)
         self._file = file
         self._trust = trust
 
-    async def open(self, name: str) -> Contents:
-        """Read the file's directory and its pickle; the file stays open.
-
-        Raises: CheckpointNotFoundError; CorruptCheckpointError, UntrustedCheckpointError; LoadError for what
-            is no dict of names.
-        """
-        try:
-            reader = await self._place.open(name)
-        except FileNotFoundError as error:
-            raise CheckpointNotFoundError(f"there is no directory {name!r}", checkpoint_id=name) from error
-        try:
-            with archive_errors(name):
-                return await self._contents(name, reader)
-        except BaseException:
-            await reader.close()
-            raise
+    async def contents(self, name: str, reader: LocalReader) -> Contents:
+        with archive_errors(name):
+            return await self._contents(name, reader)
 
     async def _contents(self, name: str, reader: LocalReader) -> Contents:
         nbytes = await reader.size(self._file)
@@ -111,19 +95,8 @@ class TorchSaveOpener:
             # one word is there; a forged length must not be read
             records.check_byteorder(await self._read(reader, order.start, min(order.stop, order.start + 16)))
         items = await self._items(reader, records, pickled)
-        info = CheckpointInfo(
-            checkpoint_id=name,
-            step=None,
-            time=0.0,
-            nbytes=nbytes,
-            num_files=1,
-            world_size=None,
-            torch_version=None,
-            producer="torch.save",
-            _metadata=self._metadata_of,
-        )
         return Contents(
-            info=info,
+            info=self.info(name, nbytes=nbytes, num_files=1, producer="torch.save"),
             reader=_ArchiveReader(reader, self._file, items.made_name, items.made),
             metadata=Metadata(
                 state_dict_metadata=dict(items.metas), planner_data=items.paths, storage_data={}
@@ -200,47 +173,11 @@ class TorchSaveOpener:
             await reader.read_into(self._file, [(start, memoryview(content))])
         return bytes(content)
 
-    async def metadata(self, name: str) -> Metadata:
-        """What the file holds. Raises: as ``open``."""
-        contents = await self.open(name)
-        await contents.close()
-        return contents.metadata
-
-    async def describe(self, name: str) -> CheckpointInfo:
-        """What the file is. Raises: as ``open``."""
-        contents = await self.open(name)
-        await contents.close()
-        return contents.info
-
-    async def is_current(self, contents: Contents) -> bool:
-        """Always: nobody replaces a file by a commit that could be told."""
-        return True
-
-    async def gist(self, name: str) -> ManifestGist | None:
-        """One without a step: a file of torch.save tells none."""
-        return ManifestGist(None, 0.0, {})
-
-    async def verify(
-        self, name: str, *, io_concurrency: int, progress: Progress | None = None
-    ) -> VerifyReport:
-        """Read all of it, and compare it with the CRC-32s that its writer recorded. Raises: as ``open``."""
-        contents = await self.open(name)
-        try:
-            verification = Verification(
-                name,
-                contents.reader,
-                self._threads,
-                io_concurrency=io_concurrency,
-                timeout=self._timeout,
-                progress=progress,
-            )
-            # the older format has no checksums
-            head = await self._read(contents.reader, 0, min(contents.info.nbytes, 4))
-            return await verification.run_whole(
-                contents, self._file, contents.info.nbytes, is_zip=is_zip(head)
-            )
-        finally:
-            await contents.close()
+    async def verified(self, verification: Verification, contents: Contents) -> VerifyReport:
+        # the older format has no checksums; by those of a zip its writer recorded
+        head = await self._read(contents.reader, 0, min(contents.info.nbytes, 4))
+        nbytes = contents.info.nbytes
+        return await verification.run_whole(contents, self._file, nbytes, is_zip=is_zip(head))
 
 
 def _memory(nbytes: int, content: bytes | None) -> torch.UntypedStorage:
