@@ -143,16 +143,11 @@ class LimitedStorage:
         replace: bool,
         led_from: str | None = None,
     ) -> Transaction:
-        path = f"{name!r} in {self._inner!r}"
-        begun = await self._obtain(
-            path,
-            "create",
+        return await self._begun(
+            name,
             lambda: self._inner.begin(name, files, uid=uid, replace=replace, led_from=led_from),
-            "remove",
-            lambda transaction: transaction.abort(),
-            more=0.0 if led_from is None else _LEADER_SECONDS,
+            is_led=led_from is not None,
         )
-        return LimitedTransaction(begun, self._deadline, path)
 
     @property
     def gives_public_names(self) -> bool:
@@ -174,14 +169,25 @@ class LimitedStorage:
         replace: bool,
         led_from: str | None = None,
     ) -> SharedTransaction:
-        path, inner = f"{name!r} in {self._inner!r}", cast(SharingStorage, self._inner)
+        inner = cast(SharingStorage, self._inner)
+        return await self._begun(
+            name,
+            lambda: inner.begin_shared(name, files, shared, uid=uid, replace=replace, led_from=led_from),
+            is_led=led_from is not None,
+        )
+
+    async def _begun(
+        self, name: str, begin: Callable[[], Awaitable[Transaction]], *, is_led: bool
+    ) -> LimitedTransaction:
+        """The transaction that ``begin`` gives; a rank that is led waits for the one that leads as well."""
+        path = f"{name!r} in {self._inner!r}"
         begun = await self._obtain(
             path,
             "create",
-            lambda: inner.begin_shared(name, files, shared, uid=uid, replace=replace, led_from=led_from),
+            begin,
             "remove",
             lambda transaction: transaction.abort(),
-            more=0.0 if led_from is None else _LEADER_SECONDS,
+            more=_LEADER_SECONDS if is_led else 0.0,
         )
         return LimitedTransaction(begun, self._deadline, path)
 
