@@ -14,7 +14,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
-from urllib.parse import unquote
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -31,6 +30,7 @@ from ..options import Limits, Timeouts
 from ..planning import PlanningOptions
 from ..response import AsyncSaveResponse
 from ..staging import StagingOptions
+from ..storage import root_and_name
 from ..trust import Trust
 from .checkpoint import let_go
 from .exit_guard import fail_unless_seen
@@ -62,13 +62,13 @@ class Directory:
                 f"PathLike), not {type(checkpoint_id).__name__}"
             )
         if isinstance(checkpoint_id, str) and "://" in checkpoint_id:
-            root, _, name = checkpoint_id.rstrip("/").rpartition("/")
-            if root.endswith(":/"):  # memory://name has no directory in it
+            try:
+                return cls(*root_and_name(checkpoint_id))
+            except ValueError as error:  # memory://name has no directory in it
                 raise ValueError(
                     f"checkpoint_id={checkpoint_id!r} names a whole root; add the checkpoint's own name: "
                     f"'{checkpoint_id.rstrip('/')}/step-100'"
-                )
-            return cls(root, unquote(name) if checkpoint_id.lower().startswith("file:") else name)
+                ) from error
         # through links, as stock: the very directory that this leads to was meant
         path = os.path.expanduser(os.fsdecode(checkpoint_id))
         if is_model_file(path):  # in Hugging Face's cache a link, to what has another name
