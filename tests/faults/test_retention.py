@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dcp_async import sync
 from tests.faults.harness import Nursery
-from tests.support.doubles import assert_holds_only
+from tests.support.doubles import assert_holds_only, whole_steps
 
 SAVES = 5
 MOST_CALLS = 70
@@ -20,16 +19,6 @@ MOST_CALLS = 70
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kills" in metafunc.fixturenames:
         metafunc.parametrize("kills", [metafunc.config.getoption("kills")])
-
-
-def whole_steps(root: Path) -> list[int | None]:
-    """The steps of what is committed, all of which must be whole."""
-    with sync.CheckpointEngine(root) as engine:
-        infos = list(engine.checkpoints())
-        names = {path.parent.name for path in root.glob("*/.metadata")}
-        assert {info.checkpoint_id for info in infos} == names, "what is committed is not whole"
-        assert all(engine.verify(info).ok for info in infos)
-    return [info.step for info in infos]
 
 
 def test_a_run_that_is_killed_while_it_prunes_loses_nothing_and_leaves_nothing(

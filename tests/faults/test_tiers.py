@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dcp_async import sync
 from tests.faults.harness import Nursery
-from tests.support.doubles import assert_holds_only
+from tests.support.doubles import assert_holds_only, whole_steps
 
 SAVES = 2
 MOST_CALLS = 44
@@ -23,16 +22,6 @@ MOST_KILLS = 30
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kills" in metafunc.fixturenames:
         metafunc.parametrize("kills", [min(MOST_KILLS, metafunc.config.getoption("kills"))])
-
-
-def whole_steps(root: Path) -> list[int | None]:
-    """The steps of what is committed, all of which must be whole."""
-    with sync.CheckpointEngine(root) as engine:
-        infos = list(engine.checkpoints())
-        names = {path.parent.name for path in root.glob("*/.metadata")}
-        assert {info.checkpoint_id for info in infos} == names, "what is committed is not whole"
-        assert all(engine.verify(info).ok for info in infos)
-    return [info.step for info in infos]
 
 
 def test_a_replication_that_is_killed_leaves_whole_checkpoints_and_is_taken_up_again(

@@ -100,6 +100,18 @@ def _verbs() -> dict[str, tuple[Callable[[Any], object], tuple[type[BaseExceptio
         pickled_keys(tree)
         build(tree, str, lambda key: key.plain if key.raw is None else load_pickle(key.raw, trust))
 
+    def call_all(*verbs: Callable[[], object]) -> None:
+        """Call each of ``verbs``, whatever the others raise. Raises the last error of the tree."""
+        errors = []
+        for verb in verbs:
+            try:
+                verb()
+            except CheckpointError as error:
+                str(error).encode("utf-8", "backslashreplace")
+                errors.append(error)
+        if errors:
+            raise errors[-1]
+
     def attached(engine: sync.CheckpointEngine) -> None:
         with engine.checkpoint() as opened:
             repr([opened.file(name) for name in opened.files])
@@ -111,22 +123,14 @@ def _verbs() -> dict[str, tuple[Callable[[Any], object], tuple[type[BaseExceptio
             for name, content in files.items():
                 (place / name).write_bytes(content)
             with sync.CheckpointEngine(scratch) as engine:
-                errors = []
-                for verb in (
+                call_all(
                     engine.latest,
                     lambda: [repr(info) for info in engine.checkpoints()],
                     lambda: engine.load({"model": {"w": torch.zeros(8, 8), "b": torch.zeros(8)}, "n": 1}, 1),
                     lambda: use(engine.read()),
                     lambda: attached(engine),
                     engine.verify,
-                ):
-                    try:
-                        verb()
-                    except CheckpointError as error:
-                        str(error).encode("utf-8", "backslashreplace")
-                        errors.append(error)
-                if errors:
-                    raise errors[-1]
+                )
 
     def model(files: dict[str, bytes]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -135,20 +139,12 @@ def _verbs() -> dict[str, tuple[Callable[[Any], object], tuple[type[BaseExceptio
             for name, content in files.items():
                 (place / name).write_bytes(content)
             with sync.CheckpointEngine(Path(scratch, "own")) as engine:
-                errors = []
-                for verb in (
+                call_all(
                     lambda: use(engine.read(place)),
                     lambda: use(engine.read(place, dequantize=torch.bfloat16)),
                     lambda: engine.load({"w": torch.zeros(8, 8)}, place, dequantize=torch.float32),
                     lambda: repr(engine.verify(place)),
-                ):
-                    try:
-                        verb()
-                    except CheckpointError as error:
-                        str(error).encode("utf-8", "backslashreplace")
-                        errors.append(error)
-                if errors:
-                    raise errors[-1]
+                )
 
     decoding = (UntrustedGlobal, ValueError)
     return {

@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch import nn
 
-from dcp_async import CheckpointEngine, Trust
+from dcp_async import CheckpointEngine, Trust, sync
 
 T = TypeVar("T")
 
@@ -562,6 +562,16 @@ def leftovers(root: Path) -> list[str]:
         if len(uids) > 1:
             found.append(f"{entry.name}: files of several saves {sorted(uids)}")
     return found
+
+
+def whole_steps(root: Path) -> list[int | None]:
+    """The steps of what is committed, all of which must be whole."""
+    with sync.CheckpointEngine(root) as engine:
+        infos = list(engine.checkpoints())
+        names = {path.parent.name for path in root.glob("*/.metadata")}
+        assert {info.checkpoint_id for info in infos} == names, "what is committed is not whole"
+        assert all(engine.verify(info).ok for info in infos)
+    return [info.step for info in infos]
 
 
 def assert_holds_only(root: Path, names: Sequence[str]) -> None:
