@@ -24,6 +24,7 @@ import xxhash
 from .._names import METADATA, owned_file
 from ..errors import CheckpointNotFoundError
 from ..info import VerifyReport
+from ..storage.local import sync, sync_directory
 from .opened import catalog_of, refuse_damaged
 from .places import IO_CONCURRENCY, run
 from .terminal import Refused
@@ -150,7 +151,7 @@ def _copy_files(source: Path, directory: Path, names: list[str], progress: Progr
                     block = block[writing.write(block) :]
                 done += nbytes
                 progress(done, total)
-            os.fsync(writing.fileno())
+            sync(writing.fileno())
             # what is read back shall come from the medium
             os.posix_fadvise(writing.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             # of stock's checkpoints it is the only time that is known
@@ -173,17 +174,9 @@ def _read_back(directory: Path, digests: dict[str, str]) -> None:
 
 def _publish(directory: Path, target: Path) -> None:
     # before the name appears: what it leads to must survive a power cut first
-    _sync(directory)
+    sync_directory(directory)
     if os.path.lexists(target):  # an empty directory would be replaced
         raise FileExistsError(f"{target} is there by now; nothing was copied")
     os.rename(directory, target)
     # the name is an entry of this directory
-    _sync(target.parent)
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_directory(target.parent)

@@ -13,6 +13,8 @@ import os
 import secrets
 from pathlib import Path
 
+from ..storage.local import sync
+
 # what kernels and file systems say that have no files without a name
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 
@@ -47,7 +49,7 @@ class NewFile:
     def publish(self) -> None:
         """Make it durable, in place of what has its name."""
         # before it gets its name, or a power cut could leave the name to a part of it
-        os.fsync(self._fd)
+        sync(self._fd)
         directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             if not self._is_named and not self._linked(self._path.name, directory):
@@ -56,7 +58,7 @@ class NewFile:
             if self._is_named:
                 os.replace(self._temporary, self._path)
                 self._is_named = False
-            os.fsync(directory)
+            sync(directory)
         finally:
             os.close(directory)
 

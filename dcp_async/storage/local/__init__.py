@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .files import sync, sync_directory
 from .place import LocalPlace
 from .reader import LocalReader
 from .storage import LocalStorage
@@ -10,4 +11,6 @@ __all__ = [
     "LocalPlace",
     "LocalReader",
     "LocalStorage",
+    "sync",
+    "sync_directory",
 ]

@@ -70,6 +70,7 @@ def rank_metadata_files(directory: str | os.PathLike[str] | int) -> dict[int, st
 
 
 def sync(fd: int) -> None:
+    """Make what ``fd`` holds durable."""
     if sys.platform == "darwin":  # fsync there leaves the bytes in the drive's cache
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
     else:
@@ -77,6 +78,7 @@ def sync(fd: int) -> None:
 
 
 def sync_directory(path: Path) -> None:
+    """Make the names in ``path`` durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         sync(fd)
